@@ -1,0 +1,10 @@
+"""GSPN, the Generalized Spatial Propagation Network: attention replaced by line scans over the picture itself."""
+
+from importlib.metadata import version as _version
+
+from . import analysis
+from .ops import DIRECTIONS, Direction, available_impls, line_scan, stochastic_taps
+
+__version__ = _version("gspn")
+
+__all__ = ["DIRECTIONS", "Direction", "__version__", "analysis", "available_impls", "line_scan", "stochastic_taps"]

@@ -1,0 +1,25 @@
+"""The CPU kernels: C++ behind a plain C interface, built with the package, loaded when a call first needs them."""
+
+from __future__ import annotations
+
+import torch
+
+from ..reasons import NotInstalled
+from .library import load
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def why_not(device: torch.device, dtype: torch.dtype, op: str) -> str | None:
+    """The reason why the CPU kernels cannot run ``op`` on this device and dtype, or None."""
+    if op != "line_scan":
+        return f"there is no CPU kernel for {op}."
+    if device.type != "cpu":
+        return f"the CPU kernels need CPU tensors and these are on {device.type}; move them with .cpu()."
+    if dtype not in _DTYPES:
+        return f"the CPU kernels take float32, float64, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}."
+    try:
+        load()
+    except OSError as error:
+        return NotInstalled(f"{error} Install a C++17 compiler (GCC or Clang), then pip install --force-reinstall --no-deps gspn.")
+    return None

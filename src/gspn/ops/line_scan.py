@@ -1,0 +1,132 @@
+"""``gspn.line_scan``: the recurrence over lines, its checks, and nothing of how it is computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .directions import Direction, scan_axes
+from .implementations import check_impl
+
+
+def _check_tensors(x: Tensor, taps: Tensor, lam: Tensor | None) -> None:
+    named = {"x": x, "taps": taps} if lam is None else {"x": x, "taps": taps, "lam": lam}
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; pass a torch.Tensor.")
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name}.dtype is {tensor.dtype}; a scan needs floating point, so convert with .float().")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{x.dtype=} but {name}.dtype is {tensor.dtype}; convert all of them to one dtype.")
+        if tensor.device != x.device:
+            raise ValueError(f"{x.device=} but {name}.device is {tensor.device}; move all of them to one device.")
+    if x.dim() != 4:
+        raise ValueError(f"{x.shape=}: x has {x.dim()} axes; line_scan needs [B, C, H, W].")
+    if taps.dim() != 5 or taps.shape[2] != 3:
+        raise ValueError(f"{taps.shape=}: taps must be [B, G, 3, H, W], three taps for each pixel of each group.")
+    batch, channels, height, width = x.shape
+    groups = taps.shape[1]
+    if taps.shape[0] != batch or taps.shape[3] != height or taps.shape[4] != width:
+        raise ValueError(
+            f"{taps.shape=} does not fit {x.shape=}: taps must be "
+            f"[{batch}, G, 3, {height}, {width}], of x's batch and frame size."
+        )
+    if groups == 0 or channels % groups != 0:
+        raise ValueError(
+            f"{taps.shape=} has {groups} groups, which do not divide the {channels} channels of {x.shape=}; "
+            f"use 1 group (shared taps), {channels} (per-channel taps) or a divisor between."
+        )
+    if lam is not None and lam.shape != x.shape:
+        raise ValueError(f"{lam.shape=} differs from {x.shape=}; lam weighs each element of x, so expand it to x's shape.")
+
+
+def _check_segment(segment: int | None) -> None:
+    if segment is None:
+        return
+    if isinstance(segment, bool) or not isinstance(segment, (int, torch.SymInt)):
+        raise TypeError(f"{segment=} is a {type(segment).__name__}; pass a number of lines, or None for a global scan.")
+    if segment < 1:
+        raise ValueError(f"{segment=} is below 1; pass a number of lines, or None for a global scan.")
+
+
+def _under_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as autocast wants them; see the rule in :func:`line_scan`."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    # The state grows with the number of lines and float16 ends at 65504: as for cumsum, float32 is what is safe.
+    dtype = torch.float32 if dtype == torch.float16 else dtype
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.dtype.is_floating_point and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def line_scan(
+    x: Tensor,
+    taps: Tensor,
+    lam: Tensor | None = None,
+    *,
+    direction: Direction,
+    segment: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Scan a feature map line by line, each pixel taking a weighted sum of three neighbours on the previous line.
+
+    For ``direction="down"``, with rows as lines,
+
+    .. math::
+        h_{i,j} = \lambda_{i,j}\, x_{i,j} + \sum_{k=0}^{2} \mathrm{taps}_{k,i,j}\; h_{i-1,\,j+k-1}
+
+    where neighbours that do not exist count 0 and the state before the first line is 0. The other directions are the
+    same with the axes exchanged: ``"up"`` takes the row below, ``"right"`` the column to the left, ``"left"`` the column
+    to the right as its previous line. Tap ``k`` always weighs the neighbour at cross-axis offset ``k - 1`` in image
+    coordinates. With ``segment=n`` the recurrence restarts on every n-th line, counted from the first line scanned.
+
+    This is equation (1) of GSPN (CVPR 2025, arXiv 2501.12381) without its output gate; taps that sum to one over the
+    neighbours that exist (:func:`gspn.stochastic_taps`) make it stable. Then each state is a sum of as many averages as
+    lines have been scanned, so it may grow linearly with them: in float16 it overflows where it passes 65504.
+
+    The state accumulates in float32 (float64 for float64) in every implementation. Nothing is written to an input, and
+    the same inputs give the same bits. Derivatives of every order exist. Under ``torch.autocast`` the inputs, float64
+    excepted, are cast to the autocast dtype if that is bfloat16 and to float32 if it is float16.
+
+    Args:
+        x: ``[B, C, H, W]``, float64, float32, bfloat16 or float16; any strides, any H and W including 1, B may be 0.
+        taps: ``[B, G, 3, H, W]``, of x's dtype and device; ``G`` divides ``C``, and ``C / G`` consecutive channels share
+            the taps of their group (``G = C``: each channel its own; ``G = 1``: one set for all).
+        lam: ``[B, C, H, W]``, the input gate, of x's dtype and device; None for ones.
+        direction: ``"down"``, ``"up"``, ``"right"`` or ``"left"``, the way information flows.
+        segment: number of lines, at least 1, after which the recurrence restarts; None for a global scan. The last
+            segment may be shorter.
+        impl: ``"auto"``, the fastest that runs for this device and dtype; or ``"reference"``, ``"cpu"`` or
+            ``"triton"``, which raise if they cannot run (:func:`gspn.available_impls` tells).
+
+    Returns:
+        ``h``, of the shape, dtype and device of ``x``, and of its memory layout where ``x`` is dense.
+
+    Raises:
+        TypeError: an argument is not a tensor, not floating point, or the dtypes differ; ``segment`` is not an integer.
+        ValueError: a shape, device, direction, segment or impl does not fit.
+        NotImplementedError: the ``impl`` named cannot run on this device or dtype.
+        ImportError: the ``impl`` named needs a package that is not installed.
+
+    Example:
+        With a tap of one on the pixel straight above, a column sums up:
+
+        >>> import torch, gspn
+        >>> x = torch.ones(1, 1, 4, 3)
+        >>> taps = torch.zeros(1, 1, 3, 4, 3)
+        >>> taps[:, :, 1] = 1.0
+        >>> gspn.line_scan(x, taps, direction="down")[0, 0, :, 0]
+        tensor([1., 2., 3., 4.])
+        >>> gspn.line_scan(x, taps, direction="up", segment=2)[0, 0, :, 0]
+        tensor([2., 1., 2., 1.])
+    """
+    scan_axes(direction)
+    check_impl(impl)
+    _check_segment(segment)
+    x, taps, lam = _under_autocast(x, taps, lam)
+    _check_tensors(x, taps, lam)
+    return torch.ops.gspn.line_scan(x, taps, lam, direction, segment, impl)

@@ -1,0 +1,61 @@
+"""``gspn.stochastic_taps``: from raw logits to taps under which every scan is stable."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from .directions import Direction, scan_axes
+
+
+def stochastic_taps(logits: Tensor, *, direction: Direction) -> Tensor:
+    r"""Turn logits into taps that are positive and sum to one over the neighbours that exist.
+
+    .. math::
+        \mathrm{taps}_{k,i,j} = \frac{\sigma(a_{k,i,j})}{\sum_{k' \text{ exists}} \sigma(a_{k',i,j})}
+
+    and 0 for a neighbour outside the picture: the first tap on the first position of a line, the last tap on the last.
+    Every step of the scan is then an average, which is the paper's Stability-Context Condition (GSPN, arXiv 2501.12381,
+    section 3.2). Which positions are first and last depends on the direction alone: columns for ``"down"`` and ``"up"``,
+    rows for ``"right"`` and ``"left"``.
+
+    Computed as a softmax of log-sigmoids, in float32 at least, so that logits of any size give finite taps and gradients.
+
+    Args:
+        logits: ``[B, G, 3, H, W]``, any floating-point dtype and strides.
+        direction: ``"down"``, ``"up"``, ``"right"`` or ``"left"``: the direction of the scan the taps are for.
+
+    Returns:
+        The taps, ``[B, G, 3, H, W]`` in the dtype of ``logits``.
+
+    Raises:
+        TypeError: ``logits`` is not a floating-point tensor.
+        ValueError: the shape or the direction does not fit.
+
+    Example:
+        >>> import torch, gspn
+        >>> taps = gspn.stochastic_taps(torch.zeros(1, 1, 3, 1, 4), direction="down")
+        >>> taps[0, 0, :, 0].T
+        tensor([[0.0000, 0.5000, 0.5000],
+                [0.3333, 0.3333, 0.3333],
+                [0.3333, 0.3333, 0.3333],
+                [0.5000, 0.5000, 0.0000]])
+    """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits is a {type(logits).__name__}; pass a torch.Tensor.")
+    if not logits.dtype.is_floating_point:
+        raise TypeError(f"{logits.dtype=}: taps need floating point, so convert with .float().")
+    if logits.dim() != 5 or logits.shape[2] != 3:
+        raise ValueError(f"{logits.shape=}: logits must be [B, G, 3, H, W], three for each pixel of each group.")
+    cross = scan_axes(direction).cross
+    size = logits.shape[cross]
+    position = torch.arange(size, device=logits.device)
+    offset = torch.arange(-1, 2, device=logits.device)
+    neighbour = position + offset.unsqueeze(-1)  # [3, n]
+    missing = (neighbour < 0) | (neighbour >= size)
+    missing = missing.unsqueeze(-2) if cross == -1 else missing.unsqueeze(-1)  # [3, 1, W] or [3, H, 1]
+
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    log_gate = logsigmoid(logits.to(acc)).masked_fill(missing, -torch.inf)
+    return log_gate.softmax(dim=2).to(logits.dtype)
