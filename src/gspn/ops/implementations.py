@@ -46,7 +46,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     for impl in (
         # The fastest first: "auto" takes the first that can run.
         Implementation("triton", ".triton.launch", triton.why_not),
-        Implementation("cpu", ".cpu.call", cpu.why_not),
+        Implementation("cpu", ".cpu.line_scan", cpu.why_not),
         Implementation("reference", ".reference", _reference_why_not),
     )
 }

@@ -1,0 +1,260 @@
+// Vectors of one instruction set: loads and stores that convert, streaming stores, transposes.
+//
+// Included by translation units that are compiled once for each instruction set. Everything lives in a namespace named
+// after it, and nothing of the C++ library is instantiated here: the linker would be free to keep the AVX-512 copy of a
+// shared template for the baseline as well.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define GSPN_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define GSPN_VECTOR_BYTES 32
+#else
+#define GSPN_VECTOR_BYTES 16
+#endif
+
+#define GSPN_INLINE inline __attribute__((always_inline))
+
+namespace gspn {
+namespace GSPN_ISA {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct StateOf {
+  using type = float;
+};
+template <>
+struct StateOf<double> {
+  using type = double;
+};
+
+template <class A>
+constexpr int kLanes = GSPN_VECTOR_BYTES / static_cast<int>(sizeof(A));
+
+// GCC drops attributes that depend on a template parameter's alias, so the vector types are spelled out.
+typedef float float_vector __attribute__((vector_size(GSPN_VECTOR_BYTES)));
+typedef double double_vector __attribute__((vector_size(GSPN_VECTOR_BYTES)));
+typedef int32_t int32_vector __attribute__((vector_size(GSPN_VECTOR_BYTES)));
+typedef int64_t int64_vector __attribute__((vector_size(GSPN_VECTOR_BYTES)));
+typedef uint32_t uint32_vector __attribute__((vector_size(GSPN_VECTOR_BYTES)));
+typedef uint16_t uint16_half_vector __attribute__((vector_size(GSPN_VECTOR_BYTES / 2)));
+
+template <class A>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using type = float_vector;
+  using index = int32_vector;
+};
+template <>
+struct VectorOf<double> {
+  using type = double_vector;
+  using index = int64_vector;
+};
+
+template <class To, class From>
+GSPN_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// --- One element -------------------------------------------------------------------------------------------------------
+
+GSPN_INLINE float widen(float v) { return v; }
+GSPN_INLINE double widen(double v) { return v; }
+GSPN_INLINE float widen(bf16 v) { return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
+GSPN_INLINE float widen(f16 v) {
+  // Shift exponent and mantissa into place and let one multiplication rebias the exponent, subnormals included.
+  const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fff) << 13;
+  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16;
+  uint32_t bits = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+  if (magnitude >= (31u << 23)) bits |= 255u << 23;  // inf and NaN
+  return bit_cast<float>(bits | sign);
+}
+
+template <class T>
+GSPN_INLINE T narrow(typename StateOf<T>::type v);
+template <>
+GSPN_INLINE float narrow<float>(float v) {
+  return v;
+}
+template <>
+GSPN_INLINE double narrow<double>(double v) {
+  return v;
+}
+template <>
+GSPN_INLINE bf16 narrow<bf16>(float v) {
+  const uint32_t bits = bit_cast<uint32_t>(v);
+  if (v != v) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+template <>
+GSPN_INLINE f16 narrow<f16>(float v) {
+  const uint32_t bits = bit_cast<uint32_t>(v);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
+  uint32_t half;
+  if (magnitude > 0x7f800000) {
+    half = 0x7e00;
+  } else if (magnitude >= 0x477ff000) {  // rounds beyond 65504
+    half = 0x7c00;
+  } else if (magnitude < 0x38800000) {  // subnormal in half: add a number whose last place is half's
+    half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
+  } else {
+    half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  }
+  return {static_cast<uint16_t>(sign | half)};
+}
+
+// --- One vector --------------------------------------------------------------------------------------------------------
+
+template <class A>
+GSPN_INLINE typename VectorOf<A>::type load(const A* p) {
+  typename VectorOf<A>::type v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+GSPN_INLINE float_vector load(const bf16* p) {
+  uint16_half_vector narrow_bits;
+  memcpy(&narrow_bits, p, sizeof(narrow_bits));
+  return bit_cast<float_vector>(__builtin_convertvector(narrow_bits, uint32_vector) << 16);
+}
+
+GSPN_INLINE float_vector load(const f16* p) {
+#if defined(__AVX512F__)
+  return bit_cast<float_vector>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+  return bit_cast<float_vector>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  float_vector v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = widen(p[i]);
+  return v;
+#endif
+}
+
+template <class A>
+GSPN_INLINE void store(A* p, typename VectorOf<A>::type v) {
+  memcpy(p, &v, sizeof(v));
+}
+
+GSPN_INLINE void store(bf16* p, float_vector v) {
+  const uint32_vector bits = bit_cast<uint32_vector>(v);
+  const uint32_vector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const uint32_vector quiet = (bits >> 16) | 0x40;
+  const uint32_vector nan = bit_cast<uint32_vector>(v != v);
+  const uint16_half_vector out = __builtin_convertvector((quiet & nan) | (rounded & ~nan), uint16_half_vector);
+  memcpy(p, &out, sizeof(out));
+}
+
+GSPN_INLINE void store(f16* p, float_vector v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = narrow<f16>(v[i]);
+#endif
+}
+
+// A store that does not bring the line into the caches first; p is aligned to the vector.
+template <class A>
+GSPN_INLINE void stream(A* p, typename VectorOf<A>::type v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(v));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(v));
+#elif defined(__SSE2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), bit_cast<__m128i>(v));
+#else
+  store(p, v);
+#endif
+}
+template <class A, class T>
+GSPN_INLINE void stream(T* p, typename VectorOf<A>::type v) {
+  store(p, v);
+}
+
+// Makes streamed lines visible to the other threads before the item counts as done.
+GSPN_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+template <class A>
+GSPN_INLINE bool aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % GSPN_VECTOR_BYTES == 0;
+}
+
+template <class A, class T>
+GSPN_INLINE typename VectorOf<A>::type load_some(const T* p, int64_t count) {
+  if (count >= kLanes<A>) return load(p);
+  T lanes[kLanes<A>] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+
+template <class A, class T>
+GSPN_INLINE void store_some(T* p, typename VectorOf<A>::type v, int64_t count) {
+  if (count >= kLanes<A>) {
+    store(p, v);
+    return;
+  }
+  T lanes[kLanes<A>];
+  store(lanes, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
+}
+
+// --- Transposes --------------------------------------------------------------------------------------------------------
+
+// rows[i][j] becomes rows[j][i]: log2(n) rounds, each swapping the off-diagonal squares of half the size.
+template <class A>
+GSPN_INLINE void transpose(typename VectorOf<A>::type* rows) {
+  using V = typename VectorOf<A>::type;
+  using I = typename VectorOf<A>::index;
+  constexpr int n = kLanes<A>;
+#pragma GCC unroll 8
+  for (int s = n / 2; s >= 1; s /= 2) {
+    I low, high;
+    for (int l = 0; l < n; ++l) {
+      low[l] = (l & s) ? n + (l ^ s) : l;
+      high[l] = (l & s) ? n + l : (l ^ s);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      if (i & s) continue;
+      const V a = rows[i], b = rows[i + s];
+#if defined(__clang__)
+      V x, y;
+      for (int l = 0; l < n; ++l) {
+        x[l] = (l & s) ? b[l ^ s] : a[l];
+        y[l] = (l & s) ? b[l] : a[l ^ s];
+      }
+      rows[i] = x;
+      rows[i + s] = y;
+#else
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + s] = __builtin_shuffle(a, b, high);
+#endif
+    }
+  }
+}
+
+}  // namespace GSPN_ISA
+}  // namespace gspn
