@@ -58,11 +58,13 @@ template <>
 struct VectorOf<float> {
   using type = float_vector;
   using index = int32_vector;
+  using index_element = int32_t;
 };
 template <>
 struct VectorOf<double> {
   using type = double_vector;
   using index = int64_vector;
+  using index_element = int64_t;
 };
 
 template <class To, class From>
@@ -223,37 +225,55 @@ GSPN_INLINE void store_some(T* p, typename VectorOf<A>::type v, int64_t count) {
 
 // --- Transposes --------------------------------------------------------------------------------------------------------
 
-// rows[i][j] becomes rows[j][i]: log2(n) rounds, each swapping the off-diagonal squares of half the size.
-template <class A>
-GSPN_INLINE void transpose(typename VectorOf<A>::type* rows) {
-  using V = typename VectorOf<A>::type;
-  using I = typename VectorOf<A>::index;
-  constexpr int n = kLanes<A>;
-#pragma GCC unroll 8
-  for (int s = n / 2; s >= 1; s /= 2) {
-    I low, high;
+// Lane numbers for one round of a transpose, the second operand's lanes counted from n. A table at compile time: built
+// from a loop at run time, the numbers would cost more than the shuffles.
+template <class Index, int n, int s>
+struct SwapLanes {
+  Index low[n], high[n];
+  constexpr SwapLanes() : low{}, high{} {
     for (int l = 0; l < n; ++l) {
       low[l] = (l & s) ? n + (l ^ s) : l;
       high[l] = (l & s) ? n + l : (l ^ s);
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) {
-      if (i & s) continue;
-      const V a = rows[i], b = rows[i + s];
-#if defined(__clang__)
-      V x, y;
-      for (int l = 0; l < n; ++l) {
-        x[l] = (l & s) ? b[l ^ s] : a[l];
-        y[l] = (l & s) ? b[l] : a[l ^ s];
-      }
-      rows[i] = x;
-      rows[i + s] = y;
-#else
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + s] = __builtin_shuffle(a, b, high);
-#endif
-    }
   }
+};
+
+// Swaps the off-diagonal squares of side s within squares of side 2 s, and so on down to single elements.
+template <class A, int s>
+GSPN_INLINE void swap_squares(typename VectorOf<A>::type* rows) {
+  using V = typename VectorOf<A>::type;
+  using I = typename VectorOf<A>::index;
+  using Index = typename VectorOf<A>::index_element;
+  constexpr int n = kLanes<A>;
+#if defined(__clang__)
+#pragma clang loop unroll(full)
+#else
+#pragma GCC unroll 16
+#endif
+  for (int i = 0; i < n; ++i) {
+    if (i & s) continue;
+    const V a = rows[i], b = rows[i + s];
+#if defined(__clang__)
+    V x, y;
+    for (int l = 0; l < n; ++l) {
+      x[l] = (l & s) ? b[l ^ s] : a[l];
+      y[l] = (l & s) ? b[l] : a[l ^ s];
+    }
+    rows[i] = x;
+    rows[i + s] = y;
+#else
+    static constexpr SwapLanes<Index, n, s> lanes;
+    rows[i] = __builtin_shuffle(a, b, bit_cast<I>(lanes.low));
+    rows[i + s] = __builtin_shuffle(a, b, bit_cast<I>(lanes.high));
+#endif
+  }
+  if constexpr (s > 1) swap_squares<A, s / 2>(rows);
+}
+
+// rows[i][j] becomes rows[j][i].
+template <class A>
+GSPN_INLINE void transpose(typename VectorOf<A>::type* rows) {
+  swap_squares<A, kLanes<A> / 2>(rows);
 }
 
 }  // namespace GSPN_ISA

@@ -41,6 +41,10 @@ struct Rect {
   int64_t line_stride, cross_stride, channel_stride;
 };
 
+// Rows fetched ahead while columns are staged: a walk down the rows touches a new page every few steps, which the
+// processor's own prefetchers do not follow.
+constexpr int kAhead = 32;
+
 // Columns as lines: V x V tiles through registers. Vectors are stored whole, so a destination line has room for a vector
 // more than its elements; what is written there is zero, as the padding after a line has to be.
 template <class A, class T>
@@ -54,7 +58,10 @@ void gather_transposed(const T* src, const Rect& r, A* dst, int64_t pitch) {
       const T* from = src + p * r.cross_stride + l;
       if (present == V && width == V) {
 #pragma GCC unroll 16
-        for (int i = 0; i < V; ++i) rows[i] = load(from + i * r.cross_stride);
+        for (int i = 0; i < V; ++i) {
+          rows[i] = load(from + i * r.cross_stride);
+          __builtin_prefetch(from + (i + kAhead) * r.cross_stride);
+        }
         transpose<A>(rows);
 #pragma GCC unroll 16
         for (int i = 0; i < V; ++i) store(dst + (l + i) * pitch + p, rows[i]);
