@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .directions import Direction, scan_axes
 from .implementations import check_impl
+from .registration import apply_line_scan
 
 
 def _check_tensors(x: Tensor, taps: Tensor, lam: Tensor | None) -> None:
@@ -129,4 +130,4 @@ def line_scan(
     _check_segment(segment)
     x, taps, lam = _under_autocast(x, taps, lam)
     _check_tensors(x, taps, lam)
-    return torch.ops.gspn.line_scan(x, taps, lam, direction, segment, impl)
+    return apply_line_scan(x, taps, lam, direction, segment, impl)

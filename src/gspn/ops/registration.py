@@ -110,7 +110,7 @@ def _scan_setup(ctx, inputs, output) -> None:
 
 def _scan_grad(ctx, grad: Tensor):
     x, taps, lam, h = ctx.saved_tensors
-    dx, dtaps, dlam = torch.ops.gspn.line_scan_backward(
+    dx, dtaps, dlam = apply_line_scan_backward(
         grad, h, x, taps, lam, ctx.direction, ctx.segment, ctx.impl, ctx.need_taps, ctx.need_lam
     )
     return (
@@ -181,15 +181,14 @@ def _backward_grad(ctx, a: Tensor, b: Tensor, c: Tensor):
     grad, h, x, taps, lam = ctx.saved_tensors
     direction, segment, impl = ctx.direction, ctx.segment, ctx.impl
     channels = h.shape[1]
-    line_scan, line_scan_backward = torch.ops.gspn.line_scan, torch.ops.gspn.line_scan_backward
 
     r = a if lam is None else lam * a
     if ctx.need_lam:
         r = r + x * c
     if ctx.need_taps:
         r = r + (_per_channel(b, channels) * _previous_states(h, direction, segment)).sum(2)
-    v = line_scan(r.to(h.dtype), taps, None, direction, segment, impl)
-    g, d_taps, _ = line_scan_backward(grad, v, None, taps, None, direction, segment, impl, True, False)
+    v = apply_line_scan(r.to(h.dtype), taps, None, direction, segment, impl)
+    g, d_taps, _ = apply_line_scan_backward(grad, v, None, taps, None, direction, segment, impl, True, False)
 
     d_h = d_x = d_lam = None
     if ctx.need_taps:
@@ -236,3 +235,45 @@ def _backward_vmap(info, in_dims, grad, h, x, taps, lam, direction, segment, imp
         g.unflatten(0, (info.batch_size, -1)) if want else g.expand(info.batch_size, 0)
         for g, want in zip(grads, wanted, strict=True)
     ), (0, 0, 0)
+
+
+# --- torch.func -------------------------------------------------------------------------------------------------------
+#
+# The derivatives that torch.library registers do not compose with torch.func.grad and its relatives (PyTorch asks for an
+# autograd.Function with a separate setup_context). Under such a transform the same formulas go through one.
+
+
+class _Scan(torch.autograd.Function):
+    generate_vmap_rule = True
+    setup_context = staticmethod(_scan_setup)
+    backward = staticmethod(_scan_grad)
+
+    @staticmethod
+    def forward(x, taps, lam, direction, segment, impl):
+        return torch.ops.gspn.line_scan(x, taps, lam, direction, segment, impl)
+
+
+class _Backward(torch.autograd.Function):
+    generate_vmap_rule = True
+    setup_context = staticmethod(_backward_setup)
+    backward = staticmethod(_backward_grad)
+
+    @staticmethod
+    def forward(grad, h, x, taps, lam, direction, segment, impl, need_taps, need_lam):
+        return torch.ops.gspn.line_scan_backward(
+            grad, h, x, taps, lam, direction, segment, impl, need_taps, need_lam
+        )
+
+
+def _transformed() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def apply_line_scan(*args) -> Tensor:
+    """``torch.ops.gspn.line_scan``, also under the transforms of torch.func."""
+    return _Scan.apply(*args) if _transformed() else torch.ops.gspn.line_scan(*args)  # type: ignore[return-value]
+
+
+def apply_line_scan_backward(*args) -> tuple[Tensor, Tensor, Tensor]:
+    """``torch.ops.gspn.line_scan_backward``, also under the transforms of torch.func."""
+    return _Backward.apply(*args) if _transformed() else torch.ops.gspn.line_scan_backward(*args)  # type: ignore[return-value]

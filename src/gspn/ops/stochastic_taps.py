@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import softplus
 
 from .directions import Direction, scan_axes
+
+
+def _softmax_over_taps(log_gate: Tensor) -> Tensor:
+    """``softmax(dim=2)`` that keeps the memory layout, where PyTorch's would transpose taps of a channels_last map."""
+    if log_gate.is_contiguous():
+        return log_gate.softmax(dim=2)
+    order = sorted(range(log_gate.dim()), key=log_gate.stride, reverse=True)
+    inverse = [order.index(axis) for axis in range(log_gate.dim())]
+    return log_gate.permute(order).softmax(dim=order.index(2)).permute(inverse)
 
 
 def stochastic_taps(logits: Tensor, *, direction: Direction) -> Tensor:
@@ -57,5 +66,8 @@ def stochastic_taps(logits: Tensor, *, direction: Direction) -> Tensor:
     missing = missing.unsqueeze(-2) if cross == -1 else missing.unsqueeze(-1)  # [3, 1, W] or [3, H, 1]
 
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    log_gate = logsigmoid(logits.to(acc)).masked_fill(missing, -torch.inf)
-    return log_gate.softmax(dim=2).to(logits.dtype)
+    # Masked before and after: a NaN where there is no neighbour must reach neither the taps nor the gradient.
+    # log sigmoid(a) = -softplus(-a), which unlike logsigmoid keeps the layout; linear beyond 40, where float64 is too.
+    log_gate = -softplus(-logits.masked_fill(missing, 0).to(acc), threshold=40)
+    log_gate = log_gate.masked_fill(missing, -torch.inf)
+    return _softmax_over_taps(log_gate).to(logits.dtype)

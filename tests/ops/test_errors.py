@@ -1,0 +1,71 @@
+"""Bad input gets an exception of the stated type that shows the offending value and the remedy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gspn
+
+X = torch.zeros(2, 4, 5, 6)
+TAPS = torch.zeros(2, 2, 3, 5, 6)
+
+CASES = [
+    (dict(x=torch.zeros(4, 5, 6)), ValueError, r"x\.shape=.*\[4, 5, 6\].*3 axes.*\[B, C, H, W\]"),
+    (dict(taps=torch.zeros(2, 3, 5, 6)), ValueError, r"taps\.shape=.*\[B, G, 3, H, W\]"),
+    (dict(taps=torch.zeros(2, 2, 4, 5, 6)), ValueError, r"taps\.shape=.*\[2, 2, 4, 5, 6\]"),
+    (dict(taps=torch.zeros(2, 2, 3, 6, 5)), ValueError, r"\[2, 2, 3, 6, 5\].*does not fit.*\[2, G, 3, 5, 6\]"),
+    (dict(taps=torch.zeros(1, 2, 3, 5, 6)), ValueError, r"\[1, 2, 3, 5, 6\].*does not fit"),
+    (dict(taps=torch.zeros(2, 3, 3, 5, 6)), ValueError, r"3 groups.*do not divide the 4 channels.*use 1 group"),
+    (dict(taps=torch.zeros(2, 0, 3, 5, 6)), ValueError, r"0 groups"),
+    (dict(lam=torch.zeros(2, 1, 5, 6)), ValueError, r"lam\.shape=.*\[2, 1, 5, 6\].*expand"),
+    (dict(x=[1.0]), TypeError, "x is a list; pass a torch.Tensor"),
+    (dict(taps=None), TypeError, "taps is a NoneType"),
+    (dict(x=X.int()), TypeError, r"x\.dtype is torch\.int32.*\.float\(\)"),
+    (dict(lam=torch.zeros(2, 4, 5, 6, dtype=torch.long)), TypeError, r"lam\.dtype is torch\.int64"),
+    (dict(taps=TAPS.half()), TypeError, r"x\.dtype=torch\.float32 but taps\.dtype is torch\.float16"),
+    (dict(lam=X.double()), TypeError, r"lam\.dtype is torch\.float64"),
+    (dict(taps=TAPS.to("meta")), ValueError, r"x\.device=.*cpu.*taps\.device is meta"),
+    (dict(segment=0), ValueError, r"segment=0 is below 1.*None"),
+    (dict(segment=-3), ValueError, r"segment=-3"),
+    (dict(segment=2.0), TypeError, r"segment=2\.0 is a float"),
+    (dict(segment=True), TypeError, r"segment=True is a bool"),
+    (dict(direction="north"), ValueError, r"direction='north'.*down, up, right, left"),
+    (dict(direction=None), ValueError, r"direction=None"),
+    (dict(direction=["down"]), ValueError, r"direction=\['down'\]"),
+    (dict(impl="cuda"), ValueError, r"impl='cuda'.*auto, triton, cpu, reference"),
+    (dict(impl="triton"), (NotImplementedError, ImportError), r"impl='triton' cannot run line_scan here"),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), CASES, ids=[f"{c[0].keys()}-{i}" for i, c in enumerate(CASES)])
+def test_line_scan(changed, error, message) -> None:
+    arguments = {"x": X, "taps": TAPS, "lam": None, "direction": "down"} | changed
+    with pytest.raises(error, match=message):
+        gspn.line_scan(arguments.pop("x"), arguments.pop("taps"), arguments.pop("lam"), **arguments)
+
+
+def test_direction_is_named_at_the_call() -> None:
+    with pytest.raises(TypeError, match="direction"):
+        gspn.line_scan(X, TAPS)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("logits", "direction", "error", "message"),
+    [
+        ("logits", "down", TypeError, "logits is a str"),
+        (TAPS.int(), "down", TypeError, r"logits\.dtype=torch\.int32"),
+        (torch.zeros(2, 3, 5, 6), "down", ValueError, r"logits\.shape=.*\[B, G, 3, H, W\]"),
+        (TAPS, "sideways", ValueError, "direction='sideways'"),
+    ],
+)
+def test_stochastic_taps(logits, direction, error, message) -> None:
+    with pytest.raises(error, match=message):
+        gspn.stochastic_taps(logits, direction=direction)
+
+
+def test_available_impls() -> None:
+    with pytest.raises(TypeError, match="x is a str"):
+        gspn.available_impls("cpu")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="op='scan'.*line_scan"):
+        gspn.available_impls(X, op="scan")
