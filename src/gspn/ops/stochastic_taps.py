@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from .directions import Direction, scan_axes
 
 
-def _softmax_over_taps(log_gate: Tensor) -> Tensor:
-    """``softmax(dim=2)`` that keeps the memory layout, where PyTorch's would transpose taps of a channels_last map."""
-    if log_gate.is_contiguous():
-        return log_gate.softmax(dim=2)
-    order = sorted(range(log_gate.dim()), key=log_gate.stride, reverse=True)
-    inverse = [order.index(axis) for axis in range(log_gate.dim())]
-    return log_gate.permute(order).softmax(dim=order.index(2)).permute(inverse)
+def _memory_order(tensor: Tensor) -> list[int]:
+    """The axes from the slowest to the fastest in memory."""
+    if tensor.is_contiguous():
+        return list(range(tensor.dim()))
+    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
 def stochastic_taps(logits: Tensor, *, direction: Direction) -> Tensor:
@@ -36,7 +34,7 @@ def stochastic_taps(logits: Tensor, *, direction: Direction) -> Tensor:
         direction: ``"down"``, ``"up"``, ``"right"`` or ``"left"``: the direction of the scan the taps are for.
 
     Returns:
-        The taps, ``[B, G, 3, H, W]`` in the dtype of ``logits``.
+        The taps, ``[B, G, 3, H, W]`` in the dtype and, where ``logits`` is dense, the memory layout of ``logits``.
 
     Raises:
         TypeError: ``logits`` is not a floating-point tensor.
@@ -65,9 +63,13 @@ def stochastic_taps(logits: Tensor, *, direction: Direction) -> Tensor:
     missing = (neighbour < 0) | (neighbour >= size)
     missing = missing.unsqueeze(-2) if cross == -1 else missing.unsqueeze(-1)  # [3, 1, W] or [3, H, 1]
 
+    # In memory order throughout, since PyTorch's softmax and masked_fill would transpose taps of a channels_last map.
+    order = _memory_order(logits)
+    inverse = [order.index(axis) for axis in range(5)]
+    missing = missing[None, None].permute(order)
+    ordered = logits.permute(order)
+
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     # Masked before and after: a NaN where there is no neighbour must reach neither the taps nor the gradient.
-    # log sigmoid(a) = -softplus(-a), which unlike logsigmoid keeps the layout; linear beyond 40, where float64 is too.
-    log_gate = -softplus(-logits.masked_fill(missing, 0).to(acc), threshold=40)
-    log_gate = log_gate.masked_fill(missing, -torch.inf)
-    return _softmax_over_taps(log_gate).to(logits.dtype)
+    log_gate = logsigmoid(ordered.masked_fill(missing, 0).to(acc)).masked_fill(missing, -torch.inf)
+    return log_gate.softmax(dim=order.index(2)).to(logits.dtype).permute(inverse)
