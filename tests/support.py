@@ -48,7 +48,7 @@ def make_inputs(
     batch: int, channels: int, height: int, width: int, groups: int, dtype: torch.dtype, *, layout: str = "contiguous",
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """``x, taps, lam, grad``: random, with taps whose magnitudes sum to less than one, so that float16 holds the state."""
+    """``x, taps, lam, grad``: random, with taps whose magnitudes sum to less than one, so that float16 suffices."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -95,7 +95,12 @@ def assert_as_exact_as_pytorch(
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``code`` in a fresh interpreter and return what it printed; a failure shows its output."""
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, cwd=ROOT, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        cwd=ROOT,
+        check=False,
     )
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

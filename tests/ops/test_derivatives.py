@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import CPU_IMPLS, make_inputs
 from torch.autograd import gradcheck, gradgradcheck
 
 import gspn
+from support import CPU_IMPLS, make_inputs
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)

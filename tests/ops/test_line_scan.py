@@ -8,11 +8,19 @@ import sys
 
 import pytest
 import torch
-from support import (
-    CPU_IMPLS, DTYPES, LAYOUTS, ROOT, SEGMENTS, SHAPES, assert_as_exact_as_pytorch, make_inputs, scan_and_gradients,
-)  # fmt: skip
 
 import gspn
+from support import (
+    CPU_IMPLS,
+    DTYPES,
+    LAYOUTS,
+    ROOT,
+    SEGMENTS,
+    SHAPES,
+    assert_as_exact_as_pytorch,
+    make_inputs,
+    scan_and_gradients,
+)  # fmt: skip
 
 MIXED = [*LAYOUTS, "expanded_channels"]
 FAST_IMPLS = [impl for impl in CPU_IMPLS if impl != "reference"]
@@ -55,7 +63,7 @@ def test_layouts_dtypes_and_groups(impl, direction, dtype, layout, groups) -> No
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("with_lam", [True, False])
 def test_blocks_of_channels(impl, direction, layout, with_lam) -> None:
-    # More channels than one item of work takes, for per-channel and for shared taps, whose gradients are then partial sums.
+    # More channels than one item of work takes, for per-channel and for shared taps (their gradients in parts).
     for groups in (72, 1):
         check(impl, make_inputs(1, 72, 5, 9, groups, torch.float32, layout=layout), direction, None, with_lam)
 
@@ -89,7 +97,7 @@ def test_mixed_layouts(impl, layouts) -> None:
 @pytest.mark.parametrize("impl", CPU_IMPLS)
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)])
 def test_empty_maps(impl, shape) -> None:
-    batch, channels, height, width = shape
+    batch, _, height, width = shape
     x = torch.zeros(shape, requires_grad=True)
     taps = torch.zeros(batch, 1, 3, height, width, requires_grad=True)
     for direction in gspn.DIRECTIONS:

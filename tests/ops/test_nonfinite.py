@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import CPU_IMPLS, make_inputs, scan_and_gradients
 
 import gspn
+from support import CPU_IMPLS, make_inputs, scan_and_gradients
 
 BAD = [float("nan"), float("inf")]
 
@@ -47,7 +47,9 @@ def test_a_bad_pixel_stays_in_its_cone(impl, direction, layout, groups, segment,
 @pytest.mark.parametrize("segment", [None, 3])
 @pytest.mark.parametrize("shape", [(11, 19), (1, 1), (6, 1), (1, 6)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_taps_of_neighbours_that_do_not_exist_are_not_read(impl, direction, layout, groups, segment, shape, dtype) -> None:
+def test_taps_of_neighbours_that_do_not_exist_are_not_read(
+    impl, direction, layout, groups, segment, shape, dtype
+) -> None:
     # Beyond the ends of a line, and before the first line of a segment, there is nothing to weigh.
     tensors = make_inputs(1, 20, *shape, groups, dtype, layout=layout)
     x, taps, lam, grad = tensors

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import CPU_IMPLS, make_inputs, run_python
 
 import gspn
+from support import CPU_IMPLS, make_inputs, run_python
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
@@ -136,7 +136,8 @@ def test_vmap(impl, in_dims) -> None:
 
     actual = torch.func.vmap(scan, in_dims)(*tensors)
     expected = torch.stack([
-        scan(*(t if dim is None else t.select(dim, k) for t, dim in zip(tensors, in_dims, strict=True))) for k in range(3)
+        scan(*(t if dim is None else t.select(dim, k) for t, dim in zip(tensors, in_dims, strict=True)))
+        for k in range(3)
     ])  # fmt: skip
     torch.testing.assert_close(actual, expected)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import SEGMENTS, make_inputs
 
 import gspn
 from gspn.analysis import affinity_matrix
 from gspn.ops import reference
+from support import SEGMENTS, make_inputs
 
 
 @pytest.mark.parametrize("direction", gspn.DIRECTIONS)

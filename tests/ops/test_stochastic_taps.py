@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import SHAPES, run_python
 from torch.autograd import gradcheck, gradgradcheck
 
 import gspn
+from support import SHAPES, run_python
 
 
 def by_definition(logits: torch.Tensor, direction: str) -> torch.Tensor:

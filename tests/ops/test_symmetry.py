@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import CPU_IMPLS, DTYPES, make_inputs, scan_and_gradients
 
 import gspn
+from support import CPU_IMPLS, DTYPES, make_inputs, scan_and_gradients
 
 FLIPPED = {"down": "up", "up": "down", "right": "left", "left": "right"}
 TRANSPOSED = {"down": "right", "right": "down", "up": "left", "left": "up"}

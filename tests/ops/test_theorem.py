@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import CPU_IMPLS
 
 import gspn
+from support import CPU_IMPLS
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)

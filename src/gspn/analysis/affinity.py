@@ -15,7 +15,7 @@ def affinity_matrix(
     r"""The explicit matrix ``G`` with ``h = G x``, for grids small enough to hold it.
 
     .. math::
-        G_{ij} = w_i\, w_{i-1} \cdots w_{j+1}\, \mathrm{diag}(\lambda_j) \quad (i \ge j), \qquad G_{ij} = 0 \quad (i < j)
+        G_{ij} = w_i\, w_{i-1} \cdots w_{j+1}\, \mathrm{diag}(\lambda_j) \quad (i \ge j), \qquad G_{ij} = 0 \; (i < j)
 
     with ``w_i`` the tri-diagonal matrix of line i's taps: the attention form of GSPN (arXiv 2501.12381, section 3.1).
     Built from matrix products and independent of the recurrence, so that the two can be held against each other. It
@@ -28,8 +28,8 @@ def affinity_matrix(
         segment: lines after which the recurrence restarts, at least 1; None for a global scan.
 
     Returns:
-        ``[B, C, H W, H W]`` in the dtype of ``taps``: row ``i W + j`` holds what the state at pixel ``(i, j)`` takes from
-        each pixel of ``x``, so that ``h.flatten(2) = (G @ x.flatten(2).unsqueeze(-1)).squeeze(-1)``.
+        ``[B, C, H W, H W]`` in the dtype of ``taps``: row ``i W + j`` holds what the state at pixel ``(i, j)`` takes
+        from each pixel of ``x``, so that ``h.flatten(2) = (G @ x.flatten(2).unsqueeze(-1)).squeeze(-1)``.
 
     Raises:
         ValueError: a shape, the direction or the segment does not fit.

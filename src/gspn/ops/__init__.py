@@ -1,4 +1,4 @@
-"""The operators: one file a public function, the specification in ``reference``, the kernels in ``cpu`` and ``triton``."""
+"""The operators: one file a public function, the specification in ``reference``, kernels in ``cpu`` and ``triton``."""
 
 from . import registration as _registration  # noqa: F401  (registers the operators with torch)
 from .directions import DIRECTIONS, Direction

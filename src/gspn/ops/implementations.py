@@ -1,8 +1,8 @@
 """Which implementations exist, which of them can run a call here, and which one ``impl="auto"`` takes.
 
-An implementation says *how*, never *what*: all of them compute the function of :mod:`gspn.ops.reference`. Each is a module
-with one function per operator, imported when it is first used, and a predicate that answers both the automatic choice
-and an explicit request.
+An implementation says *how*, never *what*: all of them compute the function of :mod:`gspn.ops.reference`. Each is a
+module with one function per operator, imported when it is first used, and a predicate that answers both the automatic
+choice and an explicit request.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Implementation:
     """``(device, dtype, op)`` to the reason it cannot run, or None."""
 
     def load(self) -> ModuleType:
+        """Import the module, at once if it has been before."""
         return importlib.import_module(self.module, __package__)
 
 
@@ -107,8 +108,8 @@ def _choose(device: torch.device, dtype: torch.dtype, op: str) -> Implementation
         # The dictionary of choices makes this once for each device type, dtype and operator.
         wanted = "cpu" if device.type == "cpu" else "triton"
         warnings.warn(
-            f"gspn.{op} runs its slow PyTorch loop on {device.type} for {dtype}: {wanted} cannot run, {reasons[wanted]} "
-            f"Pass impl='reference' to choose the loop yourself and silence this.",
+            f"gspn.{op} runs its slow PyTorch loop on {device.type} for {dtype}: {wanted} cannot run, "
+            f"{reasons[wanted]} Pass impl='reference' to choose the loop yourself and silence this.",
             RuntimeWarning,
             stacklevel=2,
         )

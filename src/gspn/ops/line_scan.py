@@ -38,7 +38,9 @@ def _check_tensors(x: Tensor, taps: Tensor, lam: Tensor | None) -> None:
             f"use 1 group (shared taps), {channels} (per-channel taps) or a divisor between."
         )
     if lam is not None and lam.shape != x.shape:
-        raise ValueError(f"{lam.shape=} differs from {x.shape=}; lam weighs each element of x, so expand it to x's shape.")
+        raise ValueError(
+            f"{lam.shape=} differs from {x.shape=}; lam weighs each element of x, so expand it to x's shape."
+        )
 
 
 def _check_segment(segment: int | None) -> None:
@@ -50,18 +52,22 @@ def _check_segment(segment: int | None) -> None:
         raise ValueError(f"{segment=} is below 1; pass a number of lines, or None for a global scan.")
 
 
-def _under_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _under_autocast(x: Tensor, taps: Tensor, lam: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The tensors as autocast wants them; see the rule in :func:`line_scan`."""
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not isinstance(x, Tensor):
+        return x, taps, lam  # refused by the checks
+    device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
+        return x, taps, lam
     dtype = torch.get_autocast_dtype(device)
     # The state grows with the number of lines and float16 ends at 65504: as for cumsum, float32 is what is safe.
     dtype = torch.float32 if dtype == torch.float16 else dtype
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.dtype.is_floating_point and t.dtype != torch.float64 else t
-        for t in tensors
-    )
+
+    def cast(tensor: Tensor) -> Tensor:
+        eligible = isinstance(tensor, Tensor) and tensor.dtype.is_floating_point and tensor.dtype != torch.float64
+        return tensor.to(dtype) if eligible else tensor
+
+    return cast(x), cast(taps), None if lam is None else cast(lam)
 
 
 def line_scan(
@@ -81,9 +87,10 @@ def line_scan(
         h_{i,j} = \lambda_{i,j}\, x_{i,j} + \sum_{k=0}^{2} \mathrm{taps}_{k,i,j}\; h_{i-1,\,j+k-1}
 
     where neighbours that do not exist count 0 and the state before the first line is 0. The other directions are the
-    same with the axes exchanged: ``"up"`` takes the row below, ``"right"`` the column to the left, ``"left"`` the column
-    to the right as its previous line. Tap ``k`` always weighs the neighbour at cross-axis offset ``k - 1`` in image
-    coordinates. With ``segment=n`` the recurrence restarts on every n-th line, counted from the first line scanned.
+    same with the axes exchanged: ``"up"`` takes the row below, ``"right"`` the column to the left, ``"left"`` the
+    column to the right as its previous line. Tap ``k`` always weighs the neighbour at cross-axis offset ``k - 1`` in
+    image coordinates. With ``segment=n`` the recurrence restarts on every n-th line, counted from the first line
+    scanned.
 
     This is equation (1) of GSPN (CVPR 2025, arXiv 2501.12381) without its output gate; taps that sum to one over the
     neighbours that exist (:func:`gspn.stochastic_taps`) make it stable. Then each state is a sum of as many averages as
@@ -95,8 +102,8 @@ def line_scan(
 
     Args:
         x: ``[B, C, H, W]``, float64, float32, bfloat16 or float16; any strides, any H and W including 1, B may be 0.
-        taps: ``[B, G, 3, H, W]``, of x's dtype and device; ``G`` divides ``C``, and ``C / G`` consecutive channels share
-            the taps of their group (``G = C``: each channel its own; ``G = 1``: one set for all).
+        taps: ``[B, G, 3, H, W]``, of x's dtype and device; ``G`` divides ``C``, and ``C / G`` consecutive channels
+            share the taps of their group (``G = C``: each channel its own; ``G = 1``: one set for all).
         lam: ``[B, C, H, W]``, the input gate, of x's dtype and device; None for ones.
         direction: ``"down"``, ``"up"``, ``"right"`` or ``"left"``, the way information flows.
         segment: number of lines, at least 1, after which the recurrence restarts; None for a global scan. The last

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class NotInstalled(str):
-    """A reason that an install command would remove; an explicit request raises ImportError instead of NotImplementedError."""
+    """A reason that an install command would remove: an explicit request raises ImportError for it."""

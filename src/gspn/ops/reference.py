@@ -32,23 +32,15 @@ def _from_lines(lines: list[Tensor], like: Tensor, line: int) -> Tensor:
 
 
 def _from_previous(taps: Tensor, state: Tensor) -> Tensor:
-    """``sum_k taps[k, j] state[j+k-1]`` over the neighbours that exist; ``taps [3, B, G, 1, n]``, ``state [..., n]``."""
+    """``sum_k taps[k, j] state[j+k-1]`` over neighbours that exist; taps ``[3, B, G, 1, n]``, state ``[..., n]``."""
     before, here, after = taps
-    return (
-        here * state
-        + pad(before[..., 1:] * state[..., :-1], (1, 0))
-        + pad(after[..., :-1] * state[..., 1:], (0, 1))
-    )
+    return here * state + pad(before[..., 1:] * state[..., :-1], (1, 0)) + pad(after[..., :-1] * state[..., 1:], (0, 1))
 
 
 def _to_previous(taps: Tensor, grad: Tensor) -> Tensor:
     """The transpose of :func:`_from_previous`: what a line's gradient sends to the line before it."""
     before, here, after = taps
-    return (
-        here * grad
-        + pad(before[..., 1:] * grad[..., 1:], (0, 1))
-        + pad(after[..., :-1] * grad[..., :-1], (1, 0))
-    )
+    return here * grad + pad(before[..., 1:] * grad[..., 1:], (0, 1)) + pad(after[..., :-1] * grad[..., :-1], (1, 0))
 
 
 def _tap_grads(grad: Tensor, state: Tensor) -> Tensor:
@@ -65,7 +57,7 @@ def _tap_grads(grad: Tensor, state: Tensor) -> Tensor:
 def line_scan(x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None) -> Tensor:
     """``h_i = lam_i x_i + w_i h_{i-1}``, line by line; see :func:`gspn.line_scan`."""
     axes = scan_axes(direction)
-    batch, groups = taps.shape[:2]
+    groups = taps.shape[1]
     if x.numel() == 0:
         return torch.empty_like(x)
     acc = state_dtype(x.dtype)
@@ -101,7 +93,7 @@ def line_scan_backward(
     ``dx = lam g``, ``dlam = x g``, ``dtaps[k, i, j] = sum_group g[i, j] h[i-1, j+k-1]``.
     """
     axes = scan_axes(direction)
-    batch, groups = taps.shape[:2]
+    groups = taps.shape[1]
     if grad.numel() == 0:
         # A tap's gradient sums over the channels of its group: with no pixels there are no taps either.
         return (
@@ -124,7 +116,9 @@ def line_scan_backward(
         g = grad_lines[i] if carried is None else grad_lines[i] + carried
         restart = step == 0 if segment is None else step % segment == 0
         g_lines[i] = g
-        dtap_lines[i] = torch.zeros_like(tap_lines[i, :, :, :, 0]) if restart else _tap_grads(g, h_lines[order[step - 1]])
+        dtap_lines[i] = (
+            torch.zeros_like(tap_lines[i, :, :, :, 0]) if restart else _tap_grads(g, h_lines[order[step - 1]])
+        )
         carried = None if restart else _to_previous(tap_lines[i], g)
 
     def with_factor(factor: Tensor | None) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """The operators as PyTorch knows them: schemas, shapes without data, derivatives of every order, vmap.
 
-This module imports torch alone and is imported with ``gspn``, so that everything a tracer needs exists before anything is
-traced. What computes is looked up inside the operator when it runs (:func:`gspn.ops.implementations.resolve`): tracers
-see one opaque node, never a kernel launch, a loop over lines or a look for a compiler.
+This module imports torch alone and is imported with ``gspn``, so that everything a tracer needs exists before anything
+is traced. What computes is looked up inside the operator when it runs (:func:`gspn.ops.implementations.resolve`):
+tracers see one opaque node, never a kernel launch, a loop over lines or a look for a compiler.
 
 Derivatives. With ``A`` the scan's linear map, ``h = A(taps) (lam x)``, the adjoint state is ``g = A^T grad`` and
 
@@ -11,8 +11,8 @@ Derivatives. With ``A`` the scan's linear map, ``h = A(taps) (lam x)``, the adjo
 ``line_scan_backward`` computes all of it in one sweep. It is an operator with a derivative of its own: for cotangents
 ``a, b, c`` of ``dx, dtaps, dlam`` the cotangent of ``g`` is ``r = lam a + x c + sum_k b_k h[i-1, j+k-1]``; then
 ``v = A r`` is the gradient of ``grad``, the gradient of ``taps`` has the form of ``dtaps`` with ``v`` in the place of
-``h``, and ``h``, ``x``, ``lam`` enter linearly. All of it is expressed by these two operators again, so derivatives of any
-order exist and run in the fast kernels.
+``h``, and ``h``, ``x``, ``lam`` enter linearly. All of it is expressed by these two operators again, so derivatives of
+any order exist and run in the fast kernels.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ from .implementations import resolve
 _SCAN = "gspn::line_scan"
 _BACKWARD = "gspn::line_scan_backward"
 
-torch.library.define(
-    _SCAN, "(Tensor x, Tensor taps, Tensor? lam, str direction, SymInt? segment, str impl) -> Tensor"
-)
+torch.library.define(_SCAN, "(Tensor x, Tensor taps, Tensor? lam, str direction, SymInt? segment, str impl) -> Tensor")
 torch.library.define(
     _BACKWARD,
     "(Tensor grad, Tensor h, Tensor? x, Tensor taps, Tensor? lam, str direction, SymInt? segment, str impl, "
@@ -41,9 +39,7 @@ torch.library.define(
 
 
 @torch.library.impl(_SCAN, "CompositeExplicitAutograd")
-def _scan_impl(
-    x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None, impl: str
-) -> Tensor:
+def _scan_impl(x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None, impl: str) -> Tensor:
     return resolve(impl, x, "line_scan").line_scan(x, taps, lam, direction, segment)
 
 
@@ -68,9 +64,7 @@ def _backward_impl(
 
 
 @torch.library.register_fake(_SCAN)
-def _scan_fake(
-    x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None, impl: str
-) -> Tensor:
+def _scan_fake(x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None, impl: str) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -162,7 +156,8 @@ def _to_previous_states(products: Tensor, direction: str, segment: int | None) -
     """The transpose of :func:`_previous_states`, ``[B, C, 3, H, W]`` to ``[B, C, H, W]``."""
     axes = scan_axes(direction)
     products = torch.where(_has_previous(products, direction, segment), products, 0)
-    here = sum(_shifted(products[:, :, k], axes.cross, k - 1) for k in range(3))
+    before, here, after = (_shifted(products[:, :, k], axes.cross, k - 1) for k in range(3))
+    here = before + here + after
     return _shifted(here, axes.line, 1 if axes.reverse else -1)
 
 
@@ -218,14 +213,14 @@ def _fold(tensors: tuple[Tensor | None, ...], in_dims: tuple[int | None, ...], s
     return folded
 
 
-@torch.library.register_vmap(_SCAN)
+@torch.library.register_vmap(_SCAN)  # pyright: ignore[reportOptionalCall]
 def _scan_vmap(info, in_dims, x, taps, lam, direction, segment, impl):
     x, taps, lam = _fold((x, taps, lam), in_dims[:3], info.batch_size)
     h = torch.ops.gspn.line_scan(x, taps, lam, direction, segment, impl)
     return h.unflatten(0, (info.batch_size, -1)), 0
 
 
-@torch.library.register_vmap(_BACKWARD)
+@torch.library.register_vmap(_BACKWARD)  # pyright: ignore[reportOptionalCall]
 def _backward_vmap(info, in_dims, grad, h, x, taps, lam, direction, segment, impl, need_taps, need_lam):
     tensors = _fold((grad, h, x, taps, lam), in_dims[:5], info.batch_size)
     grads = torch.ops.gspn.line_scan_backward(*tensors, direction, segment, impl, need_taps, need_lam)
@@ -239,14 +234,14 @@ def _backward_vmap(info, in_dims, grad, h, x, taps, lam, direction, segment, imp
 
 # --- torch.func -------------------------------------------------------------------------------------------------------
 #
-# The derivatives that torch.library registers do not compose with torch.func.grad and its relatives (PyTorch asks for an
-# autograd.Function with a separate setup_context). Under such a transform the same formulas go through one.
+# The derivatives that torch.library registers do not compose with torch.func.grad and its relatives (PyTorch asks for
+# an autograd.Function with a separate setup_context). Under such a transform the same formulas go through one.
 
 
 class _Scan(torch.autograd.Function):
     generate_vmap_rule = True
     setup_context = staticmethod(_scan_setup)
-    backward = staticmethod(_scan_grad)
+    backward = staticmethod(_scan_grad)  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
     def forward(x, taps, lam, direction, segment, impl):
@@ -256,13 +251,11 @@ class _Scan(torch.autograd.Function):
 class _Backward(torch.autograd.Function):
     generate_vmap_rule = True
     setup_context = staticmethod(_backward_setup)
-    backward = staticmethod(_backward_grad)
+    backward = staticmethod(_backward_grad)  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
     def forward(grad, h, x, taps, lam, direction, segment, impl, need_taps, need_lam):
-        return torch.ops.gspn.line_scan_backward(
-            grad, h, x, taps, lam, direction, segment, impl, need_taps, need_lam
-        )
+        return torch.ops.gspn.line_scan_backward(grad, h, x, taps, lam, direction, segment, impl, need_taps, need_lam)
 
 
 def _transformed() -> bool:

@@ -21,5 +21,7 @@ def why_not(device: torch.device, dtype: torch.dtype, op: str) -> str | None:
     try:
         load()
     except OSError as error:
-        return NotInstalled(f"{error} Install a C++17 compiler (GCC or Clang), then pip install --force-reinstall --no-deps gspn.")
+        return NotInstalled(
+            f"{error} Install a C++17 compiler (GCC or Clang), then pip install --force-reinstall --no-deps gspn."
+        )
     return None

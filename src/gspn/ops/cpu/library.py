@@ -17,7 +17,7 @@ _INTERFACE_VERSION = 1
 
 def _path() -> Path:
     # An editable install keeps the sources in one folder and the built library in another; both are on __path__.
-    for folder in sys.modules[__package__].__path__:
+    for folder in sys.modules[__name__.rpartition(".")[0]].__path__:
         path = Path(folder) / "gspn_cpu.so"
         if path.is_file():
             return path
@@ -27,9 +27,10 @@ def _path() -> Path:
 def _share_threads(library: ctypes.CDLL) -> None:
     """Let the kernels run on the OpenMP threads that PyTorch keeps.
 
-    A runtime of our own would keep a second team of threads, and after each parallel region a team's idle threads spin on
-    the cores that the other team needs. Asking libtorch_cpu for the symbol finds the runtime it was linked with, wherever
-    that is; where there is none (macOS, a PyTorch without OpenMP) the kernels start threads for the call and join them.
+    A runtime of our own would keep a second team of threads, and after each parallel region a team's idle threads spin
+    on the cores that the other team needs. Asking libtorch_cpu for the symbol finds the runtime it was linked with,
+    wherever that is; where there is none (macOS, a PyTorch without OpenMP) the kernels start threads for the call and
+    join them.
     """
     name = "libtorch_cpu.so"
     try:
@@ -52,7 +53,9 @@ def load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_path()))
     found = library.gspn_interface_version()
     if found != _INTERFACE_VERSION:
-        raise OSError(f"{_path()} has interface version {found}, not {_INTERFACE_VERSION}: it was built from other sources.")
+        raise OSError(
+            f"{_path()} has interface version {found}, not {_INTERFACE_VERSION}: it was built from other sources."
+        )
     for function in (library.gspn_line_scan, library.gspn_line_scan_backward):
         function.argtypes = [ctypes.POINTER(LineScanCall), ctypes.c_int64]
         function.restype = ctypes.c_int32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from .library import load
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-def _run(function, call: LineScanCall) -> None:
+def _run(function: Callable[..., int], call: LineScanCall) -> None:
     if function(ctypes.byref(call), torch.get_num_threads()):
         raise MemoryError(f"line_scan over {call.lines} lines of {call.cross} positions ran out of scratch memory.")
 

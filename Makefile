@@ -1,0 +1,42 @@
+# Everything a newcomer, a contributor and CI run. Each target does its own set-up in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+KERNELS := $(wildcard src/gspn/ops/cpu/kernels/*)
+
+.PHONY: help install test demo lint format bench clean
+
+help: ## Show the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(INSTALLED) ## Set up .venv with gspn, its kernels and every extra, at the tested versions
+
+# Again whenever the dependencies or the kernels' sources change; otherwise nothing to do.
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(KERNELS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --reinstall-package gspn --editable '.[all]'
+	touch $@
+
+test: $(INSTALLED) ## Run the whole test suite
+	$(BIN)/python -m pytest
+
+demo: $(INSTALLED) ## Spread a point of a photograph in four directions; writes runs/demo/spread.png
+	$(BIN)/python examples/spread.py --output runs/demo/spread.png
+
+lint: $(INSTALLED) ## Check style, types and the arrows between the packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
+
+format: $(INSTALLED) ## Format the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## Measure line_scan on this machine; writes runs/bench/
+	$(BIN)/gspn bench line-scan --output runs/bench/line_scan.csv --plot runs/bench/line_scan.png
+
+clean: ## Remove builds and the environment
+	rm -rf build dist $(VENV)
