@@ -1,0 +1,37 @@
+"""The ``gspn`` command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import gspn
+
+from . import bench
+from .info import info
+
+app = typer.Typer(
+    name="gspn",
+    help="GSPN: line scans over pictures, in the place of attention.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_show_locals=False,
+)
+app.command()(info)
+app.add_typer(bench.app, name="bench")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"gspn {gspn.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    del version  # what it does is in its callback

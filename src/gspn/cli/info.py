@@ -1,0 +1,74 @@
+"""``gspn info``: what is installed here and which implementations can run."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import gspn
+from gspn.analysis.bench import environment
+from gspn.ops.implementations import OPS
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def info() -> None:
+    """Show versions, hardware, and which implementations can run here, with the reason why others cannot."""
+    console = Console()
+    cpu = torch.device("cpu")
+    console.print(_facts(environment.describe(cpu)))
+    for device in [cpu, *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]:
+        for op in OPS:
+            console.print()
+            console.print(_implementations(device, op))
+
+
+def _facts(here: environment.Environment) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("gspn", here.gspn + (f"  ({here.commit})" if here.commit else ""))
+    table.add_row("python", here.python)
+    table.add_row("torch", here.torch)
+    table.add_row("triton", here.triton or "not installed")
+    table.add_row("system", here.os)
+    table.add_row("cpu", f"{here.device}, {here.threads} threads used by PyTorch")
+    table.add_row("cpu kernels", f"compiled, run with {here.isa}" if here.isa else "not compiled")
+    count = torch.cuda.device_count()
+    if count == 0:
+        table.add_row("cuda", "no device")
+    for i in range(count):
+        properties = torch.cuda.get_device_properties(i)
+        table.add_row(
+            f"cuda:{i}",
+            f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB",
+        )
+    return table
+
+
+def _implementations(device: torch.device, op: str) -> Table:
+    name = environment.device_name(device)
+    table = Table(title=f"{op} on {device} ({name})", title_justify="left", title_style="bold")
+    table.add_column("impl", no_wrap=True)
+    for dtype in _DTYPES:
+        table.add_column(_short(dtype), justify="center", no_wrap=True)
+    table.add_column("why it cannot run")
+    answers = {dtype: gspn.available_impls(torch.empty(0, device=device, dtype=dtype), op=op) for dtype in _DTYPES}
+    auto = {dtype: next(name for name, reason in answers[dtype].items() if reason is None) for dtype in _DTYPES}
+    for impl in answers[_DTYPES[0]]:
+        reasons = {dtype: answers[dtype][impl] for dtype in _DTYPES}
+        cells = [
+            "[dim]no[/]" if reasons[dtype] else "[bold green]auto[/]" if auto[dtype] == impl else "yes"
+            for dtype in _DTYPES
+        ]
+        # Most reasons hold for every dtype; each is said once.
+        table.add_row(impl, *cells, escape("\n".join(dict.fromkeys(r for r in reasons.values() if r))))
+    table.caption = 'yes: can run. auto: what impl="auto" takes.'
+    table.caption_justify = "left"
+    return table
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
