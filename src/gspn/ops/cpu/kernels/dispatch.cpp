@@ -166,6 +166,12 @@ Plan plan(const LineScanCall& call, int64_t threads, bool backward) {
                      (backward ? channels_last(call.grad) && channels_last(call.h) : channels_last(call.x)) &&
                      channels_last(call.lam);
 
+  const auto dense_rows = [](const auto& map) { return !map.data || (map.line == 1 && map.cross != 1); };
+  plan.columns = !plan.interleaved && dense_rows(call.taps) && dense_rows(call.lam) &&
+                 (backward ? dense_rows(call.grad) && dense_rows(call.dx) && dense_rows(call.x) && dense_rows(call.h) &&
+                                 dense_rows(call.dlam) && dense_rows(call.dtaps)
+                           : dense_rows(call.x) && dense_rows(call.h));
+
   if (shared) {
     plan.block = per_group < kSharedBlock ? per_group : kSharedBlock;
     plan.blocks = round_up(per_group, plan.block) / plan.block;
@@ -246,7 +252,9 @@ GSPN_EXPORT int32_t gspn_line_scan_backward(const LineScanCall* call, int64_t th
   expect_first_touch(call->dx.data, map_bytes(*call));
   expect_first_touch(call->dlam.data, map_bytes(*call));
   expect_first_touch(call->dtaps.data, map_bytes(*call) / static_cast<size_t>(call->channels / call->groups) * 3);
-  if (shared && call->dtaps.data && p.blocks > 1) {
+  // The columns' sweep adds up a group's channels in memory, which has to be in the state's type.
+  const bool narrow = call->dtype == kBFloat16 || call->dtype == kFloat16;
+  if (shared && call->dtaps.data && (p.blocks > 1 || (p.columns && narrow))) {
     const size_t count = static_cast<size_t>(p.blocks * call->batch * call->groups * 3 * call->lines * call->cross);
     p.partials = std::malloc(count * size_of_state(call->dtype));
     if (!p.partials) return 1;

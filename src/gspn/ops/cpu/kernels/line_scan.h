@@ -45,6 +45,7 @@ constexpr int32_t kInterfaceVersion = 1;
 // threads; sums are always taken within an item and over `partials` in a fixed order, so the bits depend on neither.
 struct Plan {
   bool interleaved;   // channels are the fastest axis: vectors run over channels, not over the line
+  bool columns;       // columns are the lines and rows are dense, in every tensor
   bool stream;        // outputs exceed the caches: write around them
   int64_t block;      // channels an item takes
   int64_t blocks;     // blocks of a tap group (shared taps) or of all channels (per-channel taps)
@@ -53,7 +54,8 @@ struct Plan {
   int64_t pitch;      // elements between staged lines
   int64_t items;
   size_t scratch_bytes;  // for each worker
-  void* partials;        // [blocks, batch, groups, 3, lines, cross] in the state's type, or null
+  void* partials;        // [blocks, batch, groups, 3, pixels] in the state's type, or null; a pixel's place is
+                         // line * cross count + cross, with `columns` cross * line count + line
 };
 
 struct Kernels {

@@ -76,6 +76,39 @@ void gather_transposed(const T* src, const Rect& r, A* dst, int64_t pitch) {
   }
 }
 
+// The same of the product of two tensors, dense in each row: one transpose instead of two.
+template <class A, class T>
+void gather_product(const T* a, int64_t a_cross, const T* b, int64_t b_cross, int64_t lines, int64_t cross, A* dst,
+                    int64_t pitch) {
+  constexpr int V = kLanes<A>;
+  typename VectorOf<A>::type rows[V];
+  for (int64_t p = 0; p < cross; p += V) {
+    const int64_t present = cross - p < V ? cross - p : V;
+    for (int64_t l = 0; l < lines; l += V) {
+      const int64_t width = lines - l < V ? lines - l : V;
+      const T *from_a = a + p * a_cross + l, *from_b = b + p * b_cross + l;
+      if (present == V && width == V) {
+#pragma GCC unroll 16
+        for (int i = 0; i < V; ++i) {
+          rows[i] = load(from_a + i * a_cross) * load(from_b + i * b_cross);
+          __builtin_prefetch(from_a + (i + kAhead) * a_cross);
+          __builtin_prefetch(from_b + (i + kAhead) * b_cross);
+        }
+        transpose<A>(rows);
+#pragma GCC unroll 16
+        for (int i = 0; i < V; ++i) store(dst + (l + i) * pitch + p, rows[i]);
+      } else {
+        for (int i = 0; i < V; ++i) {
+          rows[i] = i < present ? load_some<A>(from_a + i * a_cross, width) * load_some<A>(from_b + i * b_cross, width)
+                                : typename VectorOf<A>::type{};
+        }
+        transpose<A>(rows);
+        for (int64_t i = 0; i < width; ++i) store(dst + (l + i) * pitch + p, rows[i]);
+      }
+    }
+  }
+}
+
 template <class A, class T>
 void scatter_transposed(const A* src, int64_t pitch, const Rect& r, T* dst, bool streaming) {
   constexpr int V = kLanes<A>;
