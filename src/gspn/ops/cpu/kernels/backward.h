@@ -13,9 +13,10 @@ namespace {
 template <class A>
 struct BackwardLine {
   int64_t cross, m;
-  bool scalar_taps, has_prev, add_dt, streaming;
+  bool scalar_taps, has_prev, add_dt;
   const A *grad, *x, *lam, *carry, *prev;  // carry, prev: [cross][m], prev padded
   int64_t grad_cross, x_cross, lam_cross;
+  int64_t ahead[4];  // from here to the next line of grad, x, lam and the taps: fetched while this one is computed
   TapLine<A> taps;
   A *dx, *dlam;
   int64_t dx_cross, dlam_cross;
@@ -27,17 +28,20 @@ struct BackwardLine {
 template <class A, bool kHasLam, bool kNeedLam, bool kNeedTaps, bool kHasPrev, bool kAdd>
 GSPN_INLINE void backward_run(int64_t count, int64_t m, const A* grad, const A* x, const A* lam, const A* carry,
                               const A* prev, const A* t0, const A* t1, const A* t2, A* dx, A* dlam, A* dt0, A* dt1,
-                              A* dt2, A* q0, A* q1, A* q2, bool streaming) {
-  sweep<A>(count, dx, streaming, [&](auto lane, int64_t i) __attribute__((always_inline)) {
+                              A* dt2, A* q0, A* q1, A* q2, const int64_t* ahead) {
+  sweep<A>(count, [&](auto lane, int64_t i) __attribute__((always_inline)) {
     using L = decltype(lane);
     constexpr bool one = sizeof(typename L::type) == sizeof(A);
-    auto keep = [](A* p, typename L::type v) __attribute__((always_inline)) {
-      if constexpr (one) {
-        *p = v;
-      } else {
-        store(p, v);
+    if constexpr (!one) {
+      __builtin_prefetch(grad + i + ahead[0]);
+      if constexpr (kNeedLam) __builtin_prefetch(x + i + ahead[1]);
+      if constexpr (kHasLam) __builtin_prefetch(lam + i + ahead[2]);
+      if constexpr (kHasPrev) {
+        __builtin_prefetch(t0 + i + ahead[3]);
+        __builtin_prefetch(t1 + i + ahead[3]);
+        __builtin_prefetch(t2 + i + ahead[3]);
       }
-    };
+    }
     auto g = L::get(grad + i) + L::get(carry + i);
     if constexpr (kHasLam) {
       L::set(dx + i, L::get(lam + i) * g);
@@ -51,18 +55,18 @@ GSPN_INLINE void backward_run(int64_t count, int64_t m, const A* grad, const A* 
         auto d1 = g * L::get(prev + i);
         auto d2 = g * L::get(prev + i + m);
         if constexpr (kAdd) {
-          keep(dt0 + i, L::get(dt0 + i) + d0);
-          keep(dt1 + i, L::get(dt1 + i) + d1);
-          keep(dt2 + i, L::get(dt2 + i) + d2);
+          L::set(dt0 + i, L::get(dt0 + i) + d0);
+          L::set(dt1 + i, L::get(dt1 + i) + d1);
+          L::set(dt2 + i, L::get(dt2 + i) + d2);
         } else {
           L::set(dt0 + i, d0);
           L::set(dt1 + i, d1);
           L::set(dt2 + i, d2);
         }
       }
-      keep(q0 + i, L::get(t0 + i) * g);
-      keep(q1 + i, L::get(t1 + i) * g);
-      keep(q2 + i, L::get(t2 + i) * g);
+      L::set(q0 + i, L::get(t0 + i) * g);
+      L::set(q1 + i, L::get(t1 + i) * g);
+      L::set(q2 + i, L::get(t2 + i) * g);
     }
   });
 }
@@ -154,11 +158,11 @@ void backward_line_of(const BackwardLine<A>& b) {
     } else if (kNeedTaps && kHasPrev && b.add_dt) {
       backward_run<A, kHasLam, kNeedLam, kNeedTaps, kHasPrev, true>(count, m, grad, x, lam, carry, prev, t[0], t[1], t[2],
                                                                     dx, dlam, dt[0], dt[1], dt[2], q[0], q[1], q[2],
-                                                                    b.streaming);
+                                                                    b.ahead);
     } else {
       backward_run<A, kHasLam, kNeedLam, kNeedTaps, kHasPrev, false>(count, m, grad, x, lam, carry, prev, t[0], t[1],
                                                                      t[2], dx, dlam, dt[0], dt[1], dt[2], q[0], q[1],
-                                                                     q[2], b.streaming);
+                                                                     q[2], b.ahead);
     }
   }
   if constexpr (kNeedTaps) {
@@ -227,15 +231,10 @@ void backward(const LineScanCall& call, const Plan& plan, int64_t index, char* b
   const int64_t dt_m = item.shared ? 1 : m;
 
   for (int64_t step = item.last_step; step > item.first_step;) {
-    // The tile that ends (in scan order) with step - 1.
-    const int64_t line = item.line_of(step - 1);
-    int64_t count = call.reverse ? plan.tile - line % plan.tile : line % plan.tile + 1;
-    if (count > step - item.first_step) count = step - item.first_step;
-    const int64_t low = call.reverse ? line : line - count + 1;
-    const int64_t begin = step - count;
-
+    const Tile tile = item.tile_until(step);
+    const int64_t low = tile.low, count = tile.count, begin = step - count;
     Lines<A> taps[3];
-    bring_taps<T>(item, low, count, staging, taps);
+    bring_taps<T>(item, tile, staging, taps);
     // Tap gradients of this tile: to the tensor, or this block's part of the sum over the group's channels.
     T* dt_base[3] = {};
     A* partial[3] = {};
@@ -257,11 +256,11 @@ void backward(const LineScanCall& call, const Plan& plan, int64_t index, char* b
     for (int64_t c = 0; c < lanes; ++c) {
       const int64_t channel = item.channel + c;
       const auto grad = bring<T>(item.address(call.grad, channel, low), count, call.cross, m, call.grad.line,
-                                 call.grad.cross, call.grad.channel, staging[3], pitch, false);
+                                 call.grad.cross, call.grad.channel, staging[3], pitch);
       const auto lam = bring<T>(item.address(call.lam, channel, low), count, call.cross, m, call.lam.line,
-                                call.lam.cross, call.lam.channel, staging[4], pitch, false);
+                                call.lam.cross, call.lam.channel, staging[4], pitch);
       const auto x = bring<T>(need_lam ? item.address(call.x, channel, low) : nullptr, count, call.cross, m, call.x.line,
-                              call.x.cross, call.x.channel, staging[5], pitch, false);
+                              call.x.cross, call.x.channel, staging[5], pitch);
       if (need_taps) {
         // The states one step before each of the tile's lines; those outside the picture are never read.
         int64_t from = call.reverse ? low + 1 : low - 1, skip = 0, lines = count;
@@ -285,7 +284,7 @@ void backward(const LineScanCall& call, const Plan& plan, int64_t index, char* b
       b.carry = carry;
       b.q[0] = q[0], b.q[1] = q[1], b.q[2] = q[2];
       for (int64_t k = count - 1; k >= 0; --k) {
-        const int64_t at = begin + k, l = call.reverse ? count - 1 - k : k;
+        const int64_t at = begin + k, l = tile.line(k);
         // The line after this one starts a segment, or there is none: nothing comes back from it.
         if (at + 1 == item.last_step || (at + 1) % call.segment == 0) clear(carry, n);
         b.has_prev = at % call.segment != 0;
@@ -293,6 +292,8 @@ void backward(const LineScanCall& call, const Plan& plan, int64_t index, char* b
         b.grad = grad.at(l), b.grad_cross = grad.cross;
         b.x = x.at(l), b.x_cross = x.cross;
         b.lam = lam.at(l), b.lam_cross = lam.cross;
+        b.ahead[0] = -tile.forth * grad.line, b.ahead[1] = -tile.forth * x.line;
+        b.ahead[2] = -tile.forth * lam.line, b.ahead[3] = -tile.forth * taps[0].line;
         b.prev = h_lines + l * pitch + m;
         b.taps = {{taps[0].at(l), taps[1].at(l), taps[2].at(l)}, taps[0].cross};
         b.dx = dx.lines.at(l), b.dx_cross = dx.lines.cross;
@@ -301,27 +302,15 @@ void backward(const LineScanCall& call, const Plan& plan, int64_t index, char* b
           b.dt[j] = partial[j] ? partial[j] + l * call.cross : dt[j].lines.at(l);
         }
         b.dt_cross = partial[0] ? 1 : dt[0].lines.cross;
-        // All five outputs are swept together, so all have to reach alignment together.
-        b.streaming = plan.stream && dx.in_place && (!need_lam || dlam.in_place) && (!need_taps || dt[0].in_place) &&
-                      !b.add_dt && n * static_cast<int64_t>(sizeof(A)) >= 4 * GSPN_VECTOR_BYTES;
-        if (b.streaming) {
-          const auto phase = [](const A* p) { return reinterpret_cast<uintptr_t>(p) % GSPN_VECTOR_BYTES; };
-          const auto wanted = phase(b.dx);
-          if (need_lam) b.streaming = b.streaming && phase(b.dlam) == wanted;
-          if (need_taps) {
-            for (int j = 0; j < 3; ++j) b.streaming = b.streaming && phase(b.dt[j]) == wanted;
-          }
-        }
         backward_line<A>(b, need_lam, need_taps);
         if (b.has_prev) gather_carry<A>(n, m, q, carry);
       }
-      dx.put(plan.stream);
-      dlam.put(plan.stream);
+      dx.put();
+      dlam.put();
     }
-    for (const auto& d : dt) d.put(plan.stream);
+    for (const auto& d : dt) d.put();
     step -= count;
   }
-  stream_fence();
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 //
 // Only what the recurrence itself needs is transposed: the gradient and the taps on the way in, the adjoint state g on
 // the way out. Everything else is a product of g with something at the same pixel or beside it, and is taken in image
-// layout while a square of g is in registers: 5 transposes instead of 12, and x, lam, h and the five outputs never pass
+// layout while a band of g is at hand: 5 transposes instead of 12, and x, lam, h and the five outputs never pass
 // through scratch.
 #pragma once
 
@@ -31,13 +31,13 @@ GSPN_INLINE void adjoint_line(int64_t n, A* g, const TapLine<A>& taps, bool has_
   const A *t0 = taps.t[0], *t1 = taps.t[1], *t2 = taps.t[2];
   A *q0 = q[0], *q1 = q[1], *q2 = q[2];
   if (!has_prev) {
-    sweep<A>(n, g, false, [&](auto lane, int64_t i) __attribute__((always_inline)) {
+    sweep<A>(n, [&](auto lane, int64_t i) __attribute__((always_inline)) {
       using L = decltype(lane);
       L::set(g + i, L::get(g + i) + L::get(carry + i));
     });
     return;
   }
-  sweep<A>(n, g, false, [&](auto lane, int64_t i) __attribute__((always_inline)) {
+  sweep<A>(n, [&](auto lane, int64_t i) __attribute__((always_inline)) {
     using L = decltype(lane);
     const auto v = L::get(g + i) + L::get(carry + i);
     L::set(g + i, v);
@@ -53,7 +53,6 @@ template <class T>
 struct Rows {
   T* data;
   int64_t row;
-  bool streamed;
   GSPN_INLINE T* at(int64_t p) const { return data + p * row; }
 };
 
@@ -65,71 +64,60 @@ struct Products {
   bool add_dt;
 };
 
-template <class A, class T>
-GSPN_INLINE void put(const Rows<T>& rows, int64_t p, int64_t l, typename VectorOf<A>::type v, int64_t width) {
-  if (width == kLanes<A>) {
-    if (rows.streamed) {
-      stream<A>(rows.at(p) + l, v);
-    } else {
-      store(rows.at(p) + l, v);
-    }
-  } else {
-    store_some<A>(rows.at(p) + l, v, width);
+// The previous states of a band of rows and of the rows beside it, for `width` columns from `column` on: row j holds
+// those of row `first - 1 + j`. What lies outside the picture is 0 and belongs to a column that has no previous line.
+// They are brought in before the band's outputs are written: between the writes, loads would wait for stores to other
+// tensors whose addresses look alike.
+template <class T, class A>
+GSPN_INLINE void bring_previous(const Rows<const T>& h, int64_t first, int64_t rows, int64_t column, int64_t back,
+                                int64_t l, int64_t width, int64_t columns, A (*out)[Band<A>::pitch]) {
+  for (int64_t j = 0; j < kLanes<A> + 2; ++j) {
+    const int64_t r = first - 1 + j;
+    if (r < 0 || r >= rows) continue;
+    const T* row = h.at(r) + l + back;
+    // At most one column of a picture has its previous one outside.
+    const int64_t skip = column + back < 0 ? 1 : 0, over = column + back + width > columns ? 1 : 0;
+    if (skip) out[j][0] = 0;
+    if (over) out[j][width - 1] = 0;
+    fetch_row(row + (kLanes<A> + 2) * h.row, width);
+    copy_run(row + skip, out[j] + skip, width - skip - over);
   }
 }
 
 // The products of a tile: g is [line][row] with `pitch` between lines, `keep[l]` all ones where line l has a previous
 // one. `low` is the tile's first column and `back` the offset to the previous one, -1 or +1.
 template <class T, class A, class P>
-void emit(const A* g, int64_t pitch, int64_t rows_count, int64_t columns, int64_t low, int64_t lines, int64_t back,
+void emit(const A* g, int64_t pitch, int64_t rows, int64_t columns, int64_t low, int64_t all_columns, int64_t back,
           const typename MaskOf<A>::element* keep, const Products<T, A, P>& out) {
   using V = typename VectorOf<A>::type;
   using M = typename MaskOf<A>::type;
   constexpr int W = kLanes<A>;
-  V square[W];
-  for (int64_t p = 0; p < rows_count; p += W) {
-    const int64_t present = rows_count - p < W ? rows_count - p : W;
-    for (int64_t l = 0; l < columns; l += W) {
-      const int64_t width = columns - l < W ? columns - l : W;
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) square[i] = i < width ? load(g + (l + i) * pitch + p) : V{};
-      transpose<A>(square);
-      // The previous states of these columns, read in place unless some lie outside the picture.
-      const int64_t from = low + l + back;
-      const bool inside = width == W && from >= 0 && from + W <= lines;
-      M mask;
-      memcpy(&mask, keep + l, sizeof(mask));
-      const auto previous = [&](int64_t r) __attribute__((always_inline)) {
-        if (r < 0 || r >= rows_count) return V{};
-        const T* h = out.h.at(r) + l + back;
-        if (inside) return load(h);
-        T lanes[W] = {};
-        for (int64_t i = 0; i < width; ++i) {
-          if (from + i >= 0 && from + i < lines) lanes[i] = h[i];
-        }
-        return load(lanes);
-      };
-      const auto masked = [&](V v) __attribute__((always_inline)) { return bit_cast<V>(bit_cast<M>(v) & mask); };
-      V above{}, here{}, below{};
-      if (out.h.data) {
-        above = previous(p - 1);
-        here = previous(p);
-      }
-      for (int64_t i = 0; i < present; ++i) {
-        const V v = square[i];
+  Band<A> band;
+  alignas(64) A previous[W + 2][Band<A>::pitch];
+  for (int64_t l = 0; l < columns; l += kBand) {
+    const int64_t width = columns - l < kBand ? columns - l : kBand;
+    for (int64_t p = 0; p < rows; p += W) {
+      turn_out(g + l * pitch + p, pitch, width, band);
+      if (out.h.data) bring_previous(out.h, p, rows, low + l, back, l, width, all_columns, previous);
+      for (int64_t i = 0; i < W && p + i < rows; ++i) {
         const int64_t r = p + i;
-        put<A>(out.dx, r, l, out.lam.data ? load_some<A>(out.lam.at(r) + l, width) * v : v, width);
-        if (out.dlam.data) put<A>(out.dlam, r, l, load_some<A>(out.x.at(r) + l, width) * v, width);
-        if (out.h.data) {
-          below = previous(r + 1);
-          // A neighbour outside the picture is left out, not multiplied by zero: g may be NaN.
-          V d[3] = {r > 0 ? masked(v * above) : V{}, masked(v * here), r + 1 < rows_count ? masked(v * below) : V{}};
-          for (int k = 0; k < 3; ++k) {
-            if (out.add_dt) d[k] += load_some<A>(out.dt[k].at(r) + l, width);
-            put<A>(out.dt[k], r, l, d[k], width);
+        for (int64_t k = 0; k < width; k += W) {
+          const int64_t c = l + k, some = width - k < W ? width - k : W;
+          const V v = load(band.rows[i] + k);
+          store_some<A>(out.dx.at(r) + c, out.lam.data ? load_some<A>(out.lam.at(r) + c, some) * v : v, some);
+          if (out.dlam.data) store_some<A>(out.dlam.at(r) + c, load_some<A>(out.x.at(r) + c, some) * v, some);
+          if (!out.h.data) continue;
+          M mask;
+          memcpy(&mask, keep + c, sizeof(mask));
+          for (int j = 0; j < 3; ++j) {
+            // A neighbour outside the picture is left out, not multiplied by zero: g may be NaN.
+            V d{};
+            if (r + j > 0 && r + j <= rows) {
+              d = bit_cast<V>(bit_cast<M>(v * load(previous[i + j] + k)) & mask);
+            }
+            if (out.add_dt) d += load_some<A>(out.dt[j].at(r) + c, some);
+            store_some<A>(out.dt[j].at(r) + c, d, some);
           }
-          above = here;
-          here = below;
         }
       }
     }
@@ -154,20 +142,12 @@ void backward_columns(const LineScanCall& call, const Plan& plan, int64_t index,
   }
   A* carries = scratch.take<A>(item.channels * padded);
 
-  // Whether whole vectors of a tensor's rows can be written around the caches, from a column that ends a cache line.
-  const auto streams = [&](const void* data, int64_t row) {
-    return plan.stream && sizeof(T) == sizeof(A) && aligned<A>(data) && row * sizeof(T) % GSPN_VECTOR_BYTES == 0;
-  };
   for (int64_t step = item.last_step; step > item.first_step;) {
-    const int64_t line = item.line_of(step - 1);
-    int64_t count = call.reverse ? plan.tile - line % plan.tile : line % plan.tile + 1;
-    if (count > step - item.first_step) count = step - item.first_step;
-    const int64_t low = call.reverse ? line : line - count + 1;
-    const int64_t begin = step - count;
-
+    const Tile tile = item.tile_until(step);
+    const int64_t low = tile.low, count = tile.count, begin = step - count;
     Lines<A> taps[3];
-    bring_taps<T>(item, low, count, staging, taps);
-    for (int64_t k = 0; k < count; ++k) keep[call.reverse ? count - 1 - k : k] = (begin + k) % call.segment ? -1 : 0;
+    bring_taps<T>(item, tile, staging, taps);
+    for (int64_t k = 0; k < count; ++k) keep[tile.line(k)] = (begin + k) % call.segment ? -1 : 0;
 
     for (int64_t c = 0; c < item.channels; ++c) {
       const int64_t channel = item.channel + c;
@@ -175,18 +155,18 @@ void backward_columns(const LineScanCall& call, const Plan& plan, int64_t index,
       gather(item.address(call.grad, channel, low), Rect{count, call.cross, 1, 1, call.grad.cross, 0}, g, pitch);
       A* carry = carries + c * padded;
       for (int64_t k = count - 1; k >= 0; --k) {
-        const int64_t at = begin + k, l = call.reverse ? count - 1 - k : k;
+        const int64_t at = begin + k, l = tile.line(k);
         if (at + 1 == item.last_step || (at + 1) % call.segment == 0) clear(carry, n);
         adjoint_line<A>(n, g + l * pitch, {{taps[0].at(l), taps[1].at(l), taps[2].at(l)}, 1}, at % call.segment != 0, q,
                         carry);
       }
 
       const auto input = [&](const Map& map, bool wanted) {
-        return Rows<const T>{wanted ? item.address(map, channel, low) : nullptr, map.cross, false};
+        return Rows<const T>{wanted ? item.address(map, channel, low) : nullptr, map.cross};
       };
       const auto output = [&](const Map& map) {
         T* data = const_cast<T*>(item.address(map, channel, low));
-        return Rows<T>{data, map.cross, streams(data, map.cross)};
+        return Rows<T>{data, map.cross};
       };
       const auto finish = [&](auto type) {
         using P = decltype(type);
@@ -195,13 +175,13 @@ void backward_columns(const LineScanCall& call, const Plan& plan, int64_t index,
         for (int k = 0; k < 3 && need_taps; ++k) {
           if (plan.partials) {
             const int64_t plane = ((item.block * call.batch + item.batch) * call.groups + item.group) * 3 + k;
-            out.dt[k] = {static_cast<P*>(plan.partials) + plane * call.lines * call.cross + low, call.lines, false};
+            out.dt[k] = {static_cast<P*>(plan.partials) + plane * call.lines * call.cross + low, call.lines};
           } else {
             P* data = const_cast<P*>(reinterpret_cast<const P*>(item.address(call.dtaps, k, low)));
-            out.dt[k] = {data, call.dtaps.cross, !item.shared && streams(data, call.dtaps.cross)};
+            out.dt[k] = {data, call.dtaps.cross};
           }
         }
-        emit<T, A, P>(g, pitch, call.cross, count, low, call.lines, call.reverse ? 1 : -1, keep, out);
+        emit<T, A, P>(g, pitch, call.cross, count, low, call.lines, -tile.forth, keep, out);
       };
       if (plan.partials) {
         finish(A{});
@@ -211,7 +191,6 @@ void backward_columns(const LineScanCall& call, const Plan& plan, int64_t index,
     }
     step -= count;
   }
-  stream_fence();
 }
 
 }  // namespace

@@ -154,6 +154,9 @@ size_t map_bytes(const LineScanCall& call) {
 // same order on every machine; large enough that the partial sums stay below a tenth of x.
 constexpr int64_t kSharedBlock = 32;
 
+// Columns staged at a time: see kBand in staging.h.
+constexpr int64_t kTileColumns = 256;
+
 Plan plan(const LineScanCall& call, int64_t threads, bool backward) {
   Plan plan{};
   const size_t state = size_of_state(call.dtype);
@@ -201,15 +204,13 @@ Plan plan(const LineScanCall& call, int64_t threads, bool backward) {
   const int64_t m = plan.interleaved ? plan.block : 1;
   const int64_t n = call.cross * m;
   plan.pitch = round_up(n + 2 * m + lanes, lanes) + lanes;
-  // Columns are staged in whole cache lines; anything else line by line, or a few of them to come back to the taps.
-  const int64_t line_bytes = plan.pitch * static_cast<int64_t>(state);
-  plan.tile = 65536 / (line_bytes * 12);
-  if (!plan.interleaved) {
-    const int64_t columns = 64 / static_cast<int64_t>(size_of(call.dtype));
-    if (plan.tile < columns) plan.tile = columns;
-    plan.tile = plan.tile / columns * columns;
-    if (const char* t = std::getenv("GSPN_TILE")) plan.tile = std::atoi(t);
-    if (plan.tile > 128) plan.tile = 128;
+  // A few lines, so that they stay in the first-level cache; of columns whole cache lines, and where they are staged from
+  // dense rows as many as memory likes to deliver at once.
+  plan.tile = 65536 / (plan.pitch * static_cast<int64_t>(state) * 12);
+  if (plan.columns) {
+    plan.tile = kTileColumns;
+  } else if (!plan.interleaved && plan.tile < 64 / static_cast<int64_t>(size_of(call.dtype))) {
+    plan.tile = 64 / static_cast<int64_t>(size_of(call.dtype));
   }
   if (plan.tile < 1) plan.tile = 1;
   if (plan.tile > call.lines) plan.tile = call.lines;
@@ -219,8 +220,6 @@ Plan plan(const LineScanCall& call, int64_t threads, bool backward) {
   const int64_t kept = backward ? 3 + channel_lines : 2 * channel_lines;
   plan.scratch_bytes = static_cast<size_t>((arrays * plan.tile + kept) * plan.pitch) * state + 64 * (arrays + kept + 4);
 
-  // Beyond the last-level cache's usual size a written line is gone before anyone reads it: do not fetch it first.
-  plan.stream = map_bytes(call) >= (size_t{8} << 20);
   return plan;
 }
 

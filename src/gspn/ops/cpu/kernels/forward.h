@@ -1,6 +1,7 @@
 // The forward sweep of one item.
 #pragma once
 
+#include "forward_columns.h"
 #include "item.h"
 
 namespace gspn {
@@ -10,10 +11,9 @@ namespace {
 // h = lam x + taps over the previous states; `prev` is padded by `m` zeros on both sides, or null on the first line.
 template <class A, bool kHasLam, bool kHasPrev, bool kScalarTaps>
 GSPN_INLINE void forward_run(int64_t count, int64_t m, const A* x, const A* lam, const A* t0, const A* t1, const A* t2,
-                             const A* prev, A* next, A* out, bool streaming) {
-  sweep<A>(count, out, streaming, [&](auto lane, int64_t i) __attribute__((always_inline)) {
+                             const A* prev, A* next, A* out) {
+  sweep<A>(count, [&](auto lane, int64_t i) __attribute__((always_inline)) {
     using L = decltype(lane);
-    using S = Many<A>;
     auto v = L::get(x + i);
     if constexpr (kHasLam) v = v * L::get(lam + i);
     if constexpr (kHasPrev) {
@@ -27,11 +27,7 @@ GSPN_INLINE void forward_run(int64_t count, int64_t m, const A* x, const A* lam,
         v += L::get(t2 + i) * L::get(prev + i + m);
       }
     }
-    if constexpr (sizeof(typename L::type) == sizeof(A)) {
-      next[i] = v;
-    } else {
-      S::set(next + i, v);
-    }
+    L::set(next + i, v);
     L::set(out + i, v);
   });
 }
@@ -52,12 +48,11 @@ GSPN_INLINE void forward_end(int64_t m, const A* x, const A* lam, const A* t0, c
 
 template <class A, bool kHasLam, bool kHasPrev>
 void forward_line_of(int64_t cross, int64_t m, bool scalar_taps, const A* x, int64_t x_cross, const A* lam,
-                     int64_t lam_cross, const TapLine<A>& taps, const A* prev, A* next, A* out, int64_t out_cross,
-                     bool streaming) {
+                     int64_t lam_cross, const TapLine<A>& taps, const A* prev, A* next, A* out, int64_t out_cross) {
   const int64_t n = cross * m;
   const bool flat = x_cross == m && (!kHasLam || lam_cross == m) && out_cross == m && (!kHasPrev || taps.cross == m);
   if (flat && !(scalar_taps && m > 1)) {
-    forward_run<A, kHasLam, kHasPrev, false>(n, m, x, lam, taps.t[0], taps.t[1], taps.t[2], prev, next, out, streaming);
+    forward_run<A, kHasLam, kHasPrev, false>(n, m, x, lam, taps.t[0], taps.t[1], taps.t[2], prev, next, out);
   } else {
     for (int64_t p = 0; p < cross; ++p) {
       const A* lam_p = kHasLam ? lam + p * lam_cross : nullptr;
@@ -67,10 +62,10 @@ void forward_line_of(int64_t cross, int64_t m, bool scalar_taps, const A* x, int
       const A* prev_p = kHasPrev ? prev + p * m : nullptr;
       if (scalar_taps) {
         forward_run<A, kHasLam, kHasPrev, true>(m, m, x + p * x_cross, lam_p, t0, t1, t2, prev_p, next + p * m,
-                                                out + p * out_cross, streaming);
+                                                out + p * out_cross);
       } else {
         forward_run<A, kHasLam, kHasPrev, false>(m, m, x + p * x_cross, lam_p, t0, t1, t2, prev_p, next + p * m,
-                                                 out + p * out_cross, streaming);
+                                                 out + p * out_cross);
       }
     }
   }
@@ -89,9 +84,8 @@ void forward_line_of(int64_t cross, int64_t m, bool scalar_taps, const A* x, int
 
 template <class A>
 void forward_line(int64_t cross, int64_t m, bool scalar_taps, const A* x, int64_t x_cross, const A* lam,
-                  int64_t lam_cross, const TapLine<A>& taps, const A* prev, A* next, A* out, int64_t out_cross,
-                  bool streaming) {
-  auto run = [&](auto body) { body(cross, m, scalar_taps, x, x_cross, lam, lam_cross, taps, prev, next, out, out_cross, streaming); };
+                  int64_t lam_cross, const TapLine<A>& taps, const A* prev, A* next, A* out, int64_t out_cross) {
+  auto run = [&](auto body) { body(cross, m, scalar_taps, x, x_cross, lam, lam_cross, taps, prev, next, out, out_cross); };
   if (lam) {
     prev ? run(forward_line_of<A, true, true>) : run(forward_line_of<A, true, false>);
   } else {
@@ -101,6 +95,7 @@ void forward_line(int64_t cross, int64_t m, bool scalar_taps, const A* x, int64_
 
 template <class T>
 void forward(const LineScanCall& call, const Plan& plan, int64_t index, char* base) {
+  if (plan.columns) return forward_columns<T>(call, plan, index, base);
   using A = typename StateOf<T>::type;
   const Item<T> item(call, plan, index);
   const int64_t m = item.m, n = item.n, pitch = plan.pitch;
@@ -115,48 +110,31 @@ void forward(const LineScanCall& call, const Plan& plan, int64_t index, char* ba
   const bool scalar_taps = item.shared && m > 1;
 
   for (int64_t step = item.first_step; step < item.last_step;) {
-    // Tiles end at multiples of `tile` in the image, so that staged columns fill whole cache lines.
-    int64_t line = item.line_of(step), count;
-    if (call.reverse) {
-      count = line % plan.tile + 1;
-    } else {
-      count = plan.tile - line % plan.tile;
-    }
-    if (count > item.last_step - step) count = item.last_step - step;
-    const int64_t low = call.reverse ? line - count + 1 : line;
-
+    const Tile tile = item.tile_from(step);
+    const int64_t low = tile.low, count = tile.count;
     Lines<A> taps[3];
-    bring_taps<T>(item, low, count, staging, taps);
+    bring_taps<T>(item, tile, staging, taps);
     for (int64_t c = 0; c < lanes; ++c) {
       const int64_t channel = item.channel + c;
-      auto x = Lines<A>{staging[3], pitch, 1};
-      auto lam = Lines<A>{nullptr, 0, 0};
-      if (plan.columns && call.lam.data) {
-        gather_product(item.address(call.x, channel, low), call.x.cross, item.address(call.lam, channel, low),
-                       call.lam.cross, count, call.cross, x.data, pitch);
-      } else {
-        x = bring<T>(item.address(call.x, channel, low), count, call.cross, m, call.x.line, call.x.cross, call.x.channel,
-                     staging[3], pitch, false);
-        lam = bring<T>(item.address(call.lam, channel, low), count, call.cross, m, call.lam.line,
-                     call.lam.cross, call.lam.channel, staging[4], pitch, false);
-      }
+      const auto x = bring<T>(item.address(call.x, channel, low), count, call.cross, m, call.x.line, call.x.cross,
+                              call.x.channel, staging[3], pitch);
+      const auto lam = bring<T>(item.address(call.lam, channel, low), count, call.cross, m, call.lam.line,
+                                call.lam.cross, call.lam.channel, staging[4], pitch);
       const Output<T> h(const_cast<T*>(item.address(call.h, channel, low)), count, call.cross, m, call.h.line,
                         call.h.cross, call.h.channel, staging[5], pitch);
-      const bool streaming = plan.stream && h.in_place && n * static_cast<int64_t>(sizeof(A)) >= 4 * GSPN_VECTOR_BYTES;
       A* state = states + 2 * c * state_pitch + m;
       for (int64_t k = 0; k < count; ++k) {
-        const int64_t at = step + k, l = call.reverse ? count - 1 - k : k;
+        const int64_t at = step + k, l = tile.line(k);
         A* next = state + (at % 2) * state_pitch;
         const A* prev = at % call.segment == 0 ? nullptr : state + ((at + 1) % 2) * state_pitch;
         forward_line<A>(call.cross, m, scalar_taps, x.at(l), x.cross, lam.at(l), lam.cross,
                         {{taps[0].at(l), taps[1].at(l), taps[2].at(l)}, taps[0].cross}, prev, next, h.lines.at(l),
-                        h.lines.cross, streaming);
+                        h.lines.cross);
       }
-      h.put(plan.stream);
+      h.put();
     }
     step += count;
   }
-  stream_fence();
 }
 
 }  // namespace

@@ -8,6 +8,16 @@ namespace gspn {
 namespace GSPN_ISA {
 namespace {
 
+GSPN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A few lines that are staged together.
+struct Tile {
+  int64_t low, count;  // lines [low, low + count) of the image
+  int64_t forth;       // from a line to the one scanned next: 1 or -1
+  // The line of the tile that is scanned k-th.
+  int64_t line(int64_t k) const { return forth > 0 ? k : count - 1 - k; }
+};
+
 // What an item knows of its call: the shape of its lines and where its scratch is.
 template <class T>
 struct Item {
@@ -48,8 +58,21 @@ struct Item {
     n = call.cross * m;
   }
 
-  // Image lines that the steps [from, to) visit, as [first line, count).
   int64_t line_of(int64_t step) const { return call.reverse ? call.lines - 1 - step : step; }
+
+  // Tiles end at multiples of `plan.tile` in the image, so that staged columns fill whole cache lines. The tile whose
+  // first step in the order of the scan is `step`:
+  Tile tile_from(int64_t step) const {
+    const int64_t line = line_of(step), within = line % plan.tile;
+    const int64_t count = least(call.reverse ? within + 1 : plan.tile - within, last_step - step);
+    return {call.reverse ? line - count + 1 : line, count, call.reverse ? -1 : 1};
+  }
+  // The tile whose last step is `step` - 1.
+  Tile tile_until(int64_t step) const {
+    const int64_t line = line_of(step - 1), within = line % plan.tile;
+    const int64_t count = least(call.reverse ? plan.tile - within : within + 1, step - first_step);
+    return {call.reverse ? line : line - count + 1, count, call.reverse ? -1 : 1};
+  }
 
   const T* address(const Map& map, int64_t c, int64_t line) const {
     return map.data ? static_cast<const T*>(map.data) + batch * map.batch + c * map.channel + line * map.line : nullptr;
@@ -72,27 +95,11 @@ struct Many {
   static GSPN_INLINE type get(const A* p) { return load(p); }
   static GSPN_INLINE void set(A* p, type v) { store(p, v); }
 };
-template <class A>
-struct ManyStreamed : Many<A> {
-  static GSPN_INLINE void set(A* p, typename Many<A>::type v) { stream<A>(p, v); }
-};
-
-// Runs step(lane, i) over [0, count): vectors, then single elements. With streaming, single elements first until `out`
-// is aligned.
+// Runs step(lane, i) over [0, count): vectors, then single elements.
 template <class A, class Step>
-GSPN_INLINE void sweep(int64_t count, const A* out, bool streaming, Step step) {
+GSPN_INLINE void sweep(int64_t count, Step step) {
   int64_t i = 0;
-  if (streaming) {
-    const auto misaligned = reinterpret_cast<uintptr_t>(out) % GSPN_VECTOR_BYTES;
-    if (misaligned) {
-      int64_t peel = static_cast<int64_t>((GSPN_VECTOR_BYTES - misaligned) / sizeof(A));
-      if (peel > count) peel = count;
-      for (; i < peel; ++i) step(One<A>{}, i);
-    }
-    for (; i + kLanes<A> <= count; i += kLanes<A>) step(ManyStreamed<A>{}, i);
-  } else {
-    for (; i + kLanes<A> <= count; i += kLanes<A>) step(Many<A>{}, i);
-  }
+  for (; i + kLanes<A> <= count; i += kLanes<A>) step(Many<A>{}, i);
   for (; i < count; ++i) step(One<A>{}, i);
 }
 
@@ -111,7 +118,7 @@ void clear(A* p, int64_t count) {
 // What the line before takes over: carry[p] = q0[p+1] + q1[p] + q2[p-1], the q padded by zeros.
 template <class A>
 void gather_carry(int64_t n, int64_t m, A* const q[3], A* carry) {
-  sweep<A>(n, carry, false, [&](auto lane, int64_t i) __attribute__((always_inline)) {
+  sweep<A>(n, [&](auto lane, int64_t i) __attribute__((always_inline)) {
     using L = decltype(lane);
     L::set(carry + i, L::get(q[0] + i + m) + L::get(q[1] + i) + L::get(q[2] + i - m));
   });
@@ -119,12 +126,12 @@ void gather_carry(int64_t n, int64_t m, A* const q[3], A* carry) {
 
 // The three taps of a tile's lines. Shared taps are one scalar a pixel, whatever m is.
 template <class T, class A = typename StateOf<T>::type>
-void bring_taps(const Item<T>& item, int64_t line, int64_t count, A* const staging[3], Lines<A> taps[3]) {
+void bring_taps(const Item<T>& item, const Tile& tile, A* const staging[3], Lines<A> taps[3]) {
   const LineScanCall& call = item.call;
   const int64_t m = item.shared ? 1 : item.m;
   for (int k = 0; k < 3; ++k) {
-    taps[k] = bring<T>(item.address(call.taps, k, line), count, call.cross, m, call.taps.line, call.taps.cross,
-                       call.taps.group, staging[k], item.plan.pitch, false);
+    taps[k] = bring<T>(item.address(call.taps, k, tile.low), tile.count, call.cross, m, call.taps.line, call.taps.cross,
+                       call.taps.group, staging[k], item.plan.pitch);
   }
 }
 

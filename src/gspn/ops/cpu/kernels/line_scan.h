@@ -46,7 +46,6 @@ constexpr int32_t kInterfaceVersion = 1;
 struct Plan {
   bool interleaved;   // channels are the fastest axis: vectors run over channels, not over the line
   bool columns;       // columns are the lines and rows are dense, in every tensor
-  bool stream;        // outputs exceed the caches: write around them
   int64_t block;      // channels an item takes
   int64_t blocks;     // blocks of a tap group (shared taps) or of all channels (per-channel taps)
   int64_t spans;      // runs of whole segments an item may be cut into

@@ -1,4 +1,4 @@
-// Vectors of one instruction set: loads and stores that convert, streaming stores, transposes.
+// Vectors of one instruction set: loads and stores that convert, transposes.
 //
 // Included by translation units that are compiled once for each instruction set. Everything lives in a namespace named
 // after it, and nothing of the C++ library is instantiated here: the linker would be free to keep the AVX-512 copy of a
@@ -172,36 +172,6 @@ GSPN_INLINE void store(f16* p, float_vector v) {
 #else
   for (int i = 0; i < kLanes<float>; ++i) p[i] = narrow<f16>(v[i]);
 #endif
-}
-
-// A store that does not bring the line into the caches first; p is aligned to the vector.
-template <class A>
-GSPN_INLINE void stream(A* p, typename VectorOf<A>::type v) {
-#if defined(__AVX512F__)
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(v));
-#elif defined(__AVX2__)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(v));
-#elif defined(__SSE2__)
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), bit_cast<__m128i>(v));
-#else
-  store(p, v);
-#endif
-}
-template <class A, class T>
-GSPN_INLINE void stream(T* p, typename VectorOf<A>::type v) {
-  store(p, v);
-}
-
-// Makes streamed lines visible to the other threads before the item counts as done.
-GSPN_INLINE void stream_fence() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
-
-template <class A>
-GSPN_INLINE bool aligned(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % GSPN_VECTOR_BYTES == 0;
 }
 
 template <class A, class T>
