@@ -1,5 +1,7 @@
-"""The Triton kernels, for CUDA devices and, under ``TRITON_INTERPRET=1``, for CPU tensors. Nothing here imports triton
-before a call needs it."""
+"""The Triton kernels, for CUDA devices and, under ``TRITON_INTERPRET=1``, for CPU tensors.
+
+Nothing here imports triton before a call needs it.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Moving values between the threads of a program: lines of a tile into registers and back, and a line's neighbours.
 
 A tile is ``[channels, cross, lines]``, a state ``[channels, cross]``. What keeps a scan fast is that none of this moves
-data where a thread already holds it: ``split_lines`` and ``join_lines`` rename registers when a thread owns the lines of
-its pixels, and ``neighbours`` sends one value per thread and side through shared memory.
+data where a thread already holds it: ``split_lines`` and ``join_lines`` rename registers when a thread owns the lines
+of its pixels, and ``neighbours`` sends one value per thread and side through shared memory.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _shift(edges):
 
 @triton.jit
 def _shift_pairs(edges):
-    """``[C, N, 2, 2]`` to four ``[C, N]``: :func:`_shift` along the third axis of both halves of the last, in one go."""
+    """``[C, N, 2, 2]`` to four ``[C, N]``: :func:`_shift` along the third axis, for both halves of the last at once."""
     C: tl.constexpr = edges.shape[0]
     N: tl.constexpr = edges.shape[1]
     SLOTS: tl.constexpr = 4 * C * N
@@ -78,8 +78,8 @@ def _shift_pairs(edges):
 def neighbours(to_right, to_left, VECTOR: tl.constexpr):
     """``to_right[.., j - 1]`` and ``to_left[.., j + 1]`` for each ``j``; at the ends of a row, anything at all.
 
-    The threads hold VECTOR consecutive columns each, so only the last of ``to_right`` and the first of ``to_left`` leave
-    them.
+    The threads hold VECTOR consecutive columns each, so only the last of ``to_right`` and the first of ``to_left``
+    leave them.
     """
     if VECTOR == 1:
         return _shift(tl.join(to_right, to_left))
