@@ -12,6 +12,9 @@ namespace gspn {
 namespace GSPN_ISA {
 namespace {
 
+// Rows of x and lam fetched ahead of the outputs: between writes, a load that misses the caches waits for them.
+constexpr int64_t kRowsAhead = 2;
+
 template <class A>
 struct MaskOf;
 template <>
@@ -101,6 +104,8 @@ void emit(const A* g, int64_t pitch, int64_t rows, int64_t columns, int64_t low,
       if (out.h.data) bring_previous(out.h, p, rows, low + l, back, l, width, all_columns, previous);
       for (int64_t i = 0; i < W && p + i < rows; ++i) {
         const int64_t r = p + i;
+        if (out.lam.data) fetch_row(out.lam.at(r + kRowsAhead) + l, width);
+        if (out.x.data) fetch_row(out.x.at(r + kRowsAhead) + l, width);
         for (int64_t k = 0; k < width; k += W) {
           const int64_t c = l + k, some = width - k < W ? width - k : W;
           const V v = load(band.rows[i] + k);
