@@ -47,7 +47,7 @@ def describe(device: torch.device) -> Environment:
         torch=torch.__version__,
         triton=package_version("triton"),
         python=platform.python_version(),
-        os=f"{platform.system()} {platform.release().partition("-")[0]}",
+        os=f"{platform.system()} {platform.release().partition('-')[0]}",
         commit=git_commit(),
     )
 
