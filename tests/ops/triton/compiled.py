@@ -10,14 +10,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from gspn.ops.triton.launch import Launch, prepare_backward, prepare_forward
 from gspn.ops.triton.plan import Limits
-
-if TYPE_CHECKING:
-    from gspn.ops.triton.launch import Launch
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -27,8 +25,6 @@ def launch(
     shape: tuple[int, int, int, int], dtype: torch.dtype, direction: str, backward: bool, capability: int
 ) -> Launch:
     """The launch for contiguous tensors with per-channel taps, a gate and, backward, every gradient."""
-    from gspn.ops.triton.launch import prepare_backward, prepare_forward
-
     batch, channels, height, width = shape
     x = torch.empty(shape, dtype=dtype, device="meta")
     taps = torch.empty(batch, channels, 3, height, width, dtype=dtype, device="meta")

@@ -82,8 +82,9 @@ def runs_of_segments() -> None:
 
 def groups_and_dtypes() -> None:
     for direction in gspn.DIRECTIONS:
-        check(make_inputs(1, 4, 3, 8, 4, torch.bfloat16), direction, None)
-        check(make_inputs(1, 4, 3, 8, 2, torch.float16), direction, None)
+        for dtype in (torch.bfloat16, torch.float16):
+            check(make_inputs(1, 4, 3, 8, 4, dtype), direction, None)
+            check(make_inputs(1, 4, 3, 8, 2 if dtype == torch.float16 else 1, dtype), direction, None)
         check(make_inputs(2, 5, 4, 3, 1, torch.float32), direction, 2)
 
 
@@ -95,8 +96,8 @@ def layouts() -> None:
 
 
 def layouts_and_shared_taps() -> None:
-    for i, layout in enumerate(("channels_last", "sliced", "expanded_channels")):
-        for direction in gspn.DIRECTIONS[i % 2 :: 2]:
+    for layout in ("channels_last", "sliced", "expanded_channels"):
+        for direction in gspn.DIRECTIONS:
             check(make_inputs(1, 6, 4, 5, 2, torch.bfloat16, layout=layout), direction, 3)
     # A gradient of a sum has stride 0 everywhere; the other tensors decide how memory is walked.
     for direction in gspn.DIRECTIONS:
@@ -118,8 +119,7 @@ def _shape(direction: str, lines: int, cross: int) -> tuple[int, int]:
 def long_rows() -> None:
     for direction in gspn.DIRECTIONS:
         check(make_inputs(1, 2, *_shape(direction, 3, 40), 2, torch.float32), direction, None, row=32)
-    for direction in ("up", "right"):
-        check(make_inputs(1, 2, *_shape(direction, 3, 36), 1, torch.bfloat16), direction, 2, row=32)
+        check(make_inputs(1, 3, *_shape(direction, 3, 40), 1, torch.bfloat16), direction, 2, row=32)
 
 
 def long_channels_last_rows() -> None:

@@ -20,7 +20,7 @@ SHARED_MEMORY = 227 * 1024
 """Bytes of shared memory that a program may use on data-centre cards since sm_90; 163 KB on sm_80, 99 KB elsewhere."""
 
 _IN_FLIGHT = 60 * 1024
-"""Bytes of loads to have under way, the tile next in line included: what hides their latency for one program alone."""
+"""Bytes of loads that a program should have under way: what hides their latency when it has a multiprocessor alone."""
 
 _ENOUGH_PROGRAMS = 256
 """Below about two programs for each multiprocessor, smaller programs are better than efficient ones."""
@@ -157,10 +157,7 @@ class _Memory(NamedTuple):
         return (blocks.stages - 1) * one + self.exchanged * pixels
 
     def staged(self, blocks: _Blocks) -> _Blocks:
-        """The blocks with as many stages as hide the latency and fit.
-
-        With n stages, n - 1 tiles have room and n - 2 are under way while another is computed.
-        """
+        """The blocks with as many stages as hide the latency and fit; a single stage reads nothing ahead."""
         wanted = math.ceil(_IN_FLIGHT / self.tile(blocks.channels, blocks.row, blocks.lines))
         blocks = blocks._replace(stages=min(max(wanted, 2), 5) + 1)
         while blocks.stages > 1 and self.total(blocks) > self.available:
@@ -186,13 +183,11 @@ def _choose_blocks(fast: int, sizes: Sizes, channels: int, align: int, memory: _
         if shared:
             block = _smaller_until_enough(2 if images > 2 and itemsize == 2 else 4, 1, programs, channels)
         block = min(block, most_channels)
-        # Where programs are few, larger ones: each line costs an exchange, whose latency nothing else hides.
-        few = images == 2 and programs * math.ceil(channels / block) < _ENOUGH_PROGRAMS
-        row = min(rows, limits.row or (128 if shared else 512 if few else 256))
+        row = min(rows, limits.row or (128 if shared else 512 if images == 2 else 256))
         while True:
-            lines = min(lines, row // 4) if width > row else lines
-            halo = 0 if width <= row else 2 * lines if row >= 16 * lines else lines
-            blocks = _Blocks(block, row, halo, lines, 3)
+            few = min(lines, row // 4) if width > row else lines
+            halo = 0 if width <= row else 2 * few if row > 4 * few else few
+            blocks = _Blocks(block, row, halo, few, 2)
             if row == 32 or memory.total(blocks) <= memory.available:
                 return blocks
             row //= 2
@@ -266,8 +261,7 @@ def plan(
         align, taps_align = min(align, 4), min(taps_align, 4)
     count = 1 + has_lam if not backward else 1 + has_lam + need_lam + need_taps
     exchanged = (16 if need_taps else 8) // (align if fast == CROSS else 1)
-    # Beside what is counted there is a line next to the tile, and what the compiler takes for itself.
-    memory = _Memory(max(count, 2), shared, itemsize, exchanged, limits.shared_memory - 6 * 1024)
+    memory = _Memory(max(count, 2), shared, itemsize, exchanged, limits.shared_memory)
     blocks = _choose_blocks(fast, sizes, channels, align, memory, limits)
 
     restart = sizes.lines if segment is None else min(segment, sizes.lines)
