@@ -1,4 +1,4 @@
-"""Test-suite settings: two threads as the machines that run it have, and CUDA tests skipped with the reason."""
+"""CUDA tests are skipped, with the reason, where there is no device."""
 
 from __future__ import annotations
 

@@ -15,19 +15,6 @@ namespace {
 // Rows of x and lam fetched ahead of the outputs: between writes, a load that misses the caches waits for them.
 constexpr int64_t kRowsAhead = 2;
 
-template <class A>
-struct MaskOf;
-template <>
-struct MaskOf<float> {
-  using element = int32_t;
-  using type = int32_vector;
-};
-template <>
-struct MaskOf<double> {
-  using element = int64_t;
-  using type = int64_vector;
-};
-
 // One line of the adjoint recurrence: g = grad + carry in the place of grad, and carry for the line before it.
 template <class A>
 GSPN_INLINE void adjoint_line(int64_t n, A* g, const TapLine<A>& taps, bool has_prev, A* const q[3], A* carry) {
@@ -91,9 +78,9 @@ GSPN_INLINE void bring_previous(const Rows<const T>& h, int64_t first, int64_t r
 // one. `low` is the tile's first column and `back` the offset to the previous one, -1 or +1.
 template <class T, class A, class P>
 void emit(const A* g, int64_t pitch, int64_t rows, int64_t columns, int64_t low, int64_t all_columns, int64_t back,
-          const typename MaskOf<A>::element* keep, const Products<T, A, P>& out) {
+          const typename VectorOf<A>::index_element* keep, const Products<T, A, P>& out) {
   using V = typename VectorOf<A>::type;
-  using M = typename MaskOf<A>::type;
+  using M = typename VectorOf<A>::index;
   constexpr int W = kLanes<A>;
   Band<A> band;
   alignas(64) A previous[W + 2][Band<A>::pitch];
@@ -138,7 +125,7 @@ void backward_columns(const LineScanCall& call, const Plan& plan, int64_t index,
   Scratch scratch(base);
   A* staging[4];
   for (auto& s : staging) s = scratch.take<A>(plan.tile * pitch);
-  auto* keep = scratch.take<typename MaskOf<A>::element>(plan.tile + kLanes<A>);
+  auto* keep = scratch.take<typename VectorOf<A>::index_element>(plan.tile + kLanes<A>);
   const int64_t padded = n + 2 + kLanes<A>;
   A* q[3];
   for (auto& line : q) {

@@ -151,7 +151,7 @@ size_t map_bytes(const LineScanCall& call) {
 }
 
 // Channels of a group that one item takes, with shared taps. A constant, so that the tap gradients are summed in the
-// same order on every machine; large enough that the partial sums stay below a tenth of x.
+// same order on every machine; large enough that the partial sums stay below a tenth of a float32 x.
 constexpr int64_t kSharedBlock = 32;
 
 // Columns staged at a time: see kBand in staging.h.
@@ -216,10 +216,11 @@ Plan plan(const LineScanCall& call, int64_t threads, bool backward) {
   if (plan.tile > call.lines) plan.tile = call.lines;
 
   const int64_t channel_lines = plan.interleaved ? 1 : plan.block;
-  const int64_t arrays = backward ? 12 : 6;
+  const int64_t arrays = plan.columns ? 4 : backward ? 12 : 6;
   const int64_t kept = backward ? 3 + channel_lines : 2 * channel_lines;
-  plan.scratch_bytes = static_cast<size_t>((arrays * plan.tile + kept) * plan.pitch) * state + 64 * (arrays + kept + 4);
-
+  // And one mask element a staged column; every piece begins at a cache line.
+  plan.scratch_bytes = static_cast<size_t>((arrays * plan.tile + kept) * plan.pitch + plan.tile + lanes) * state +
+                       static_cast<size_t>(64 * (arrays + kept + 4));
   return plan;
 }
 

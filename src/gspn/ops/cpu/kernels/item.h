@@ -95,6 +95,7 @@ struct Many {
   static GSPN_INLINE type get(const A* p) { return load(p); }
   static GSPN_INLINE void set(A* p, type v) { store(p, v); }
 };
+
 // Runs step(lane, i) over [0, count): vectors, then single elements.
 template <class A, class Step>
 GSPN_INLINE void sweep(int64_t count, Step step) {
