@@ -1,0 +1,481 @@
+"""GSPN backbones for timm.
+
+GSPN (arXiv 2501.12381), the sizes tiny, small and base as the authors' configurations have them, GSPN-2 (arXiv
+2512.07884), and two small networks for small pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers.classifier import ClassifierHead
+from timm.layers.drop import calculate_drop_path_rates
+from timm.layers.norm import LayerNorm2d
+from timm.layers.weight_init import trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from gspn.nn import GSPNBlock
+from gspn.ops import flop_counts as _flop_counts  # noqa: F401  (lets torch's counter see the scans)
+
+from .released import checkpoint_filter_fn
+
+Segment = int | None | Sequence["int | None"]
+
+# What GSPN2d takes besides the width and the segment; networks pass it on as ``scan``.
+_SCAN_OPTIONS = ("proxy_dim", "groups", "skip", "directions", "alignment", "impl")
+
+
+class Stem(nn.Module):
+    """Two 3x3 convolutions that take the picture to the first stage's resolution.
+
+    Args:
+        in_chans: channels of the picture.
+        dim: channels out.
+        stride: 4 or 2.
+        norm_eps: of the LayerNorms.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        *,
+        stride: int = 4,
+        norm_eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if stride not in (2, 4):
+            raise ValueError(f"{stride=}: the stem reduces by 2 or by 4.")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
+        self.norm1 = LayerNorm2d(dim // 2, eps=norm_eps, **dd)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=stride // 2, padding=1, **dd)
+        self.norm2 = LayerNorm2d(dim, eps=norm_eps, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, in_chans, H, W]`` to ``[B, dim, ceil(H / stride), ceil(W / stride)]``."""
+        x = self.act(self.norm1(self.conv1(x)))  # [B, dim / 2, H / 2, W / 2]
+        return self.norm2(self.conv2(x))
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution of stride 2 and a LayerNorm.
+
+    Args:
+        in_dim: channels in.
+        dim: channels out.
+        norm_eps: of the LayerNorm.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        *,
+        norm_eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, device=device, dtype=dtype)
+        self.norm = LayerNorm2d(dim, eps=norm_eps, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, in_dim, H, W]`` to ``[B, dim, ceil(H / 2), ceil(W / 2)]``."""
+        return self.norm(self.conv(x))
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, after a downsampling if the width changes.
+
+    Args:
+        in_dim: channels in; where it differs from ``dim``, the stage begins with a downsampling.
+        dim: channels of its blocks.
+        segments: of the scans, one for each block.
+        drop_path: one rate for each block.
+        device: of the parameters.
+        dtype: of the parameters.
+        **block: options of :class:`gspn.nn.GSPNBlock`.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        *,
+        segments: Sequence[int | None],
+        drop_path: Sequence[float],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **block: Any,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.grad_checkpointing = False
+        self.downsample = Downsample(in_dim, dim, **dd) if in_dim != dim else nn.Identity()
+        self.blocks = nn.Sequential(
+            *(GSPNBlock(dim, segment=s, drop_path=p, **block, **dd) for s, p in zip(segments, drop_path, strict=True))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, in_dim, H, W]`` to ``[B, dim, H', W']``."""
+        x = self.downsample(x)
+        if self.grad_checkpointing:
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class GSPN(nn.Module):
+    """A backbone of GSPN blocks in stages of growing width and falling resolution.
+
+    Pictures of any size go in, at any time: there is no positional embedding and nothing to interpolate.
+
+    Args:
+        in_chans: channels of the picture.
+        num_classes: classes; 0 for none, and then the pooled features come out.
+        global_pool: pooling of the head, ``"avg"``, ``"max"``, ... or ``""`` for none.
+        dims: width of each stage.
+        depths: blocks of each stage.
+        stem_stride: 4, or 2 for small pictures.
+        segment: lines after which the scans restart, None for global scans: one for all blocks, or one for each stage,
+            each of them one for all blocks of the stage or one for each of its blocks.
+        scan: options of :class:`gspn.nn.GSPN2d`: ``proxy_dim``, ``groups``, ``skip``, ``directions``, ``alignment``,
+            ``impl``.
+        lpu: whether blocks have local perception units.
+        layer_scale: initial value of the blocks' layer scale; None for none.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Example:
+        >>> import torch
+        >>> from gspn.models import GSPN
+        >>> model = GSPN(dims=(16, 32), depths=(1, 1), num_classes=10)
+        >>> model(torch.randn(1, 3, 37, 50)).shape
+        torch.Size([1, 10])
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        *,
+        dims: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (2, 2, 7, 2),
+        stem_stride: int = 4,
+        segment: Segment | Sequence[Segment] = None,
+        scan: Mapping[str, Any] | None = None,
+        lpu: bool = False,
+        layer_scale: float | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if len(dims) != len(depths) or not dims:
+            raise ValueError(f"{dims=} and {depths=}: one width and one depth for each stage.")
+        unknown = sorted(set(scan or {}) - set(_SCAN_OPTIONS))
+        if unknown:
+            raise ValueError(f"scan has unknown options {unknown}; it takes {list(_SCAN_OPTIONS)}.")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.output_fmt = "NCHW"
+
+        self.stem = Stem(in_chans, dims[0], stride=stem_stride, **dd)
+        segments = segments_of_blocks(segment, depths)
+        rates = cast("list[list[float]]", calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
+        options = {"lpu": lpu, "layer_scale": layer_scale, **(scan or {})}
+        stages = []
+        self.feature_info = []
+        before, reduction = dims[0], stem_stride
+        for i, dim in enumerate(dims):
+            if i > 0 and dim == before:
+                raise ValueError(f"{dims=}: stages {i - 1} and {i} have one width; each stage has a width of its own.")
+            stages.append(Stage(before, dim, segments=segments[i], drop_path=rates[i], **options, **dd))
+            reduction *= 2 if i > 0 else 1
+            self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f"stages.{i}"))
+            before = dim
+        self.stages = nn.Sequential(*stages)
+
+        self.num_features = self.head_hidden_size = before
+        self.norm = LayerNorm2d(before, eps=1e-5, **dd)
+        self.head = ClassifierHead(before, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw projections, MLPs and classifier from a normal of 0.02, as usual; the rest keeps its own start."""
+        for module in self.modules():
+            pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+            if isinstance(module, nn.Linear) or pointwise:
+                trunc_normal_(module.weight, std=0.02)  # type: ignore[arg-type]
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        for module in self.modules():
+            # Its 1x1 convolution predicts maps, and small maps would leave next to nothing of the scans.
+            if hasattr(module, "tap_proj"):
+                module.reset_parameters()  # type: ignore[operator]
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay, besides those of one axis."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that put each parameter into a layer, for layer-wise learning rates."""
+        return dict(
+            stem=r"^stem",
+            blocks=r"^stages\.(\d+)"
+            if coarse
+            else [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward instead of keeping what it computed."""
+        for stage in self.stages.children():
+            cast("Stage", stage).grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier, on the parameters' device and in their dtype.
+
+        Args:
+            num_classes: classes; 0 for none.
+            global_pool: a new pooling; None keeps the present one.
+        """
+        self.num_classes = num_classes
+        self.head.reset(num_classes, pool_type=global_pool)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Nothing to do: there are no buffers."""
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The features, and those of chosen stages on the way.
+
+        Args:
+            x: ``[B, in_chans, H, W]``.
+            indices: stages: these, or the last n, or None for all.
+            norm: whether the last stage's features are normalised.
+            stop_early: whether to leave out the stages after the last chosen one.
+            output_fmt: ``"NCHW"``.
+            intermediates_only: whether to return the list alone.
+
+        Returns:
+            The features as :meth:`forward_features` gives them, and a list of ``[B, C_i, H_i, W_i]``.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"{output_fmt=}: these features are maps; use 'NCHW'.")
+        take, last = feature_take_indices(len(self.stages), indices)
+        intermediates = []
+        end = len(self.stages) - 1
+        run = last if stop_early else end
+        x = self.stem(x)
+        for i, stage in enumerate(self.stages[: run + 1]):
+            x = stage(x)
+            if i in take:
+                intermediates.append(self.norm(x) if norm and i == end else x)
+        if intermediates_only:
+            return intermediates
+        if run == end:
+            x = self.norm(x)
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the chosen intermediates do not need.
+
+        Args:
+            indices: stages, as in :meth:`forward_intermediates`.
+            prune_norm: whether the last norm goes.
+            prune_head: whether the classifier goes.
+
+        Returns:
+            The chosen stages.
+        """
+        take, last = feature_take_indices(len(self.stages), indices)
+        shorter = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if prune_norm or shorter:
+            self.norm = nn.Identity()  # of the last stage's width
+        if shorter:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or shorter:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """``[B, in_chans, H, W]`` to the normalised map ``[B, num_features, H', W']``."""
+        x = self.stem(x)
+        x = self.stages(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """``[B, num_features, H', W']`` to logits ``[B, num_classes]``, or to what enters the classifier."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, in_chans, H, W]`` to ``[B, num_classes]``."""
+        return self.forward_head(self.forward_features(x))
+
+
+def segments_of_blocks(segment: Segment | Sequence[Segment], depths: Sequence[int]) -> list[list[int | None]]:
+    """One segment for each block of each stage, from one for all, one for each stage or one for each block."""
+    stages = [segment] * len(depths) if segment is None or isinstance(segment, int) else list(segment)
+    if len(stages) != len(depths):
+        raise ValueError(
+            f"{segment=} has {len(stages)} entries for {len(depths)} stages; give one for each, or one for all."
+        )
+    result = []
+    for i, (stage, depth) in enumerate(zip(stages, depths, strict=True)):
+        blocks = [stage] * depth if stage is None or isinstance(stage, int) else list(stage)
+        if len(blocks) != depth:
+            raise ValueError(f"{segment=} has {len(blocks)} entries for the {depth} blocks of stage {i}.")
+        result.append(blocks)
+    return result
+
+
+def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:2501.12381",
+        "paper_name": "Parallel Sequence Modeling via Generalized Spatial Propagation Network",
+        **kwargs,
+    }
+
+
+_GSPN2 = dict(paper_ids="arXiv:2512.07884", paper_name="GSPN-2: Efficient Parallel Sequence Modeling")
+
+default_cfgs = generate_default_cfgs(
+    {
+        "gspn_pico.untrained": _cfg(input_size=(3, 28, 28), pool_size=(4, 4), crop_pct=1.0, num_classes=10),
+        "gspn_nano.untrained": _cfg(input_size=(3, 64, 64), pool_size=(4, 4), crop_pct=1.0, num_classes=9),
+        "gspn_tiny.untrained": _cfg(),
+        "gspn_small.untrained": _cfg(),
+        "gspn_base.untrained": _cfg(),
+        "gspn2_tiny.untrained": _cfg(**_GSPN2),
+        "gspn2_small.untrained": _cfg(**_GSPN2),
+        "gspn2_base.untrained": _cfg(**_GSPN2),
+    }
+)
+
+
+# Where a stage of the authors' networks is global, its first seven blocks and every seventh are; the others see two lines.
+def _mostly_global(depth: int) -> tuple[int | None, ...]:
+    return tuple(None if j < 7 or (j + 1) % 7 == 0 else 2 for j in range(depth))
+
+
+def _create_gspn(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> GSPN:
+    # The options of the scan may come one by one, as users of timm write them.
+    flat = {name: kwargs.pop(name) for name in _SCAN_OPTIONS if name in kwargs}
+    scan = {**defaults.pop("scan", {}), **(kwargs.pop("scan", None) or {}), **flat}
+    args = {**defaults, **kwargs, "scan": scan}
+    return build_model_with_cfg(
+        GSPN,
+        variant,
+        pretrained,
+        feature_cfg=dict(out_indices=tuple(range(len(args["depths"]))), flatten_sequential=True),
+        pretrained_filter_fn=checkpoint_filter_fn,
+        **args,
+    )
+
+
+@register_model
+def gspn_pico(pretrained: bool = False, **kwargs: Any) -> GSPN:
+    """GSPN-Pico, for pictures of 28 to 96 pixels: three stages from half the picture's resolution, global scans."""
+    defaults = dict(dims=(32, 64, 128), depths=(1, 1, 4), stem_stride=2)
+    return _create_gspn("gspn_pico", pretrained, defaults, kwargs)
+
+
+@register_model
+def gspn_nano(pretrained: bool = False, **kwargs: Any) -> GSPN:
+    """GSPN-Nano, for pictures of 28 to 96 pixels: four stages from half the picture's resolution, global scans."""
+    defaults = dict(dims=(32, 64, 128, 256), depths=(1, 1, 4, 3), stem_stride=2)
+    return _create_gspn("gspn_nano", pretrained, defaults, kwargs)
+
+
+@register_model
+def gspn_tiny(pretrained: bool = False, **kwargs: Any) -> GSPN:
+    """GSPN-T (arXiv 2501.12381), as in the authors' configuration: stages 3 and 4 global, the others segments of 2."""
+    defaults = dict(dims=(96, 192, 384, 768), depths=(2, 2, 7, 2), segment=(2, 2, None, None))
+    return _create_gspn("gspn_tiny", pretrained, defaults, kwargs)
+
+
+@register_model
+def gspn_small(pretrained: bool = False, **kwargs: Any) -> GSPN:
+    """GSPN-S (arXiv 2501.12381), as in the authors' configuration: stage 4 global, the others segments of 2."""
+    defaults = dict(dims=(108, 216, 432, 864), depths=(5, 5, 10, 2), segment=(2, 2, 2, None), scan=dict(proxy_dim=16))
+    return _create_gspn("gspn_small", pretrained, defaults, kwargs)
+
+
+@register_model
+def gspn_base(pretrained: bool = False, **kwargs: Any) -> GSPN:
+    """GSPN-B (arXiv 2501.12381), as in the authors' configuration: stage 3 mostly and stage 4 wholly global."""
+    defaults = dict(dims=(120, 240, 480, 960), depths=(4, 4, 15, 4), segment=(2, 2, _mostly_global(15), None))
+    return _create_gspn("gspn_base", pretrained, defaults, kwargs)
+
+
+# GSPN-2 shares the taps between the channels, has a proxy of two channels and local perception units. Its widths and
+# depths are not published: these meet its published numbers of parameters and operations.
+_GSPN2_SCAN = dict(proxy_dim=2, groups=1)
+
+
+@register_model
+def gspn2_tiny(pretrained: bool = False, **kwargs: Any) -> GSPN:
+    """GSPN-2-T (arXiv 2512.07884): taps shared by all channels, a proxy of 2, local perception units, global scans."""
+    defaults = dict(dims=(64, 128, 256, 512), depths=(2, 4, 16, 3), scan=_GSPN2_SCAN, lpu=True)
+    return _create_gspn("gspn2_tiny", pretrained, defaults, kwargs)
+
+
+@register_model
+def gspn2_small(pretrained: bool = False, **kwargs: Any) -> GSPN:
+    """GSPN-2-S (arXiv 2512.07884): see :func:`gspn2_tiny`."""
+    defaults = dict(dims=(96, 192, 384, 768), depths=(2, 4, 18, 2), scan=_GSPN2_SCAN, lpu=True)
+    return _create_gspn("gspn2_small", pretrained, defaults, kwargs)
+
+
+@register_model
+def gspn2_base(pretrained: bool = False, **kwargs: Any) -> GSPN:
+    """GSPN-2-B (arXiv 2512.07884): see :func:`gspn2_tiny`."""
+    defaults = dict(dims=(128, 256, 512, 1024), depths=(2, 2, 15, 3), scan=_GSPN2_SCAN, lpu=True)
+    return _create_gspn("gspn2_base", pretrained, defaults, kwargs)

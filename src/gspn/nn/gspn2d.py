@@ -1,0 +1,180 @@
+"""``GSPN2d``: the maps predicted from a proxy, four scans with them, and their merge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, cast, get_args
+
+import torch
+from timm.layers._fx import register_notrace_module
+from torch import Tensor, nn
+
+from gspn.ops import DIRECTIONS, Direction, line_scan, stochastic_taps
+
+from .projections import project, project_taps
+from .released import propagate_released
+
+Alignment = Literal["image", "released"]
+
+
+@register_notrace_module  # a leaf for torch.fx: the operators check their arguments in Python
+class GSPN2d(nn.Module):
+    r"""Propagation in four directions with taps, gates and skip predicted from the input.
+
+    With :math:`p = W_p x` the proxy of S channels and, for each direction :math:`d`,
+
+    .. math::
+        h_d = \mathrm{line\_scan}_d\bigl(x,\; \mathrm{stochastic\_taps}(T_d\, p),\; \Lambda_d\, p\bigr), \qquad
+        y = \sum_d m_d \bigl( U_d\, p \odot h_d + S_d\, p \odot x \bigr)
+
+    where all maps are linear in the proxy, pixel by pixel: GSPN (arXiv 2501.12381, section 3.3 and figure 3), with the
+    input-dependent skip ``S_d`` of the authors' networks. ``groups=1`` shares the taps between all channels, which is
+    GSPN-2 (arXiv 2512.07884). There is no positional embedding and any height and width will do. The result has the
+    memory layout of the input; channels_last is the faster one on CPUs.
+
+    Args:
+        dim: channels C of the map.
+        proxy_dim: channels S of the proxy.
+        groups: sets of taps G, a divisor of ``dim``; None for ``dim``, taps for each channel.
+        segment: lines after which the scans restart; None for global scans, which connect every pixel with every other.
+        skip: whether to add the input-dependent skip.
+        directions: those of :data:`gspn.DIRECTIONS` to scan in.
+        alignment: ``"image"``, the paper's operator: maps and results stay at their pixels. ``"released"`` is the
+            arithmetic of the authors' published classifier, whose maps are not turned with the input of a direction
+            and whose results are added without being turned back. It computes something else, for square maps only,
+            and exists so that checkpoints trained that way give what they were trained to give.
+        impl: as for :func:`gspn.line_scan`.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        ``[B, C, H, W]`` to ``[B, C, H, W]``.
+
+    Raises:
+        ValueError: an option does not fit, or ``alignment="released"`` meets a map that is not square.
+
+    Example:
+        >>> import torch
+        >>> from gspn.nn import GSPN2d
+        >>> GSPN2d(32, proxy_dim=4)(torch.randn(2, 32, 7, 5)).shape
+        torch.Size([2, 32, 7, 5])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        proxy_dim: int = 8,
+        groups: int | None = None,
+        segment: int | None = None,
+        skip: bool = True,
+        directions: Sequence[Direction] = DIRECTIONS,
+        alignment: Alignment = "image",
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        groups = dim if groups is None else groups
+        _check_options(dim, proxy_dim, groups, segment, directions, alignment)
+        dd = {"device": device, "dtype": dtype}
+        self.dim = dim
+        self.proxy_dim = proxy_dim
+        self.groups = groups
+        self.segment = segment
+        self.directions = tuple(directions)
+        self.alignment = alignment
+        self.impl = impl
+
+        count = len(self.directions)
+        self.proxy = nn.Conv2d(dim, proxy_dim, 1, bias=False, **dd)  # type: ignore[arg-type]
+        self.tap_proj = nn.Parameter(torch.empty(count, groups, 3, proxy_dim, **dd))  # type: ignore[arg-type]
+        self.lam_proj = nn.Parameter(torch.empty(count, dim, proxy_dim, **dd))  # type: ignore[arg-type]
+        self.u_proj = nn.Parameter(torch.empty(count, dim, proxy_dim, **dd))  # type: ignore[arg-type]
+        self.skip_proj = nn.Parameter(torch.empty(count, dim, proxy_dim, **dd)) if skip else None  # type: ignore[arg-type]
+        self.merge = nn.Parameter(torch.empty(count, **dd))  # type: ignore[arg-type]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the projections as those of a 1x1 convolution without bias; the merge starts as a plain sum."""
+        self.proxy.reset_parameters()
+        bound = 1 / math.sqrt(self.proxy_dim)
+        for projection in (self.tap_proj, self.lam_proj, self.u_proj, self.skip_proj):
+            if projection is not None:
+                nn.init.uniform_(projection, -bound, bound)
+        nn.init.ones_(self.merge)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, C, H, W]``."""
+        proxy = self.proxy(x)  # [B, S, H, W]
+        if self.alignment == "released":
+            return propagate_released(
+                x,
+                proxy,
+                self.tap_proj,
+                self.lam_proj,
+                self.u_proj,
+                self.skip_proj,
+                self.merge,
+                directions=self.directions,
+                segment=self.segment,
+                impl=self.impl,
+            )
+        return self._propagate(x, proxy)
+
+    def _propagate(self, x: Tensor, proxy: Tensor) -> Tensor:
+        # The merge is folded into the projections, and the skips of all directions are one: both sums are linear.
+        merge = self.merge.view(-1, 1, 1)
+        u_proj = self.u_proj * merge
+        y = None if self.skip_proj is None else project(proxy, (self.skip_proj * merge).sum(0)) * x  # [B, C, H, W]
+        for d, direction in enumerate(self.directions):
+            taps = stochastic_taps(project_taps(proxy, self.tap_proj[d]), direction=direction)  # [B, G, 3, H, W]
+            lam = project(proxy, self.lam_proj[d])  # [B, C, H, W]
+            # Under autocast a projection and x may differ in precision; the scan takes x's.
+            h = line_scan(
+                x,
+                taps.to(x.dtype),
+                lam.to(x.dtype),
+                direction=direction,
+                segment=self.segment,
+                impl=self.impl,
+            )  # [B, C, H, W]
+            out = project(proxy, u_proj[d]) * h
+            y = out if y is None else y + out
+        return cast("Tensor", y)  # there is at least one direction
+
+    def extra_repr(self) -> str:
+        """What distinguishes this module in a printed network."""
+        parts = [f"{self.dim}", f"proxy_dim={self.proxy_dim}"]
+        if self.groups != self.dim:
+            parts.append(f"groups={self.groups}")
+        if self.segment is not None:
+            parts.append(f"segment={self.segment}")
+        if self.skip_proj is None:
+            parts.append("skip=False")
+        if self.directions != DIRECTIONS:
+            parts.append(f"directions={self.directions}")
+        if self.alignment != "image":
+            parts.append(f"alignment={self.alignment!r}")
+        return ", ".join(parts)
+
+
+def _check_options(
+    dim: int, proxy_dim: int, groups: int, segment: int | None, directions: Sequence[str], alignment: str
+) -> None:
+    if dim < 1 or proxy_dim < 1:
+        raise ValueError(f"{dim=}, {proxy_dim=}: both must be at least 1.")
+    if groups < 1 or dim % groups:
+        raise ValueError(
+            f"{groups=} does not divide {dim=}; use 1 (shared taps), {dim} or None (per-channel taps) or a divisor."
+        )
+    if segment is not None and segment < 1:
+        raise ValueError(f"{segment=} is below 1; pass a number of lines, or None for global scans.")
+    unknown = [d for d in directions if d not in DIRECTIONS]
+    if not directions or unknown or len(set(directions)) != len(directions):
+        raise ValueError(f"{directions=}: pass one or more of {DIRECTIONS}, each once.")
+    if alignment not in get_args(Alignment):
+        raise ValueError(f"{alignment=}: use one of {get_args(Alignment)}.")
+    if alignment == "released" and tuple(directions) != DIRECTIONS:
+        raise ValueError(f"{alignment=} has all four directions; {directions=} is for 'image'.")

@@ -1,0 +1,71 @@
+"""``GSPNMixer``: the token mixer of a block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers.grn import GlobalResponseNorm
+from timm.layers.norm import LayerNorm2d
+from torch import Tensor, nn
+
+from .gspn2d import GSPN2d
+
+
+class GSPNMixer(nn.Module):
+    """The token mixer of GSPN (arXiv 2501.12381, figure 3): what stands in the place of self-attention.
+
+    1x1 projection to ``expand_ratio * dim`` channels, depthwise convolution, :class:`GSPN2d`, LayerNorm over the
+    channels, global response normalisation, and the 1x1 projection back. Nothing has a bias and there is no
+    activation, as in the authors' networks: the products with the predicted gates are what is not linear.
+
+    Args:
+        dim: channels in and out.
+        expand_ratio: width of the propagated map over ``dim``.
+        kernel_size: of the depthwise convolution, odd.
+        norm_eps: of the LayerNorm.
+        device: of the parameters.
+        dtype: of the parameters.
+        **propagation: options of :class:`GSPN2d`: ``proxy_dim``, ``groups``, ``segment``, ``skip``, ``directions``,
+            ``alignment``, ``impl``.
+
+    Shape:
+        ``[B, dim, H, W]`` to ``[B, dim, H, W]``.
+
+    Example:
+        >>> import torch
+        >>> from gspn.nn import GSPNMixer
+        >>> GSPNMixer(16, proxy_dim=4, groups=1)(torch.randn(1, 16, 9, 6)).shape
+        torch.Size([1, 16, 9, 6])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        expand_ratio: float = 1.5,
+        kernel_size: int = 7,
+        norm_eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **propagation: Any,
+    ) -> None:
+        super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"{kernel_size=} must be odd, so that the depthwise convolution keeps the map's size.")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        inner = int(expand_ratio * dim)
+        self.in_proj = nn.Conv2d(dim, inner, 1, bias=False, **dd)
+        self.conv_dw = nn.Conv2d(inner, inner, kernel_size, padding=kernel_size // 2, groups=inner, bias=False, **dd)
+        self.gspn = GSPN2d(inner, **propagation, **dd)
+        self.norm = LayerNorm2d(inner, eps=norm_eps, **dd)
+        self.grn = GlobalResponseNorm(inner, channels_last=False, **dd)
+        self.out_proj = nn.Conv2d(inner, dim, 1, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, dim, H, W]`` to ``[B, dim, H, W]``."""
+        x = self.in_proj(x)  # [B, C, H, W]
+        x = self.conv_dw(x)
+        x = self.gspn(x)
+        x = self.grn(self.norm(x))
+        return self.out_proj(x)  # [B, dim, H, W]
