@@ -8,7 +8,7 @@ import typer
 
 import gspn
 
-from . import bench
+from . import bench, classify
 from .info import info
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(info)
 app.add_typer(bench.app, name="bench")
+app.add_typer(classify.app, name="classify")
 
 
 def _print_version(asked: bool) -> None:

@@ -1,0 +1,1 @@
+"""What is done with the networks: :mod:`gspn.tasks.classify` trains, evaluates and applies classifiers."""
