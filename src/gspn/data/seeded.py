@@ -1,0 +1,91 @@
+"""Augmentation that does not depend on who computes it."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from gspn.data.base import Wrapped
+
+
+class Seeded(Wrapped):
+    """A map-style data set whose sample ``i`` is a function of ``(seed, epoch, i)`` alone.
+
+    Transforms draw from the global generators of ``random``, numpy and torch. Here they are seeded for each sample from
+    these three numbers, and put back afterwards. So the number of workers, the number of processes, the order of the
+    samples and whatever else draws random numbers make no difference; a run that is resumed at epoch n continues as if
+    it had not been interrupted. About 0.1 ms a sample.
+
+    Not covered: what is drawn elsewhere, such as the order of a sampler, mixup, and timm's random erasing in its
+    prefetcher on the device.
+
+    Args:
+        dataset: map-style.
+        seed: any int.
+
+    Raises:
+        TypeError: the data set is a stream, in which a sample has no index.
+
+    Example:
+        >>> import random
+        >>> from gspn.data import Digits, Seeded
+        >>> dataset = Seeded(Digits("val", transform=lambda image: random.random()), seed=0)
+        >>> first = dataset[3]
+        >>> random.seed(5)
+        >>> dataset[3] == first
+        True
+        >>> dataset.set_epoch(1)
+        >>> dataset[3] == first
+        False
+    """
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        super().__init__(dataset)
+        self.seed = seed
+        # In shared memory: persistent workers hold a copy of everything else.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the samples, 0 at first."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch, also in workers that are running.
+
+        Call it before ``iter(loader)``, which already asks workers for samples.
+        """
+        self._epoch.fill_(epoch)
+        inner = getattr(self.dataset, "set_epoch", None)
+        if inner is not None:
+            inner(epoch)
+
+    def __getitem__(self, index: int) -> Any:
+        with _generators(self.seed, self.epoch, index % len(self)):
+            return self.dataset[index]
+
+
+@contextmanager
+def _generators(seed: int, epoch: int, index: int) -> Iterator[None]:
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
+    # A hash, as neighbouring seeds give neighbouring numbers in some generators.
+    text = f"{seed} {epoch} {index}".encode()
+    for_random, for_numpy, for_torch = struct.unpack("<QIQ", hashlib.blake2b(text, digest_size=20).digest())
+    random.seed(for_random)
+    np.random.seed(for_numpy)  # noqa: NPY002  (transforms draw from the legacy global generator)
+    # torch.manual_seed would also seed, or queue a seeding of, every CUDA device.
+    torch.default_generator.manual_seed(for_torch)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.default_generator.set_state(states[2])
