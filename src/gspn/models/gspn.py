@@ -422,15 +422,21 @@ def _create_gspn(variant: str, pretrained: bool, defaults: dict[str, Any], kwarg
 
 @register_model
 def gspn_pico(pretrained: bool = False, **kwargs: Any) -> GSPN:
-    """GSPN-Pico, for pictures of 28 to 96 pixels: three stages from half the picture's resolution, global scans."""
-    defaults = dict(dims=(32, 64, 128), depths=(1, 1, 4), stem_stride=2)
+    """GSPN-Pico, for pictures of 28 to 96 pixels: three stages from half the picture's resolution.
+
+    Global scans, and taps shared by all channels: half the time of taps for each.
+    """
+    defaults = dict(dims=(32, 64, 128), depths=(1, 1, 4), stem_stride=2, scan=dict(groups=1))
     return _create_gspn("gspn_pico", pretrained, defaults, kwargs)
 
 
 @register_model
 def gspn_nano(pretrained: bool = False, **kwargs: Any) -> GSPN:
-    """GSPN-Nano, for pictures of 28 to 96 pixels: four stages from half the picture's resolution, global scans."""
-    defaults = dict(dims=(32, 64, 128, 256), depths=(1, 1, 4, 3), stem_stride=2)
+    """GSPN-Nano, for pictures of 28 to 96 pixels: four stages from half the picture's resolution.
+
+    Global scans, and taps shared by all channels, as :func:`gspn_pico`.
+    """
+    defaults = dict(dims=(32, 64, 128, 256), depths=(1, 1, 4, 3), stem_stride=2, scan=dict(groups=1))
     return _create_gspn("gspn_nano", pretrained, defaults, kwargs)
 
 
