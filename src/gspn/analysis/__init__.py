@@ -1,5 +1,38 @@
-"""Looking at what the operators do: explicit affinities on tiny grids."""
+"""Looking at what the operators and the networks do: affinities, stability, cost.
+
+:func:`affinity_matrix` needs torch alone and is there at once; what looks into modules needs timm, and is imported when
+it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from .affinity import affinity_matrix
 
-__all__ = ["affinity_matrix"]
+if TYPE_CHECKING:
+    from .influence import Influence, PictureInfluence, affinity_rows, picture_influence, pixel_influence
+
+_LAZY = {
+    "Influence": "influence",
+    "PictureInfluence": "influence",
+    "affinity_rows": "influence",
+    "picture_influence": "influence",
+    "pixel_influence": "influence",
+}
+
+__all__ = [
+    "Influence",
+    "PictureInfluence",
+    "affinity_matrix",
+    "affinity_rows",
+    "picture_influence",
+    "pixel_influence",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
