@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,11 +18,23 @@ from rich.table import Table
 
 from gspn.tasks.errors import MissingExtraError, UsageError
 
+if TYPE_CHECKING:
+    from gspn.tasks.classify import Evaluation, Prediction
+
 app = typer.Typer(
     help="Train, evaluate and apply image classifiers: the networks of gspn, and any of timm.", no_args_is_help=True
 )
 
-_TASKS = "gspn.tasks.classify"
+
+class _Precision(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class _Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
 
 
 @contextmanager
@@ -39,6 +54,10 @@ def _failed(message: str, code: int) -> typer.Exit:
     if os.environ.get("RANK", "0") == "0":  # once, however many processes stop at it
         Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     return typer.Exit(code)
+
+
+def _warn(message: str) -> None:
+    Console(stderr=True).print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def _recipes() -> list[str]:
@@ -146,3 +165,128 @@ def recipe(name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_r
 
     with _one_line_errors():
         typer.echo(recipe_text(name), nl=False)
+
+
+# --- eval -------------------------------------------------------------------------------------------------------------
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run's directory, a timm name with weights, or hf-hub:OWNER/NAME.")
+    ],
+    data: Annotated[str, typer.Option(metavar="NAME", help="emoji, digits, mnist5k, folder, ...")],
+    root: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the data lie.")] = None,
+    split: Annotated[str, typer.Option(metavar="SPLIT", help="Of the data.")] = "val",
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images in a forward pass.")] = 64,
+    workers: Annotated[int, typer.Option(metavar="N", min=0, help="Processes that load images.")] = 0,
+    precision: Annotated[_Precision, typer.Option(help="bf16 and fp16 use autocast.")] = _Precision.fp32,
+    device: Annotated[_Device, typer.Option(help="auto: a GPU if there is one.")] = _Device.auto,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Images and weights in that layout.")] = False,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", dir_okay=False, help="Everything, also per class.")
+    ] = None,
+    confusion: Annotated[
+        Path | None,
+        typer.Option(metavar="PNG", dir_okay=False, help="Picture of the confusion matrix; needs matplotlib."),
+    ] = None,
+) -> None:
+    """Accuracy, confusions, speed and memory of a trained classifier."""
+    with _one_line_errors():
+        from gspn.tasks.classify.confusion import check_picture_path, save_confusion
+
+        if confusion is not None:
+            check_picture_path(confusion)
+        from gspn.tasks.classify import evaluate as run
+
+        console = Console()
+        found = run(
+            model,
+            data=data,
+            root=root,
+            split=split,
+            batch_size=batch_size,
+            workers=workers,
+            precision=precision.value,
+            device=device.value,
+            channels_last=channels_last,
+            console=console,
+        )
+        if not found.is_main:
+            return
+        console.print(_evaluation_table(found))
+        for name in found.broken:
+            _warn(f"{name} could not be read and does not count")
+        if json_path is not None:
+            found.write_json(json_path)
+            console.print(f"[dim]wrote[/] {escape(str(json_path))}", highlight=False, soft_wrap=True)
+        if confusion is not None:
+            save_confusion(found, confusion)
+            console.print(f"[dim]wrote[/] {escape(str(confusion))}", highlight=False, soft_wrap=True)
+
+
+def _evaluation_table(found: Evaluation) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    table.add_row("model", escape(f"{found.model}, {found.parameters / 1e6:.2f} M parameters"))
+    table.add_row("data", escape(f"{found.data}/{found.split}, {found.images:,} images, {len(found.classes)} classes"))
+    table.add_row("top-1", f"{found.top1:.2f} %")
+    table.add_row("top-5", f"{found.top5:.2f} %")
+    table.add_row("loss", f"{found.loss:.4f}")
+    worst = ", ".join(f"{name} {value:.1f} %" for name, value in found.worst_classes())
+    table.add_row("weakest classes", escape(worst))
+    table.add_row(
+        "speed",
+        f"{found.images_per_second:,.0f} images/s with loading, {found.network_images_per_second:,.0f} images/s of the "
+        f"network alone (batch {found.batch_size}, {found.precision}, {found.device})",
+    )
+    table.add_row("peak memory", f"{found.peak_memory_mib:,.0f} MiB")
+    return table
+
+
+# --- predict ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def predict(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help="A run's directory, a timm name with weights, or hf-hub:OWNER/NAME."
+        ),
+    ],
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="Classes to show of each image.")] = 5,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images in a forward pass.")] = 16,
+    device: Annotated[_Device, typer.Option(help="auto: a GPU if there is one.")] = _Device.auto,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: a list with an entry for each image.")] = False,
+) -> None:
+    """Classify images. Those that cannot be read are named, the rest goes on, and the exit code is 1 then."""
+    with _one_line_errors():
+        from gspn.tasks.classify import predict as run
+
+        found = run(images, model, top=top, batch_size=batch_size, device=device.value)
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found], indent=1))
+    else:
+        Console().print(_prediction_table([one for one in found if one.broken is None]))
+    broken = [one for one in found if one.broken is not None]
+    for one in broken:
+        _warn(f"{one.image}: {one.broken}")
+    if broken:
+        raise typer.Exit(1)
+
+
+def _prediction_table(found: Sequence[Prediction]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("image", overflow="fold")
+    table.add_column("class")
+    table.add_column("probability", justify="right")
+    for one in found:
+        for place, (name, probability) in enumerate(zip(one.classes, one.probabilities, strict=True)):
+            first = place == 0
+            table.add_row(
+                escape(one.image) if first else "", escape(name), f"{probability:.1%}", style=None if first else "dim"
+            )
+    return table

@@ -196,7 +196,7 @@ def class_names(dataset: Any) -> list[str]:
 
 
 def train_transform(augment: AugmentConfig, preprocessing: Preprocessing) -> Any:
-    """The training transform: timm's, with what it has not: the whole image in place of a crop, and ``RandomAffine``."""
+    """The training transform: timm's, and the whole image in place of a crop, and ``RandomAffine``."""
     if not augment.enabled:
         return preprocessing.transform()
     timm_data = require("timm.data", "torchvision")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,14 +198,21 @@ def load_model(source: str | Path) -> nn.Module:
         name = f"hf-hub:{text}"
     else:
         check_model_name(text)
-        cfg = timm.models.get_pretrained_cfg(text, allow_unregistered=False)
+        try:
+            cfg = timm.models.get_pretrained_cfg(text, allow_unregistered=False)
+        except RuntimeError:
+            tags = timm.list_pretrained(f"{text.partition('.')[0]}*")
+            have = f"there are {', '.join(tags)}." if tags else "it has none."
+            raise UsageError(f"{text!r} names pretrained weights that do not exist; {have}") from None
         if cfg is None or not cfg.has_weights:
             raise UsageError(f"{text!r} has no pretrained weights; name a directory that `gspn classify train` wrote.")
         name = text
     try:
         model = timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError) as error:
-        raise UsageError(f"{text!r} cannot be loaded: {' '.join(str(error).split())}") from None
+        # Of a mismatch PyTorch names every tensor.
+        what = textwrap.shorten(" ".join(str(error).split()), 300)
+        raise UsageError(f"{text!r} cannot be loaded: {what}") from None
     return model.eval()
 
 

@@ -1,0 +1,109 @@
+"""The confusion matrix as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError, require
+from ..files import replaced
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .evaluation import Evaluation
+
+_INK, _MUTED, _GRID = "#22272e", "#6b7280", "#e5e7eb"
+# Beyond these, numbers in the cells and names at the sides are too small to be read.
+_MOST_NUMBERS = 25
+_MOST_NAMES = 110
+
+
+def check_picture_path(path: Path) -> None:
+    """Refuse a name that is no picture's, and say if matplotlib is missing, before anything is computed.
+
+    Raises:
+        UsageError: the name ends in nothing that can be written.
+        MissingExtraError: matplotlib is not installed.
+    """
+    require("matplotlib", extra="plot")
+    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise UsageError(f"{str(path)!r} does not end in .png, .pdf or .svg.")
+
+
+def plot_confusion(evaluation: Evaluation) -> Figure:
+    """Rows are the images of a class, columns what they were taken for; each row sums to 100 %.
+
+    Blue is right and red is wrong, on one scale of darkness, so that a confusion stands out as much as a success does.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    require("matplotlib", extra="plot")
+    import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    counts = np.asarray(evaluation.confusion, dtype=float)  # [K, K]
+    rates = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    classes = len(counts)
+    numbered, named = classes <= _MOST_NUMBERS, classes <= _MOST_NAMES
+    side = min(max(4.2, 0.42 * classes), 7.0) if numbered else min(max(8.0, 0.13 * classes), 16.0)
+    longest = max(map(len, evaluation.classes)) if named else 0
+    size = 9.0 if numbered else min(9.0, 0.62 * 72 * side / classes)
+    room = 0.6 * size / 72 * min(longest, 28)  # inches that names take
+    figure = Figure(figsize=(side + room + 0.9, side + room + 1.3), layout="constrained")
+    axes = figure.subplots()
+
+    right = LinearSegmentedColormap.from_list("right", ["#ffffff", "#9cc3e6", "#1f5a99"])
+    wrong = LinearSegmentedColormap.from_list("wrong", ["#ffffff", "#f0a58f", "#b3261e"])
+    # The square root lets a confusion of 1 % be seen.
+    shade = np.sqrt(rates)
+    colours = np.where(np.eye(classes, dtype=bool)[..., None], right(shade), wrong(shade))
+    axes.imshow(colours, interpolation="nearest", aspect="equal")
+    if numbered:
+        _write_numbers(axes, counts, shade)
+        axes.set_xticks(np.arange(classes + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(classes + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color=_GRID, linewidth=0.8)
+    if named:
+        names = [name if len(name) <= 28 else name[:27] + "…" for name in evaluation.classes]
+        upright = numbered and longest <= 3
+        axes.set_xticks(range(classes), names, rotation=0 if upright else 90, fontsize=size)
+        axes.set_yticks(range(classes), names, fontsize=size)
+    axes.tick_params(which="both", length=0, labelcolor=_INK)
+    axes.set_xlabel("taken for", color=_MUTED)
+    axes.set_ylabel("class of the image", color=_MUTED)
+    for spine in axes.spines.values():
+        spine.set_color(_GRID)
+    axes.set_title(
+        f"{Path(evaluation.model).name} on {evaluation.data}/{evaluation.split}: "
+        f"top-1 {evaluation.top1:.2f} %, {evaluation.images:,} images",
+        loc="left",
+        color=_INK,
+        fontsize=11,
+        fontweight="bold",
+    )
+    return figure
+
+
+def save_confusion(evaluation: Evaluation, path: Path, dpi: int = 160) -> None:
+    """Write the picture, replacing the file as a whole.
+
+    Raises:
+        UsageError: the name ends in nothing that can be written.
+        MissingExtraError: matplotlib is not installed.
+    """
+    check_picture_path(path)
+    figure = plot_confusion(evaluation)
+    with replaced(path) as part:
+        figure.savefig(part, dpi=dpi, facecolor="white", format=path.suffix[1:].lower())
+
+
+def _write_numbers(axes: Any, counts: Any, shade: Any) -> None:
+    size = 9.0 if len(counts) <= 12 else 6.5
+    for i, row in enumerate(counts):
+        for j, count in enumerate(row):
+            if count:
+                colour = "white" if shade[i, j] > 0.72 else _INK
+                axes.text(j, i, f"{count:.0f}", ha="center", va="center", fontsize=size, color=colour)
