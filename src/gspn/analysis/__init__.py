@@ -13,6 +13,7 @@ from .affinity import affinity_matrix
 
 if TYPE_CHECKING:
     from .influence import Influence, PictureInfluence, affinity_rows, picture_influence, pixel_influence
+    from .stability import ScanStability, scan_stability, stability_report, write_stability
 
 _LAZY = {
     "Influence": "influence",
@@ -20,15 +21,23 @@ _LAZY = {
     "affinity_rows": "influence",
     "picture_influence": "influence",
     "pixel_influence": "influence",
+    "ScanStability": "stability",
+    "scan_stability": "stability",
+    "stability_report": "stability",
+    "write_stability": "stability",
 }
 
 __all__ = [
     "Influence",
     "PictureInfluence",
+    "ScanStability",
     "affinity_matrix",
     "affinity_rows",
     "picture_influence",
     "pixel_influence",
+    "scan_stability",
+    "stability_report",
+    "write_stability",
 ]
 
 
