@@ -1,0 +1,278 @@
+"""Small backbones side by side, on the same data with the same recipe, and one option of GSPN changed at a time.
+
+    python benchmarks/compare_backbones.py run STUDY... [--jobs 2]
+    python benchmarks/compare_backbones.py table STUDY...
+
+Each run is a ``gspn classify train`` in a process of its own with one thread, so that a machine with n cores takes n at
+a time. A run that ended is not run again and one that was cut off goes on where it was.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of a study: what it is called, and the network."""
+
+    label: str
+    model: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Entries that share a recipe, settings and seeds."""
+
+    recipe: str
+    settings: dict[str, Any]
+    entries: tuple[Entry, ...]
+
+
+# Peers within 10 % of the parameters of ours. Stems are those that pictures this small need: half the
+# resolution, and 7 x 7 or 8 x 8 patches for ViT. A stem of 2 would be followed by a second halving in timm's ConvNeXt,
+# so it has 1 for digits and 3 for emoji.
+_MNIST_PEERS = (
+    Entry("GSPN", "gspn_pico"),
+    Entry(
+        "ViT",
+        "vit_tiny_patch16_224",
+        dict(img_size=28, patch_size=4, embed_dim=128, depth=5, num_heads=4),
+    ),
+    Entry("ConvNeXt", "convnext_atto", dict(patch_size=1, dims=[24, 48, 96, 192], depths=[2, 2, 4, 2])),
+    Entry(
+        "Swin",
+        "swin_tiny_patch4_window7_224",
+        dict(img_size=28, patch_size=2, window_size=7, embed_dim=32, depths=[2, 2, 4], num_heads=[2, 4, 8]),
+    ),
+)
+_EMOJI_PEERS = (
+    Entry("GSPN", "gspn_nano"),
+    Entry(
+        "ViT",
+        "vit_tiny_patch16_224",
+        dict(img_size=48, patch_size=6, embed_dim=192, depth=8, num_heads=4),
+    ),
+    Entry("ConvNeXt", "convnext_atto", dict(patch_size=3)),
+    Entry(
+        "Swin",
+        "swin_tiny_patch4_window7_224",
+        dict(img_size=48, patch_size=2, window_size=6, embed_dim=32, depths=[2, 2, 4, 3], num_heads=[2, 4, 8, 16]),
+    ),
+)
+_OPTIONS = (
+    Entry("default: aligned, global, shared taps, proxy 8, skip, 4 directions", "gspn_pico"),
+    Entry("merge as released (misaligned)", "gspn_pico", dict(alignment="released")),
+    Entry("segments of 2", "gspn_pico", dict(segment=2)),
+    Entry("segments of 4", "gspn_pico", dict(segment=4)),
+    Entry("segments of 8", "gspn_pico", dict(segment=8)),
+    Entry("per-channel taps", "gspn_pico", dict(scan=dict(groups=None))),
+    Entry("proxy of 2", "gspn_pico", dict(proxy_dim=2)),
+    Entry("proxy of 32", "gspn_pico", dict(proxy_dim=32)),
+    Entry("no skip", "gspn_pico", dict(skip=False)),
+    Entry("2 directions (down, right)", "gspn_pico", dict(directions=["down", "right"])),
+    Entry("1 direction (down)", "gspn_pico", dict(directions=["down"])),
+)
+STUDIES = {
+    "mnist5k": Study(
+        "mnist5k_pico",
+        {"schedule.epochs": 8, "schedule.warmup_epochs": 1, "optim.lr": 1e-3},
+        _MNIST_PEERS,
+    ),
+    "emoji": Study(
+        "emoji_nano",
+        {
+            "schedule.epochs": 10,
+            "schedule.warmup_epochs": 1,
+            "data.size": 48,
+        },
+        _EMOJI_PEERS,
+    ),
+    "options": Study(
+        "mnist5k_pico",
+        {"schedule.epochs": 5, "schedule.warmup_epochs": 1, "optim.lr": 1e-3},
+        _OPTIONS,
+    ),
+}
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+_Studies = Annotated[list[str], typer.Argument(help=f"Of {', '.join(STUDIES)}.")]
+
+
+def _directory(root: Path, study: str, entry: Entry, seed: int) -> Path:
+    name = "".join(c if c.isalnum() else "-" for c in entry.label).strip("-").lower()
+    return root / study / f"{name}-seed{seed}"
+
+
+def _command(study: Study, entry: Entry, seed: int, output: Path) -> list[str]:
+    settings = {**study.settings, "model.name": entry.model, "model.kwargs": entry.kwargs, "run.seed": seed}
+    command = [str(Path(sys.executable).parent / "gspn"), "classify", "train", "--config", study.recipe]
+    for name, value in settings.items():
+        command += ["--set", f"{name}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"]
+    return command + ["--output", str(output)]
+
+
+def _run(command: list[str], output: Path) -> None:
+    if (output / "done").exists():
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    if (output / "checkpoints").exists():
+        command = [*command, "--resume"]
+    with (output / "log.txt").open("a") as log:
+        subprocess.run(
+            command, stdout=log, stderr=subprocess.STDOUT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+    (output / "done").touch()
+
+
+@app.command()
+def run(
+    studies: _Studies,
+    root: Annotated[Path, typer.Option(help="Where the runs are kept.")] = Path("runs/compare_backbones"),
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = os.cpu_count() or 1,
+) -> None:
+    """Train every entry of the studies with every seed."""
+    # Seeds outermost: cut short, every entry has as many runs as any other.
+    todo = [
+        (_command(STUDIES[name], entry, seed, where), where)
+        for seed in SEEDS
+        for name in studies
+        for entry in STUDIES[name].entries
+        for where in [_directory(root, name, entry, seed)]
+    ]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    failed = []
+    with Progress(*columns, console=Console(stderr=True)) as progress, ThreadPoolExecutor(jobs) as pool:
+        task = progress.add_task("runs", total=len(todo))
+
+        def one(item: tuple[list[str], Path]) -> None:
+            try:
+                _run(*item)
+            except subprocess.CalledProcessError:
+                failed.append(item[1])
+            progress.advance(task)
+
+        list(pool.map(one, todo))
+    for where in failed:
+        typer.echo(f"failed: see {where / 'log.txt'}", err=True)
+    raise typer.Exit(bool(failed))
+
+
+@app.command()
+def table(
+    studies: _Studies,
+    root: Annotated[Path, typer.Option(help="Where the runs are kept.")] = Path("runs/compare_backbones"),
+    output: Annotated[Path | None, typer.Option(metavar="CSV", help="One row a run.")] = None,
+) -> None:
+    """Gather the runs that ended: mean and standard deviation over the seeds, and a CSV with each."""
+    rows = []
+    for name in studies:
+        shown = Table(title=name, title_justify="left", title_style="bold")
+        for heading in (
+            "entry",
+            "parameters M",
+            "MACs M",
+            "top-1 of the last epoch",
+            "of its EMA",
+            "seeds",
+            "images/s",
+        ):
+            shown.add_column(heading, justify="left" if heading == "entry" else "right")
+        for entry in STUDIES[name].entries:
+            own = [_row(name, entry, seed, _directory(root, name, entry, seed)) for seed in SEEDS]
+            own = [row for row in own if row is not None]
+            rows += own
+            if own:
+                shown.add_row(
+                    entry.label,
+                    f"{own[0]['parameters'] / 1e6:.2f}",
+                    f"{own[0]['macs'] / 1e6:.1f}",
+                    _spread([row["top1"] for row in own]),
+                    _spread([row["ema_top1"] for row in own]),
+                    str(len(own)),
+                    f"{statistics.median(row['images_per_second'] for row in own):.0f}",
+                )
+        Console().print(shown)
+    if output is not None and rows:
+        with output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def _spread(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
+
+
+def _row(study: str, entry: Entry, seed: int, where: Path) -> dict[str, Any] | None:
+    if not (where / "done").exists():
+        return None
+    with (where / "metrics.csv").open() as file:
+        epochs = list(csv.DictReader(file))
+    last = epochs[-1]
+    parameters, macs = _size(entry, study)
+    return {
+        "study": study,
+        "entry": entry.label,
+        "model": entry.model,
+        "kwargs": yaml.safe_dump(entry.kwargs, default_flow_style=True).strip(),
+        "seed": seed,
+        "epochs": len(epochs),
+        "parameters": parameters,
+        "macs": macs,
+        "train_loss": float(last["train_loss"]),
+        "eval_loss": float(last["eval_loss"]),
+        "top1": float(last["top1"]),
+        "ema_top1": float(last["ema_top1"]),
+        "images_per_second": statistics.median(float(epoch["images_per_second"]) for epoch in epochs),
+        "seconds": round(sum(float(epoch["seconds"]) for epoch in epochs), 1),
+    }
+
+
+_SIZES: dict[tuple[str, str], tuple[int, int]] = {}
+
+
+def _size(entry: Entry, study: str) -> tuple[int, int]:
+    key = (study, entry.label)
+    if key not in _SIZES:
+        import timm
+        import torch
+        from torch.utils.flop_counter import FlopCounterMode
+
+        import gspn.models  # noqa: F401  # registers the networks
+
+        size = STUDIES[study].settings.get("data.size", 28)
+        classes = 9 if "emoji" in STUDIES[study].recipe else 10
+        model = timm.create_model(entry.model, num_classes=classes, **entry.kwargs).eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 3, size, size))
+        _SIZES[key] = sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+    return _SIZES[key]
+
+
+if __name__ == "__main__":
+    app()
