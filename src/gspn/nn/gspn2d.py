@@ -11,14 +11,19 @@ from timm.layers._fx import register_notrace_module
 from torch import Tensor, nn
 
 from gspn.ops import DIRECTIONS, Direction, line_scan, stochastic_taps
+from gspn.ops.implementations import check_impl
 
 from .projections import project, project_taps
 from .released import propagate_released
 
 Alignment = Literal["image", "released"]
 
+# These check their arguments in Python, which torch.fx cannot trace: calls of them become nodes.
+for _name in ("line_scan", "stochastic_taps", "propagate_released"):
+    torch.fx.wrap(_name)
 
-@register_notrace_module  # a leaf for torch.fx: the operators check their arguments in Python
+
+@register_notrace_module  # and for timm's feature extraction the whole module is one
 class GSPN2d(nn.Module):
     r"""Propagation in four directions with taps, gates and skip predicted from the input.
 
@@ -52,6 +57,7 @@ class GSPN2d(nn.Module):
         ``[B, C, H, W]`` to ``[B, C, H, W]``.
 
     Raises:
+        TypeError: ``segment`` is not an integer.
         ValueError: an option does not fit, or ``alignment="released"`` meets a map that is not square.
 
     Example:
@@ -78,6 +84,7 @@ class GSPN2d(nn.Module):
         super().__init__()
         groups = dim if groups is None else groups
         _check_options(dim, proxy_dim, groups, segment, directions, alignment)
+        check_impl(impl)
         dd = {"device": device, "dtype": dtype}
         self.dim = dim
         self.proxy_dim = proxy_dim
@@ -169,6 +176,8 @@ def _check_options(
         raise ValueError(
             f"{groups=} does not divide {dim=}; use 1 (shared taps), {dim} or None (per-channel taps) or a divisor."
         )
+    if segment is not None and (isinstance(segment, bool) or not isinstance(segment, int)):
+        raise TypeError(f"{segment=} is a {type(segment).__name__}; pass a number of lines, or None for global scans.")
     if segment is not None and segment < 1:
         raise ValueError(f"{segment=} is below 1; pass a number of lines, or None for global scans.")
     unknown = [d for d in directions if d not in DIRECTIONS]
