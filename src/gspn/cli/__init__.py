@@ -9,6 +9,7 @@ import typer
 import gspn
 
 from . import bench, classify
+from .explain import explain
 from .info import info
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(info)
+app.command()(explain)
 app.add_typer(bench.app, name="bench")
 app.add_typer(classify.app, name="classify")
 

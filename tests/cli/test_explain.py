@@ -1,0 +1,97 @@
+"""``gspn explain``: what it writes, what it refuses, and what is imported only when it runs."""
+
+from __future__ import annotations
+
+import csv
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from gspn.cli import app
+from support import run_python
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    path = tmp_path / "photograph.jpg"
+    pixels = (torch.rand(40, 70, 3, generator=torch.Generator().manual_seed(0)) * 255).byte()
+    Image.fromarray(pixels.numpy()).save(path)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    return lambda *options: CliRunner().invoke(app, ["explain", *(str(option) for option in options)])
+
+
+def test_writes_a_picture_and_a_table(run, photograph, tmp_path):
+    pytest.importorskip("matplotlib")
+    output, report = tmp_path / "out" / "map.png", tmp_path / "out" / "scans.csv"
+    result = run(photograph, "--model", "gspn_pico.untrained", "--point", "69,39", "--size", "48",
+                 "--output", output, "--report", report)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "no pretrained weights" in result.output
+    assert "random, seed 0" in result.output
+    assert "stages.2.blocks.3" in result.output
+    assert str(output) in result.output.replace("\n", "")
+    assert output.read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader(report.open()))
+    assert len(rows) == 6 * 4
+    assert {row["ok"] for row in rows} == {"True"}
+
+
+def test_the_table_alone_needs_no_output(run, photograph):
+    result = run(photograph, "--size", "32", "--stage", "0")
+    assert result.exit_code == 0, result.output
+    assert "tap sum" in result.output
+    assert "wrote" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (["--point", "70,0"], ["--point", "'70,0'", "70 x 40"]),
+        (["--point", "middle"], ["--point", "'middle'", "X,Y"]),
+        (["--model", "gspn_tinny"], ["--model", "gspn_tinny", "gspn_tiny"]),
+        (["--stage", "7", "--size", "32"], ["no stage 7"]),
+        (["--output", "map.bmp"], ["--output", "map.bmp", ".png"]),
+        (["--model", "gspn_tiny.in99"], ["--model", "gspn_tiny.in99"]),
+    ],
+)
+def test_bad_options_are_named(run, photograph, options, shown):
+    result = run(photograph, *options)
+    assert result.exit_code == 2, result.output
+    for expected in shown:
+        assert expected in result.output
+
+
+def test_files_that_are_no_picture(run, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG not really")
+    for path in (broken, tmp_path / "missing.png", tmp_path):
+        result = run(path)
+        assert result.exit_code == 2, result.output
+        assert path.name in result.output.replace("\n", "")
+
+
+def test_a_missing_package_names_its_extra(run, photograph, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    result = run(photograph)
+    assert result.exit_code == 1
+    assert 'pip install "gspn[train]"' in result.output
+
+
+def test_the_help_imports_no_networks_and_no_plots():
+    done = run_python("""
+import sys
+from gspn.cli import app
+from typer.testing import CliRunner
+for arguments in (["--help"], ["explain", "--help"], ["bench", "--help"]):
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+print([n for n in ("timm", "matplotlib", "PIL", "torchvision") if n in sys.modules])
+""")
+    assert done.stdout.strip() == "[]"
