@@ -101,7 +101,6 @@ STUDIES = {
         {
             "schedule.epochs": 10,
             "schedule.warmup_epochs": 1,
-            "data.size": 48,
         },
         _EMOJI_PEERS,
     ),
@@ -265,7 +264,7 @@ def _size(entry: Entry, study: str) -> tuple[int, int]:
 
         import gspn.models  # noqa: F401  # registers the networks
 
-        size = STUDIES[study].settings.get("data.size", 28)
+        size = 48 if "emoji" in STUDIES[study].recipe else 28
         classes = 9 if "emoji" in STUDIES[study].recipe else 10
         model = timm.create_model(entry.model, num_classes=classes, **entry.kwargs).eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
