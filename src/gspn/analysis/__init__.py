@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 from .affinity import affinity_matrix
 
 if TYPE_CHECKING:
+    from .cost import Cost, count_cost, gspn2d_macs
     from .influence import Influence, PictureInfluence, affinity_rows, picture_influence, pixel_influence
     from .stability import ScanStability, scan_stability, stability_report, write_stability
 
 _LAZY = {
+    "Cost": "cost",
+    "count_cost": "cost",
+    "gspn2d_macs": "cost",
     "Influence": "influence",
     "PictureInfluence": "influence",
     "affinity_rows": "influence",
@@ -28,11 +32,14 @@ _LAZY = {
 }
 
 __all__ = [
+    "Cost",
     "Influence",
     "PictureInfluence",
     "ScanStability",
     "affinity_matrix",
     "affinity_rows",
+    "count_cost",
+    "gspn2d_macs",
     "picture_influence",
     "pixel_influence",
     "scan_stability",
