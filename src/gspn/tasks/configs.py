@@ -75,42 +75,35 @@ def to_mapping(config: Any) -> dict[str, Any]:
     return plain(config)
 
 
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with the values of ``over``, key by key in nested mappings.
+def assigned(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy of nested mappings with ``value`` at the dotted ``key``.
 
     Example:
-        >>> merged({"optim": {"lr": 1, "eps": 2}}, {"optim": {"lr": 3}})
+        >>> assigned({"optim": {"lr": 1, "eps": 2}}, "optim.lr", 3)
         {'optim': {'lr': 3, 'eps': 2}}
     """
-    out = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
-        out[key] = merged(out[key], value) if both else value
-    return out
+    name, _, rest = key.partition(".")
+    if rest:
+        inner = values.get(name)
+        value = assigned(inner if isinstance(inner, Mapping) else {}, rest, value)
+    return {**values, name: value}
 
 
-def parse_override(text: str) -> dict[str, Any]:
-    """``"optim.lr=1e-3"`` as the nested mapping ``{"optim": {"lr": 0.001}}``; the value is read as YAML.
+def parse_override(text: str) -> tuple[str, Any]:
+    """``"optim.lr=1e-3"`` as ``("optim.lr", 0.001)``; the value is read as YAML.
 
     Raises:
         UsageError: there is no ``=``, no key before it, or no YAML after it.
 
     Example:
         >>> parse_override("augment.scale=[0.8, 1.0]")
-        {'augment': {'scale': [0.8, 1.0]}}
+        ('augment.scale', [0.8, 1.0])
     """
     key, equals, value = text.partition("=")
-    names = key.strip().split(".")
-    if not equals or not all(names):
+    key = key.strip()
+    if not equals or not all(key.split(".")):
         raise UsageError(f"{text!r} is not of the form section.key=value, such as optim.lr=1e-3.")
-    return nested(key.strip(), read_yaml(value, f"the value of {key.strip()}"))
-
-
-def nested(key: str, value: Any) -> dict[str, Any]:
-    """``"a.b"`` and a value as ``{"a": {"b": value}}``."""
-    for name in reversed(key.split(".")):
-        value = {name: value}
-    return value
+    return key, read_yaml(value, f"the value of {key}")
 
 
 def read_yaml(text: str, what: str) -> Any:
@@ -215,8 +208,8 @@ def _converted(hint: Any, value: Any, place: str) -> Any:
 
 
 def _scalar(hint: type, value: Any, place: str) -> Any:
-    if hint is Path and isinstance(value, str | Path):
-        return Path(value)
+    if hint is Path and isinstance(value, str | Path | int):
+        return Path(str(value))
     if hint is bool and isinstance(value, bool):
         return value
     if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
@@ -247,7 +240,14 @@ def _spoken(hint: Any) -> str:
         return f"a list of which each is {_spoken(arguments[0])}"
     if origin is dict or dataclasses.is_dataclass(hint):
         return "a mapping"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a string",
+        Path: "a path",
+        type(None): "null",
+    }
     return words.get(hint, getattr(hint, "__name__", str(hint)))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..configs import check_choice, check_range, from_mapping, merged, nested, parse_override, read_yaml, to_mapping
+from ..configs import assigned, check_choice, check_range, from_mapping, parse_override, read_yaml, to_mapping
 from ..errors import UsageError
 
 
@@ -296,10 +296,8 @@ class TrainConfig:
             UsageError: as for a file: an unknown key, a value of another type or out of range.
         """
         values = to_mapping(replace(self, resolved=None))
-        for override in overrides:
-            values = merged(values, parse_override(override))
-        for key, value in keys.items():
-            values = merged(values, nested(key, value))
+        for key, value in [*map(parse_override, overrides), *keys.items()]:
+            values = assigned(values, key, value)
         return config_from(values)
 
 

@@ -66,18 +66,26 @@ def plot_confusion(evaluation: Evaluation) -> Figure:
         axes.set_xticks(np.arange(classes + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(classes + 1) - 0.5, minor=True)
         axes.grid(which="minor", color=_GRID, linewidth=0.8)
+    else:
+        # A cell is found by counting from one of these.
+        for place in range(5, classes, 5):
+            axes.axhline(place - 0.5, color=_GRID, linewidth=0.5)
+            axes.axvline(place - 0.5, color=_GRID, linewidth=0.5)
     if named:
         names = [name if len(name) <= 28 else name[:27] + "…" for name in evaluation.classes]
         upright = numbered and longest <= 3
         axes.set_xticks(range(classes), names, rotation=0 if upright else 90, fontsize=size)
         axes.set_yticks(range(classes), names, fontsize=size)
+    else:
+        axes.set_xticks([])
+        axes.set_yticks([])
     axes.tick_params(which="both", length=0, labelcolor=_INK)
     axes.set_xlabel("taken for", color=_MUTED)
     axes.set_ylabel("class of the image", color=_MUTED)
     for spine in axes.spines.values():
         spine.set_color(_GRID)
     axes.set_title(
-        f"{Path(evaluation.model).name} on {evaluation.data}/{evaluation.split}: "
+        f"{_short_name(evaluation.model)} on {evaluation.data}/{evaluation.split}: "
         f"top-1 {evaluation.top1:.2f} %, {evaluation.images:,} images",
         loc="left",
         color=_INK,
@@ -98,6 +106,11 @@ def save_confusion(evaluation: Evaluation, path: Path, dpi: int = 160) -> None:
     figure = plot_confusion(evaluation)
     with replaced(path) as part:
         figure.savefig(part, dpi=dpi, facecolor="white", format=path.suffix[1:].lower())
+
+
+def _short_name(model: str) -> str:
+    path = Path(model)
+    return path.parent.name if path.name in ("best", "last") and path.parent.name else path.name
 
 
 def _write_numbers(axes: Any, counts: Any, shade: Any) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from ..devices import make_accelerator
 from ..errors import UsageError, require
 from ..files import write_text
 from .loaders import class_names, eval_loader, open_data
@@ -125,7 +126,7 @@ def evaluate(
         >>> evaluate("runs/digits_pico/best", data="digits").top1  # doctest: +SKIP
         96.4
     """
-    accelerate = require("accelerate", "timm", "torchvision", "torchmetrics", "safetensors")
+    require("accelerate", "timm", "torchvision", "torchmetrics", "safetensors")
     from torchmetrics.classification import MulticlassConfusionMatrix
 
     network = model.eval() if isinstance(model, nn.Module) else load_model(model)
@@ -141,10 +142,7 @@ def evaluate(
             f"the model tells {count} classes apart and data {data!r} has {len(names)}; evaluate it on what it was "
             "trained on."
         )
-    accelerator = accelerate.Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
-        cpu=device == "cpu" or not torch.accelerator.is_available(),
-    )
+    accelerator = make_accelerator(precision=precision, device=device)
     where = accelerator.device
     network = network.to(where)
     if channels_last:

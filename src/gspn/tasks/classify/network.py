@@ -163,12 +163,14 @@ def save_config(
 
 
 def save_weights(directory: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write ``model.safetensors``, replacing it in one step; the metadata stand in its header."""
+    """Write ``model.safetensors``, replacing it in one step; the metadata are JSON in its header, under `gspn`."""
     safetensors = require("safetensors.torch")
     # Tied tensors would be refused as sharing memory: each is written for itself.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    # One entry: several are written in an order that varies, and equal weights are to be equal files.
+    header = {"gspn": json.dumps(dict(metadata), sort_keys=True)}
     with replaced(directory / WEIGHTS) as part:
-        safetensors.save_file(tensors, part, metadata={key: str(value) for key, value in metadata.items()})
+        safetensors.save_file(tensors, part, metadata=header)
 
 
 def load_model(source: str | Path) -> nn.Module:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import CheckpointStore
 from ..configs import flat, read_yaml, to_mapping, write_yaml
+from ..devices import make_accelerator
 from ..errors import UsageError, require
 from ..files import write_text
 from ..seeding import derived_seed, seed_everything
@@ -25,9 +25,6 @@ from .loaders import class_names, eval_batch_size, eval_loader, open_pair, train
 from .network import build_model, count_parameters, resolve_preprocessing, save_config, save_weights
 from .records import EpochRow, MetricsTable, Reporter, peak_memory_mib
 from .steps import Figures, evaluate_batches, make_criterion, make_mixup, to_device
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 # Keys that change neither the weights nor the table, and so may differ when a run is resumed.
 _FREE = (
@@ -111,14 +108,28 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         >>> train(config).best_top1  # doctest: +SKIP
         62.4
     """
-    require("accelerate", "timm", "torchvision", "torchmetrics", "safetensors", "yaml")
-    return _Run(config, resume, console or Console()).fit()
+    require("accelerate", "timm", "torchvision", "safetensors", "yaml")
+    connected = torch.distributed.is_available() and torch.distributed.is_initialized()
+    result = _Run(config, resume, console or Console()).fit()
+    if not connected and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # which accelerate made for this run
+    return result
 
 
 class _Run:
     def __init__(self, config: TrainConfig, resume: bool, console: Console) -> None:
         self.output = config.run.output
-        self.accelerator = make_accelerator(config)
+        run = config.run
+        self.accelerator = make_accelerator(
+            precision=run.precision,
+            device=run.device,
+            fsdp=run.fsdp,
+            deterministic=run.deterministic,
+            log_with=list(run.trackers) or None,
+            project_dir=run.output,
+        )
+        # Also where `accelerate launch` was told so.
+        self.sharded = self.accelerator.distributed_type == "FSDP"
         self.store = CheckpointStore(self.output / "checkpoints")
         self.table = MetricsTable(self.output / "metrics.csv")
         self.main = self.accelerator.is_main_process
@@ -164,11 +175,13 @@ class _Run:
     # --- Setting up ---------------------------------------------------------------------------------------------------
 
     def _check_output(self, config: TrainConfig, resume: bool) -> None:
-        if config.run.fsdp and self.accelerator.num_processes == 1:
+        if config.run.fsdp and not self.sharded:
             raise UsageError(
-                "run.fsdp is true and there is one process, so nothing to shard; start with "
+                "run.fsdp is true, and weights are sharded over several GPUs only; start with "
                 "torchrun --nproc-per-node N, or set run.fsdp=false."
             )
+        if self.sharded and config.ema.decay is not None:
+            raise UsageError(f"ema.decay is {config.ema.decay:g}, and FSDP keeps no whole weights; set ema.decay=null.")
         if self.output.exists() and not self.output.is_dir():
             raise UsageError(f"run.output {str(self.output)!r} is a file; name a directory.")
         if not resume and (self.store.newest() is not None or self.table.path.exists()):
@@ -318,9 +331,7 @@ class _Run:
         if self.main:
             directory = self.output / name
             save_config(directory, self.network, self.config.model, self.preprocessing, self.classes)
-            save_weights(
-                directory, weights[which], {"epoch": epoch, "weights": which, "top1": top1[which], "format": "pt"}
-            )
+            save_weights(directory, weights[which], {"epoch": epoch, "weights": which, "top1": top1[which]})
 
     # --- The loop -----------------------------------------------------------------------------------------------------
 
@@ -414,11 +425,7 @@ class _Run:
         """Evaluate, write the weights, then the row, then the checkpoint: a kill between repeats, and loses nothing."""
         config, position = self.config, self.position
         loss = position.loss_sum / (self.updates * self.accelerator.num_processes)
-        if not math.isfinite(loss):
-            raise UsageError(
-                f"the training loss is {loss} in epoch {epoch + 1}; lower optim.lr, lengthen schedule.warmup_epochs or "
-                "set optim.clip_grad. The checkpoint before this epoch is whole."
-            )
+        self._check_finite(loss)
         last = epoch + 1 == config.schedule.epochs
         raw = ema = None
         if last or (epoch + 1) % config.run.eval_every == 0:
@@ -474,7 +481,7 @@ class _Run:
         return True
 
     def _evaluate(self, model: nn.Module) -> Figures:
-        if self.accelerator.num_processes > 1 and not self.config.run.fsdp:
+        if self.accelerator.num_processes > 1 and not self.sharded:
             # Running statistics are each process's own until the first one's are taken.
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)
@@ -511,10 +518,21 @@ class _Run:
         try:
             yield
         finally:
-            self.accelerator.end_training()
+            # Not end_training, which would also take the processes' connection away.
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
 
     def _log_update(self, loss: Tensor) -> None:
-        self.accelerator.log({"update_loss": loss.item(), "lr": self.lr}, step=self._step)
+        value = loss.item()
+        self._check_finite(value)
+        self.accelerator.log({"update_loss": value, "lr": self.lr}, step=self._step)
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise UsageError(
+                f"the training loss is {loss} in epoch {self.position.epoch + 1}; lower optim.lr, lengthen "
+                "schedule.warmup_epochs or set optim.clip_grad. The checkpoint before is whole."
+            )
 
     def _count_broken(self, before: int) -> int:
         """Broken images of this epoch over all processes, ``before`` of them before this process began."""
@@ -528,35 +546,3 @@ class _Run:
             if line is not None:
                 # Each process knows of its own share.
                 self.reporter.warn(line)
-
-
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """The accelerator of a configuration: where, in what precision, and shared how."""
-    accelerate = require("accelerate")
-    plugin = None
-    if config.run.fsdp:
-        plugin = accelerate.FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="size_based_wrap",
-            min_num_params=100_000,
-            state_dict_type="SHARDED_STATE_DICT",
-        )
-    if config.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False
-    cpu = config.run.device == "cpu" or not _has_accelerator()
-    try:
-        return accelerate.Accelerator(
-            mixed_precision="no" if config.run.precision == "fp32" else config.run.precision,
-            cpu=cpu,
-            fsdp_plugin=plugin,
-            log_with=list(config.run.trackers) or None,
-            project_dir=config.run.output,
-        )
-    except ValueError as error:
-        raise UsageError(f"run.precision {config.run.precision!r}: {' '.join(str(error).split())}") from None
-
-
-def _has_accelerator() -> bool:
-    return torch.accelerator.is_available()

@@ -1,0 +1,92 @@
+"""Training in processes of its own, which share one import of what they need."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gspn.tasks import checkpoints, devices
+from gspn.tasks.classify import train
+from tasks.classify.runs import tiny
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["gspn.tasks.classify.training", "timm.data", "accelerate", "torchvision", __name__])
+
+
+def start(output: Path, settings: list[str], *, die_in_checkpoint: int | None = None) -> Any:
+    """Train, resuming what is there; with ``die_in_checkpoint``, killed in the middle of writing that one."""
+    process = _CONTEXT.Process(target=_train, args=(output, settings, die_in_checkpoint))
+    process.start()
+    return process
+
+
+def start_many(count: int, work: Any, *arguments: Any) -> None:
+    """Run ``work`` in so many connected processes, as torchrun would."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        _CONTEXT.Process(target=_connected, args=(rank, count, port, work, arguments)) for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * count
+
+
+def shard_on_cpu() -> None:
+    """Let accelerate shard over processes on a CPU, which PyTorch can and accelerate leaves to GPUs."""
+    plain = devices.make_accelerator
+
+    def make_accelerator(**options: Any) -> Any:
+        from accelerate import FullyShardedDataParallelPlugin
+        from accelerate.state import AcceleratorState, PartialState
+        from accelerate.utils import DistributedType
+
+        sharded = options.pop("fsdp")
+        accelerator = plain(**options)
+        if sharded:
+            plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=10_000,
+                state_dict_type="SHARDED_STATE_DICT",
+            )  # fmt: skip
+            AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+            PartialState._shared_state |= {"distributed_type": DistributedType.FSDP}
+        return accelerator
+
+    from gspn.tasks.classify import training
+
+    training.make_accelerator = make_accelerator
+
+
+def _train(output: Path, settings: list[str], die_in_checkpoint: int | None) -> None:
+    torch.set_num_threads(1)
+    if die_in_checkpoint is not None:
+        plain, calls = checkpoints.write_text, []
+
+        def write_text(path: Path, text: str) -> None:
+            calls.append(path)
+            if len(calls) == die_in_checkpoint:
+                # Weights and optimiser are there, half of what describes them is, and the name is not.
+                path.write_text(text[: len(text) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            plain(path, text)
+
+        checkpoints.write_text = write_text
+    train(tiny(output, *settings), resume=True)
+
+
+def _connected(rank: int, count: int, port: int, work: Any, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    work(*arguments)

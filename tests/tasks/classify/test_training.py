@@ -1,0 +1,187 @@
+"""Training: it learns, it writes what timm loads, and it is what the configuration says."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import timm
+import torch
+from rich.console import Console
+from safetensors import safe_open
+
+from gspn.tasks.classify import TrainConfig, load_config, recipe_names, train
+from gspn.tasks.classify.loaders import ShareSampler, UpdateSampler
+from gspn.tasks.errors import UsageError
+from tasks.classify.runs import RANDOM, assert_same, newest_state, rows, tiny
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with an average, and what it printed."""
+    output = tmp_path_factory.mktemp("run")
+    said = io.StringIO()
+    torch.set_num_threads(1)
+    config = tiny(output, "schedule.epochs=3", "ema.decay=0.9", "run.trackers=[tensorboard]", "run.log_every=5")
+    return train(config, console=Console(file=said, width=200)), said.getvalue()
+
+
+def test_it_learns(finished):
+    result, said = finished
+    assert result.best_top1 > 75
+    table = rows(result.output, timeless=False)
+    assert [row["epoch"] for row in table] == ["1", "2", "3"]
+    assert [row["step"] for row in table] == ["22", "44", "66"]
+    assert float(table[-1]["train_loss"]) < float(table[0]["train_loss"])
+    assert max(max(float(row["top1"]), float(row["ema_top1"])) for row in table) == pytest.approx(result.best_top1)
+    assert result.last is not None and result.last.images_per_second > 0 and result.last.peak_memory_mib > 0
+    # One line an epoch where there is no terminal.
+    assert len([line for line in said.splitlines() if line.startswith("epoch ")]) == 3
+    assert list(result.output.glob("tensorboard/events*"))
+
+
+def test_timm_loads_what_it_writes(finished):
+    result, _ = finished
+    model = timm.create_model(f"local-dir:{result.output / 'best'}", pretrained=True).eval()
+    assert model.pretrained_cfg["label_names"] == [str(i) for i in range(10)]
+    assert tuple(model.pretrained_cfg["input_size"]) == (3, 32, 32)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    with safe_open(result.output / "best" / "model.safetensors", "pt") as file:
+        header = json.loads(file.metadata()["gspn"])
+    assert header["epoch"] == result.best_epoch
+    assert header["weights"] in ("raw", "ema")
+    assert header["top1"] == pytest.approx(result.best_top1)
+
+
+def test_the_saved_configuration_is_the_resolved_one_and_can_be_read_again(finished):
+    result, _ = finished
+    text = (result.output / "config.yaml").read_text()
+    assert "images_per_update: 64" in text
+    again = load_config(result.output / "config.yaml")
+    assert again.schedule.epochs == 3
+    assert again.run.output == result.output
+
+
+def test_rates_follow_the_images_of_an_update(tmp_path):
+    config = tiny(tmp_path, "schedule.epochs=1", "optim.lr_base_batch=512", "schedule.min_lr=1e-4",
+                  "data.batch_size=32", "optim.accumulate=4")  # fmt: skip
+    train(config)
+    text = (tmp_path / "config.yaml").read_text()
+    assert "images_per_update: 128" in text
+    assert "  lr: 0.001\n" in text  # 4e-3 * 128 / 512
+    assert "  min_lr: 2.5e-05\n" in text
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_the_number_of_workers(tmp_path):
+    settings = ["schedule.epochs=1", *RANDOM]
+    train(tiny(tmp_path / "a", *settings))
+    train(tiny(tmp_path / "b", *settings, "data.workers=2"))
+    assert_same(newest_state(tmp_path / "a"), newest_state(tmp_path / "b"))
+
+
+def test_accumulated_batches_are_one_batch(tmp_path):
+    train(tiny(tmp_path / "whole", "schedule.epochs=1"))
+    train(tiny(tmp_path / "parts", "schedule.epochs=1", "data.batch_size=16", "optim.accumulate=4"))
+    for row, other in zip(rows(tmp_path / "whole"), rows(tmp_path / "parts"), strict=True):
+        assert float(row["train_loss"]) == pytest.approx(float(other["train_loss"]), rel=1e-4)
+        assert float(row["eval_loss"]) == pytest.approx(float(other["eval_loss"]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["model.name=test_vit", "model.kwargs.depth=2", "model.channels_last=true"],
+        ["optim.layer_decay=0.7", "model.grad_checkpointing=true", "run.precision=bf16"],
+        ["augment.enabled=false", "augment.mixup=1", "optim.name=lamb", "optim.betas=[0.9, 0.95]"],
+        ["augment.auto_augment=rand-m5-n1", "augment.crop=resized", "schedule.name=poly", "run.eval_every=2",
+         "schedule.cooldown_epochs=1", "schedule.warmup_epochs=0", "schedule.epochs=2"],
+    ],
+    ids=["channels_last", "layer_decay", "no_augmentation", "poly"],
+)  # fmt: skip
+def test_options_run(tmp_path, settings):
+    result = train(tiny(tmp_path, "data.batch_size=256", "schedule.epochs=1", *settings))
+    assert result.last is not None and result.last.train_loss < 2.5
+
+
+def test_networks_of_gspn_train(tmp_path):
+    pytest.importorskip("gspn.models")
+    result = train(tiny(tmp_path, "schedule.epochs=1", "data.batch_size=256", "model.name=gspn_pico", "data.size=16",
+                        "model.drop_path=0.1"))  # fmt: skip
+    assert result.last is not None and result.last.train_loss < 2.5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.name=tset_convnext", "did you mean 'test_convnext'"),
+        ("data.name=digit", "digits"),
+        ("data.batch_size=4096", "lower data.batch_size"),
+        ("data.train_split=trian", "split"),
+        ("model.kwargs.no_such=1", "no_such"),
+        ("optim.name=adamwww", "adamwww"),
+        ("schedule.name=plateau", "plateau"),
+        ("schedule.name=cosin", "cosin"),
+        ("run.fsdp=true", "torchrun"),
+    ],
+)
+def test_errors_name_the_value_and_the_remedy(tmp_path, override, message):
+    with pytest.raises(UsageError, match=message):
+        train(tiny(tmp_path / "out", "schedule.epochs=1", override))
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(UsageError, match=r"lower optim\.lr"):
+        train(tiny(tmp_path, "schedule.epochs=1", "optim.lr=1e30", "optim.clip_grad=null", "schedule.warmup_epochs=0"))
+
+
+def test_update_sampler_splits_each_update_over_processes():
+    def order(processes, batch, accumulate, epoch=0, update=0):
+        parts = []
+        for process in range(processes):
+            sampler = UpdateSampler(
+                50, batch_size=batch, accumulate=accumulate, processes=processes, process=process, seed=3
+            )
+            sampler.start(epoch, update)
+            parts.append(list(sampler))
+        # Update by update, the images of all processes.
+        updates = len(parts[0]) // accumulate
+        return [
+            {i for part in parts for one in part[u * accumulate : (u + 1) * accumulate] for i in one}
+            for u in range(updates)
+        ]
+
+    whole = order(1, 12, 1)
+    assert [len(update) for update in whole] == [12] * 4
+    assert order(2, 6, 1) == order(3, 2, 2) == order(1, 4, 3) == whole
+    assert order(2, 6, 1, update=3) == whole[3:]
+    assert order(1, 12, 1, epoch=1) != whole
+
+
+@pytest.mark.parametrize(("images", "processes", "batch"), [(11, 2, 4), (12, 3, 5), (2, 4, 3), (7, 1, 7)])
+def test_share_sampler_covers_each_image_once(images, processes, batch):
+    real, batches = [], set()
+    for process in range(processes):
+        sampler = ShareSampler(images, batch_size=batch, processes=processes, process=process)
+        own = [i for one in sampler for i in one]
+        assert len(list(sampler)) == len(sampler)
+        real += own[: sampler.real]
+        batches.add(tuple(len(one) for one in sampler))
+    assert sorted(real) == list(range(images))
+    assert len(batches) == 1  # as many, and as large, in each process
+
+
+def test_recipes_are_complete_and_name_registered_networks():
+    pytest.importorskip("gspn.models")
+    names = recipe_names()
+    assert {"imagenet_tiny", "imagenet_small", "imagenet_base", "mnist5k_pico", "emoji_nano", "digits_pico"} <= set(
+        names
+    )
+    for name in names:
+        config = load_config(name)
+        assert timm.is_model(config.model.name)
+        assert config.run.output.name == name
+    base = load_config("imagenet_base")
+    assert isinstance(base, TrainConfig)
+    assert (base.optim.lr, base.schedule.min_lr, base.model.drop_path) == (5e-4, 5e-6, 0.5)
