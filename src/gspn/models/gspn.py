@@ -7,6 +7,7 @@ GSPN (arXiv 2501.12381), the sizes tiny, small and base as the authors' configur
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -266,7 +267,10 @@ class GSPN(nn.Module):
             global_pool: a new pooling; None keeps the present one.
         """
         self.num_classes = num_classes
+        self.head.in_features = self.num_features  # fewer than at first if stages were pruned
         self.head.reset(num_classes, pool_type=global_pool)
+        weight = self.stem.conv1.weight  # the head itself may have had no parameters to take these from
+        self.head.to(device=weight.device, dtype=weight.dtype)
 
     def init_non_persistent_buffers(self) -> None:
         """Nothing to do: there are no buffers."""
@@ -386,8 +390,28 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
 
 _GSPN2 = dict(paper_ids="arXiv:2512.07884", paper_name="GSPN-2: Efficient Parallel Sequence Modeling")
 
+
+def _packaged(name: str, classes: Sequence[str], **kwargs: Any) -> dict[str, Any]:
+    """The configuration of weights that come in the package; how they were made is in the card beside them."""
+    file = Path(__file__).parent / "weights" / f"{name}.safetensors"
+    return _cfg(file=str(file), num_classes=len(classes), label_names=tuple(classes), crop_pct=1.0, **kwargs)
+
+
+EMOJI_CATEGORIES = (
+    "Activities",
+    "Animals & Nature",
+    "Flags",
+    "Food & Drink",
+    "Objects",
+    "People & Body",
+    "Smileys & Emotion",
+    "Symbols",
+    "Travel & Places",
+)
+
 default_cfgs = generate_default_cfgs(
     {
+        "gspn_pico.mnist5k": _packaged("gspn_pico.mnist5k", "0123456789", input_size=(3, 28, 28), pool_size=(4, 4)),
         "gspn_pico.untrained": _cfg(input_size=(3, 28, 28), pool_size=(4, 4), crop_pct=1.0, num_classes=10),
         "gspn_nano.untrained": _cfg(input_size=(3, 64, 64), pool_size=(4, 4), crop_pct=1.0, num_classes=9),
         "gspn_tiny.untrained": _cfg(),
@@ -400,7 +424,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-# Where a stage of the authors' networks is global, its first seven blocks and every seventh are; the others see two lines.
+# Where a stage of the authors' networks is global, its first seven blocks and every seventh are; others see two lines.
 def _mostly_global(depth: int) -> tuple[int | None, ...]:
     return tuple(None if j < 7 or (j + 1) % 7 == 0 else 2 for j in range(depth))
 
