@@ -93,7 +93,7 @@ def _operator(x: Tensor, state: dict[str, Tensor], place: str, chunk: int | None
         return state[f"{place}.op.{name}"]
 
     x = _linear(x, weight("in_proj.weight"))
-    batch, channels, size, _ = x.shape
+    channels, size = x.shape[1:3]
     kernel = weight("conv2d.weight")
     x = F.conv2d(x, kernel, padding=kernel.shape[-1] // 2, groups=channels)
     low = _linear(x, weight("x_conv_down.weight"))

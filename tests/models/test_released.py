@@ -127,7 +127,7 @@ def test_a_name_that_is_not_the_releases_is_named(name) -> None:
 def test_weights_of_another_size_do_not_load() -> None:
     state = random_released(released_shapes(DIMS, DEPTHS, state=STATE, ratio=1.25, classes=CLASSES))
     model = small()
-    with pytest.raises(RuntimeError, match="size mismatch for stages.0.blocks.0.mixer.in_proj.weight"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for stages\.0\.blocks\.0\.mixer\.in_proj\.weight"):
         model.load_state_dict(checkpoint_filter_fn(state, model))
 
 
@@ -251,6 +251,4 @@ def test_fine_tuning_from_a_release(training_file, averaged) -> None:
 def test_a_release_does_not_load_into_the_default_alignment(training_file) -> None:
     options = {name: value for name, value in SMALL.items() if name != "alignment"}
     with pytest.raises(ValueError, match="create the model with alignment='released'"):
-        timm.create_model(
-            "gspn_tiny", pretrained=True, pretrained_cfg_overlay=dict(file=str(training_file)), **options
-        )
+        timm.create_model("gspn_tiny", pretrained=True, pretrained_cfg_overlay=dict(file=str(training_file)), **options)
