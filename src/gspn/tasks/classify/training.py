@@ -500,8 +500,8 @@ class _Run:
             f"({resolved.processes} process{'es' if resolved.processes > 1 else ''}, {config.run.precision})",
             f"{config.data.name}: {resolved.train_images:,} + {resolved.eval_images:,} images, "
             f"{resolved.num_classes} classes, {config.data.size} pixels",
-            f"{config.schedule.epochs} epochs of {resolved.updates_per_epoch:,} updates, {resolved.images_per_update} "
-            f"images each, {config.optim.name}, lr {resolved.lr:.3g}; writes {self.output}",
+            f"epochs {config.schedule.epochs}, updates {resolved.updates_per_epoch:,} an epoch, images "
+            f"{resolved.images_per_update} an update, {config.optim.name}, lr {resolved.lr:.3g}; writes {self.output}",
         )
         if self._step:
             at = f", update {self.position.update}" if self.position.update else ""
