@@ -24,8 +24,8 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(KERNELS)
 test: $(INSTALLED) ## Run the whole test suite
 	$(BIN)/python -m pytest
 
-demo: $(INSTALLED) ## Spread a point of a photograph in four directions; writes runs/demo/spread.png
-	$(BIN)/python examples/spread.py --output runs/demo/spread.png
+demo: $(INSTALLED) ## Train, evaluate, classify, look inside, time: minutes on a CPU; writes runs/demo/report.html
+	$(BIN)/python examples/demo --output runs/demo
 
 lint: $(INSTALLED) ## Check style, types and the arrows between the packages
 	$(BIN)/ruff check .

@@ -71,7 +71,8 @@ def test_saved_and_loaded_gives_the_same_logits(name: str, tmp_path: Path) -> No
 def test_pretrained_adapts_to_other_classes_and_channels() -> None:
     model = timm.create_model("gspn_pico", pretrained=True, num_classes=3, in_chans=1).eval()
     whole = timm.create_model("gspn_pico", pretrained=True).eval()
-    grey = torch.rand(1, 1, 28, 28)
+    # timm sums the colours in the weights' own precision.
+    grey = whole.stem.conv1.weight.sum(1, keepdim=True).half().float()
+    assert torch.equal(model.stem.conv1.weight, grey)
     with torch.no_grad():
-        torch.testing.assert_close(model.forward_features(grey), whole.forward_features(grey.expand(-1, 3, -1, -1)))
-        assert model(grey).shape == (1, 3)
+        assert model(torch.rand(1, 1, 28, 28)).shape == (1, 3)

@@ -1,0 +1,191 @@
+"""A tour in minutes on a CPU: train, evaluate, classify, look inside, time. Writes one page that shows it all.
+
+python examples/demo --output runs/demo
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from page import Page
+from pictures import learning_curve, prediction_grid, save
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from gspn.analysis.bench import environment
+from gspn.analysis.bench.comparison_plot import plot_mixers
+from gspn.analysis.bench.mixer import ATTENTION, SHARED, MixerProblem, check_mixers, exponents, measure_mixers
+from gspn.analysis.bench.report import plain_number
+from gspn.analysis.drawing import draw_explanation
+from gspn.analysis.explain import explain
+from gspn.analysis.networks import open_network
+from gspn.data import Emoji, MNIST5k
+from gspn.tasks.classify import evaluate, load_config, predict, train
+from gspn.tasks.classify.confusion import plot_confusion
+
+EPOCHS = 4
+POINT = (305, 238)  # under the temple's eaves
+SIDES = (16, 32, 48, 64, 96, 128)
+DIGITS, EMOJI = "gspn_pico.mnist5k", "gspn_nano.emoji"
+
+
+def main(
+    output: Annotated[Path, typer.Option(file_okay=False, help="Directory for the page and its parts.")] = Path(
+        "runs/demo"
+    ),
+    epochs: Annotated[int, typer.Option(min=1, help="Of the training run.")] = EPOCHS,
+) -> None:
+    """Run the tour."""
+    started = time.perf_counter()
+    console = Console()
+    page = Page(
+        "GSPN: line scans in the place of attention",
+        "What this machine just did: trained a small network from nothing, classified pictures with the weights that "
+        "come in the package, looked at what a pixel sees, and timed the token mixer against softmax attention.",
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    train_digits(page, output, epochs, console)
+    classify_pictures(page, output, console)
+    look_inside(page, output, console)
+    time_the_mixer(page, output, console)
+
+    here = environment.describe(torch.device("cpu"))
+    seconds = time.perf_counter() - started
+    page.tile(f"{seconds / 60:.1f} min", "for everything on this page")
+    page.footer(
+        f"{here.device}, {here.threads} threads · gspn {here.gspn} · torch {here.torch} · Python {here.python} · "
+        f"{here.os} · {time.strftime('%Y-%m-%d %H:%M')}"
+    )
+    report = output / "report.html"
+    page.write(report)
+    console.print(f"[bold]wrote[/] {escape(str(report))}  [dim]({seconds:.0f} s; open it in a browser)[/]")
+
+
+def train_digits(page: Page, output: Path, epochs: int, console: Console) -> None:
+    """A training run from nothing, evaluated."""
+    console.rule("training gspn_pico on 4,000 digits")
+    run = output / "mnist5k_pico"
+    if run.exists():
+        shutil.rmtree(run)  # the demo's own, of an earlier tour
+    # A schedule this short has no time for the recipe's regularisation.
+    config = load_config("mnist5k_pico").changed(
+        f"schedule.epochs={epochs}", "schedule.warmup_epochs=0.5", f"run.output={run}"
+    )
+    result = train(config, console=console)
+    scores = evaluate(run / "best", data="mnist5k", console=console)
+    learning_curve(run / "metrics.csv", output / "learning.png")
+    save(plot_confusion(scores), output / "confusion.png")
+    images_per_second = result.last.images_per_second if result.last else float("nan")
+    page.tile(f"{scores.top1:.1f} %", f"of 1,000 unseen digits right after {epochs} epochs on 4,000")
+    page.tile(f"{images_per_second:,.0f} / s", "images through a training step")
+    page.section(
+        "Trained here",
+        f"gspn_pico, {scores.parameters / 1e6:.2f} million parameters, on MNIST-5k (4,000 to train, 1,000 to test, "
+        f"28 x 28 pixels), {epochs} epochs of the shipped recipe's 40.",
+    )
+    page.command(f"gspn classify train --config mnist5k_pico --epochs {epochs}")
+    page.pictures(
+        (output / "learning.png", "Accuracy and loss on the test digits after each epoch."),
+        (output / "confusion.png", "Which digit was taken for which."),
+    )
+
+
+def classify_pictures(page: Page, output: Path, console: Console) -> None:
+    """Pictures classified with the weights of the package."""
+    console.rule("classifying with the weights of the package")
+    digits, emoji = MNIST5k("val"), Emoji("val")
+    shown = {}
+    for name, dataset, count, columns in ((DIGITS, digits, 24, 12), (EMOJI, emoji, 36, 12)):
+        # Spread over the classes, which lie one after another.
+        picks = [round(i * (len(dataset) - 1) / (count - 1)) for i in range(count)]
+        pictures = [dataset.image(i) for i in picks]
+        truths = [dataset.classes[dataset.target(i)] for i in picks]
+        guesses = predict(pictures, name)
+        prediction_grid(pictures, guesses, truths, output / f"{name}.png", columns=columns)
+        scores = evaluate(name, data=dataset.name.partition("/")[0], console=console)
+        shown[name] = scores
+        console.print(f"{name}: {scores.top1:.2f} % of {scores.images} {scores.data} right")
+    page.tile(f"{shown[DIGITS].top1:.1f} %", "digits right with the shipped gspn_pico")
+    page.tile(f"{shown[EMOJI].top1:.1f} %", "emoji with unseen names put into the right one of 9 categories")
+    page.section(
+        "Classified with the shipped weights",
+        "Test digits, and emoji whose names were not in the training set, with the most probable class.",
+    )
+    page.command(f"gspn classify predict picture.png --model {EMOJI}")
+    page.pictures((output / f"{DIGITS}.png", f"{DIGITS}: test digits. Green is right, red is wrong."))
+    page.pictures((output / f"{EMOJI}.png", f"{EMOJI}: emoji with unseen names."))
+
+
+def look_inside(page: Page, output: Path, console: Console) -> None:
+    """What a pixel of a photograph takes from every other."""
+    console.rule("looking inside, on a photograph")
+    from sklearn.datasets import load_sample_image
+
+    photograph = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1) / 255
+    explanation = explain(open_network(EMOJI), photograph, POINT, stage=1)
+    save(draw_explanation(explanation, photograph), output / "affinity.png")
+    rows = explanation.stability
+    worst = max(max(abs(row.tap_sum_max - 1), abs(row.tap_sum_min - 1)) for row in rows)
+    page.section(
+        "What a pixel takes from every other",
+        f"The affinity of one point of a photograph in {EMOJI} ({explanation.module}), by one vector-Jacobian product "
+        f"a direction, without the matrix. The weights of each of the network's {len(rows)} scans sum to one within "
+        f"{worst:.0e}: the paper's stability condition, measured.",
+    )
+    page.command(f"gspn explain photograph.jpg --point {POINT[0]},{POINT[1]} --model {EMOJI} --stage 1")
+    page.pictures((output / "affinity.png", "Brighter is more. Four scans together reach the whole picture."))
+
+
+def time_the_mixer(page: Page, output: Path, console: Console) -> None:
+    """The token mixer beside softmax attention of the same width, on maps that grow."""
+    console.rule("timing the mixer against softmax attention")
+    problem = MixerProblem()
+    red = [name for name, figures in check_mixers(problem).items() if not all(figure.ok for figure in figures)]
+    if red:
+        raise SystemExit(f"{', '.join(red)}: the result differs from the specification, so nothing is timed.")
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True
+    ) as progress:
+        task = progress.add_task("map sizes", total=len(SIDES))
+        results = measure_mixers(
+            problem,
+            sides=SIDES,
+            slowest_ms=1500,
+            repeats=3,
+            min_time=0.05,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    growth = exponents(results)
+    subtitle = f"width {problem.dim}, batch 1, float32, forward, {torch.get_num_threads()} CPU threads"
+    save(plot_mixers(results, growth, "Token mixers on growing maps", subtitle), output / "mixer.png")
+    names = list(dict.fromkeys(result.name for result in results))
+    ms = {(result.name, result.height): result.timing.p50 for result in results if result.timing is not None}
+    sides = sorted({side for _, side in ms})
+    page.section(
+        "The mixer against softmax attention",
+        "One forward pass of GSPN's token mixer, with all its projections, beside self-attention of the same width "
+        "with its own (PyTorch's fused kernel), on maps that grow. Attention compares every pixel with every other; "
+        "a scan visits each line once.",
+    )
+    page.command("gspn bench mixer")
+    page.pictures((output / "mixer.png", "Both axes logarithmic: a straight line is a power of the number of pixels."))
+    rows = [
+        [f"{side} x {side}", *(f"{plain_number(ms[name, side])} ms" if (name, side) in ms else "-" for name in names)]
+        for side in sides
+    ]
+    page.table(["map", *names], rows)
+    both = [side for side in sides if (ATTENTION, side) in ms and (SHARED, side) in ms]
+    if both:
+        most = both[-1]
+        ratio = ms[ATTENTION, most] / ms[SHARED, most]
+        page.tile(f"{ratio:.1f}x", f"attention's time over the mixer's (shared taps) on a {most} x {most} map")
+
+
+if __name__ == "__main__":
+    typer.run(main)
