@@ -103,7 +103,7 @@ def test_dry_run_shows_the_configuration_and_trains_nothing(run, tmp_path):
         (["train", "--set", "optim.rl=1"], 2, "did you mean 'lr'"),
         (["train", *TINY, "--model", "gspn_picoo", "--output", "none"], 2, "did you mean 'gspn_pico'"),
         (["eval", "none", "--data", "digits"], 2, "'none' is no model"),
-        (["predict", "x.png", "--model", "gspn_pico"], 2, "no pretrained weights"),
+        (["predict", "x.png", "--model", "coatnet_0_224"], 2, "no pretrained weights"),
         (["recipe", "digit"], 2, "did you mean"),
     ],
 )

@@ -23,6 +23,7 @@ from ..seeding import derived_seed, seed_everything
 from .config import Resolved, TrainConfig
 from .loaders import class_names, eval_batch_size, eval_loader, open_pair, train_loader
 from .network import build_model, count_parameters, resolve_preprocessing, save_config, save_weights
+from .optimization import make_optimizer, make_scheduler
 from .records import EpochRow, MetricsTable, Reporter, peak_memory_mib
 from .steps import Figures, evaluate_batches, make_criterion, make_mixup, to_device
 
@@ -158,6 +159,7 @@ class _Run:
 
         self.mixup = make_mixup(config, len(self.classes))
         self.criterion = make_criterion(config)
+        self._broken_said: tuple[set[int], set[int]] = (set(), set())
         self.position = _Position()
         self.lr = 0.0
         """Of the last update, for the layers whose rate is not reduced."""
@@ -230,13 +232,12 @@ class _Run:
 
     def _prepare(self, network: nn.Module) -> None:
         config = self.config
-        timm_optim, timm_scheduler, timm_utils = require("timm.optim"), require("timm.scheduler"), require("timm.utils")
         if config.model.channels_last:
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         network = network.to(self.accelerator.device)
         self.ema = None
         if config.ema.decay is not None:
-            self.ema = timm_utils.ModelEmaV3(
+            self.ema = require("timm.utils").ModelEmaV3(
                 network,
                 decay=config.ema.decay,
                 use_warmup=config.ema.warmup,
@@ -244,57 +245,12 @@ class _Run:
                 warmup_power=config.ema.warmup_power,
             )
             self.accelerator.register_for_checkpointing(self.ema)
-        optimizer = self._optimizer(timm_optim, network)
-        self.scheduler = self._scheduler(timm_scheduler, optimizer)
+        optimizer = make_optimizer(config.optim, network, self.resolved.lr)
+        self.scheduler = make_scheduler(config.schedule, optimizer, self.resolved)
         if config.model.compile:
             network.compile()
         self.network = network
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
-
-    def _optimizer(self, timm_optim: Any, network: nn.Module) -> torch.optim.Optimizer:
-        optim = self.config.optim
-        further = dict(optim.options)
-        if optim.betas is not None:
-            further["betas"] = optim.betas
-        if optim.eps is not None:
-            further["eps"] = optim.eps
-        if optim.layer_decay is not None:
-            further["layer_decay"] = optim.layer_decay
-        try:
-            return timm_optim.create_optimizer_v2(
-                network,
-                opt=optim.name,
-                lr=self.resolved.lr,
-                weight_decay=optim.weight_decay,
-                momentum=optim.momentum,
-                **further,
-            )
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"optim.name {optim.name!r} with {further}: {error}.") from None
-
-    def _scheduler(self, timm_scheduler: Any, optimizer: torch.optim.Optimizer) -> Any:
-        schedule = self.config.schedule
-        if schedule.name == "plateau":
-            raise UsageError(
-                "schedule.name 'plateau' waits for evaluations; choose one that is a function of the update."
-            )
-        try:
-            scheduler, _ = timm_scheduler.create_scheduler_v2(
-                optimizer,
-                sched=schedule.name,
-                num_epochs=schedule.epochs - schedule.cooldown_epochs,
-                warmup_epochs=schedule.warmup_epochs,
-                warmup_lr=self.resolved.warmup_lr,
-                min_lr=self.resolved.min_lr,
-                step_on_epochs=False,
-                updates_per_epoch=self.updates,
-                **schedule.options,
-            )
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"schedule.name {schedule.name!r} with {schedule.options}: {error}") from None
-        if scheduler is not None:
-            scheduler.step_update(0)
-        return scheduler
 
     # --- Checkpoints --------------------------------------------------------------------------------------------------
 
@@ -540,9 +496,11 @@ class _Run:
         return before + int(self.accelerator.reduce(found, "sum").item())  # type: ignore[union-attr]
 
     def _say_broken(self) -> None:
-        for record in (self.train_loader.broken, self.eval_loader.broken):
+        for record, said in zip((self.train_loader.broken, self.eval_loader.broken), self._broken_said, strict=True):
             line = record.summary()
             record.epoch.clear()
-            if line is not None:
+            # The same ones are not named again after every epoch.
+            if line is not None and not said >= record.names.keys():
+                said.update(record.names)
                 # Each process knows of its own share.
                 self.reporter.warn(line)
