@@ -11,6 +11,7 @@ import gspn
 from . import bench, classify
 from .explain import explain
 from .info import info
+from .models import models
 
 app = typer.Typer(
     name="gspn",
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(info)
+app.command()(models)
 app.command()(explain)
 app.add_typer(bench.app, name="bench")
 app.add_typer(classify.app, name="classify")

@@ -1,0 +1,1 @@
+"""The commands of ``gspn bench``, one a module."""

@@ -1,0 +1,160 @@
+"""``gspn bench models``: networks of timm side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gspn.analysis.bench import environment, report
+
+from .options import (
+    DTYPES,
+    MEMORY_FORMATS,
+    at_least,
+    check_plot,
+    choice,
+    count,
+    device_named,
+    each_at_least,
+    failed,
+    hardware,
+    require_timm,
+    wrote,
+)
+
+if TYPE_CHECKING:
+    from gspn.analysis.bench.comparison import Result
+
+_MODES = ("inference", "train")
+
+
+def bench_models(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            metavar="NAME",
+            help="Any of timm's. Repeatable; default: gspn_tiny, gspn2_tiny, swin_tiny_patch4_window7_224, "
+            "vit_small_patch16_224.",
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model that ratios are to. Default: the first.")
+    ] = None,
+    size: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", callback=each_at_least(1), help="H = W of the pictures. Repeatable; default: 224."),
+    ] = None,
+    mode: Annotated[
+        str, choice("--mode", "MODE", _MODES, "Forward alone, or forward and backward to every parameter.")
+    ] = "inference",
+    batch: Annotated[int, count("Pictures at a time.")] = 1,
+    dtype: Annotated[str, choice("--dtype", "DTYPE", list(DTYPES), "Of weights and pictures.")] = "float32",
+    memory_format: Annotated[
+        str, choice("--memory-format", "LAYOUT", list(MEMORY_FORMATS), "Of weights and pictures.")
+    ] = "channels_last",
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N. Default: cuda if there is one, else cpu.")
+    ] = None,
+    threads: Annotated[int | None, count("CPU threads. Default: PyTorch's.")] = None,
+    repeats: Annotated[int, count("Fewest samples of each model.")] = 5,
+    min_time: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", callback=at_least(0), help="Least time that the samples of each add up to."),
+    ] = 0.5,
+    output: Annotated[Path | None, typer.Option(metavar="CSV", dir_okay=False, help="Table to write.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PNG", dir_okay=False, help="Picture to write; needs matplotlib.")
+    ] = None,
+) -> None:
+    """Time networks side by side: all candidates take turns within one run.
+
+    Weights are random. Swin and ViT are built for each size. Each network is first run twice: if its results are not
+    finite, or differ, nothing is reported and the exit code is 1. One that the memory would not hold is skipped, with
+    the reason.
+    """
+    require_timm()
+    from gspn.analysis.bench import models
+
+    where = device_named(device)
+    if plot is not None:
+        check_plot(plot)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    names = list(dict.fromkeys(model or models.MODELS))
+    problem = models.ModelsProblem(
+        batch=batch,
+        dtype=DTYPES[dtype],
+        device=where,
+        mode=mode,
+        memory_format=MEMORY_FORMATS[memory_format],
+    )
+    console = Console()
+    with Console(stderr=True).status("starting") as status:
+        try:
+            results = models.measure_models(
+                problem,
+                names,
+                size or (models.SIZES[0],),
+                baseline=baseline,
+                repeats=repeats,
+                min_time=min_time,
+                progress=lambda what: status.update(escape(what)),
+            )
+        except models.CheckFailedError as error:
+            raise failed(f"the check failed, so nothing is reported: {error}") from None
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    here = environment.describe(where)
+    shape = f"{mode}, B{batch} {dtype}, {memory_format}"
+    console.print(_table(results, f"networks, {shape}\n{hardware(here)}"))
+    if output is not None:
+        from gspn.analysis.bench.comparison import write_results
+
+        write_results(output, results, here)
+        wrote(console, output)
+    if plot is not None:
+        from gspn.analysis.bench.comparison_plot import plot_models
+
+        report.save_figure(plot_models(results, "Networks side by side", f"{hardware(here)}   ·   {shape}"), plot)
+        wrote(console, plot)
+
+
+def _table(results: Sequence[Result], title: str) -> Table:
+    table = Table(title=escape(title), title_justify="left", title_style="bold")
+    table.add_column("model", overflow="fold")
+    table.add_column("size", justify="right")
+    for heading in ("M params", "GMACs", "ms p50", "images/s", "ratio", "peak MB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("attention")
+    previous = None
+    for r in results:
+        if previous is not None and r.height != previous:
+            table.add_section()
+        previous = r.height
+        timing, speed = r.timing, r.images_per_second
+        table.add_row(
+            r.name,
+            str(r.height),
+            f"{r.params / 1e6:.1f}",
+            "" if r.macs is None else f"{r.macs / 1e9:.1f}",
+            "" if timing is None else report.plain_number(timing.p50),
+            "" if speed is None else report.plain_number(speed),
+            "" if r.ratio is None else f"{r.ratio:.2f}x",
+            "" if r.peak_bytes is None else report.plain_number(r.peak_bytes / 1e6),
+            escape(r.skipped or r.attention),
+            style="dim" if timing is None else None,
+        )
+    table.caption = (
+        f"ratio: {results[0].baseline}'s time over this one's in the same run; peak: of a call, without weights"
+    )
+    table.caption_justify = "left"
+    return table

@@ -1,0 +1,43 @@
+"""``gspn models``: the networks there are."""
+
+from __future__ import annotations
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def models() -> None:
+    """List the networks of gspn: parameters, multiply-adds at their own input size, and weights."""
+    console = Console()
+    try:
+        import timm
+    except ImportError:
+        Console(stderr=True).print('[bold red]error:[/] gspn models needs timm; pip install "gspn\\[train]".')
+        raise typer.Exit(1) from None
+    import torch
+
+    import gspn.models  # noqa: F401  (registers the networks)
+    from gspn.analysis.cost import count_cost
+
+    table = Table(title="timm.create_model(NAME)", title_justify="left", title_style="bold")
+    table.add_column("name", no_wrap=True)
+    for heading in ("M params", "GMACs", "input"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("weights")
+    for name in timm.list_models(module="gspn"):
+        with torch.device("meta"):  # counted, not computed: nothing is drawn or held
+            model = timm.create_model(name)
+        cost = count_cost(model)
+        cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
+        size = " x ".join(str(n) for n in cfg.input_size) if cfg is not None else ""
+        tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
+        table.add_row(
+            name,
+            f"{cost.params / 1e6:.1f}",
+            f"{cost.macs / 1e9:.2f}",
+            size,
+            escape(", ".join(tags)) or "[dim]none[/]",
+        )
+    console.print(table)
