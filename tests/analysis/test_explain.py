@@ -58,12 +58,19 @@ def test_the_seed_is_the_networks_own():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first = open_network("gspn_nano", seed=1)
+    first = open_network("gspn_nano.untrained", seed=1)
     assert torch.equal(torch.rand(1), expected)
     second = open_network("gspn_nano.untrained", seed=1)
     assert first.weights == second.weights == "random, seed 1"
     for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_weights_that_come_along_are_taken_and_named():
+    named = [name for name in timm.list_pretrained("gspn_pico*")]
+    if not named:
+        pytest.skip("gspn_pico has no weights here")
+    assert open_network("gspn_pico").weights == f"pretrained, {named[0].partition('.')[2]}"
 
 
 @pytest.mark.parametrize("prefix", ["", "local-dir:"])

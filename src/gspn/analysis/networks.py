@@ -22,7 +22,7 @@ class Network:
     model: nn.Module
     name: str
     weights: str
-    """``"pretrained"``, ``"from FOLDER"`` or ``"random, seed 0"``."""
+    """``"pretrained"`` and its tag, ``"from FOLDER"`` or ``"random, seed 0"``."""
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -62,7 +62,7 @@ def open_network(name: str, *, seed: int = 0) -> Network:
 
     Example:
         >>> from gspn.analysis.networks import open_network
-        >>> open_network("gspn_nano", seed=3).weights
+        >>> open_network("gspn_nano.untrained", seed=3).weights
         'random, seed 3'
     """
     folder = Path(name.removeprefix("local-dir:"))
@@ -80,7 +80,8 @@ def open_network(name: str, *, seed: int = 0) -> Network:
     except RuntimeError as error:
         raise ValueError(f"{name!r}: {error} Leave the tag out for the default.") from None
     if cfg is not None and cfg.has_weights:
-        return Network(timm.create_model(name, pretrained=True).eval(), name, "pretrained")
+        tag = f", {cfg.tag}" if cfg.tag else ""
+        return Network(timm.create_model(name, pretrained=True).eval(), name, f"pretrained{tag}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Network(timm.create_model(plain).eval(), name, f"random, seed {seed}")
