@@ -44,6 +44,7 @@ def test_the_backend_of_attention_is_named():
     assert "flash" in attention_backend(lambda: nn.functional.scaled_dot_product_attention(q, q, q))
     assert attention_backend(lambda: (q @ q.mT).softmax(-1) @ q) == "math"
     with torch.inference_mode():
+        assert attention_backend(lambda: (q @ q.mT).softmax(-1) @ q) == "math"
         assert "flash" in attention_backend(lambda: nn.functional.scaled_dot_product_attention(q, q, q))
     assert attention_backend(lambda: (q + 1).softmax(-1)) == comparison.NO_ATTENTION
 

@@ -67,7 +67,7 @@ def test_the_seed_is_the_networks_own():
 
 
 def test_weights_that_come_along_are_taken_and_named():
-    named = [name for name in timm.list_pretrained("gspn_pico*")]
+    named = timm.list_pretrained("gspn_pico*")
     if not named:
         pytest.skip("gspn_pico has no weights here")
     assert open_network("gspn_pico").weights == f"pretrained, {named[0].partition('.')[2]}"

@@ -171,9 +171,11 @@ class _Operators(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         del types
-        if func.name() == "aten::scaled_dot_product_attention":
-            with self:  # in inference mode it arrives whole, its choice still to be made
-                return func.decompose(*args, **(kwargs or {}))
+        # In inference mode composite operators arrive whole, with what they are made of still to be chosen.
+        with self:
+            result = func.decompose(*args, **(kwargs or {}))
+        if result is not NotImplemented:
+            return result
         self.seen.add(func.name())
         return func(*args, **(kwargs or {}))
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -129,32 +130,31 @@ def bench_models(
 
 
 def _table(results: Sequence[Result], title: str) -> Table:
-    table = Table(title=escape(title), title_justify="left", title_style="bold")
-    table.add_column("model", overflow="fold")
-    table.add_column("size", justify="right")
-    for heading in ("M params", "GMACs", "ms p50", "images/s", "ratio", "peak MB"):
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    for heading in ("GMACs", "ms p50", "images/s", "ratio", "peak MB"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("attention")
     previous = None
     for r in results:
-        if previous is not None and r.height != previous:
-            table.add_section()
+        if r.height != previous:
+            table.add_row(f"[bold]{r.height} x {r.width}[/]")
         previous = r.height
-        timing, speed = r.timing, r.images_per_second
+        speed = r.images_per_second
         table.add_row(
-            r.name,
-            str(r.height),
-            f"{r.params / 1e6:.1f}",
+            escape(r.name),
             "" if r.macs is None else f"{r.macs / 1e9:.1f}",
-            "" if timing is None else report.plain_number(timing.p50),
+            "skipped" if r.timing is None else report.plain_number(r.timing.p50),
             "" if speed is None else report.plain_number(speed),
             "" if r.ratio is None else f"{r.ratio:.2f}x",
             "" if r.peak_bytes is None else report.plain_number(r.peak_bytes / 1e6),
-            escape(r.skipped or r.attention),
-            style="dim" if timing is None else None,
+            style="dim" if r.timing is None else None,
         )
-    table.caption = (
-        f"ratio: {results[0].baseline}'s time over this one's in the same run; peak: of a call, without weights"
-    )
+    backends = {r.name: r.attention for r in results if r.attention not in ("", "none")}
+    lines = [
+        f"ratio: {results[0].baseline}'s time over this one's in the same run; peak: of a call, without weights",
+        *(f"attention of {name}: {backend}" for name, backend in backends.items()),
+        *(f"{r.name} skipped at {r.height} x {r.width}: {r.skipped}" for r in results if r.skipped),
+    ]
+    table.caption = escape("\n".join(lines))
     table.caption_justify = "left"
     return table
