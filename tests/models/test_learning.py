@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import timm
@@ -12,15 +10,6 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 import gspn.models  # noqa: F401  (registers the networks)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Maps as small as these gain nothing from a second thread, and wait for it long where the cores are taken."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_thread")

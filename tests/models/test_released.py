@@ -18,6 +18,8 @@ from gspn.models import GSPN
 from gspn.models.released import checkpoint_filter_fn
 from released_support import random_released, released_logits, released_shapes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DIMS, DEPTHS, STATE, CLASSES = (8, 16), (1, 2), 3, 5
 SHAPES = released_shapes(DIMS, DEPTHS, state=STATE, classes=CLASSES)
 
