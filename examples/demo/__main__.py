@@ -27,7 +27,7 @@ from gspn.analysis.explain import explain
 from gspn.analysis.networks import open_network
 from gspn.data import Emoji, MNIST5k
 from gspn.tasks.classify import evaluate, load_config, predict, train
-from gspn.tasks.classify.confusion import plot_confusion
+from gspn.tasks.classify.confusion import save_confusion
 
 EPOCHS = 4
 POINT = (305, 238)  # under the temple's eaves
@@ -80,7 +80,7 @@ def train_digits(page: Page, output: Path, epochs: int, console: Console) -> Non
     result = train(config, console=console)
     scores = evaluate(run / "best", data="mnist5k", console=console)
     learning_curve(run / "metrics.csv", output / "learning.png")
-    save(plot_confusion(scores), output / "confusion.png")
+    save_confusion(scores, output / "confusion.png")
     images_per_second = result.last.images_per_second if result.last else float("nan")
     page.tile(f"{scores.top1:.1f} %", f"of 1,000 unseen digits right after {epochs} epochs on 4,000")
     page.tile(f"{images_per_second:,.0f} / s", "images through a training step")
@@ -101,7 +101,7 @@ def classify_pictures(page: Page, output: Path, console: Console) -> None:
     console.rule("classifying with the weights of the package")
     digits, emoji = MNIST5k("val"), Emoji("val")
     shown = {}
-    for name, dataset, count, columns in ((DIGITS, digits, 24, 12), (EMOJI, emoji, 36, 12)):
+    for name, dataset, count, columns in ((DIGITS, digits, 24, 12), (EMOJI, emoji, 36, 9)):
         # Spread over the classes, which lie one after another.
         picks = [round(i * (len(dataset) - 1) / (count - 1)) for i in range(count)]
         pictures = [dataset.image(i) for i in picks]

@@ -20,13 +20,13 @@ h1 { font-size: 34px; line-height: 1.2; margin: 0 0 8px; letter-spacing: -0.01em
 h2 { font-size: 22px; margin: 56px 0 6px; padding-top: 20px; border-top: 1px solid var(--line); }
 p { margin: 6px 0 14px; max-width: 76ch; }
 .lead { font-size: 18px; color: var(--muted); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 14px; margin: 26px 0 8px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 14px; margin: 26px 0 8px; }
 .tile { background: var(--wash); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }
 .tile b { display: block; font-size: 26px; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--muted); font-size: 14px; }
 figure { margin: 16px 0; }
 figure img { max-width: 100%; height: auto; display: block; border-radius: 6px; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 20px; align-items: center; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 20px; align-items: start; }
 figcaption { color: var(--muted); font-size: 14px; margin-top: 6px; max-width: 90ch; }
 table { border-collapse: collapse; font-size: 15px; margin: 12px 0; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 14px 6px 0; text-align: right; border-bottom: 1px solid var(--line); }

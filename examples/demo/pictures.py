@@ -44,7 +44,7 @@ def prediction_grid(
 ) -> None:
     """Pictures with what they were taken for and how surely: green where that is right, red where it is not."""
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.35 * columns, 1.72 * rows), layout="constrained")
+    figure = Figure(figsize=(10.8, 10.8 / columns * 1.3 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -52,7 +52,8 @@ def prediction_grid(
         axis.imshow(image, interpolation="nearest" if max(image.size) < 48 else "lanczos")
         right = prediction.classes[0] == truth
         title = f"{prediction.classes[0]}\n{prediction.probabilities[0]:.0%}"
-        axis.set_title(title if right else f"{title}, is {truth}", fontsize=7.5, color=RIGHT if right else WRONG, pad=3)
+        title += "" if right else f", is {truth}"
+        axis.set_title(title, fontsize=10 if columns > 10 else 7, color=RIGHT if right else WRONG, pad=3)
     save(figure, output)
 
 

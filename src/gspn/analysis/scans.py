@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gspn.nn import GSPN2d
 from gspn.nn.projections import project, project_taps
-from gspn.nn.released import _turn
+from gspn.nn.released import turn
 from gspn.ops import Direction, line_scan, stochastic_taps
 
 
@@ -37,7 +37,7 @@ class Scan:
 
     def turned(self, x: Tensor) -> Tensor:
         """``x`` as this scan reads it."""
-        return x if self.along == self.direction else _turn(x, self.direction)
+        return x if self.along == self.direction else turn(x, self.direction)
 
     def states(self, x: Tensor) -> Tensor:
         """``h``, ``[B, C, H, W]``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,8 +17,5 @@ def project_taps(proxy: Tensor, weight: Tensor) -> Tensor:
     The three taps are planes of G channels in memory, so that a scan over a channels_last map reads each tap of
     neighbouring channels side by side.
     """
-    if torch.compiler.is_compiling():
-        # stochastic_taps sorts the strides of what is not contiguous, and symbolic strides cannot be sorted.
-        return project(proxy, weight.flatten(0, 1)).unflatten(1, weight.shape[:2]).contiguous()
     logits = project(proxy, weight.transpose(0, 1).flatten(0, 1))  # [B, 3G, H, W]
     return logits.unflatten(1, (3, weight.shape[0])).transpose(1, 2)

@@ -18,7 +18,7 @@ from gspn.ops import Direction, line_scan, stochastic_taps
 from .projections import project, project_taps
 
 
-def _turn(x: Tensor, direction: Direction) -> Tensor:
+def turn(x: Tensor, direction: Direction) -> Tensor:
     """The input as the published code scans it: from left to right, in place of ``direction``."""
     if direction in ("down", "up"):
         x = x.transpose(-1, -2)
@@ -70,7 +70,7 @@ def propagate_released(
         )
     y = None
     for d, direction in enumerate(directions):
-        turned = _turn(x, direction)
+        turned = turn(x, direction)
         taps = stochastic_taps(project_taps(proxy, tap_proj[d]), direction="right").to(x.dtype)
         lam = project(proxy, lam_proj[d]).to(x.dtype)
         h = line_scan(turned, taps, lam, direction="right", segment=segment, impl=impl)

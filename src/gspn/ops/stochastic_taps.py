@@ -11,7 +11,8 @@ from .directions import Direction, scan_axes
 
 def _memory_order(tensor: Tensor) -> list[int]:
     """The axes from the slowest to the fastest in memory."""
-    if tensor.is_contiguous():
+    # Symbolic strides cannot be sorted, and a compiler lays out what it fuses itself.
+    if torch.compiler.is_compiling() or tensor.is_contiguous():
         return list(range(tensor.dim()))
     return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 

@@ -85,8 +85,9 @@ def plot_confusion(evaluation: Evaluation) -> Figure:
     for spine in axes.spines.values():
         spine.set_color(_GRID)
     axes.set_title(
-        f"{_short_name(evaluation.model)} on {evaluation.data}/{evaluation.split}: "
-        f"top-1 {evaluation.top1:.2f} %, {evaluation.images:,} images",
+        # Two lines: the picture of ten classes is narrower than one.
+        f"{_short_name(evaluation.model)} on {evaluation.data}/{evaluation.split}\n"
+        f"top-1 {evaluation.top1:.2f} % of {evaluation.images:,} images",
         loc="left",
         color=_INK,
         fontsize=11,
