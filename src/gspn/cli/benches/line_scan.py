@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -22,7 +21,11 @@ from gspn.ops.implementations import IMPLEMENTATIONS
 from .options import (
     DTYPES,
     MEMORY_FORMATS,
-    at_least,
+    Csv,
+    Device,
+    MinTime,
+    Png,
+    Threads,
     check_plot,
     choice,
     count,
@@ -49,19 +52,14 @@ def bench_line_scan(
         list[str] | None,
         choice("--impl", "IMPL", list(IMPLEMENTATIONS), "Repeatable; default: all that run here."),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N. Default: cuda if there is one, else cpu.")
-    ] = None,
+    device: Device = None,
     segment: Annotated[int | None, count("Lines after which the scan restarts. Default: never.")] = None,
     memory_format: Annotated[
         str, choice("--memory-format", "LAYOUT", list(MEMORY_FORMATS), "Of every tensor.")
     ] = "contiguous",
-    threads: Annotated[int | None, count("CPU threads. Default: PyTorch's.")] = None,
+    threads: Threads = None,
     repeats: Annotated[int, count("Fewest samples of each candidate; slow baselines take 3.")] = 10,
-    min_time: Annotated[
-        float,
-        typer.Option(metavar="SECONDS", callback=at_least(0), help="Least time that the samples of each add up to."),
-    ] = 0.5,
+    min_time: MinTime = 0.5,
     no_baselines: Annotated[
         bool,
         typer.Option("--no-baselines", help="Leave out the slow ones: the loop and, on CUDA, one launch a line."),
@@ -73,10 +71,8 @@ def bench_line_scan(
             help="On a CPU, let each call fault its outputs' memory in anew, as glibc's allocator does by default.",
         ),
     ] = False,
-    output: Annotated[Path | None, typer.Option(metavar="CSV", dir_okay=False, help="Table to write.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="PNG", dir_okay=False, help="Picture to write; needs matplotlib.")
-    ] = None,
+    output: Csv = None,
+    plot: Png = None,
 ) -> None:
     """Time line_scan beside a copy of as many bytes and beside the specification's loop.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import torch
@@ -16,6 +15,11 @@ from gspn.analysis.bench import environment, report
 
 from .options import (
     DTYPES,
+    Csv,
+    Device,
+    MinTime,
+    Png,
+    Threads,
     at_least,
     check_plot,
     choice,
@@ -51,19 +55,12 @@ def bench_mixer(
         float,
         typer.Option(metavar="SECONDS", callback=at_least(0), help="A candidate ends before a call takes longer."),
     ] = 1.0,
-    device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N. Default: cuda if there is one, else cpu.")
-    ] = None,
-    threads: Annotated[int | None, count("CPU threads. Default: PyTorch's.")] = None,
+    device: Device = None,
+    threads: Threads = None,
     repeats: Annotated[int, count("Fewest samples of each candidate at each size.")] = 5,
-    min_time: Annotated[
-        float,
-        typer.Option(metavar="SECONDS", callback=at_least(0), help="Least time that the samples of each add up to."),
-    ] = 0.1,
-    output: Annotated[Path | None, typer.Option(metavar="CSV", dir_okay=False, help="Table to write.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="PNG", dir_okay=False, help="Picture to write; needs matplotlib.")
-    ] = None,
+    min_time: MinTime = 0.1,
+    output: Csv = None,
+    plot: Png = None,
 ) -> None:
     """Time GSPNMixer and softmax self-attention of the same width on growing maps.
 

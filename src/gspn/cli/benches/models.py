@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import torch
@@ -18,7 +17,11 @@ from gspn.analysis.bench import environment, report
 from .options import (
     DTYPES,
     MEMORY_FORMATS,
-    at_least,
+    Csv,
+    Device,
+    MinTime,
+    Png,
+    Threads,
     check_plot,
     choice,
     count,
@@ -61,19 +64,12 @@ def bench_models(
     memory_format: Annotated[
         str, choice("--memory-format", "LAYOUT", list(MEMORY_FORMATS), "Of weights and pictures.")
     ] = "channels_last",
-    device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N. Default: cuda if there is one, else cpu.")
-    ] = None,
-    threads: Annotated[int | None, count("CPU threads. Default: PyTorch's.")] = None,
+    device: Device = None,
+    threads: Threads = None,
     repeats: Annotated[int, count("Fewest samples of each model.")] = 5,
-    min_time: Annotated[
-        float,
-        typer.Option(metavar="SECONDS", callback=at_least(0), help="Least time that the samples of each add up to."),
-    ] = 0.5,
-    output: Annotated[Path | None, typer.Option(metavar="CSV", dir_okay=False, help="Table to write.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="PNG", dir_okay=False, help="Picture to write; needs matplotlib.")
-    ] = None,
+    min_time: MinTime = 0.5,
+    output: Csv = None,
+    plot: Png = None,
 ) -> None:
     """Time networks side by side: all candidates take turns within one run.
 

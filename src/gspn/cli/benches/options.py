@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
@@ -67,6 +68,17 @@ def choice(name: str, metavar: str, choices: Sequence[str], text: str) -> typer.
 def count(text: str) -> typer.models.OptionInfo:
     """An option that is a number of at least 1."""
     return typer.Option(metavar="N", callback=at_least(1), help=text)
+
+
+Device = Annotated[
+    str | None, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N. Default: cuda if there is one, else cpu.")
+]
+Threads = Annotated[int | None, count("CPU threads. Default: PyTorch's.")]
+MinTime = Annotated[
+    float, typer.Option(metavar="SECONDS", callback=at_least(0), help="Least time that the samples of each add up to.")
+]
+Csv = Annotated[Path | None, typer.Option(metavar="CSV", dir_okay=False, help="Table to write.")]
+Png = Annotated[Path | None, typer.Option(metavar="PNG", dir_okay=False, help="Picture to write; needs matplotlib.")]
 
 
 def device_named(name: str | None) -> torch.device:
