@@ -13,8 +13,6 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "examples" / "demo"
 PIXEL = b"any bytes: the page does not decode its pictures"
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGBgAAAABQABpfZFQAAAAABJRU5ErkJggg=="
-)
 
 
 def load(name: str) -> Any:
