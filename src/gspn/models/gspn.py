@@ -412,6 +412,7 @@ EMOJI_CATEGORIES = (
 default_cfgs = generate_default_cfgs(
     {
         "gspn_pico.mnist5k": _packaged("gspn_pico.mnist5k", "0123456789", input_size=(3, 28, 28), pool_size=(4, 4)),
+        "gspn_nano.emoji": _packaged("gspn_nano.emoji", EMOJI_CATEGORIES, input_size=(3, 48, 48), pool_size=(3, 3)),
         "gspn_pico.untrained": _cfg(input_size=(3, 28, 28), pool_size=(4, 4), crop_pct=1.0, num_classes=10),
         "gspn_nano.untrained": _cfg(input_size=(3, 64, 64), pool_size=(4, 4), crop_pct=1.0, num_classes=9),
         "gspn_tiny.untrained": _cfg(),

@@ -26,18 +26,18 @@ def start(output: Path, settings: list[str], *, die_in_checkpoint: int | None = 
     return process
 
 
-def start_many(count: int, work: Any, *arguments: Any) -> None:
-    """Run ``work`` in so many connected processes, as torchrun would."""
+def start_many(count: int, printed: Path, work: Any, *arguments: Any) -> None:
+    """Run ``work`` in so many connected processes, as torchrun would; ``printed`` receives what they print."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     processes = [
-        _CONTEXT.Process(target=_connected, args=(rank, count, port, work, arguments)) for rank in range(count)
+        _CONTEXT.Process(target=_connected, args=(rank, count, port, printed, work, arguments)) for rank in range(count)
     ]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
     assert [process.exitcode for process in processes] == [0] * count
 
 
@@ -83,8 +83,11 @@ def _train(output: Path, settings: list[str], die_in_checkpoint: int | None) -> 
     train(tiny(output, *settings), resume=True)
 
 
-def _connected(rank: int, count: int, port: int, work: Any, arguments: tuple[Any, ...]) -> None:
+def _connected(rank: int, count: int, port: int, printed: Path, work: Any, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    # Their own is that of the server that forked them, which another test may have started.
+    with printed.open("a") as file:
+        os.dup2(file.fileno(), 1)
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),

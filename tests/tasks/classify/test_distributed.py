@@ -63,9 +63,9 @@ def two_processes(output: Path, folder: Path) -> None:
     train(sharded, resume=True)
 
 
-def test_two_processes_are_one_with_twice_the_batch(tmp_path, folder, capfd):
-    start_many(2, two_processes, tmp_path, folder)
-    printed = capfd.readouterr().out
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, folder):
+    start_many(2, tmp_path / "printed.txt", two_processes, tmp_path, folder)
+    printed = (tmp_path / "printed.txt").read_text()
     assert printed.count("epoch 2/2") == 2  # DDP's and FSDP's, of the first process alone
     train(tiny(tmp_path / "one", *settings(folder, "data.batch_size=16", "ema.decay=0.9")))
     expected = rows(tmp_path / "one")
