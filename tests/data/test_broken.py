@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from data_support import bomb, folder, jpeg, png
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from data_support import bomb, folder, jpeg, png
 from gspn.data import BrokenImages, BrokenImageWarning, Digits, Seeded, SkipBroken, collate, open_dataset
 
 
