@@ -51,8 +51,8 @@ def prediction_grid(
     for axis, image, prediction, truth in zip(axes.flat, images, predictions, truths, strict=False):
         axis.imshow(image, interpolation="nearest" if max(image.size) < 48 else "lanczos")
         right = prediction.classes[0] == truth
-        title = f"{prediction.classes[0]}\n{prediction.probabilities[0]:.0%}"
-        title += "" if right else f", is {truth}"
+        guess, share = prediction.classes[0], f"{prediction.probabilities[0]:.0%}"
+        title = f"{guess}\n{share}" if right else f"{guess} {share}\nis {truth}"
         axis.set_title(title, fontsize=10 if columns > 10 else 7, color=RIGHT if right else WRONG, pad=3)
     save(figure, output)
 
