@@ -10,6 +10,7 @@ a time. A run that ended is not run again and one that was cut off goes on where
 from __future__ import annotations
 
 import csv
+import json
 import os
 import statistics
 import subprocess
@@ -124,7 +125,7 @@ def _command(study: Study, entry: Entry, seed: int, output: Path) -> list[str]:
     settings = {**study.settings, "model.name": entry.model, "model.kwargs": entry.kwargs, "run.seed": seed}
     command = [str(Path(sys.executable).parent / "gspn"), "classify", "train", "--config", study.recipe]
     for name, value in settings.items():
-        command += ["--set", f"{name}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"]
+        command += ["--set", f"{name}={json.dumps(value)}"]  # JSON is YAML on one line
     return command + ["--output", str(output)]
 
 
