@@ -3,8 +3,17 @@
 from importlib.metadata import version as _version
 
 from . import analysis
-from .ops import DIRECTIONS, Direction, available_impls, line_scan, stochastic_taps
+from .ops import DIRECTIONS, Direction, available_impls, line_scan, propagate, stochastic_taps
 
 __version__ = _version("gspn")
 
-__all__ = ["DIRECTIONS", "Direction", "__version__", "analysis", "available_impls", "line_scan", "stochastic_taps"]
+__all__ = [
+    "DIRECTIONS",
+    "Direction",
+    "__version__",
+    "analysis",
+    "available_impls",
+    "line_scan",
+    "propagate",
+    "stochastic_taps",
+]

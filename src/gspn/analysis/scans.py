@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from gspn.nn import GSPN2d
-from gspn.nn.projections import project, project_taps
 from gspn.nn.released import turn
 from gspn.ops import Direction, line_scan, stochastic_taps
+from gspn.ops.projections import project, project_taps
 
 
 @dataclass(frozen=True)

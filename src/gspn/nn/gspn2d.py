@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from gspn.ops import DIRECTIONS, Direction, line_scan, stochastic_taps
 from gspn.ops.implementations import check_impl
+from gspn.ops.projections import project, project_taps
 
-from .projections import project, project_taps
 from .released import propagate_released
 
 Alignment = Literal["image", "released"]

@@ -14,8 +14,7 @@ from typing import cast
 from torch import Tensor
 
 from gspn.ops import Direction, line_scan, stochastic_taps
-
-from .projections import project, project_taps
+from gspn.ops.projections import project, project_taps
 
 
 def turn(x: Tensor, direction: Direction) -> Tensor:

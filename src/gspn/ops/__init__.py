@@ -4,6 +4,7 @@ from . import registration as _registration  # noqa: F401  (registers the operat
 from .directions import DIRECTIONS, Direction
 from .implementations import available_impls
 from .line_scan import line_scan
+from .propagate import propagate
 from .stochastic_taps import stochastic_taps
 
-__all__ = ["DIRECTIONS", "Direction", "available_impls", "line_scan", "stochastic_taps"]
+__all__ = ["DIRECTIONS", "Direction", "available_impls", "line_scan", "propagate", "stochastic_taps"]

@@ -32,3 +32,51 @@ def _line_scan_backward_flops(
     """Three taps for the state's gradient, three products for the taps', and one for each of x and lam."""
     del h_shape, x_shape, taps_shape, args, kwargs
     return 2 * math.prod(grad_shape) * (6 if lam_shape is None else 8)
+
+
+def _propagate_macs(
+    x_shape: Sequence[int],
+    proxy_shape: Sequence[int],
+    tap_shape: Sequence[int],
+    skip_shape: Sequence[int] | None,
+) -> tuple[int, int]:
+    """Multiply-adds of the projections and of the scans; of the skip, all directions together, only the projection."""
+    batch, channels, height, width = x_shape
+    states, (directions, groups) = proxy_shape[1], tap_shape[:2]
+    outputs = directions * (3 * groups + 2 * channels) + (0 if skip_shape is None else channels)
+    pixels = batch * height * width
+    return pixels * outputs * states, pixels * directions * channels * 4
+
+
+@register_flop_formula(torch.ops.gspn.propagate)
+def _propagate_flops(
+    x_shape: Sequence[int],
+    proxy_shape: Sequence[int],
+    tap_shape: Sequence[int],
+    lam_shape: Sequence[int],
+    u_shape: Sequence[int],
+    skip_shape: Sequence[int] | None,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """As of the composition: projections to the maps, three taps and the gate."""
+    del lam_shape, u_shape, args, kwargs
+    return 2 * sum(_propagate_macs(x_shape, proxy_shape, tap_shape, skip_shape))
+
+
+@register_flop_formula(torch.ops.gspn.propagate_backward)
+def _propagate_backward_flops(
+    grad_shape: Sequence[int],
+    x_shape: Sequence[int],
+    proxy_shape: Sequence[int],
+    tap_shape: Sequence[int],
+    lam_shape: Sequence[int],
+    u_shape: Sequence[int],
+    skip_shape: Sequence[int] | None,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """Maps and states again, each map's gradient to the proxy and to its projection, and the scans' own backward."""
+    del grad_shape, lam_shape, u_shape, args, kwargs
+    projections, scans = _propagate_macs(x_shape, proxy_shape, tap_shape, skip_shape)
+    return 2 * (3 * projections + 3 * scans)

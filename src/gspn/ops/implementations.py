@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from . import cpu, triton
 from .reasons import NotInstalled
 
-OPS: tuple[str, ...] = ("line_scan",)
+OPS: tuple[str, ...] = ("propagate", "line_scan")
 """Operators that have implementations to choose from."""
 
 
@@ -28,14 +28,14 @@ class Implementation:
     """One way to compute the operators."""
 
     name: str
-    module: str
-    """Where its functions are; imported by the first call that needs it."""
+    modules: Mapping[str, str]
+    """Where the function of each operator is; imported by the first call that needs it."""
     why_not: Callable[[torch.device, torch.dtype, str], str | None]
     """``(device, dtype, op)`` to the reason it cannot run, or None."""
 
-    def load(self) -> ModuleType:
-        """Import the module, at once if it has been before."""
-        return importlib.import_module(self.module, __package__)
+    def load(self, op: str) -> ModuleType:
+        """Import the module that has ``op``, at once if it has been before."""
+        return importlib.import_module(self.modules[op], __package__)
 
 
 def _reference_why_not(device: torch.device, dtype: torch.dtype, op: str) -> str | None:
@@ -46,9 +46,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     impl.name: impl
     for impl in (
         # The fastest first: "auto" takes the first that can run.
-        Implementation("triton", ".triton.launch", triton.why_not),
-        Implementation("cpu", ".cpu.line_scan", cpu.why_not),
-        Implementation("reference", ".reference", _reference_why_not),
+        Implementation("triton", {"line_scan": ".triton.launch", "propagate": ".triton.propagate"}, triton.why_not),
+        Implementation("cpu", {"line_scan": ".cpu.line_scan", "propagate": ".cpu.propagate"}, cpu.why_not),
+        Implementation("reference", dict.fromkeys(OPS, ".reference"), _reference_why_not),
     )
 }
 """Every implementation by name, the fastest first."""
@@ -70,12 +70,12 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"{impl=} is not an implementation; use one of {names}.")
 
 
-def available_impls(x: Tensor, op: str = "line_scan") -> dict[str, str | None]:
+def available_impls(x: Tensor, op: str = "propagate") -> dict[str, str | None]:
     """Which implementations of ``op`` can run on a tensor like ``x``, here and now.
 
     Args:
         x: a tensor of the device and dtype in question; its values and shape do not matter.
-        op: the operator, ``"line_scan"``.
+        op: the operator, ``"propagate"`` or ``"line_scan"``.
 
     Returns:
         For each implementation, the fastest first, None where it can run, else the reason why it cannot.
@@ -86,7 +86,7 @@ def available_impls(x: Tensor, op: str = "line_scan") -> dict[str, str | None]:
 
     Example:
         >>> import torch, gspn
-        >>> gspn.available_impls(torch.zeros(1), op="line_scan")["reference"] is None
+        >>> gspn.available_impls(torch.zeros(1))["reference"] is None
         True
     """
     if not isinstance(x, Tensor):
@@ -128,10 +128,10 @@ def resolve(impl: str, like: Tensor, op: str) -> ModuleType:
         chosen = _auto_choice.get(key)
         if chosen is None:
             chosen = _auto_choice[key] = _choose(like.device, like.dtype, op)
-        return chosen.load()
+        return chosen.load(op)
     implementation = IMPLEMENTATIONS[impl]
     reason = implementation.why_not(like.device, like.dtype, op)
     if reason is not None:
         error = ImportError if isinstance(reason, NotInstalled) else NotImplementedError
         raise error(f"impl={impl!r} cannot run {op} here: {reason}")
-    return implementation.load()
+    return implementation.load(op)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from .checks import autocast_dtype, cast_eligible, check_segment, check_tensor
 from .directions import Direction, scan_axes
 from .implementations import check_impl
 from .registration import apply_line_scan
@@ -13,10 +13,7 @@ from .registration import apply_line_scan
 def _check_tensors(x: Tensor, taps: Tensor, lam: Tensor | None) -> None:
     named = {"x": x, "taps": taps} if lam is None else {"x": x, "taps": taps, "lam": lam}
     for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; pass a torch.Tensor.")
-        if not tensor.dtype.is_floating_point:
-            raise TypeError(f"{name}.dtype is {tensor.dtype}; a scan needs floating point, so convert with .float().")
+        check_tensor(name, tensor)
         if tensor.dtype != x.dtype:
             raise TypeError(f"{x.dtype=} but {name}.dtype is {tensor.dtype}; convert all of them to one dtype.")
         if tensor.device != x.device:
@@ -41,33 +38,6 @@ def _check_tensors(x: Tensor, taps: Tensor, lam: Tensor | None) -> None:
         raise ValueError(
             f"{lam.shape=} differs from {x.shape=}; lam weighs each element of x, so expand it to x's shape."
         )
-
-
-def _check_segment(segment: int | None) -> None:
-    if segment is None:
-        return
-    if isinstance(segment, bool) or not isinstance(segment, (int, torch.SymInt)):
-        raise TypeError(f"{segment=} is a {type(segment).__name__}; pass a number of lines, or None for a global scan.")
-    if segment < 1:
-        raise ValueError(f"{segment=} is below 1; pass a number of lines, or None for a global scan.")
-
-
-def _under_autocast(x: Tensor, taps: Tensor, lam: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The tensors as autocast wants them; see the rule in :func:`line_scan`."""
-    if not isinstance(x, Tensor):
-        return x, taps, lam  # refused by the checks
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return x, taps, lam
-    dtype = torch.get_autocast_dtype(device)
-    # The state grows with the number of lines and float16 ends at 65504: as for cumsum, float32 is what is safe.
-    dtype = torch.float32 if dtype == torch.float16 else dtype
-
-    def cast(tensor: Tensor) -> Tensor:
-        eligible = isinstance(tensor, Tensor) and tensor.dtype.is_floating_point and tensor.dtype != torch.float64
-        return tensor.to(dtype) if eligible else tensor
-
-    return cast(x), cast(taps), None if lam is None else cast(lam)
 
 
 def line_scan(
@@ -134,7 +104,11 @@ def line_scan(
     """
     scan_axes(direction)
     check_impl(impl)
-    _check_segment(segment)
-    x, taps, lam = _under_autocast(x, taps, lam)
+    check_segment(segment)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, taps, lam = (
+            cast_eligible(x, dtype), cast_eligible(taps, dtype), None if lam is None else cast_eligible(lam, dtype)
+        )  # fmt: skip
     _check_tensors(x, taps, lam)
     return apply_line_scan(x, taps, lam, direction, segment, impl)

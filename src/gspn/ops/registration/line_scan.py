@@ -1,8 +1,4 @@
-"""The operators as PyTorch knows them: schemas, shapes without data, derivatives of every order, vmap.
-
-This module imports torch alone and is imported with ``gspn``, so that everything a tracer needs exists before anything
-is traced. What computes is looked up inside the operator when it runs (:func:`gspn.ops.implementations.resolve`):
-tracers see one opaque node, never a kernel launch, a loop over lines or a look for a compiler.
+"""``gspn::line_scan`` and ``gspn::line_scan_backward``: schemas, shapes without data, derivatives of every order, vmap.
 
 Derivatives. With ``A`` the scan's linear map, ``h = A(taps) (lam x)``, the adjoint state is ``g = A^T grad`` and
 
@@ -21,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .directions import scan_axes
-from .implementations import resolve
+from ..directions import scan_axes
+from ..implementations import resolve
+from .transforms import fold, transformed
 
 _SCAN = "gspn::line_scan"
 _BACKWARD = "gspn::line_scan_backward"
@@ -201,28 +198,16 @@ torch.library.register_autograd(_BACKWARD, _backward_grad, setup_context=_backwa
 # --- vmap -------------------------------------------------------------------------------------------------------------
 
 
-def _fold(tensors: tuple[Tensor | None, ...], in_dims: tuple[int | None, ...], size: int) -> list[Tensor | None]:
-    """Each ``[B, ...]`` with a mapped axis somewhere to ``[size * B, ...]``: a scan's batch entries are independent."""
-    folded: list[Tensor | None] = []
-    for tensor, dim in zip(tensors, in_dims, strict=True):
-        if tensor is None:
-            folded.append(None)
-            continue
-        mapped = tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        folded.append(mapped.flatten(0, 1))
-    return folded
-
-
 @torch.library.register_vmap(_SCAN)  # pyright: ignore[reportOptionalCall]
 def _scan_vmap(info, in_dims, x, taps, lam, direction, segment, impl):
-    x, taps, lam = _fold((x, taps, lam), in_dims[:3], info.batch_size)
+    x, taps, lam = fold((x, taps, lam), in_dims[:3], info.batch_size)
     h = torch.ops.gspn.line_scan(x, taps, lam, direction, segment, impl)
     return h.unflatten(0, (info.batch_size, -1)), 0
 
 
 @torch.library.register_vmap(_BACKWARD)  # pyright: ignore[reportOptionalCall]
 def _backward_vmap(info, in_dims, grad, h, x, taps, lam, direction, segment, impl, need_taps, need_lam):
-    tensors = _fold((grad, h, x, taps, lam), in_dims[:5], info.batch_size)
+    tensors = fold((grad, h, x, taps, lam), in_dims[:5], info.batch_size)
     grads = torch.ops.gspn.line_scan_backward(*tensors, direction, segment, impl, need_taps, need_lam)
     wanted = (True, need_taps, need_lam)
     return tuple(
@@ -232,10 +217,7 @@ def _backward_vmap(info, in_dims, grad, h, x, taps, lam, direction, segment, imp
     ), (0, 0, 0)
 
 
-# --- torch.func -------------------------------------------------------------------------------------------------------
-#
-# The derivatives that torch.library registers do not compose with torch.func.grad and its relatives (PyTorch asks for
-# an autograd.Function with a separate setup_context). Under such a transform the same formulas go through one.
+# --- torch.func: see transforms.py ------------------------------------------------------------------------------------
 
 
 class _Scan(torch.autograd.Function):
@@ -258,15 +240,11 @@ class _Backward(torch.autograd.Function):
         return torch.ops.gspn.line_scan_backward(grad, h, x, taps, lam, direction, segment, impl, need_taps, need_lam)
 
 
-def _transformed() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
 def apply_line_scan(*args) -> Tensor:
     """``torch.ops.gspn.line_scan``, also under the transforms of torch.func."""
-    return _Scan.apply(*args) if _transformed() else torch.ops.gspn.line_scan(*args)  # type: ignore[return-value]
+    return _Scan.apply(*args) if transformed() else torch.ops.gspn.line_scan(*args)  # type: ignore[return-value]
 
 
 def apply_line_scan_backward(*args) -> tuple[Tensor, Tensor, Tensor]:
     """``torch.ops.gspn.line_scan_backward``, also under the transforms of torch.func."""
-    return _Backward.apply(*args) if _transformed() else torch.ops.gspn.line_scan_backward(*args)  # type: ignore[return-value]
+    return _Backward.apply(*args) if transformed() else torch.ops.gspn.line_scan_backward(*args)  # type: ignore[return-value]

@@ -1,0 +1,58 @@
+"""``propagate`` as a composition of ``stochastic_taps`` and ``line_scan``, with every map written to memory.
+
+This is what the operator means, differentiable to every order; and what the fast kernels are measured against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from .directions import Direction
+from .projections import project, project_taps
+from .stochastic_taps import stochastic_taps
+
+
+def compose(
+    x: Tensor,
+    proxy: Tensor,
+    tap_proj: Tensor,
+    lam_proj: Tensor,
+    u_proj: Tensor,
+    skip_proj: Tensor | None,
+    directions: Sequence[str],
+    segment: int | None,
+    scan: Callable[[Tensor, Tensor, Tensor, str, int | None], Tensor],
+) -> Tensor:
+    r"""The sum over the directions of the scans, gated, and the skip.
+
+    .. math::
+        y = \mathrm{skip}\, p \odot x + \sum_d u_d\, p \odot
+            \mathrm{line\_scan}_d\bigl(x,\; \mathrm{stochastic\_taps}(T_d\, p),\; \Lambda_d\, p\bigr)
+
+    Args:
+        x: ``[B, C, H, W]``.
+        proxy: ``[B, S, H, W]``, of x's dtype.
+        tap_proj: ``[D, G, 3, S]``; projections are converted to x's dtype.
+        lam_proj: ``[D, C, S]``.
+        u_proj: ``[D, C, S]``, times the merge.
+        skip_proj: ``[C, S]``, the sum over the directions of skip times merge; None for none.
+        directions: D of them.
+        segment: as for :func:`gspn.line_scan`.
+        scan: ``(x, taps, lam, direction, segment)`` to ``h``, a ``line_scan``.
+
+    Returns:
+        ``y``, of the shape and dtype of ``x``.
+    """
+    dtype = x.dtype
+    y = None if skip_proj is None else project(proxy, skip_proj.to(dtype)) * x  # [B, C, H, W]
+    for d, direction in enumerate(cast("Sequence[Direction]", directions)):
+        taps = stochastic_taps(project_taps(proxy, tap_proj[d].to(dtype)), direction=direction)  # [B, G, 3, H, W]
+        lam = project(proxy, lam_proj[d].to(dtype))  # [B, C, H, W]
+        h = scan(x, taps, lam, direction, segment)  # [B, C, H, W]
+        out = project(proxy, u_proj[d].to(dtype)) * h
+        y = out if y is None else y + out
+    return torch.zeros_like(x) if y is None else y

@@ -1,0 +1,172 @@
+"""``gspn.propagate``: four directions, their maps, gates and merge as one operator; its checks, and nothing of how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .checks import autocast_dtype, cast_eligible, check_segment, check_tensor
+from .composition import compose
+from .directions import DIRECTIONS, Direction
+from .implementations import check_impl
+from .registration import apply_line_scan, apply_propagate
+
+
+def _check_directions(directions: Sequence[str]) -> None:
+    unknown = [d for d in directions if d not in DIRECTIONS]
+    if isinstance(directions, str) or not directions or unknown or len(set(directions)) != len(directions):
+        raise ValueError(f"{directions=}: pass one or more of {DIRECTIONS}, each once.")
+
+
+def _check_maps(x: Tensor, proxy: Tensor) -> None:
+    check_tensor("x", x)
+    check_tensor("proxy", proxy)
+    if x.dim() != 4:
+        raise ValueError(f"{x.shape=}: x has {x.dim()} axes; propagate needs [B, C, H, W].")
+    if proxy.dtype != x.dtype:
+        raise TypeError(f"{x.dtype=} but proxy.dtype is {proxy.dtype}; convert both to one dtype.")
+    if proxy.device != x.device:
+        raise ValueError(f"{x.device=} but proxy.device is {proxy.device}; move both to one device.")
+    batch, _, height, width = x.shape
+    if proxy.dim() != 4 or (proxy.shape[0], *proxy.shape[2:]) != (batch, height, width) or proxy.shape[1] == 0:
+        raise ValueError(
+            f"{proxy.shape=} does not fit {x.shape=}: proxy must be [{batch}, S, {height}, {width}], S at least 1."
+        )
+
+
+def _check_projections(
+    x: Tensor, proxy: Tensor, tap_proj: Tensor, gates: dict[str, Tensor], merge: Tensor | None, count: int
+) -> None:
+    """Shapes are those of ``count`` directions; dtypes x's or the state's, which loses nothing."""
+    wide = _state_dtype(x.dtype)
+    named = {"tap_proj": tap_proj, **gates} | ({} if merge is None else {"merge": merge})
+    for name, tensor in named.items():
+        check_tensor(name, tensor)
+        if tensor.dtype not in (x.dtype, wide):
+            raise TypeError(f"{x.dtype=} but {name}.dtype is {tensor.dtype}; convert it to {x.dtype} or {wide}.")
+        if tensor.device != x.device:
+            raise ValueError(f"{x.device=} but {name}.device is {tensor.device}; move all of them to one device.")
+    channels, states = x.shape[1], proxy.shape[1]
+    if tap_proj.dim() != 4 or (tap_proj.shape[0], *tap_proj.shape[2:]) != (count, 3, states):
+        raise ValueError(
+            f"{tap_proj.shape=}: tap_proj must be [{count}, G, 3, {states}], three taps for each of {count} directions "
+            f"and G groups, from the {states} channels of the proxy."
+        )
+    groups = tap_proj.shape[1]
+    if groups == 0 or channels % groups != 0:
+        raise ValueError(
+            f"{tap_proj.shape=} has {groups} groups, which do not divide the {channels} channels of {x.shape=}; "
+            f"use 1 group (shared taps), {channels} (per-channel taps) or a divisor between."
+        )
+    for name, gate in gates.items():
+        if gate.shape != (count, channels, states):
+            raise ValueError(
+                f"{name}.shape is {gate.shape}; it must be [{count}, {channels}, {states}], "
+                f"for {count} directions, x's channels and the proxy's."
+            )
+    if merge is not None and merge.shape != (count,):
+        raise ValueError(f"{merge.shape=}: merge must be [{count}], a weight for each direction.")
+
+
+def _state_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def propagate(
+    x: Tensor,
+    proxy: Tensor,
+    tap_proj: Tensor,
+    lam_proj: Tensor,
+    u_proj: Tensor,
+    skip_proj: Tensor | None = None,
+    merge: Tensor | None = None,
+    *,
+    directions: Sequence[Direction] = DIRECTIONS,
+    segment: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Propagate over the whole picture: scans in four directions with maps predicted from a proxy, gated and merged.
+
+    With :math:`p` the proxy and for each direction :math:`d` the linear maps :math:`T_d` (``tap_proj``),
+    :math:`\Lambda_d` (``lam_proj``), :math:`U_d` (``u_proj``) and :math:`S_d` (``skip_proj``) of it, pixel by pixel,
+
+    .. math::
+        y = \sum_d m_d \Bigl( U_d\, p \odot \mathrm{line\_scan}_d\bigl(x,\; \mathrm{stochastic\_taps}(T_d\, p),\;
+            \Lambda_d\, p\bigr) + S_d\, p \odot x \Bigr)
+
+    This is the operator of GSPN (arXiv 2501.12381, section 3 and figure 3), with the input-dependent skip of the
+    authors' networks. Written out, it needs up to 24 maps of the size of ``x``. The kernels compute them line by line
+    from the proxy and never write them, forward or backward: cost and memory are those of ``x``, ``proxy`` and ``y``.
+
+    The state accumulates in float32, or float64 for float64, and so do the maps in the kernels. Nothing is kept for the
+    backward but the arguments; maps and states are computed again. Results are the same on every run.
+
+    Under autocast to bfloat16, ``x`` and ``proxy`` are converted to bfloat16; under autocast to float16, whose range a
+    long scan leaves, to float32. The projections stay as they are. First derivatives run in the kernels; a second
+    derivative goes through the composition of :func:`gspn.stochastic_taps` and :func:`gspn.line_scan`, as everything
+    does with ``impl="reference"``.
+
+    Args:
+        x: ``[B, C, H, W]``, float64, float32, bfloat16 or float16; any strides, any H and W including 1, B may be 0.
+        proxy: ``[B, S, H, W]``, of x's dtype and device, S at least 1; usually 2 to 16.
+        tap_proj: ``[D, G, 3, S]``, from the proxy to the logits of the taps at cross offsets -1, 0, +1; ``G`` divides
+            ``C``, and ``C / G`` consecutive channels share taps (``G = C``: GSPN; ``G = 1``: GSPN-2). Projections and
+            merge are of x's dtype, or float32 where that is bfloat16 or float16.
+        lam_proj: ``[D, C, S]``, from the proxy to the input gate.
+        u_proj: ``[D, C, S]``, from the proxy to the output gate.
+        skip_proj: ``[D, C, S]``, from the proxy to the gate of the skip; None for no skip.
+        merge: ``[D]``, a weight for each direction; None for ones.
+        directions: the D directions of the projections' first axis, each at most once.
+        segment: number of lines, at least 1, after which every scan restarts; None for global scans, which connect
+            every pixel with every other.
+        impl: ``"auto"``, the fastest that runs for this device and dtype; or ``"reference"``, ``"cpu"`` or
+            ``"triton"``, which raise if they cannot run (:func:`gspn.available_impls` tells).
+
+    Returns:
+        ``y``, of the shape, dtype and device of ``x``, and of its memory layout where ``x`` is dense.
+
+    Raises:
+        TypeError: an argument is not a tensor, not floating point, or the dtypes differ; ``segment`` is not an integer.
+        ValueError: a shape, device, direction, segment or impl does not fit.
+        NotImplementedError: the ``impl`` named cannot run on this device or dtype.
+        ImportError: the ``impl`` named needs a package that is not installed.
+
+    Example:
+        With a proxy of ones and tap logits of zero every line is an average of the one before plus the input, and the
+        four directions add up:
+
+        >>> import torch, gspn
+        >>> x, proxy = torch.ones(1, 2, 3, 3), torch.ones(1, 1, 3, 3)
+        >>> tap_proj, gate = torch.zeros(4, 2, 3, 1), torch.ones(4, 2, 1)
+        >>> gspn.propagate(x, proxy, tap_proj, gate, gate)[0, 0]
+        tensor([[8., 8., 8.],
+                [8., 8., 8.],
+                [8., 8., 8.]])
+        >>> gspn.propagate(x, proxy, tap_proj[:1], gate[:1], gate[:1], directions=["down"])[0, 0, :, 0]
+        tensor([1., 2., 3.])
+    """
+    check_impl(impl)
+    check_segment(segment)
+    _check_directions(directions)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, proxy = cast_eligible(x, dtype), cast_eligible(proxy, dtype)
+    _check_maps(x, proxy)
+    gates = {"lam_proj": lam_proj, "u_proj": u_proj} | ({} if skip_proj is None else {"skip_proj": skip_proj})
+    _check_projections(x, proxy, tap_proj, gates, merge, len(directions))
+
+    # The merge is folded into the projections, and the skips of all directions are one: both sums are linear.
+    wide = _state_dtype(x.dtype)
+    tap_proj, lam_proj, u_proj = (p.to(wide) for p in (tap_proj, lam_proj, u_proj))
+    skip_proj = None if skip_proj is None else skip_proj.to(wide)  # [D, C, S]
+    if merge is not None:
+        weight = merge.to(wide).view(-1, 1, 1)
+        u_proj = u_proj * weight
+        skip_proj = None if skip_proj is None else skip_proj * weight
+    skip_proj = None if skip_proj is None else skip_proj.sum(0)  # [C, S]
+    arguments = (x, proxy, tap_proj, lam_proj, u_proj, skip_proj, tuple(directions), segment)
+    if impl == "reference":
+        return compose(*arguments, lambda *scan: apply_line_scan(*scan, "reference"))
+    return apply_propagate(*arguments, impl)
