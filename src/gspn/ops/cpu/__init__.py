@@ -12,8 +12,6 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def why_not(device: torch.device, dtype: torch.dtype, op: str) -> str | None:
     """The reason why the CPU kernels cannot run ``op`` on this device and dtype, or None."""
-    if op not in ("line_scan",):
-        return f"there is no CPU kernel for {op}."
     if device.type != "cpu":
         return f"the CPU kernels need CPU tensors and these are on {device.type}; move them with .cpu()."
     if dtype not in _DTYPES:

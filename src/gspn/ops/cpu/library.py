@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from .call import LineScanCall
+from .call import LineScanCall, PropagateCall
 
-_INTERFACE_VERSION = 1
+_INTERFACE_VERSION = 2
 
 
 def _path() -> Path:
@@ -56,8 +56,12 @@ def load() -> ctypes.CDLL:
         raise OSError(
             f"{_path()} has interface version {found}, not {_INTERFACE_VERSION}: it was built from other sources."
         )
-    for function in (library.gspn_line_scan, library.gspn_line_scan_backward):
-        function.argtypes = [ctypes.POINTER(LineScanCall), ctypes.c_int64]
+    for function, call in (
+        (library.gspn_line_scan, LineScanCall),
+        (library.gspn_line_scan_backward, LineScanCall),
+        (library.gspn_propagate, PropagateCall),
+    ):
+        function.argtypes = [ctypes.POINTER(call), ctypes.c_int64]
         function.restype = ctypes.c_int32
     library.gspn_isa.restype = ctypes.c_char_p
     _share_threads(library)

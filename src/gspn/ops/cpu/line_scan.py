@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from ..directions import scan_axes
-from .call import LineScanCall, Map, TapMap, as_map, as_tap_map
+from .call import DTYPE_CODES, LineScanCall, Map, TapMap, as_map, as_tap_map
 from .library import load
-
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def _run(function: Callable[..., int], call: LineScanCall) -> None:
@@ -30,7 +28,7 @@ def line_scan(x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segme
     batch, channels, *_ = x.shape
     lines, cross = x.shape[axes.line], x.shape[axes.cross]
     call = LineScanCall(
-        _DTYPE_CODES[x.dtype], axes.reverse, batch, channels, taps.shape[1], lines, cross,
+        DTYPE_CODES[x.dtype], axes.reverse, batch, channels, taps.shape[1], lines, cross,
         lines if segment is None else min(segment, lines),
         as_map(x, columns), as_map(lam, columns), as_map(h, columns), as_tap_map(taps, columns),
     )  # fmt: skip
@@ -60,7 +58,7 @@ def line_scan_backward(
     batch, channels, *_ = h.shape
     lines, cross = h.shape[axes.line], h.shape[axes.cross]
     call = LineScanCall(
-        _DTYPE_CODES[h.dtype], axes.reverse, batch, channels, taps.shape[1], lines, cross,
+        DTYPE_CODES[h.dtype], axes.reverse, batch, channels, taps.shape[1], lines, cross,
         lines if segment is None else min(segment, lines),
         as_map(x, columns) if dlam is not None else Map(), as_map(lam, columns), as_map(h, columns),
         as_tap_map(taps, columns),

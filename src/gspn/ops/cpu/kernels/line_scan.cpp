@@ -55,6 +55,7 @@ void by_dtype(const LineScanCall& call, Run run) {
 
 }  // namespace
 
+extern const PropagateKernels propagate_kernels;
 extern const Kernels kernels;
 const Kernels kernels = {
     GSPN_ISA_NAME, GSPN_VECTOR_BYTES,
@@ -67,6 +68,7 @@ const Kernels kernels = {
     [](const LineScanCall& call, const Plan& plan, int64_t item) {
       by_dtype(call, [&](auto type) { reduce<decltype(type)>(call, plan, item); });
     },
+    propagate_kernels,
 };
 
 }  // namespace GSPN_ISA

@@ -1,18 +1,9 @@
 // The plain C interface of the CPU line scan. No Python, no torch: one binary serves every version of both.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-
-#if defined(_WIN32)
-#define GSPN_EXPORT extern "C" __declspec(dllexport)
-#else
-#define GSPN_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
+#include "interface.h"
 
 namespace gspn {
-
-enum DType : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
 // A tensor [batch, channel, line, cross] wherever its elements are. Strides count elements; lines are in image order.
 struct Map {
@@ -39,8 +30,6 @@ struct LineScanCall {
   TapMap dtaps;
 };
 
-constexpr int32_t kInterfaceVersion = 1;
-
 // How a call is cut into independent items of work. It depends on the shapes and, through `spans`, on the number of
 // threads; sums are always taken within an item and over `partials` in a fixed order, so the bits depend on neither.
 struct Plan {
@@ -55,15 +44,6 @@ struct Plan {
   size_t scratch_bytes;  // for each worker
   void* partials;        // [blocks, batch, groups, 3, pixels] in the state's type, or null; a pixel's place is
                          // line * cross count + cross, with `columns` cross * line count + line
-};
-
-struct Kernels {
-  const char* isa;
-  int64_t vector_bytes;
-  void (*forward)(const LineScanCall&, const Plan&, int64_t item, char* scratch);
-  void (*backward)(const LineScanCall&, const Plan&, int64_t item, char* scratch);
-  // Adds up the partial tap gradients of one (batch, group).
-  void (*reduce)(const LineScanCall&, const Plan&, int64_t item);
 };
 
 }  // namespace gspn

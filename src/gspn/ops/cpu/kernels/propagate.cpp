@@ -1,0 +1,43 @@
+// propagate for one instruction set: compiled once for each, with GSPN_ISA naming the namespace and the entry table.
+//
+// Twelve tap maps, four lam, four u and a skip are functions of a proxy of a few channels. A block of as many channels as
+// a vector has lanes is walked four times; at every pixel the maps are projected from the proxy into registers, used and
+// forgotten. Arithmetic decides the speed, so a few pixels share the load of each projection vector, three sigmoids share
+// one division (taps.h), and all layouts are turned to [pixel][lane] on their way into scratch.
+#include "propagate_forward.h"
+
+namespace gspn {
+namespace GSPN_ISA {
+namespace {
+
+template <class Run>
+void by_dtype(const PropagateCall& call, Run run) {
+  switch (call.dtype) {
+    case kFloat32:
+      return run(float{});
+    case kFloat64:
+      return run(double{});
+    case kBFloat16:
+      return run(bf16{});
+    default:
+      return run(f16{});
+  }
+}
+
+}  // namespace
+
+extern const PropagateKernels propagate_kernels;
+const PropagateKernels propagate_kernels = {
+    [](const PropagateCall& call, const PropagatePlan& plan, int64_t block) {
+      call.dtype == kFloat64 ? pack_block<double>(call, plan, block) : pack_block<float>(call, plan, block);
+    },
+    [](const PropagateCall& call, const PropagatePlan& plan, int64_t item, char* scratch) {
+      by_dtype(call, [&](auto type) { propagate_forward<decltype(type)>(call, plan, item, scratch); });
+    },
+    [](const PropagateCall& call, const PropagatePlan& plan, int64_t item, char* scratch) {
+      by_dtype(call, [&](auto type) { propagate_merge<decltype(type)>(call, plan, item, scratch); });
+    },
+};
+
+}  // namespace GSPN_ISA
+}  // namespace gspn

@@ -1,0 +1,92 @@
+// propagate's entry points: cuts a call into items and spreads them over threads.
+#include "propagate.h"
+#include "workers.h"
+
+namespace gspn {
+namespace {
+
+// Pictures of a block up to this size stay in scratch while it is walked: they are then read and written once, in place of
+// once a direction. Two of them take what a second-level cache holds or a little more; beyond, they come from where x does.
+constexpr int64_t kMostKept = int64_t{4} << 20;
+// Where keeping x as well as y would take more than this part of x's size in scratch (few channels, many threads, large
+// pictures), x is staged again for each direction. Small pictures are kept in any case.
+constexpr int64_t kMostScratch = 12, kSmall = int64_t{512} << 10;
+// Lines of a tile where not all is kept: pieces of columns as wide as memory delivers them well.
+constexpr int64_t kTileLines = 32;
+
+PropagatePlan plan(const PropagateCall& call, int64_t threads) {
+  PropagatePlan plan{};
+  const auto state = static_cast<int64_t>(size_of_state(call.dtype));
+  const int64_t lanes = kernels().vector_bytes / state;
+  const int64_t pixels = call.height * call.width, longest = call.height > call.width ? call.height : call.width;
+  plan.blocks = round_up(call.channels, lanes) / lanes;
+  plan.shared = call.groups == 1 || call.channels / call.groups % lanes == 0;
+  plan.spans = 1;
+  plan.items = call.batch * plan.blocks;
+  plan.apart = plan.items < threads;
+  if (plan.apart) {
+    plan.items *= call.directions;
+    const int64_t segments = longest / call.segment;
+    if (segments > 1 && plan.items < 4 * threads) {
+      plan.spans = round_up(4 * threads, plan.items) / plan.items;
+      if (plan.spans > segments) plan.spans = segments;
+      plan.items *= plan.spans;
+    }
+  }
+  const int64_t kept = pixels * kernels().vector_bytes;
+  const int64_t x_bytes = call.batch * call.channels * pixels * static_cast<int64_t>(size_of(call.dtype));
+  const int64_t workers = plan.items < threads ? plan.items : threads;
+  const bool dense = call.y.column == 1 && call.y.row == call.width && call.y.channel == pixels;
+  plan.y_in_place = dense && kept > kSmall && static_cast<int64_t>(size_of(call.dtype)) == state;
+  const int64_t pictures = plan.y_in_place && call.channels % lanes == 0 ? 1 : 2;
+  plan.keep_y = !plan.apart && kept <= kMostKept;
+  plan.keep_x = plan.keep_y && (kept <= kSmall || kept * pictures * workers * kMostScratch <= x_bytes);
+  plan.y_in_place = plan.y_in_place && plan.keep_x;
+  plan.tile = kTileLines < longest ? kTileLines : longest;
+  const int64_t picture = pixels * lanes, tile = plan.tile * longest * lanes;
+  const int64_t states = 2 * (longest + 2) * lanes + 4 * (longest + lanes);
+  plan.scratch_bytes = static_cast<size_t>(((plan.keep_x ? picture : tile) + (plan.y_in_place && pictures == 1 ? 0 : plan.keep_y ? picture : tile) + states) * state + 256);
+  const int64_t outputs = plan.shared ? 2 : 5;
+  plan.packed_size =
+      round_up((call.directions * outputs + 1) * call.states * lanes + call.directions * 3 * call.states, lanes);
+  return plan;
+}
+
+class Memory {
+ public:
+  explicit Memory(int64_t bytes) : data_(std::malloc(bytes > 0 ? static_cast<size_t>(bytes) : 1)) {}
+  ~Memory() { std::free(data_); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  void* get() const { return data_; }
+
+ private:
+  void* data_;
+};
+
+}  // namespace
+}  // namespace gspn
+
+using namespace gspn;
+
+// 0, or 1 if memory ran out.
+GSPN_EXPORT int32_t gspn_propagate(const PropagateCall* call, int64_t threads) {
+  PropagatePlan p = plan(*call, threads);
+  const auto& kernel = kernels().propagate;
+  const auto state = static_cast<int64_t>(size_of_state(call->dtype));
+  const Memory packed(p.blocks * p.packed_size * state);
+  const int64_t part = call->batch * p.blocks * call->height * call->width * kernels().vector_bytes;
+  const Memory parts(p.apart ? call->directions * part : 0);
+  if (!packed.get() || !parts.get()) return 1;
+  p.packed = packed.get(), p.parts = parts.get();
+  expect_first_touch(call->y.data, static_cast<size_t>(call->batch * call->channels * call->height * call->width) *
+                                       size_of(call->dtype));
+  bool done = run(p.blocks, 0, threads, [&](int64_t block, char*) { kernel.pack(*call, p, block); });
+  done = done && run(p.items, p.scratch_bytes, threads,
+                     [&](int64_t item, char* scratch) { kernel.forward(*call, p, item, scratch); });
+  if (done && p.apart) {
+    done = run(call->batch * p.blocks, p.scratch_bytes, threads,
+               [&](int64_t item, char* scratch) { kernel.merge(*call, p, item, scratch); });
+  }
+  return done ? 0 : 1;
+}

@@ -1,0 +1,70 @@
+"""``propagate`` through the compiled kernels."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..directions import DIRECTIONS
+from .call import DTYPE_CODES, PropagateCall, as_image
+from .library import load
+
+# A vector may be read beyond the proxy's last state.
+_VECTOR = 64
+
+
+def _run(function: Callable[..., int], call: PropagateCall) -> None:
+    if function(ctypes.byref(call), torch.get_num_threads()):
+        raise MemoryError(
+            f"propagate over {call.batch} x {call.channels} maps of {call.height} x {call.width} ran out of scratch memory."
+        )
+
+
+def _states_last(proxy: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[B, S, H, W]`` to a dense ``[B, H, W, S]``: all states of a pixel side by side, in the state's precision."""
+    batch, states, height, width = proxy.shape
+    memory = torch.empty(proxy.numel() + _VECTOR, dtype=dtype)
+    memory[proxy.numel() :].zero_()
+    return memory[: proxy.numel()].view(batch, height, width, states).copy_(proxy.permute(0, 2, 3, 1))
+
+
+def _call(
+    x: Tensor, proxy: Tensor, projections: tuple[Tensor, ...], directions: tuple[str, ...], segment: int | None
+) -> PropagateCall:
+    """All that forward and backward share; ``projections`` are dense, with the skip if there is one."""
+    batch, channels, height, width = x.shape
+    tap_proj, lam_proj, u_proj, *skip_proj = projections
+    longest = max(height, width)
+    towards = (ctypes.c_int32 * 4)(*(DIRECTIONS.index(d) for d in directions))  # type: ignore[arg-type]
+    return PropagateCall(
+        dtype=DTYPE_CODES[x.dtype], directions=len(directions), towards=towards, batch=batch, channels=channels,
+        groups=tap_proj.shape[1], states=proxy.shape[-1], height=height, width=width,
+        segment=longest if segment is None else min(segment, longest), x=as_image(x), proxy=proxy.data_ptr(),
+        tap_proj=tap_proj.data_ptr(), lam_proj=lam_proj.data_ptr(), u_proj=u_proj.data_ptr(),
+        skip_proj=skip_proj[0].data_ptr() if skip_proj else None,
+    )  # fmt: skip
+
+
+def propagate(
+    x: Tensor,
+    proxy: Tensor,
+    tap_proj: Tensor,
+    lam_proj: Tensor,
+    u_proj: Tensor,
+    skip_proj: Tensor | None,
+    directions: tuple[str, ...],
+    segment: int | None,
+) -> Tensor:
+    """The forward; see :func:`gspn.propagate`."""
+    y = torch.empty_like(x)
+    if y.numel() == 0:
+        return y
+    states = _states_last(proxy, tap_proj.dtype)
+    projections = tuple(p.contiguous() for p in (tap_proj, lam_proj, u_proj, skip_proj) if p is not None)
+    call = _call(x, states, projections, directions, segment)
+    call.y = as_image(y)
+    _run(load().gspn_propagate, call)
+    return y
