@@ -60,6 +60,7 @@ def load() -> ctypes.CDLL:
         (library.gspn_line_scan, LineScanCall),
         (library.gspn_line_scan_backward, LineScanCall),
         (library.gspn_propagate, PropagateCall),
+        (library.gspn_propagate_backward, PropagateCall),
     ):
         function.argtypes = [ctypes.POINTER(call), ctypes.c_int64]
         function.restype = ctypes.c_int32

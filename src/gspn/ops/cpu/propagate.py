@@ -68,3 +68,36 @@ def propagate(
     call.y = as_image(y)
     _run(load().gspn_propagate, call)
     return y
+
+
+def propagate_backward(
+    grad: Tensor,
+    x: Tensor,
+    proxy: Tensor,
+    tap_proj: Tensor,
+    lam_proj: Tensor,
+    u_proj: Tensor,
+    skip_proj: Tensor | None,
+    directions: tuple[str, ...],
+    segment: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """All gradients; see :func:`gspn.ops.reference.propagate_backward`."""
+    dx, dproxy = torch.empty_like(x), torch.empty_like(proxy)
+    given = [p for p in (tap_proj, lam_proj, u_proj, skip_proj) if p is not None]
+    grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in given]
+    if x.numel() == 0:
+        dproxy.zero_()
+        for g in grads:
+            g.zero_()
+    else:
+        states = _states_last(proxy, tap_proj.dtype)
+        dstates = torch.empty(states.shape, dtype=states.dtype)
+        projections = tuple(p.contiguous() for p in given)
+        call = _call(x, states, projections, directions, segment)
+        call.grad, call.dx, call.dproxy = as_image(grad), as_image(dx), dstates.data_ptr()
+        call.dtap_proj, call.dlam_proj, call.du_proj = (g.data_ptr() for g in grads[:3])
+        if skip_proj is not None:
+            call.dskip_proj = grads[3].data_ptr()
+        _run(load().gspn_propagate_backward, call)
+        dproxy.copy_(dstates.permute(0, 3, 1, 2))
+    return dx, dproxy, grads[0], grads[1], grads[2], None if skip_proj is None else grads[3]

@@ -27,6 +27,11 @@ struct PropagateKernels {
   void (*forward)(const PropagateCall&, const PropagatePlan&, int64_t item, char* scratch);
   // Adds up the directions of one block of one batch entry, where they were computed apart.
   void (*merge)(const PropagateCall&, const PropagatePlan&, int64_t item, char* scratch);
+  void (*backward)(const PropagateCall&, const PropagatePlan&, int64_t item, char* scratch);
+  // Adds up the parts of one batch entry's proxy gradient, where there are several.
+  void (*merge_proxy)(const PropagateCall&, const PropagatePlan&, int64_t batch);
+  // Adds up the parts of all projections' gradients.
+  void (*merge_weights)(const PropagateCall&, const PropagatePlan&);
 };
 
 // The kernels of one instruction set.

@@ -4,6 +4,7 @@
 // a vector has lanes is walked four times; at every pixel the maps are projected from the proxy into registers, used and
 // forgotten. Arithmetic decides the speed, so a few pixels share the load of each projection vector, three sigmoids share
 // one division (taps.h), and all layouts are turned to [pixel][lane] on their way into scratch.
+#include "propagate_backward.h"
 #include "propagate_forward.h"
 
 namespace gspn {
@@ -36,6 +37,15 @@ const PropagateKernels propagate_kernels = {
     },
     [](const PropagateCall& call, const PropagatePlan& plan, int64_t item, char* scratch) {
       by_dtype(call, [&](auto type) { propagate_merge<decltype(type)>(call, plan, item, scratch); });
+    },
+    [](const PropagateCall& call, const PropagatePlan& plan, int64_t item, char* scratch) {
+      by_dtype(call, [&](auto type) { propagate_backward<decltype(type)>(call, plan, item, scratch); });
+    },
+    [](const PropagateCall& call, const PropagatePlan& plan, int64_t batch) {
+      call.dtype == kFloat64 ? merge_proxy<double>(call, plan, batch) : merge_proxy<float>(call, plan, batch);
+    },
+    [](const PropagateCall& call, const PropagatePlan& plan) {
+      call.dtype == kFloat64 ? merge_weights<double>(call, plan) : merge_weights<float>(call, plan);
     },
 };
 

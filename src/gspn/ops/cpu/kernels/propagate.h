@@ -51,7 +51,8 @@ struct PropagatePlan {
   int64_t packed_size;
   void* parts;           // forward, `apart`: [directions][batch][blocks][height][width][lanes]
   void* proxy_parts;     // backward: [chunks][batch][height][width][states]
-  void* weight_parts;    // backward: [batch][blocks][packed_size], laid out as `packed`
+  void* weight_parts;    // backward: [batch][blocks][weight_size], as `packed` but with a vector for each shared tap
+  int64_t weight_size;
 };
 
 }  // namespace gspn

@@ -246,6 +246,35 @@ void shared_taps(const A* proxy, int64_t p_cross, int64_t cross, int64_t states,
   }
 }
 
+// lane l: the sum of the lanes of rows[l], for as many rows as a vector has lanes. Squares are folded onto each other,
+// from half a vector down to single lanes. Destroys rows.
+template <class A, int s = kLanes<A> / 2>
+GSPN_INLINE typename VectorOf<A>::type sums_of_rows(typename VectorOf<A>::type* rows) {
+  using V = typename VectorOf<A>::type;
+  using I = typename VectorOf<A>::index;
+  using Index = typename VectorOf<A>::index_element;
+  static constexpr SwapLanes<Index, kLanes<A>, s> lanes;
+#pragma GCC unroll 8
+  for (int i = 0; i < s; ++i) {
+    const V a = rows[i], b = rows[i + s];
+#if defined(__clang__)
+    V x, y;
+    for (int l = 0; l < kLanes<A>; ++l) {
+      x[l] = (l & s) ? b[l ^ s] : a[l];
+      y[l] = (l & s) ? b[l] : a[l ^ s];
+    }
+    rows[i] = x + y;
+#else
+    rows[i] = __builtin_shuffle(a, b, bit_cast<I>(lanes.low)) + __builtin_shuffle(a, b, bit_cast<I>(lanes.high));
+#endif
+  }
+  if constexpr (s > 1) {
+    return sums_of_rows<A, s / 2>(rows);
+  } else {
+    return rows[0];
+  }
+}
+
 template <int n>
 struct Number {
   static constexpr int value = n;

@@ -90,3 +90,34 @@ GSPN_EXPORT int32_t gspn_propagate(const PropagateCall* call, int64_t threads) {
   }
   return done ? 0 : 1;
 }
+
+GSPN_EXPORT int32_t gspn_propagate_backward(const PropagateCall* call, int64_t threads) {
+  PropagatePlan p = plan(*call, threads);
+  const auto& kernel = kernels().propagate;
+  const auto state = static_cast<int64_t>(size_of_state(call->dtype));
+  const int64_t lanes = kernels().vector_bytes / state, pixels = call->height * call->width;
+  const int64_t longest = call->height > call->width ? call->height : call->width;
+  // Enough chunks for every thread and some to spare; each costs a gradient of the proxy.
+  p.chunks = round_up(2 * threads, call->batch) / call->batch;
+  if (p.chunks > p.blocks) p.chunks = p.blocks;
+  p.items = call->batch * p.chunks;
+  p.weight_size = ((call->directions * (p.shared ? 2 : 5) + 1) + (p.shared ? 3 * call->directions : 0)) * call->states * lanes;
+  const int64_t elements = (4 * pixels + 2 * (call->height + call->width)) * lanes + 6 * (longest + 2) * lanes +
+                           4 * (longest + lanes) + 8 * lanes * lanes + (lanes * call->states + lanes) * lanes + 8 * call->states * lanes;
+  p.scratch_bytes = static_cast<size_t>(elements * state + 64 * 16);
+
+  const Memory packed(p.blocks * p.packed_size * state), weights(call->batch * p.blocks * p.weight_size * state);
+  const Memory proxies(p.chunks > 1 ? p.chunks * call->batch * pixels * call->states * state : 0);
+  if (!packed.get() || !weights.get() || !proxies.get()) return 1;
+  p.packed = packed.get(), p.weight_parts = weights.get();
+  p.proxy_parts = p.chunks > 1 ? proxies.get() : call->dproxy;
+  expect_first_touch(call->dx.data, static_cast<size_t>(call->batch * call->channels * pixels) * size_of(call->dtype));
+  bool done = run(p.blocks, 0, threads, [&](int64_t block, char*) { kernel.pack(*call, p, block); });
+  done = done && run(p.items, p.scratch_bytes, threads,
+                     [&](int64_t item, char* scratch) { kernel.backward(*call, p, item, scratch); });
+  if (done && p.chunks > 1) {
+    done = run(call->batch, 0, threads, [&](int64_t batch, char*) { kernel.merge_proxy(*call, p, batch); });
+  }
+  if (done) kernel.merge_weights(*call, p);
+  return done ? 0 : 1;
+}

@@ -24,11 +24,12 @@ struct ForwardLine {
   A* state;       // the same, written
 };
 
-// P pixels from p on. False, with nothing written, if their logits need the safe way.
-template <class A, int S, int P, bool kShared, bool kPrev, bool kSafe>
+// P pixels from p on; without kGate the states alone. False, with nothing written, if their logits need the safe way.
+template <class A, int S, int P, bool kShared, bool kPrev, bool kGate, bool kSafe>
 GSPN_INLINE bool forward_pixels(const ForwardLine<A>& line, int64_t p) {
   using V = typename VectorOf<A>::type;
-  constexpr int L = kLanes<A>, outputs = kShared ? 2 : 5, from = !kShared && !kPrev ? 3 : 0, O = outputs - from;
+  constexpr int L = kLanes<A>, outputs = kShared ? 2 : 5, from = !kShared && !kPrev ? 3 : 0;
+  constexpr int O = outputs - from - (kGate ? 0 : 1), lam = outputs - from - 2;
   V acc[O][P];
   project<A, S, O, P>(line.weights, outputs, from, line.proxy + p * line.p_cross, line.p_cross, line.states, acc);
   V h[P];
@@ -66,31 +67,33 @@ GSPN_INLINE bool forward_pixels(const ForwardLine<A>& line, int64_t p) {
   }
 #pragma GCC unroll 8
   for (int q = 0; q < P; ++q) {
-    const V input = acc[O - 2][q] * load(line.x + (p + q) * line.x_cross);
+    const V input = acc[lam][q] * load(line.x + (p + q) * line.x_cross);
     h[q] = kPrev ? h[q] + input : input;
     store(line.state + (p + q) * L, h[q]);
-    A* y = line.y + (p + q) * line.y_cross;
-    store(y, load(y) + rounded(acc[O - 1][q] * h[q]));
+    if constexpr (kGate) {
+      A* y = line.y + (p + q) * line.y_cross;
+      store(y, load(y) + rounded(acc[lam + 1][q] * h[q]));
+    }
   }
   return true;
 }
 
-template <class A, int S, int P, bool kShared, bool kPrev>
+template <class A, int S, int P, bool kShared, bool kPrev, bool kGate>
 __attribute__((noinline)) void forward_pixels_safely(const ForwardLine<A>& line, int64_t p) {
-  for (int q = 0; q < P; ++q) forward_pixels<A, S, 1, kShared, kPrev, true>(line, p + q);
+  for (int q = 0; q < P; ++q) forward_pixels<A, S, 1, kShared, kPrev, kGate, true>(line, p + q);
 }
 
-template <class A, int S, bool kShared, bool kPrev>
+template <class A, int S, bool kShared, bool kPrev, bool kGate>
 void forward_line(const ForwardLine<A>& line) {
   int64_t p = 0;
   for (; p + kPixels <= line.cross; p += kPixels) {
-    if (!forward_pixels<A, S, kPixels, kShared, kPrev, false>(line, p)) {
-      forward_pixels_safely<A, S, kPixels, kShared, kPrev>(line, p);
+    if (!forward_pixels<A, S, kPixels, kShared, kPrev, kGate, false>(line, p)) {
+      forward_pixels_safely<A, S, kPixels, kShared, kPrev, kGate>(line, p);
     }
   }
   for (; p < line.cross; ++p) {
-    if (!forward_pixels<A, S, 1, kShared, kPrev, false>(line, p)) {
-      forward_pixels_safely<A, S, 1, kShared, kPrev>(line, p);
+    if (!forward_pixels<A, S, 1, kShared, kPrev, kGate, false>(line, p)) {
+      forward_pixels_safely<A, S, 1, kShared, kPrev, kGate>(line, p);
     }
   }
 }
@@ -129,12 +132,12 @@ void forward_steps(const PropagateCall& call, const Packed<A>& packed, const Wal
     line.x = x.at(l), line.y = y.at(l), line.proxy = proxy.at(l);
     line.prev = states.before, line.state = states.now;
     if (step % walk.segment == 0) {
-      forward_line<A, S, kShared, false>(line);
+      forward_line<A, S, kShared, false, true>(line);
     } else {
       if constexpr (kShared) {
         shared_taps<A, S>(line.proxy, line.p_cross, line.cross, line.states, packed.taps(d), states.taps);
       }
-      forward_line<A, S, kShared, true>(line);
+      forward_line<A, S, kShared, true, true>(line);
     }
     states.turn();
   }
