@@ -10,7 +10,7 @@ from .library import load
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def why_not(device: torch.device, dtype: torch.dtype, op: str) -> str | None:
+def why_not(device: torch.device, dtype: torch.dtype, op: str) -> str | None:  # noqa: ARG001  (one signature for every predicate)
     """The reason why the CPU kernels cannot run ``op`` on this device and dtype, or None."""
     if device.type != "cpu":
         return f"the CPU kernels need CPU tensors and these are on {device.type}; move them with .cpu()."

@@ -19,7 +19,7 @@ _VECTOR = 64
 def _run(function: Callable[..., int], call: PropagateCall) -> None:
     if function(ctypes.byref(call), torch.get_num_threads()):
         raise MemoryError(
-            f"propagate over {call.batch} x {call.channels} maps of {call.height} x {call.width} ran out of scratch memory."
+            f"propagate over {call.batch} x {call.channels} maps of {call.height} x {call.width} ran out of memory."
         )
 
 

@@ -94,7 +94,11 @@ def _backward_setup(ctx, inputs, output) -> None:
 def _backward_grad(ctx, *cotangents):
     further = torch.is_grad_enabled()
     with torch.enable_grad():
-        tensors = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
+        # As views: no argument is then a function of another, as a proxy is of x, and derivatives are partial ones.
+        tensors = [
+            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t in ctx.saved_tensors
+        ]
         grad, *inputs = tensors
         y = compose(*inputs, ctx.directions, ctx.segment, lambda *scan: apply_line_scan(*scan, "auto"))
         present = [t for t in inputs if t is not None]

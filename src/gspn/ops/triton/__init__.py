@@ -13,6 +13,7 @@ import torch
 
 from ..reasons import NotInstalled
 
+_OPS = ("line_scan", "propagate")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,7 +29,7 @@ def interpreted() -> bool:
 
 def why_not(device: torch.device, dtype: torch.dtype, op: str) -> str | None:
     """The reason why Triton cannot run ``op`` on this device and dtype, or None."""
-    if op != "line_scan":
+    if op not in _OPS:
         return f"there is no Triton kernel for {op}."
     if not _installed():
         return NotInstalled("triton is not installed; pip install triton (Linux with an NVIDIA or AMD GPU).")

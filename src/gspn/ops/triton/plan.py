@@ -83,11 +83,12 @@ class _Blocks(NamedTuple):
     stages: int
 
 
-def _power_of_two(size: int) -> int:
+def power_of_two(size: int) -> int:
+    """The smallest that is at least ``size``."""
     return 1 << max(size - 1, 0).bit_length()
 
 
-def _without_ones(strides: Strides, sizes: Sizes, shared: bool) -> Strides:
+def without_ones(strides: Strides, sizes: Sizes, shared: bool) -> Strides:
     """An axis of one element may have any stride: call it 0."""
     return Strides(
         strides.batch if sizes.batch > 1 else 0,
@@ -98,7 +99,7 @@ def _without_ones(strides: Strides, sizes: Sizes, shared: bool) -> Strides:
     )
 
 
-def _unit_axes(strides: Strides, shared: bool) -> tuple[int, ...]:
+def unit_axes(strides: Strides, shared: bool) -> tuple[int, ...]:
     """The axes along which a tensor is contiguous; taps shared by the channels have no channel axis."""
     axes = [axis for axis, step in ((CROSS, strides.cross), (LINE, strides.line)) if step == 1]
     if strides.channel == 1 and not shared:
@@ -106,7 +107,7 @@ def _unit_axes(strides: Strides, shared: bool) -> tuple[int, ...]:
     return tuple(axes)
 
 
-def _fast_axis(units: Mapping[str, tuple[int, ...]], shared: bool) -> int:
+def fast_axis(units: Mapping[str, tuple[int, ...]], shared: bool) -> int:
     """The axis along which most of what is read and written is contiguous."""
     votes: dict[int, int] = dict.fromkeys((CROSS, CHANNEL, LINE), 0)
     for name, axes in units.items():
@@ -115,7 +116,7 @@ def _fast_axis(units: Mapping[str, tuple[int, ...]], shared: bool) -> int:
     return max(votes, key=votes.__getitem__)
 
 
-def _alignment(strides: Mapping[str, Strides], fast: Mapping[str, int], sizes: tuple[int, ...], most: int) -> int:
+def alignment(strides: Mapping[str, Strides], fast: Mapping[str, int], sizes: tuple[int, ...], most: int) -> int:
     """The largest power of two up to ``most`` that divides these sizes and all strides but those along ``fast``."""
     common = most
     for size in sizes:
@@ -168,14 +169,14 @@ class _Memory(NamedTuple):
 def _choose_blocks(fast: int, sizes: Sizes, channels: int, align: int, memory: _Memory, limits: Limits) -> _Blocks:
     """The sizes of a tile, with ``channels`` to be shared out in blocks."""
     images, shared, itemsize, _, _ = memory
-    width, rows = sizes.cross, _power_of_two(sizes.cross)
-    most_channels = _power_of_two(channels)
+    width, rows = sizes.cross, power_of_two(sizes.cross)
+    most_channels = power_of_two(channels)
     programs = sizes.batch * (sizes.groups if shared else 1)
 
     if fast == LINE:
         # A full sector of each row, one row a thread. A long row is taken in blocks, and two sectors of each block
         # before the next: memory reads sectors by twos.
-        lines = min(32 // itemsize, _power_of_two(sizes.lines))
+        lines = min(32 // itemsize, power_of_two(sizes.lines))
         if align * itemsize < 16:
             # Short pieces take an address each: in registers that the lines need.
             lines = min(lines, 8 if align * itemsize > 4 or images == 2 else 4)
@@ -209,7 +210,7 @@ def _choose_blocks(fast: int, sizes: Sizes, channels: int, align: int, memory: _
     return memory.staged(_Blocks(block, row, 8 if width > row else 0, 1, 1))
 
 
-def _run_length(lines: int, segment: int, tile_lines: int) -> int:
+def run_length(lines: int, segment: int, tile_lines: int) -> int:
     """How many lines one program scans: whole segments and whole tiles, enough to be worth starting."""
     unit = math.lcm(segment, tile_lines)
     run = unit * math.ceil(32 / unit)
@@ -246,16 +247,16 @@ def plan(
     """
     shared = sizes.channels != sizes.groups
     channels = sizes.channels // sizes.groups if shared else sizes.channels
-    strides = {name: _without_ones(s, sizes, shared and "taps" in name) for name, s in tensors if s is not None}
-    units = {name: _unit_axes(s, shared and "taps" in name) for name, s in strides.items()}
-    fast = _fast_axis(units, shared)
+    strides = {name: without_ones(s, sizes, shared and "taps" in name) for name, s in tensors if s is not None}
+    units = {name: unit_axes(s, shared and "taps" in name) for name, s in strides.items()}
+    fast = fast_axis(units, shared)
     own = {name: fast if fast in axes else axes[0] if axes else NONE for name, axes in units.items()}
 
     images = {name: s for name, s in strides.items() if "taps" not in name}
     taps = {name: s for name, s in strides.items() if "taps" in name}
     along = {CHANNEL: channels, CROSS: sizes.cross, LINE: sizes.lines}[fast]
-    align = _alignment(images, own, (along,), 16 // itemsize)
-    taps_align = _alignment(taps, own, (), 16 // itemsize)
+    align = alignment(images, own, (along,), 16 // itemsize)
+    taps_align = alignment(taps, own, (), 16 // itemsize)
     if fast == CROSS:
         # Four pixels a thread: what a warp of more would gain in wider loads, the program loses in warps.
         align, taps_align = min(align, 4), min(taps_align, 4)
@@ -265,7 +266,7 @@ def plan(
     blocks = _choose_blocks(fast, sizes, channels, align, memory, limits)
 
     restart = sizes.lines if segment is None else min(segment, sizes.lines)
-    run = _run_length(sizes.lines, restart, blocks.lines if fast == LINE else 1)
+    run = run_length(sizes.lines, restart, blocks.lines if fast == LINE else 1)
     if fast == LINE and run % align:
         run = sizes.lines
     runs = math.ceil(sizes.lines / run)
