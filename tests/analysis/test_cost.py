@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 
 import pytest
 import timm
@@ -95,11 +94,18 @@ def test_fvcore_counts_the_same():
     nn = pytest.importorskip("fvcore.nn")
     model = timm.create_model("gspn_pico").eval()
     analysis = nn.FlopCountAnalysis(model, torch.zeros(1, 3, 28, 28))
-    analysis.set_op_handle("gspn::line_scan", lambda inputs, outputs: 4 * math.prod(inputs[0].type().sizes()))
+
+    def count(inputs, outputs):
+        from gspn.ops import flop_counts
+
+        x, proxy, tap_proj, skip_proj = (inputs[i].type().sizes() for i in (0, 1, 2, 5))
+        return sum(flop_counts._propagate_macs(x, proxy, tap_proj, skip_proj))
+
+    analysis.set_op_handle("gspn::propagate", count)
     counts = analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).by_operator()
     # It also counts norms and pooling, which the other counter leaves out.
-    assert set(counts) == {"conv", "line_scan", "linear", "layer_norm", "adaptive_avg_pool2d"}
-    assert counts["conv"] + counts["line_scan"] + counts["linear"] == count_cost(model).macs
+    assert set(counts) == {"conv", "propagate", "linear", "layer_norm", "adaptive_avg_pool2d"}
+    assert counts["conv"] + counts["propagate"] + counts["linear"] == count_cost(model).macs
 
 
 def test_the_size_must_be_known():

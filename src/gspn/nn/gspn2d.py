@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from timm.layers._fx import register_notrace_module
 from torch import Tensor, nn
 
-from gspn.ops import DIRECTIONS, Direction, line_scan, stochastic_taps
+from gspn.ops import DIRECTIONS, Direction, propagate
 from gspn.ops.implementations import check_impl
-from gspn.ops.projections import project, project_taps
 
 from .released import propagate_released
 
 Alignment = Literal["image", "released"]
 
 # These check their arguments in Python, which torch.fx cannot trace: calls of them become nodes.
-for _name in ("line_scan", "stochastic_taps", "propagate_released"):
+for _name in ("propagate", "propagate_released"):
     torch.fx.wrap(_name)
 
 
@@ -36,7 +35,8 @@ class GSPN2d(nn.Module):
     where all maps are linear in the proxy, pixel by pixel: GSPN (arXiv 2501.12381, section 3.3 and figure 3), with the
     input-dependent skip ``S_d`` of the authors' networks. ``groups=1`` shares the taps between all channels, which is
     GSPN-2 (arXiv 2512.07884). There is no positional embedding and any height and width will do. The result has the
-    memory layout of the input; channels_last is the faster one on CPUs.
+    memory layout of the input. The maps are never written to memory: all of it after the proxy is one
+    :func:`gspn.propagate`, except with ``alignment="released"``.
 
     Args:
         dim: channels C of the map.
@@ -49,7 +49,7 @@ class GSPN2d(nn.Module):
             arithmetic of the authors' published classifier, whose maps are not turned with the input of a direction
             and whose results are added without being turned back. It computes something else, for square maps only,
             and exists so that checkpoints trained that way give what they were trained to give.
-        impl: as for :func:`gspn.line_scan`.
+        impl: as for :func:`gspn.propagate`.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -128,28 +128,19 @@ class GSPN2d(nn.Module):
                 segment=self.segment,
                 impl=self.impl,
             )
-        return self._propagate(x, proxy)
-
-    def _propagate(self, x: Tensor, proxy: Tensor) -> Tensor:
-        # The merge is folded into the projections, and the skips of all directions are one: both sums are linear.
-        merge = self.merge.view(-1, 1, 1)
-        u_proj = self.u_proj * merge
-        y = None if self.skip_proj is None else project(proxy, (self.skip_proj * merge).sum(0)) * x  # [B, C, H, W]
-        for d, direction in enumerate(self.directions):
-            taps = stochastic_taps(project_taps(proxy, self.tap_proj[d]), direction=direction)  # [B, G, 3, H, W]
-            lam = project(proxy, self.lam_proj[d])  # [B, C, H, W]
-            # Under autocast a projection and x may differ in precision; the scan takes x's.
-            h = line_scan(
-                x,
-                taps.to(x.dtype),
-                lam.to(x.dtype),
-                direction=direction,
-                segment=self.segment,
-                impl=self.impl,
-            )  # [B, C, H, W]
-            out = project(proxy, u_proj[d]) * h
-            y = out if y is None else y + out
-        return cast("Tensor", y)  # there is at least one direction
+        # Under autocast a projection and x may differ in precision; the scan takes x's.
+        return propagate(
+            x,
+            proxy.to(x.dtype),
+            self.tap_proj,
+            self.lam_proj,
+            self.u_proj,
+            self.skip_proj,
+            self.merge,
+            directions=self.directions,
+            segment=self.segment,
+            impl=self.impl,
+        )
 
     def extra_repr(self) -> str:
         """What distinguishes this module in a printed network."""
@@ -163,7 +154,7 @@ class GSPN2d(nn.Module):
         if self.directions != DIRECTIONS:
             parts.append(f"directions={self.directions}")
         if self.alignment != "image":
-            parts.append(f"alignment={self.alignment!r}")
+            parts.append(f"alignment={self.alignment!r} (line_scan with every map in memory)")
         return ", ".join(parts)
 
 

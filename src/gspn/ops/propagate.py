@@ -166,7 +166,7 @@ def propagate(
         u_proj = u_proj * weight
         skip_proj = None if skip_proj is None else skip_proj * weight
     skip_proj = None if skip_proj is None else skip_proj.sum(0)  # [C, S]
-    arguments = (x, proxy, tap_proj, lam_proj, u_proj, skip_proj, tuple(directions), segment)
+    arguments = (x, proxy, tap_proj, lam_proj, u_proj, skip_proj)
     if impl == "reference":
-        return compose(*arguments, lambda *scan: apply_line_scan(*scan, "reference"))
-    return apply_propagate(*arguments, impl)
+        return compose(*arguments, directions, segment, lambda *scan: apply_line_scan(*scan, "reference"))
+    return apply_propagate(*arguments, ",".join(directions), segment, impl)

@@ -3,6 +3,8 @@
 The operator is registered with what is left when everything linear in small tensors has been done outside: the merge
 folded into the projections, and the skips of all directions added up to one. Autograd differentiates that part itself.
 
+Directions are named in one string, with commas: torch.jit's tracer has no lists of strings.
+
 Nothing is kept for the backward but the arguments: it computes maps and states again. A second derivative goes through
 the composition (:mod:`gspn.ops.composition`), which has derivatives of every order.
 """
@@ -22,11 +24,11 @@ _BACKWARD = "gspn::propagate_backward"
 _PROJECTIONS = "Tensor tap_proj, Tensor lam_proj, Tensor u_proj, Tensor? skip_proj"
 
 torch.library.define(
-    _FORWARD, f"(Tensor x, Tensor proxy, {_PROJECTIONS}, str[] directions, SymInt? segment, str impl) -> Tensor"
+    _FORWARD, f"(Tensor x, Tensor proxy, {_PROJECTIONS}, str directions, SymInt? segment, str impl) -> Tensor"
 )
 torch.library.define(
     _BACKWARD,
-    f"(Tensor grad, Tensor x, Tensor proxy, {_PROJECTIONS}, str[] directions, SymInt? segment, str impl) -> "
+    f"(Tensor grad, Tensor x, Tensor proxy, {_PROJECTIONS}, str directions, SymInt? segment, str impl) -> "
     "(Tensor dx, Tensor dproxy, Tensor dtap_proj, Tensor dlam_proj, Tensor du_proj, Tensor dskip_proj)",
 )
 
@@ -37,14 +39,14 @@ torch.library.define(
 @torch.library.impl(_FORWARD, "CompositeExplicitAutograd")
 def _forward_impl(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, impl):
     module = resolve(impl, x, "propagate")
-    return module.propagate(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, tuple(directions), segment)
+    return module.propagate(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, tuple(directions.split(",")), segment)
 
 
 @torch.library.impl(_BACKWARD, "CompositeExplicitAutograd")
 def _backward_impl(grad, x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, impl):
     module = resolve(impl, x, "propagate")
     *grads, dskip = module.propagate_backward(
-        grad, x, proxy, tap_proj, lam_proj, u_proj, skip_proj, tuple(directions), segment
+        grad, x, proxy, tap_proj, lam_proj, u_proj, skip_proj, tuple(directions.split(",")), segment
     )
     # An operator cannot return None: the gradient of a skip that is not there is an empty tensor.
     return (*grads, x.new_empty(0) if dskip is None else dskip)
@@ -73,8 +75,9 @@ def _forward_setup(ctx, inputs, output) -> None:
 
 
 def _forward_grad(ctx, grad):
-    grads = list(apply_propagate_backward(grad, *ctx.saved_tensors, ctx.directions, ctx.segment, ctx.impl))
-    if ctx.saved_tensors[-1] is None:
+    tensors = ctx.saved_tensors  # once: under torch.utils.checkpoint a second look would be refused
+    grads = list(apply_propagate_backward(grad, *tensors, ctx.directions, ctx.segment, ctx.impl))
+    if tensors[-1] is None:
         grads[-1] = None
     wanted = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[:6], strict=True)]
     return (*wanted, None, None, None)
@@ -100,7 +103,7 @@ def _backward_grad(ctx, *cotangents):
             for t in ctx.saved_tensors
         ]
         grad, *inputs = tensors
-        y = compose(*inputs, ctx.directions, ctx.segment, lambda *scan: apply_line_scan(*scan, "auto"))
+        y = compose(*inputs, ctx.directions.split(","), ctx.segment, lambda *scan: apply_line_scan(*scan, "auto"))
         present = [t for t in inputs if t is not None]
         first = torch.autograd.grad(y, present, grad, create_graph=True)
         second = iter(
