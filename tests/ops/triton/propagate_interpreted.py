@@ -1,0 +1,109 @@
+"""What test_propagate_interpreter.py runs where TRITON_INTERPRET=1 lets the kernels of propagate run on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from interpreted import _poison
+from propagate_support import check, make_arguments
+from torch import Tensor
+
+import gspn
+
+
+def sizes() -> None:
+    for i, shape in enumerate([(1, 1), (1, 5), (7, 1), (2, 2), (9, 6)]):
+        check(*make_arguments(1, 3, *shape, states=2, groups=(3, 1)[i % 2]))
+
+
+def states_and_groups() -> None:
+    for i, states in enumerate((1, 2, 5, 8, 16)):
+        for groups in (1, 2, 4)[i % 2 :]:
+            directions = gspn.DIRECTIONS[i % 4 :][:2]
+            check(*make_arguments(1, 4, 4, 5, states, groups, directions=directions, skip=i % 2 == 0))
+    # More channels than one block has, in groups that blocks do and do not fit.
+    check(*make_arguments(2, 20, 3, 4, 3, 5, directions=("up", "left")))
+    check(*make_arguments(1, 36, 2, 3, 17, 2, directions=("right",)))
+
+
+def segments() -> None:
+    for i, segment in enumerate((1, 2, 5)):
+        check(*make_arguments(1, 2, 6, 7, 3, 1 + i % 2, segment=segment))
+    # More lines than one program takes.
+    check(*make_arguments(1, 2, 70, 3, 2, 1, directions=("up", "down"), segment=5, layout="channels_last"))
+    check(*make_arguments(1, 2, 3, 61, 2, 2, directions=("left",), segment=7))
+
+
+def layouts() -> None:
+    for layout in ("channels_last", "sliced", "expanded", "transposed"):
+        check(*make_arguments(2, 4, 3, 5, 2, 2, layout=layout, segment=2 if layout == "sliced" else None))
+    # A gradient of a sum has stride 0 everywhere, and only the proxy may be channels_last.
+    grad, *arguments = make_arguments(1, 3, 4, 3, 2, 1)
+    check(torch.ones(()).expand_as(grad), *arguments)
+    arguments[1] = arguments[1].to(memory_format=torch.channels_last)
+    check(grad, *arguments)
+
+
+def dtypes() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        check(*make_arguments(1, 4, 4, 8, 3, 1, dtype))
+        check(*make_arguments(1, 4, 5, 3, 8, 4, dtype, directions=("left",), layout="channels_last", skip=False))
+
+
+def large_logits() -> None:
+    for scale in (1e2, 1e4):
+        for sign in (1, 0, -1):
+            check(*make_arguments(1, 2, 4, 5, 2, 2, logits=scale, sign=sign))
+
+
+def _long(count: int, cross: int, direction: str) -> tuple[int, int]:
+    return (count, cross) if direction in ("down", "up") else (cross, count)
+
+
+def long_rows() -> None:
+    for i, direction in enumerate(gspn.DIRECTIONS):
+        # More lines than a block's halo is wide, so that states cross from one round of blocks to the next.
+        shape, layout = _long(19, 40, direction), ("contiguous", "channels_last")[i // 2 == i % 2]
+        check(*make_arguments(1, 2, *shape, 2, 1 + i % 2, directions=(direction,), layout=layout), row=32)
+    check(*make_arguments(1, 1, 4, 70, 1, 1, directions=("down",), segment=3), row=32)
+
+
+def through_the_operator() -> None:
+    grad, *tensors, skip, directions, segment = make_arguments(1, 2, 3, 4, 2, 1)
+    results = []
+    for impl in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        everywhere = skip.expand(4, -1, -1).clone().requires_grad_()
+        merge = torch.tensor([0.5, -1.0, 2.0, 1.0], requires_grad=True)
+        y = gspn.propagate(*leaves, everywhere, merge, directions=directions, segment=segment, impl=impl)
+        results.append([y, *torch.autograd.grad(y, [*leaves, everywhere, merge], grad)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert gspn.available_impls(grad)["triton"] is None
+
+
+def empty() -> None:
+    from gspn.ops.triton import propagate
+
+    for shape in [(0, 2, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)]:
+        grad, *arguments = make_arguments(*shape, 2, 1)
+        assert propagate.propagate(*arguments).shape == shape
+        gradients: Sequence[Tensor | None] = propagate.propagate_backward(grad, *arguments)
+        for gradient, argument in zip(gradients, arguments[:6], strict=True):
+            assert gradient.shape == argument.shape
+            assert not gradient.any()
+
+
+def many_spans() -> None:
+    # Some blocks of channels have a sum for the proxy together, others one of their own.
+    check(*make_arguments(1, 68, 2, 3, 16, 1, directions=("down", "right")))
+    check(*make_arguments(2, 40, 2, 3, 1, 40, directions=("up",)))
+
+
+def main(names: list[str]) -> None:
+    """Run some of the functions above."""
+    torch.set_num_threads(1)
+    _poison()
+    for name in names:
+        globals()[name]()
