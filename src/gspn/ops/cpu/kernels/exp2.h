@@ -1,4 +1,4 @@
-// Powers of two of a vector, below 2 units in the last place (measured: 0.93 in float, 1.0 in double).
+// Powers of two of a vector, below 2 units in the last place (measured: 1.4 in float, 1.0 in double).
 //
 // 2^t = 2^floor(t) 2^r with r = t - floor(t), which is exact; the second factor by the polynomial of least relative error
 // on [0, 1]: 1.9e-9 of degree 6 in float, 4.5e-18 of degree 11 in double. The logarithm's base is folded into what

@@ -25,13 +25,15 @@ struct PropagateKernels {
   // The projections of one block, as the kernels read them.
   void (*pack)(const PropagateCall&, const PropagatePlan&, int64_t block);
   void (*forward)(const PropagateCall&, const PropagatePlan&, int64_t item, char* scratch);
-  // Adds up the directions of one block of one batch entry, where they were computed apart.
-  void (*merge)(const PropagateCall&, const PropagatePlan&, int64_t item, char* scratch);
+  // Adds up the directions of one block of one batch entry, where they were computed apart, to y or dx.
+  void (*merge)(const PropagateCall&, const PropagatePlan&, bool gradient, int64_t item, char* scratch);
   void (*backward)(const PropagateCall&, const PropagatePlan&, int64_t item, char* scratch);
   // Adds up the parts of one batch entry's proxy gradient, where there are several.
   void (*merge_proxy)(const PropagateCall&, const PropagatePlan&, int64_t batch);
   // Adds up the parts of all projections' gradients.
   void (*merge_weights)(const PropagateCall&, const PropagatePlan&);
+  // Powers of two, for tests of their error.
+  void (*exp2)(int32_t dtype, const void* in, void* out, int64_t count);
 };
 
 // The kernels of one instruction set.

@@ -25,6 +25,13 @@ void by_dtype(const PropagateCall& call, Run run) {
   }
 }
 
+template <class A>
+void exp2_of_all(const A* in, A* out, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes<A>) {
+    store_some<A>(out + i, exp2_of<A>(load_some<A>(in + i, count - i)), count - i);
+  }
+}
+
 }  // namespace
 
 extern const PropagateKernels propagate_kernels;
@@ -35,8 +42,9 @@ const PropagateKernels propagate_kernels = {
     [](const PropagateCall& call, const PropagatePlan& plan, int64_t item, char* scratch) {
       by_dtype(call, [&](auto type) { propagate_forward<decltype(type)>(call, plan, item, scratch); });
     },
-    [](const PropagateCall& call, const PropagatePlan& plan, int64_t item, char* scratch) {
-      by_dtype(call, [&](auto type) { propagate_merge<decltype(type)>(call, plan, item, scratch); });
+    [](const PropagateCall& call, const PropagatePlan& plan, bool gradient, int64_t item, char* scratch) {
+      const Image &from = gradient ? call.grad : call.x, &to = gradient ? call.dx : call.y;
+      by_dtype(call, [&](auto type) { propagate_merge<decltype(type)>(call, plan, from, to, item, scratch); });
     },
     [](const PropagateCall& call, const PropagatePlan& plan, int64_t item, char* scratch) {
       by_dtype(call, [&](auto type) { propagate_backward<decltype(type)>(call, plan, item, scratch); });
@@ -46,6 +54,10 @@ const PropagateKernels propagate_kernels = {
     },
     [](const PropagateCall& call, const PropagatePlan& plan) {
       call.dtype == kFloat64 ? merge_weights<double>(call, plan) : merge_weights<float>(call, plan);
+    },
+    [](int32_t dtype, const void* in, void* out, int64_t count) {
+      dtype == kFloat64 ? exp2_of_all(static_cast<const double*>(in), static_cast<double*>(out), count)
+                        : exp2_of_all(static_cast<const float*>(in), static_cast<float*>(out), count);
     },
 };
 

@@ -199,7 +199,7 @@ GSPN_INLINE bool backward_pixels(const BackwardLineOf<A>& line, int64_t p, int64
     store(maps + (O - 1) * kRun<A> * L, grad * load(line.state + pixel * L));
     store(maps + (O - 2) * kRun<A> * L, load(line.x + pixel * line.stride) * g);
     A* dx = line.dx + pixel * line.stride;
-    store(dx, load(dx) + acc[O - 2][q] * g);
+    store(dx, load(dx) + rounded(acc[O - 2][q] * g));
     if constexpr (kPrev) {
       const A* prev = line.prev + pixel * L;
       const V before[3] = {load(prev - L), load(prev), load(prev + L)};
@@ -397,13 +397,11 @@ void backward_direction(const PropagateCall& call, const Packed<A>& packed, cons
   }
 }
 
-// dx = skip grad; the skip's own gradients.
+// The skip's gradients to its projection and the proxy.
 template <class A, int S>
 void backward_skip(const PropagateCall& call, const Packed<A>& packed, const PackedGradients<A>& gradients, int64_t batch,
                    A* dproxy, const BackwardScratch<A>& scratch) {
   constexpr int L = kLanes<A>;
-  start_with_skip<A>(call, packed, batch, Rectangle{0, call.height, 0, call.width}, scratch.grad, scratch.dx);
-  if (!call.skip_proj) return;
   const ProxyLines<A> proxy(call, batch, false);
   for (int64_t row = 0; row < call.height; ++row) {
     const A* at = proxy.at(row);
@@ -420,37 +418,60 @@ void backward_skip(const PropagateCall& call, const Packed<A>& packed, const Pac
   }
 }
 
-// An item is a run of blocks of one batch entry: they add to one part of the proxy's gradient, one after the other.
+// Directions [first, last) of one block, and with the first of them the skip.
+template <class T, class A = typename StateOf<T>::type>
+void backward_block(const PropagateCall& call, const PropagatePlan& plan, int64_t batch, int64_t block, int64_t first,
+                    int64_t last, A* dproxy, const BackwardScratch<A>& scratch) {
+  constexpr int L = kLanes<A>;
+  const Rectangle all{0, call.height, 0, call.width};
+  const int64_t channel = block * L, count = least_of(L, call.channels - channel);
+  const Packed<A> packed(plan.packed, plan.packed_size, block, call, plan.shared);
+  const PackedGradients<A> gradients(call, plan, batch, block);
+  read_block<T>(call.x, batch, channel, count, all, scratch.x);
+  read_block<T>(call.grad, batch, channel, count, all, scratch.grad);
+  if (plan.apart) {
+    memset(scratch.dx, 0, static_cast<size_t>(call.height * call.width * L) * sizeof(A));
+  } else {
+    start_with_skip<A>(call, packed, batch, all, scratch.grad, scratch.dx);
+  }
+  by_states(call.states, [&](auto number) {
+    constexpr int S = decltype(number)::value;
+    if (first == 0) {
+      memset(gradients.skip(), 0, static_cast<size_t>(call.states * L) * sizeof(A));
+      if (call.skip_proj) backward_skip<A, S>(call, packed, gradients, batch, dproxy, scratch);
+    }
+    for (int64_t d = first; d < last; ++d) {
+      memset(gradients.direction(d), 0, static_cast<size_t>(gradients.outputs * call.states * L) * sizeof(A));
+      if (plan.shared) {
+        memset(gradients.taps(d), 0, static_cast<size_t>(3 * call.states * L) * sizeof(A));
+        backward_direction<A, S, true>(call, packed, gradients, d, batch, dproxy, scratch);
+      } else {
+        backward_direction<A, S, false>(call, packed, gradients, d, batch, dproxy, scratch);
+      }
+    }
+  });
+  if (!plan.apart) write_block<T>(scratch.dx, call.dx, batch, channel, count, all);
+}
+
+// An item is a run of blocks of one batch entry, which add to one part of the proxy's gradient one after the other; or,
+// apart, one direction of one block, whose dx goes to a part as well.
 template <class T>
 void propagate_backward(const PropagateCall& call, const PropagatePlan& plan, int64_t index, char* memory) {
   using A = typename StateOf<T>::type;
-  constexpr int L = kLanes<A>;
   const int64_t chunk = index % plan.chunks, batch = index / plan.chunks;
-  const Rectangle all{0, call.height, 0, call.width};
-  const int64_t values = call.height * call.width * call.states;
-  A* dproxy = static_cast<A*>(plan.proxy_parts) + (chunk * call.batch + batch) * values;
-  memset(dproxy, 0, static_cast<size_t>(values) * sizeof(A));
-  const BackwardScratch<A> scratch(call, memory);
-  memset(scratch.sums, 0, static_cast<size_t>(8 * call.states * L) * sizeof(A));
+  const int64_t pixels = call.height * call.width;
+  A* dproxy = static_cast<A*>(plan.proxy_parts) + (chunk * call.batch + batch) * pixels * call.states;
+  memset(dproxy, 0, static_cast<size_t>(pixels * call.states) * sizeof(A));
+  BackwardScratch<A> scratch(call, memory);
+  memset(scratch.sums, 0, static_cast<size_t>(8 * call.states * kLanes<A>) * sizeof(A));
+  if (plan.apart) {
+    const int64_t d = chunk % call.directions, block = chunk / call.directions;
+    scratch.dx = static_cast<A*>(plan.parts) + ((d * call.batch + batch) * plan.blocks + block) * pixels * kLanes<A>;
+    backward_block<T>(call, plan, batch, block, d, d + 1, dproxy, scratch);
+    return;
+  }
   for (int64_t block = plan.blocks * chunk / plan.chunks; block < plan.blocks * (chunk + 1) / plan.chunks; ++block) {
-    const int64_t channel = block * L, count = least_of(L, call.channels - channel);
-    const Packed<A> packed(plan.packed, plan.packed_size, block, call, plan.shared);
-    const PackedGradients<A> gradients(call, plan, batch, block);
-    memset(gradients.base, 0, static_cast<size_t>(plan.weight_size) * sizeof(A));
-    read_block<T>(call.x, batch, channel, count, all, scratch.x);
-    read_block<T>(call.grad, batch, channel, count, all, scratch.grad);
-    by_states(call.states, [&](auto number) {
-      constexpr int S = decltype(number)::value;
-      backward_skip<A, S>(call, packed, gradients, batch, dproxy, scratch);
-      for (int64_t d = 0; d < call.directions; ++d) {
-        if (plan.shared) {
-          backward_direction<A, S, true>(call, packed, gradients, d, batch, dproxy, scratch);
-        } else {
-          backward_direction<A, S, false>(call, packed, gradients, d, batch, dproxy, scratch);
-        }
-      }
-    });
-    write_block<T>(scratch.dx, call.dx, batch, channel, count, all);
+    backward_block<T>(call, plan, batch, block, 0, call.directions, dproxy, scratch);
   }
 }
 

@@ -86,7 +86,7 @@ GSPN_EXPORT int32_t gspn_propagate(const PropagateCall* call, int64_t threads) {
                      [&](int64_t item, char* scratch) { kernel.forward(*call, p, item, scratch); });
   if (done && p.apart) {
     done = run(call->batch * p.blocks, p.scratch_bytes, threads,
-               [&](int64_t item, char* scratch) { kernel.merge(*call, p, item, scratch); });
+               [&](int64_t item, char* scratch) { kernel.merge(*call, p, false, item, scratch); });
   }
   return done ? 0 : 1;
 }
@@ -100,6 +100,7 @@ GSPN_EXPORT int32_t gspn_propagate_backward(const PropagateCall* call, int64_t t
   // Enough chunks for every thread and some to spare; each costs a gradient of the proxy.
   p.chunks = round_up(2 * threads, call->batch) / call->batch;
   if (p.chunks > p.blocks) p.chunks = p.blocks;
+  if (p.apart) p.chunks = p.blocks * call->directions;
   p.items = call->batch * p.chunks;
   p.weight_size = ((call->directions * (p.shared ? 2 : 5) + 1) + (p.shared ? 3 * call->directions : 0)) * call->states * lanes;
   const int64_t elements = (4 * pixels + 2 * (call->height + call->width)) * lanes + 6 * (longest + 2) * lanes +
@@ -108,8 +109,9 @@ GSPN_EXPORT int32_t gspn_propagate_backward(const PropagateCall* call, int64_t t
 
   const Memory packed(p.blocks * p.packed_size * state), weights(call->batch * p.blocks * p.weight_size * state);
   const Memory proxies(p.chunks > 1 ? p.chunks * call->batch * pixels * call->states * state : 0);
-  if (!packed.get() || !weights.get() || !proxies.get()) return 1;
-  p.packed = packed.get(), p.weight_parts = weights.get();
+  const Memory parts(p.apart ? call->directions * call->batch * p.blocks * pixels * kernels().vector_bytes : 0);
+  if (!packed.get() || !weights.get() || !proxies.get() || !parts.get()) return 1;
+  p.packed = packed.get(), p.weight_parts = weights.get(), p.parts = parts.get();
   p.proxy_parts = p.chunks > 1 ? proxies.get() : call->dproxy;
   expect_first_touch(call->dx.data, static_cast<size_t>(call->batch * call->channels * pixels) * size_of(call->dtype));
   bool done = run(p.blocks, 0, threads, [&](int64_t block, char*) { kernel.pack(*call, p, block); });
@@ -118,6 +120,15 @@ GSPN_EXPORT int32_t gspn_propagate_backward(const PropagateCall* call, int64_t t
   if (done && p.chunks > 1) {
     done = run(call->batch, 0, threads, [&](int64_t batch, char*) { kernel.merge_proxy(*call, p, batch); });
   }
+  if (done && p.apart) {
+    done = run(call->batch * p.blocks, p.scratch_bytes, threads,
+               [&](int64_t item, char* scratch) { kernel.merge(*call, p, true, item, scratch); });
+  }
   if (done) kernel.merge_weights(*call, p);
   return done ? 0 : 1;
+}
+
+// The powers of two inside the taps, float32 (dtype 0) or float64 (1), for tests of their error.
+GSPN_EXPORT void gspn_exp2(int32_t dtype, const void* in, void* out, int64_t count) {
+  kernels().propagate.exp2(dtype, in, out, count);
 }

@@ -266,27 +266,28 @@ void propagate_forward(const PropagateCall& call, const PropagatePlan& plan, int
   if (plan.keep_y) write_block<T>(kept_y, call.y, batch, channel, count, all);
 }
 
-// y = skip x plus the directions that were computed apart, in their order.
+// to = skip from, plus the directions that were computed apart, in their order.
 template <class T>
-void propagate_merge(const PropagateCall& call, const PropagatePlan& plan, int64_t index, char* memory) {
+void propagate_merge(const PropagateCall& call, const PropagatePlan& plan, const Image& from, const Image& to,
+                     int64_t index, char* memory) {
   using A = typename StateOf<T>::type;
   constexpr int L = kLanes<A>;
   const int64_t block = index % plan.blocks, batch = index / plan.blocks;
   const int64_t channel = block * L, count = least_of(L, call.channels - channel);
   const Packed<A> packed(plan.packed, plan.packed_size, block, call, plan.shared);
   Scratch scratch(memory);
-  A* x = scratch.take<A>(call.width * L);
-  A* y = scratch.take<A>(call.width * L);
+  A* in = scratch.take<A>(call.width * L);
+  A* out = scratch.take<A>(call.width * L);
   for (int64_t row = 0; row < call.height; ++row) {
     const Rectangle at{row, 1, 0, call.width};
-    if (call.skip_proj) read_block<T>(call.x, batch, channel, count, at, x);
-    start_with_skip<A>(call, packed, batch, at, x, y);
+    if (call.skip_proj) read_block<T>(from, batch, channel, count, at, in);
+    start_with_skip<A>(call, packed, batch, at, in, out);
     for (int64_t d = 0; d < call.directions; ++d) {
       const A* part = static_cast<const A*>(plan.parts) +
                       (((d * call.batch + batch) * plan.blocks + block) * call.height + row) * call.width * L;
-      for (int64_t i = 0; i < call.width * L; i += L) store(y + i, load(y + i) + load(part + i));
+      for (int64_t i = 0; i < call.width * L; i += L) store(out + i, load(out + i) + load(part + i));
     }
-    write_block<T>(y, call.y, batch, channel, count, at);
+    write_block<T>(out, to, batch, channel, count, at);
   }
 }
 
