@@ -55,6 +55,10 @@ _PROGRAMS = 512
 """Programs of the gradients' kernel, four for each of 130 multiprocessors; constant, for the order of the sums."""
 
 
+_ENOUGH_WARPS = 2048
+"""Sixteen for each multiprocessor."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """A kernel with all its arguments."""
@@ -143,9 +147,6 @@ def plan_scan(
         few = min(few, row // 4)
         halo = (2 * few if row > 4 * few else few) if few > 1 else 8
     pixels = block * row
-    vector = align if fast == CROSS else 1
-    num_warps = min(max(pixels // (32 * vector), 1), 16)
-
     restart = sizes.lines if segment is None else min(segment, sizes.lines)
     run = run_length(sizes.lines, restart, few)
     if fast == LINE and run % align:
@@ -153,6 +154,13 @@ def plan_scan(
     chunks = math.ceil(sizes.lines / run)
     programs = sizes.batch * chunks * math.ceil(sizes.channels / block)
     per_group = sizes.channels // sizes.groups
+
+    # Four pixels a thread where that leaves every multiprocessor warps enough to hide latencies with; else as few as
+    # make the 4 bytes that can be read ahead.
+    vector = align if fast == CROSS else 1
+    while vector * itemsize > 4 and programs * pixels < _ENOUGH_WARPS * 32 * vector:
+        vector //= 2
+    num_warps = min(max(pixels // (32 * vector), 1), 16)
 
     unroll = states * few <= 64 and states <= 16
     constants = dict(
@@ -270,7 +278,6 @@ def prepare_gradients(
     axes = scan_axes(direction)
     batch, channels, height, width = x.shape
     states = rows.shape[1]
-    pad = max(16, power_of_two(states))
     block_c = 16
     block_n = 32
     blocks = math.ceil(channels / block_c)
@@ -312,7 +319,6 @@ def prepare_gradients(
         "dproxy_ptr": dproxy,
         "tap_ptr": weights.taps,
         "gate_ptr": weights.lam,
-        "out_gate_ptr": weights.u,
         "skip_ptr": weights.lam if weights.skip is None else weights.skip,
         "packed_ptr": packed,
         "sums_ptr": sums,
@@ -327,13 +333,15 @@ def prepare_gradients(
         VERTICAL=axes.line == -2,
         REVERSE=axes.reverse,
         S=states,
-        S_BLOCK=pad,
-        UNROLL=False,
         HAS_SKIP=weights.skip is not None,
         ADD_DX=before is not None,
         ADD_PROXY=added,
     )
-    return Launch(gradients_kernel, (programs, spans), 8, tensors, integers, constants), dproxy, sums
+    return (
+        Launch(gradients_kernel, (programs, spans, math.ceil(states / 16)), 8, tensors, integers, constants),
+        dproxy,
+        sums,
+    )
 
 
 def _each(

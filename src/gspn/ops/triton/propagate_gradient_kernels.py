@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .propagate_kernels import line_maps, stochastic, weights_at
+from .propagate_kernels import line_maps, stochastic
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def _logit_gradient(a, w, difference, g):
     ]
 )  # fmt: skip
 def gradients_kernel(
-    x_ptr, grad_ptr, h_ptr, g_ptr, before_ptr, dx_ptr, proxy_ptr, dproxy_ptr, tap_ptr, gate_ptr, out_gate_ptr, skip_ptr,
+    x_ptr, grad_ptr, h_ptr, g_ptr, before_ptr, dx_ptr, proxy_ptr, dproxy_ptr, tap_ptr, gate_ptr, skip_ptr,
     packed_ptr, sums_ptr,
     x_batch, x_channel, x_row, x_column,
     grad_batch, grad_channel, grad_row, grad_column,
@@ -57,7 +57,7 @@ def gradients_kernel(
     channels, tap_channels, height, width, segment, image_tiles, tiles, span_blocks,
     X_FAST: tl.constexpr, GRAD_FAST: tl.constexpr, OUT_FAST: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, VERTICAL: tl.constexpr, REVERSE: tl.constexpr,
-    S: tl.constexpr, S_BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    S: tl.constexpr,
     HAS_SKIP: tl.constexpr, ADD_DX: tl.constexpr, ADD_PROXY: tl.constexpr,
 ):  # fmt: skip
     """Adds one direction to ``dx`` and ``dproxy``, and leaves its sums for the projections.
@@ -66,16 +66,20 @@ def gradients_kernel(
     ``dproxy [spans, B, S, H, W]``: one for each ``span_blocks`` blocks of channels, the program's second number.
     ``packed [5 or 6, C, S]``: the projections, three taps for each channel, both gates and, if there is one, the skip.
     ``sums [programs, 5 or 6, C, S]``: their gradients, program by program.
+    The third number of a program is that of its 16 channels of the proxy: more would not leave registers for the rest.
     """
     MAPS: tl.constexpr = 6 if HAS_SKIP else 5
     pid, span = tl.program_id(0), tl.program_id(1)
     programs = tl.num_programs(0)
     c, n = tl.arange(0, BLOCK_C)[:, None], tl.arange(0, BLOCK_N)[None, :]
     m = tl.arange(0, 8 * BLOCK_C)[:, None]
-    s_row, s_column = tl.arange(0, S_BLOCK)[None, :], tl.arange(0, S_BLOCK)[:, None]
+    first = tl.program_id(2) * 16
+    s_row, s_column = first + tl.arange(0, 16)[None, :], first + tl.arange(0, 16)[:, None]
+    s_exists = s_column < S
     plane = height.to(tl.int64) * width
     dproxy_ptr += span.to(tl.int64) * (tiles // image_tiles) * S * plane
     sums_ptr += pid.to(tl.int64) * MAPS * channels * S
+    proxy_at = s_column * plane
     PLACES: tl.constexpr = tl.int64 if WIDE else tl.int32
     cross = width if VERTICAL else height
     lines = height if VERTICAL else width
@@ -98,13 +102,7 @@ def gradients_kernel(
         packed_at = (m // BLOCK_C * channels + row_channel) * S + s_row
         packed_exists = (row_channel < channels) & (s_row < S) & (m < MAPS * BLOCK_C)
         packed = tl.load(packed_ptr + packed_at, mask=packed_exists, other=0.0)
-        weights = ()
-        if UNROLL:
-            for s in tl.static_range(S):
-                weights = weights + weights_at(
-                    tap_ptr, gate_ptr, out_gate_ptr, skip_ptr, tap_at, at, exists, exists, s, S, True, HAS_SKIP
-                )
-        sums = tl.zeros([8 * BLOCK_C, S_BLOCK], tl.float32)
+        sums = tl.zeros([8 * BLOCK_C, 16], tl.float32)
 
         for tile in tl.range(pid, tiles, programs, num_stages=1):
             batch = (tile // image_tiles).to(tl.int64)
@@ -112,6 +110,8 @@ def gradients_kernel(
             pixel_exists = place < plane
             row, column, flat = (place // width).to(tl.int64), (place % width).to(tl.int64), place.to(tl.int64)
             inside = exists & pixel_exists
+            # Programs for other channels of the proxy come upon the same pixels.
+            writes = n < tl.where(first == 0, BLOCK_N, 0)
             line = row if VERTICAL else column
             position = column if VERTICAL else row
             step = lines - 1 - line if REVERSE else line
@@ -133,8 +133,8 @@ def gradients_kernel(
 
             rows_ptr = proxy_ptr + batch * S * plane + flat
             a_before, a_here, a_after, gate, _, skip = line_maps(
-                rows_ptr, plane, pixel_exists, weights, tap_ptr, gate_ptr, out_gate_ptr, skip_ptr,
-                tap_at, at, exists, exists, S, UNROLL, True, HAS_SKIP,
+                rows_ptr, plane, pixel_exists, (), tap_ptr, gate_ptr, gate_ptr, skip_ptr,
+                tap_at, at, exists, exists, S, False, False, HAS_SKIP,
             )  # fmt: skip
             w_before, w_here, w_after = stochastic(a_before, a_here, a_after, has_left, has_right)
 
@@ -142,31 +142,30 @@ def gradients_kernel(
             if HAS_SKIP:
                 dx += skip * grad
             if ADD_DX:
-                dx += tl.load(before_ptr + out_at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(dx_ptr + out_at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+                dx += tl.load(before_ptr + out_at, mask=inside & writes, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + out_at, dx.to(dx_ptr.dtype.element_ty), mask=inside & writes)
 
             # Differences of states first: where they are alike, nothing large cancels.
             mean = w_before * h_before + w_here * h_here + w_after * h_after
-            g = tl.where(carries, g, 0.0)
-            d_before = _logit_gradient(a_before, w_before, h_before - mean, g)
-            d_here = _logit_gradient(a_here, w_here, h_here - mean, g)
-            d_after = _logit_gradient(a_after, w_after, h_after - mean, g)
-            d_gate = x * tl.load(g_ptr + out_at, mask=inside, other=0.0)
+            carried = tl.where(carries, g, 0.0)
+            d_before = _logit_gradient(a_before, w_before, h_before - mean, carried)
+            d_here = _logit_gradient(a_here, w_here, h_here - mean, carried)
+            d_after = _logit_gradient(a_after, w_after, h_after - mean, carried)
+            d_gate = x * g
             d_out_gate = grad * h
             d_skip = tl.zeros_like(d_gate)
             if HAS_SKIP:
                 d_skip = grad * x
 
-            proxy_at = batch * S * plane + s_column * plane + flat
-            proxy_exists = (s_column < S) & pixel_exists
-            p = tl.trans(tl.load(proxy_ptr + proxy_at, mask=proxy_exists, other=0.0).to(tl.float32))
             d = _rows_of_eight(d_before, d_here, d_after, d_gate, d_out_gate, d_skip)
-            sums = tl.dot(d, p, sums, input_precision="tf32x3")
+            p = tl.load(proxy_ptr + batch * S * plane + flat + proxy_at, mask=s_exists & pixel_exists, other=0.0)
+            sums = tl.dot(d, tl.trans(p.to(tl.float32)), sums, input_precision="tf32x3")
             dproxy = tl.trans(tl.dot(tl.trans(d), packed, input_precision="tf32x3"))
             # An earlier block of the same program, or an earlier direction, has left the sum so far.
             reach = tl.where(block > span * span_blocks, S, S if ADD_PROXY else 0)
-            dproxy += tl.load(dproxy_ptr + proxy_at, mask=(s_column < reach) & pixel_exists, other=0.0)
-            tl.store(dproxy_ptr + proxy_at, dproxy, mask=proxy_exists)
+            so_far_ptr = dproxy_ptr + batch * S * plane + flat + proxy_at
+            dproxy += tl.load(so_far_ptr, mask=(s_column < reach) & s_exists & pixel_exists, other=0.0)
+            tl.store(so_far_ptr, dproxy, mask=s_exists & pixel_exists)
 
         tl.store(sums_ptr + packed_at, sums, mask=packed_exists)
         # The next block adds to what other threads may have stored.
