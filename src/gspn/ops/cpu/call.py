@@ -83,6 +83,7 @@ class PropagateCall(ctypes.Structure):
         ("states", ctypes.c_int64),
         ("height", ctypes.c_int64),
         ("width", ctypes.c_int64),
+        ("proxy_row", ctypes.c_int64),
         ("segment", ctypes.c_int64),
         ("x", Image),
         ("y", Image),

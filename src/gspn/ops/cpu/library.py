@@ -64,6 +64,8 @@ def load() -> ctypes.CDLL:
     ):
         function.argtypes = [ctypes.POINTER(call), ctypes.c_int64]
         function.restype = ctypes.c_int32
+    library.gspn_expect_first_touch.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.gspn_expect_first_touch.restype = None
     library.gspn_isa.restype = ctypes.c_char_p
     _share_threads(library)
     return library

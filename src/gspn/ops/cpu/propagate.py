@@ -23,12 +23,20 @@ def _run(function: Callable[..., int], call: PropagateCall) -> None:
         )
 
 
-def _states_last(proxy: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[B, S, H, W]`` to a dense ``[B, H, W, S]``: all states of a pixel side by side, in the state's precision."""
-    batch, states, height, width = proxy.shape
-    memory = torch.empty(proxy.numel() + _VECTOR, dtype=dtype)
-    memory[proxy.numel() :].zero_()
-    return memory[: proxy.numel()].view(batch, height, width, states).copy_(proxy.permute(0, 2, 3, 1))
+def _states_last(batch: int, states: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """A fresh ``[B, H, W, S]``: all states of a pixel side by side.
+
+    Rows begin an odd number of cache lines apart. Were it a power of two, the pixels of a column would meet in one set
+    of the cache.
+    """
+    line = 64 // dtype.itemsize
+    lines = -(-width * states // line)
+    row = (lines + 1 - lines % 2) * line
+    size = batch * height * row + _VECTOR
+    memory = torch.empty(size, dtype=dtype)
+    load().gspn_expect_first_touch(memory.data_ptr(), size * dtype.itemsize)
+    memory[size - _VECTOR :].zero_()
+    return memory.as_strided((batch, height, width, states), (height * row, row, states, 1))
 
 
 def _call(
@@ -41,7 +49,7 @@ def _call(
     towards = (ctypes.c_int32 * 4)(*(DIRECTIONS.index(d) for d in directions))  # type: ignore[arg-type]
     return PropagateCall(
         dtype=DTYPE_CODES[x.dtype], directions=len(directions), towards=towards, batch=batch, channels=channels,
-        groups=tap_proj.shape[1], states=proxy.shape[-1], height=height, width=width,
+        groups=tap_proj.shape[1], states=proxy.shape[-1], height=height, width=width, proxy_row=proxy.stride(1),
         segment=longest if segment is None else min(segment, longest), x=as_image(x), proxy=proxy.data_ptr(),
         tap_proj=tap_proj.data_ptr(), lam_proj=lam_proj.data_ptr(), u_proj=u_proj.data_ptr(),
         skip_proj=skip_proj[0].data_ptr() if skip_proj else None,
@@ -62,7 +70,8 @@ def propagate(
     y = torch.empty_like(x)
     if y.numel() == 0:
         return y
-    states = _states_last(proxy, tap_proj.dtype)
+    batch, count, height, width = proxy.shape
+    states = _states_last(batch, count, height, width, tap_proj.dtype).copy_(proxy.permute(0, 2, 3, 1))
     projections = tuple(p.contiguous() for p in (tap_proj, lam_proj, u_proj, skip_proj) if p is not None)
     call = _call(x, states, projections, directions, segment)
     call.y = as_image(y)
@@ -90,8 +99,9 @@ def propagate_backward(
         for g in grads:
             g.zero_()
     else:
-        states = _states_last(proxy, tap_proj.dtype)
-        dstates = torch.empty(states.shape, dtype=states.dtype)
+        batch, count, height, width = proxy.shape
+        states = _states_last(batch, count, height, width, tap_proj.dtype).copy_(proxy.permute(0, 2, 3, 1))
+        dstates = _states_last(batch, count, height, width, tap_proj.dtype)
         projections = tuple(p.contiguous() for p in given)
         call = _call(x, states, projections, directions, segment)
         call.grad, call.dx, call.dproxy = as_image(grad), as_image(dx), dstates.data_ptr()

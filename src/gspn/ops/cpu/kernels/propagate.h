@@ -19,13 +19,14 @@ enum Towards : int32_t { kDown = 0, kUp = 1, kRight = 2, kLeft = 3 };
 // One call, forward or backward. The Python side mirrors this struct field by field; kInterfaceVersion guards it.
 //
 // Projections and the proxy are dense and of the state's type: tap_proj [directions, groups, 3, states], lam_proj and
-// u_proj [directions, channels, states], skip_proj [channels, states] or null, proxy [batch, height, width, states]. A
-// vector may be read beyond the proxy's end.
+// u_proj [directions, channels, states], skip_proj [channels, states] or null, proxy [batch, height, width, states], whose
+// rows begin proxy_row elements apart. A vector may be read beyond the proxy's end.
 struct PropagateCall {
   int32_t dtype;
   int32_t directions;
   int32_t towards[4];
   int64_t batch, channels, groups, states, height, width;
+  int64_t proxy_row;
   int64_t segment;  // >= 1; beyond the number of lines for a global scan
   Image x, y;
   const void *proxy, *tap_proj, *lam_proj, *u_proj, *skip_proj;
@@ -41,7 +42,7 @@ struct PropagatePlan {
   bool shared;         // a block's channels share their taps
   bool keep_x, keep_y;  // the block's whole picture stays in scratch, else a tile of it at a time
   bool y_in_place;     // whole blocks of y are gathered in y's own memory and turned at the end
-  int64_t tile;        // lines of a tile
+  int64_t row_tile, column_tile;  // lines of a tile, for walks over rows and over columns
   bool apart;          // an item is one direction, whose result goes to `parts`: few blocks, many threads
   int64_t spans;       // runs of whole segments that an item is one of; 1 unless `apart`
   int64_t chunks;      // backward: runs of blocks that add to the same part of the proxy's gradient
@@ -50,7 +51,7 @@ struct PropagatePlan {
   void* packed;          // [blocks][packed_size]: the projections as the kernels read them
   int64_t packed_size;
   void* parts;           // forward, `apart`: [directions][batch][blocks][height][width][lanes]
-  void* proxy_parts;     // backward: [chunks][batch][height][width][states]
+  void* proxy_parts;     // backward: [chunks][batch][height][proxy_row]
   void* weight_parts;    // backward: [batch][blocks][weight_size], as `packed` but with a vector for each shared tap
   int64_t weight_size;
 };

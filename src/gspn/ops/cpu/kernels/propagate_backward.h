@@ -338,7 +338,8 @@ void backward_direction(const PropagateCall& call, const Packed<A>& packed, cons
   constexpr int L = kLanes<A>;
   const Walk walk(call, call.towards[d]);
   const Rectangle all{0, call.height, 0, call.width};
-  const Staged<A> x(scratch.x, all, walk.columns), grad(scratch.grad, all, walk.columns), dx(scratch.dx, all, walk.columns);
+  const auto staged = [&](A* data) { return Staged<A>(Tile<A>::by_rows(data, all), walk.columns); };
+  const Staged<A> x = staged(scratch.x), grad = staged(scratch.grad), dx = staged(scratch.dx);
   const ProxyLines<A> proxy(call, batch, walk.columns);
   const int64_t pitch = (walk.cross + 2) * L;
 
@@ -346,6 +347,7 @@ void backward_direction(const PropagateCall& call, const Packed<A>& packed, cons
   ForwardLine<A> forward{};
   forward.cross = walk.cross, forward.states = call.states;
   forward.x_cross = x.cross, forward.p_cross = proxy.cross;
+  forward.p_ahead = walk.reverse ? -proxy.line : proxy.line;
   forward.weights = packed.direction(d), forward.taps = scratch.taps;
   for (int64_t step = 0; step < walk.lines; ++step) {
     const int64_t l = walk.line(step);
@@ -427,12 +429,13 @@ void backward_block(const PropagateCall& call, const PropagatePlan& plan, int64_
   const int64_t channel = block * L, count = least_of(L, call.channels - channel);
   const Packed<A> packed(plan.packed, plan.packed_size, block, call, plan.shared);
   const PackedGradients<A> gradients(call, plan, batch, block);
-  read_block<T>(call.x, batch, channel, count, all, scratch.x);
-  read_block<T>(call.grad, batch, channel, count, all, scratch.grad);
+  const Tile<A> grad = Tile<A>::by_rows(scratch.grad, all), dx = Tile<A>::by_rows(scratch.dx, all);
+  read_block<T>(call.x, batch, channel, count, Tile<A>::by_rows(scratch.x, all));
+  read_block<T>(call.grad, batch, channel, count, grad);
   if (plan.apart) {
     memset(scratch.dx, 0, static_cast<size_t>(call.height * call.width * L) * sizeof(A));
   } else {
-    start_with_skip<A>(call, packed, batch, all, scratch.grad, scratch.dx);
+    start_with_skip<A>(call, packed, batch, grad, dx);
   }
   by_states(call.states, [&](auto number) {
     constexpr int S = decltype(number)::value;
@@ -450,7 +453,7 @@ void backward_block(const PropagateCall& call, const PropagatePlan& plan, int64_
       }
     }
   });
-  if (!plan.apart) write_block<T>(scratch.dx, call.dx, batch, channel, count, all);
+  if (!plan.apart) write_block<T>(dx, call.dx, batch, channel, count);
 }
 
 // An item is a run of blocks of one batch entry, which add to one part of the proxy's gradient one after the other; or,
@@ -460,8 +463,9 @@ void propagate_backward(const PropagateCall& call, const PropagatePlan& plan, in
   using A = typename StateOf<T>::type;
   const int64_t chunk = index % plan.chunks, batch = index / plan.chunks;
   const int64_t pixels = call.height * call.width;
-  A* dproxy = static_cast<A*>(plan.proxy_parts) + (chunk * call.batch + batch) * pixels * call.states;
-  memset(dproxy, 0, static_cast<size_t>(pixels * call.states) * sizeof(A));
+  const int64_t values = call.height * call.proxy_row;
+  A* dproxy = static_cast<A*>(plan.proxy_parts) + (chunk * call.batch + batch) * values;
+  memset(dproxy, 0, static_cast<size_t>(values) * sizeof(A));
   BackwardScratch<A> scratch(call, memory);
   memset(scratch.sums, 0, static_cast<size_t>(8 * call.states * kLanes<A>) * sizeof(A));
   if (plan.apart) {
@@ -479,7 +483,7 @@ void propagate_backward(const PropagateCall& call, const PropagatePlan& plan, in
 
 template <class A>
 void merge_proxy(const PropagateCall& call, const PropagatePlan& plan, int64_t batch) {
-  const int64_t values = call.height * call.width * call.states;
+  const int64_t values = call.height * call.proxy_row;
   const A* parts = static_cast<const A*>(plan.proxy_parts) + batch * values;
   A* out = static_cast<A*>(call.dproxy) + batch * values;
   for (int64_t i = 0; i < values; ++i) out[i] = parts[i];

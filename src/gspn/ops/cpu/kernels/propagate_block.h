@@ -88,17 +88,16 @@ struct Walk {
   }
 };
 
-// A staged rectangle as lines: line l of the picture begins at data + (l - low) * line.
+// A tile as lines: line l of the picture begins at data + (l - low) * line.
 template <class A>
 struct Staged {
   A* data;
   int64_t low, line, cross;
-  Staged() = default;
-  Staged(A* data, const Rectangle& at, bool columns)
-      : data(data),
-        low(columns ? at.column : at.row),
-        line(columns ? kLanes<A> : at.columns * kLanes<A>),
-        cross(columns ? at.columns * kLanes<A> : kLanes<A>) {}
+  Staged(const Tile<A>& tile, bool columns)
+      : data(tile.data),
+        low(columns ? tile.at.column : tile.at.row),
+        line(columns ? tile.column : tile.row),
+        cross(columns ? tile.row : tile.column) {}
   GSPN_INLINE A* at(int64_t l) const { return data + (l - low) * line; }
 };
 
@@ -108,9 +107,9 @@ struct ProxyLines {
   const A* data;
   int64_t line, cross;
   ProxyLines(const PropagateCall& call, int64_t batch, bool columns)
-      : data(static_cast<const A*>(call.proxy) + batch * call.height * call.width * call.states),
-        line(columns ? call.states : call.width * call.states),
-        cross(columns ? call.width * call.states : call.states) {}
+      : data(static_cast<const A*>(call.proxy) + batch * call.height * call.proxy_row),
+        line(columns ? call.states : call.proxy_row),
+        cross(columns ? call.proxy_row : call.states) {}
   GSPN_INLINE const A* at(int64_t l) const { return data + l * line; }
 };
 

@@ -11,8 +11,9 @@ constexpr int64_t kMostKept = int64_t{4} << 20;
 // Where keeping x as well as y would take more than this part of x's size in scratch (few channels, many threads, large
 // pictures), x is staged again for each direction. Small pictures are kept in any case.
 constexpr int64_t kMostScratch = 12, kSmall = int64_t{512} << 10;
-// Lines of a tile where not all is kept: pieces of columns as wide as memory delivers them well.
-constexpr int64_t kTileLines = 32;
+// A tile where not all is kept: rows that fit the second-level cache, and columns enough for whole cache lines of a row of
+// x where its rows are dense.
+constexpr int64_t kTileBytes = int64_t{256} << 10, kTileColumns = 16;
 
 PropagatePlan plan(const PropagateCall& call, int64_t threads) {
   PropagatePlan plan{};
@@ -42,8 +43,15 @@ PropagatePlan plan(const PropagateCall& call, int64_t threads) {
   plan.keep_y = !plan.apart && kept <= kMostKept;
   plan.keep_x = plan.keep_y && (kept <= kSmall || kept * pictures * workers * kMostScratch <= x_bytes);
   plan.y_in_place = plan.y_in_place && plan.keep_x;
-  plan.tile = kTileLines < longest ? kTileLines : longest;
-  const int64_t picture = pixels * lanes, tile = plan.tile * longest * lanes;
+  const auto lines_of = [&](int64_t cross, int64_t count, int64_t least) {
+    int64_t lines = kTileBytes / (cross * kernels().vector_bytes);
+    if (lines < least) lines = least;
+    return lines < count ? lines : count;
+  };
+  plan.row_tile = lines_of(call.width, call.height, 1);
+  plan.column_tile = lines_of(call.height, call.width, call.x.channel == 1 ? 2 : kTileColumns);
+  const int64_t rows = plan.row_tile * call.width, columns = plan.column_tile * (call.height + 1);
+  const int64_t picture = pixels * lanes, tile = (rows > columns ? rows : columns) * lanes;
   const int64_t states = 2 * (longest + 2) * lanes + 4 * (longest + lanes);
   plan.scratch_bytes = static_cast<size_t>(((plan.keep_x ? picture : tile) + (plan.y_in_place && pictures == 1 ? 0 : plan.keep_y ? picture : tile) + states) * state + 256);
   const int64_t outputs = plan.shared ? 2 : 5;
@@ -108,7 +116,7 @@ GSPN_EXPORT int32_t gspn_propagate_backward(const PropagateCall* call, int64_t t
   p.scratch_bytes = static_cast<size_t>(elements * state + 64 * 16);
 
   const Memory packed(p.blocks * p.packed_size * state), weights(call->batch * p.blocks * p.weight_size * state);
-  const Memory proxies(p.chunks > 1 ? p.chunks * call->batch * pixels * call->states * state : 0);
+  const Memory proxies(p.chunks > 1 ? p.chunks * call->batch * call->height * call->proxy_row * state : 0);
   const Memory parts(p.apart ? call->directions * call->batch * p.blocks * pixels * kernels().vector_bytes : 0);
   if (!packed.get() || !weights.get() || !proxies.get() || !parts.get()) return 1;
   p.packed = packed.get(), p.weight_parts = weights.get(), p.parts = parts.get();
@@ -132,3 +140,6 @@ GSPN_EXPORT int32_t gspn_propagate_backward(const PropagateCall* call, int64_t t
 GSPN_EXPORT void gspn_exp2(int32_t dtype, const void* in, void* out, int64_t count) {
   kernels().propagate.exp2(dtype, in, out, count);
 }
+
+// For memory that Python gives and fills: see expect_first_touch.
+GSPN_EXPORT void gspn_expect_first_touch(void* data, int64_t bytes) { expect_first_touch(data, static_cast<size_t>(bytes)); }

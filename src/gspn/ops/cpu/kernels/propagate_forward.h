@@ -18,6 +18,7 @@ struct ForwardLine {
   int64_t x_cross, y_cross;
   const A* proxy;
   int64_t p_cross;
+  int64_t p_ahead;  // from here to the next line's proxy: fetched while this line is computed
   const A* weights;
   const A* taps;  // shared: [cross][4]
   const A* prev;  // [cross][lane] with a zero position on either side; null on a segment's first line
@@ -31,7 +32,10 @@ GSPN_INLINE bool forward_pixels(const ForwardLine<A>& line, int64_t p) {
   constexpr int L = kLanes<A>, outputs = kShared ? 2 : 5, from = !kShared && !kPrev ? 3 : 0;
   constexpr int O = outputs - from - (kGate ? 0 : 1), lam = outputs - from - 2;
   V acc[O][P];
-  project<A, S, O, P>(line.weights, outputs, from, line.proxy + p * line.p_cross, line.p_cross, line.states, acc);
+  const A* proxy = line.proxy + p * line.p_cross;
+#pragma GCC unroll 8
+  for (int q = 0; q < P; ++q) __builtin_prefetch(proxy + q * line.p_cross + line.p_ahead);
+  project<A, S, O, P>(line.weights, outputs, from, proxy, line.p_cross, line.states, acc);
   V h[P];
   if constexpr (kPrev && kShared) {
     const A* prev = line.prev + p * L;
@@ -125,6 +129,7 @@ void forward_steps(const PropagateCall& call, const Packed<A>& packed, const Wal
   ForwardLine<A> line;
   line.cross = walk.cross, line.states = call.states;
   line.x_cross = x.cross, line.y_cross = y.cross, line.p_cross = proxy.cross;
+  line.p_ahead = walk.reverse ? -proxy.line : proxy.line;
   line.weights = packed.direction(d);
   line.taps = states.taps;
   for (int64_t step = first; step < last; ++step) {
@@ -145,13 +150,13 @@ void forward_steps(const PropagateCall& call, const Packed<A>& packed, const Wal
 
 // out = skip x, or zero where there is none, for a staged rectangle.
 template <class A>
-void start_with_skip(const PropagateCall& call, const Packed<A>& packed, int64_t batch, const Rectangle& at, const A* x,
-                     A* out) {
+void start_with_skip(const PropagateCall& call, const Packed<A>& packed, int64_t batch, const Tile<A>& x, const Tile<A>& out) {
   using V = typename VectorOf<A>::type;
-  constexpr int L = kLanes<A>;
-  const int64_t pixels = at.rows * at.columns;
+  const Rectangle& at = out.at;
   if (!call.skip_proj) {
-    memset(out, 0, static_cast<size_t>(pixels * L) * sizeof(A));
+    for (int64_t i = 0; i < at.rows; ++i) {
+      for (int64_t j = 0; j < at.columns; ++j) store(out.data + i * out.row + j * out.column, V{});
+    }
     return;
   }
   const ProxyLines<A> proxy(call, batch, false);
@@ -159,18 +164,20 @@ void start_with_skip(const PropagateCall& call, const Packed<A>& packed, int64_t
     constexpr int S = decltype(states)::value;
     for (int64_t i = 0; i < at.rows; ++i) {
       const A* line = proxy.at(at.row + i) + at.column * proxy.cross;
-      const A* from = x + i * at.columns * L;
-      A* to = out + i * at.columns * L;
+      const A* from = x.pixel(at.row + i, at.column);
+      A* to = out.pixel(at.row + i, at.column);
       int64_t p = 0;
       for (; p + kPixels <= at.columns; p += kPixels) {
         V acc[1][kPixels];
         project<A, S, 1, kPixels>(packed.skip(), 1, 0, line + p * proxy.cross, proxy.cross, call.states, acc);
-        for (int q = 0; q < kPixels; ++q) store(to + (p + q) * L, rounded(acc[0][q] * load(from + (p + q) * L)));
+        for (int q = 0; q < kPixels; ++q) {
+          store(to + (p + q) * out.column, rounded(acc[0][q] * load(from + (p + q) * x.column)));
+        }
       }
       for (; p < at.columns; ++p) {
         V acc[1][1];
         project<A, S, 1, 1>(packed.skip(), 1, 0, line + p * proxy.cross, proxy.cross, call.states, acc);
-        store(to + p * L, rounded(acc[0][0] * load(from + p * L)));
+        store(to + p * out.column, rounded(acc[0][0] * load(from + p * x.column)));
       }
     }
   });
@@ -190,6 +197,12 @@ void scan_direction(const PropagateCall& call, const PropagatePlan& plan, const 
   });
 }
 
+// Pixels of the larger tile.
+GSPN_INLINE int64_t tile_size(const PropagateCall& call, const PropagatePlan& plan) {
+  const int64_t rows = plan.row_tile * call.width, columns = plan.column_tile * (call.height + 1);
+  return rows > columns ? rows : columns;
+}
+
 template <class T>
 void propagate_forward(const PropagateCall& call, const PropagatePlan& plan, int64_t index, char* memory) {
   using A = typename StateOf<T>::type;
@@ -207,12 +220,11 @@ void propagate_forward(const PropagateCall& call, const PropagatePlan& plan, int
   Scratch scratch(memory);
   const int64_t longest = call.height > call.width ? call.height : call.width;
   A* state_memory = scratch.take<A>(StateLines<A>::size(longest));
-  const int64_t tile = plan.tile * longest * L;
-  A* kept_x = scratch.take<A>(plan.keep_x ? pixels * L : tile);
-  // A whole block of a dense y has the size of its picture: it is gathered there, and turned by way of kept_x.
-  const bool in_place = plan.y_in_place && count == L;
-  A* kept_y = in_place ? reinterpret_cast<A*>(pixel_of<T>(call.y, batch, channel, 0, 0))
-                       : scratch.take<A>(plan.keep_y ? pixels * L : tile);
+  const int64_t tile = tile_size(call, plan) * L;
+  A* x_memory = scratch.take<A>(plan.keep_x ? pixels * L : tile);
+  const auto tile_of = [&](A* data, const Rectangle& at, const Walk& walk) {
+    return walk.columns ? Tile<A>::by_columns(data, at) : Tile<A>::by_rows(data, at);
+  };
 
   if (plan.apart) {
     A* part = static_cast<A*>(plan.parts) + ((only * call.batch + batch) * plan.blocks + block) * pixels * L;
@@ -220,50 +232,54 @@ void propagate_forward(const PropagateCall& call, const PropagatePlan& plan, int
     const int64_t segments = (walk.lines + walk.segment - 1) / walk.segment;
     const int64_t first = segments * span / plan.spans * walk.segment;
     const int64_t last = least_of(segments * (span + 1) / plan.spans * walk.segment, walk.lines);
-    const Staged<A> y(part, all, walk.columns);
+    const Tile<A> y = Tile<A>::by_rows(part, all);
     StateLines<A> states(state_memory, walk.cross);
-    for (int64_t step = first; step < last; step += plan.tile) {
-      const int64_t end = least_of(step + plan.tile, last);
-      const Rectangle at = walk.rectangle(step, end);
-      read_block<T>(call.x, batch, channel, count, at, kept_x);
-      for (int64_t i = 0; i < at.rows; ++i) {
-        memset(part + ((at.row + i) * call.width + at.column) * L, 0, static_cast<size_t>(at.columns * L) * sizeof(A));
+    const int64_t lines = walk.columns ? plan.column_tile : plan.row_tile;
+    for (int64_t step = first; step < last; step += lines) {
+      const int64_t end = least_of(step + lines, last);
+      const Tile<A> x = tile_of(x_memory, walk.rectangle(step, end), walk);
+      read_block<T>(call.x, batch, channel, count, x);
+      for (int64_t i = 0; i < x.at.rows; ++i) {
+        memset(y.pixel(x.at.row + i, x.at.column), 0, static_cast<size_t>(x.at.columns * L) * sizeof(A));
       }
-      const Staged<A> x(kept_x, at, walk.columns);
-      scan_direction<A>(call, plan, packed, walk, only, batch, x, y, states, step, end);
+      scan_direction<A>(call, plan, packed, walk, only, batch, Staged<A>(x, walk.columns), Staged<A>(y, walk.columns),
+                        states, step, end);
     }
     return;
   }
 
-  // The skip, a few rows at a time where the picture is not kept.
-  const int64_t rows = plan.keep_x && plan.keep_y ? call.height : least_of(plan.tile, call.height);
-  for (int64_t row = 0; row < call.height; row += rows) {
-    const Rectangle at{row, least_of(rows, call.height - row), 0, call.width};
-    A* x = kept_x + (plan.keep_x ? row * call.width * L : 0);
-    A* y = kept_y + (plan.keep_y ? row * call.width * L : 0);
-    if (plan.keep_x || call.skip_proj) read_block<T>(call.x, batch, channel, count, at, x);
-    start_with_skip<A>(call, packed, batch, at, x, y);
-    if (!plan.keep_y) write_block<T>(y, call.y, batch, channel, count, at);
-  }
+  // A whole block of a dense y has the size of its picture: it is gathered there, and turned by way of x's.
+  const bool in_place = plan.y_in_place && count == L;
+  A* y_memory = in_place ? reinterpret_cast<A*>(pixel_of<T>(call.y, batch, channel, 0, 0))
+                         : scratch.take<A>(plan.keep_y ? pixels * L : tile);
+  const Tile<A> kept_x = Tile<A>::by_rows(x_memory, all), kept_y = Tile<A>::by_rows(y_memory, all);
+  if (plan.keep_x) read_block<T>(call.x, batch, channel, count, kept_x);
   for (int64_t d = 0; d < call.directions; ++d) {
     const Walk walk(call, call.towards[d]);
     StateLines<A> states(state_memory, walk.cross);
-    const int64_t lines = plan.keep_x && plan.keep_y ? walk.lines : plan.tile;
+    const int64_t lines = plan.keep_x ? walk.lines : walk.columns ? plan.column_tile : plan.row_tile;
     for (int64_t step = 0; step < walk.lines; step += lines) {
       const int64_t end = least_of(step + lines, walk.lines);
       const Rectangle at = walk.rectangle(step, end);
-      if (!plan.keep_x) read_block<T>(call.x, batch, channel, count, at, kept_x);
-      if (!plan.keep_y) read_block<T>(call.y, batch, channel, count, at, kept_y);
-      const Staged<A> x(kept_x, plan.keep_x ? all : at, walk.columns), y(kept_y, plan.keep_y ? all : at, walk.columns);
-      scan_direction<A>(call, plan, packed, walk, d, batch, x, y, states, step, end);
-      if (!plan.keep_y) write_block<T>(kept_y, call.y, batch, channel, count, at);
+      const Tile<A> x = plan.keep_x ? kept_x.part(at) : tile_of(x_memory, at, walk);
+      const Tile<A> y = plan.keep_y ? kept_y.part(at) : tile_of(y_memory, at, walk);
+      if (!plan.keep_x) read_block<T>(call.x, batch, channel, count, x);
+      if (d == 0) {
+        start_with_skip<A>(call, packed, batch, x, y);
+      } else if (!plan.keep_y) {
+        read_block<T>(call.y, batch, channel, count, y);
+      }
+      scan_direction<A>(call, plan, packed, walk, d, batch, Staged<A>(x, walk.columns), Staged<A>(y, walk.columns), states,
+                        step, end);
+      if (!plan.keep_y) write_block<T>(y, call.y, batch, channel, count);
     }
   }
   if (in_place) {
-    memcpy(kept_x, kept_y, static_cast<size_t>(pixels * L) * sizeof(A));
-    kept_y = kept_x;
+    memcpy(x_memory, y_memory, static_cast<size_t>(pixels * L) * sizeof(A));
+    write_block<T>(kept_x, call.y, batch, channel, count);
+  } else if (plan.keep_y) {
+    write_block<T>(kept_y, call.y, batch, channel, count);
   }
-  if (plan.keep_y) write_block<T>(kept_y, call.y, batch, channel, count, all);
 }
 
 // to = skip from, plus the directions that were computed apart, in their order.
@@ -276,18 +292,19 @@ void propagate_merge(const PropagateCall& call, const PropagatePlan& plan, const
   const int64_t channel = block * L, count = least_of(L, call.channels - channel);
   const Packed<A> packed(plan.packed, plan.packed_size, block, call, plan.shared);
   Scratch scratch(memory);
-  A* in = scratch.take<A>(call.width * L);
+  A* in_memory = scratch.take<A>(call.width * L);
   A* out = scratch.take<A>(call.width * L);
   for (int64_t row = 0; row < call.height; ++row) {
     const Rectangle at{row, 1, 0, call.width};
-    if (call.skip_proj) read_block<T>(from, batch, channel, count, at, in);
-    start_with_skip<A>(call, packed, batch, at, in, out);
+    const Tile<A> in = Tile<A>::by_rows(in_memory, at), sum = Tile<A>::by_rows(out, at);
+    if (call.skip_proj) read_block<T>(from, batch, channel, count, in);
+    start_with_skip<A>(call, packed, batch, in, sum);
     for (int64_t d = 0; d < call.directions; ++d) {
       const A* part = static_cast<const A*>(plan.parts) +
                       (((d * call.batch + batch) * plan.blocks + block) * call.height + row) * call.width * L;
       for (int64_t i = 0; i < call.width * L; i += L) store(out + i, load(out + i) + load(part + i));
     }
-    write_block<T>(out, to, batch, channel, count, at);
+    write_block<T>(sum, to, batch, channel, count);
   }
 }
 
