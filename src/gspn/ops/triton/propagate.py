@@ -2,8 +2,9 @@ r"""``propagate`` and its gradients by the Triton kernels: plans and launches on
 
 What a call must do, with N the pixels of ``x``, S the channels of the proxy and D directions: it reads ``x`` and the
 proxy and writes ``y``, 2 N and N S / C numbers; it takes (5 S + 4) D N multiply-adds, those of three logits and two
-gates and of the scan (plus S + 1 with a skip; logits count once for each group, not channel), and 6 D N exponentials
-and as many divisions for taps of their own. From S = 8 on arithmetic is the floor, not memory.
+gates and of the scan (plus S + 1 with a skip), and 6 D N exponentials and D N divisions. Logits and exponentials count
+once for each group, not channel. At 16 special functions a cycle and multiprocessor, taps for each channel take some
+three times as long as the memory does; with shared taps the multiply-adds are the floor from S = 8 on.
 
 **Forward**, D launches. The directions follow each other and add to ``y`` in place, so that the order of the sum is
 fixed: D reads of ``x``, 2 D - 1 of and to ``y``. For bfloat16 and float16 what is added to is a float32 tensor of the

@@ -87,11 +87,15 @@ def stochastic(before, here, after, has_left, has_right):
     low_here = tl.minimum(here, 0.0)
     low_after = tl.where(has_right, tl.minimum(after, 0.0), float("-inf"))
     largest = tl.maximum(low_here, tl.maximum(low_before, low_after))
-    before = tl.exp(low_before - largest) / (1.0 + tl.exp(-tl.abs(before)))
-    here = tl.exp(low_here - largest) / (1.0 + tl.exp(-tl.abs(here)))
-    after = tl.exp(low_after - largest) / (1.0 + tl.exp(-tl.abs(after)))
-    total = before + here + after
-    return before / total, here / total, after / total
+    # Over a common denominator, whose factors are between 1 and 2: one division for all.
+    of_before = 1.0 + tl.exp(-tl.abs(before))
+    of_here = 1.0 + tl.exp(-tl.abs(here))
+    of_after = 1.0 + tl.exp(-tl.abs(after))
+    before = tl.exp(low_before - largest) * of_here * of_after
+    here = tl.exp(low_here - largest) * of_before * of_after
+    after = tl.exp(low_after - largest) * of_before * of_here
+    inverse = 1.0 / (before + here + after)
+    return before * inverse, here * inverse, after * inverse
 
 
 @triton.jit(
