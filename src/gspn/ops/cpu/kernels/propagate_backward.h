@@ -347,7 +347,7 @@ void backward_direction(const PropagateCall& call, const Packed<A>& packed, cons
   ForwardLine<A> forward{};
   forward.cross = walk.cross, forward.states = call.states;
   forward.x_cross = x.cross, forward.p_cross = proxy.cross;
-  forward.p_ahead = walk.reverse ? -proxy.line : proxy.line;
+  forward.p_ahead = walk.reverse ? -proxy.line : proxy.line, forward.x_ahead = walk.reverse ? -x.line : x.line;
   forward.weights = packed.direction(d), forward.taps = scratch.taps;
   for (int64_t step = 0; step < walk.lines; ++step) {
     const int64_t l = walk.line(step);

@@ -43,6 +43,8 @@ PropagatePlan plan(const PropagateCall& call, int64_t threads) {
   plan.keep_y = !plan.apart && kept <= kMostKept;
   plan.keep_x = plan.keep_y && (kept <= kSmall || kept * pictures * workers * kMostScratch <= x_bytes);
   plan.y_in_place = plan.y_in_place && plan.keep_x;
+  plan.direct = !plan.apart && kept > kSmall && call.x.channel == 1 && call.y.channel == 1 &&
+                static_cast<int64_t>(size_of(call.dtype)) == state;
   const auto lines_of = [&](int64_t cross, int64_t count, int64_t least) {
     int64_t lines = kTileBytes / (cross * kernels().vector_bytes);
     if (lines < least) lines = least;

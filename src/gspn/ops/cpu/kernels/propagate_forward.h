@@ -18,7 +18,7 @@ struct ForwardLine {
   int64_t x_cross, y_cross;
   const A* proxy;
   int64_t p_cross;
-  int64_t p_ahead;  // from here to the next line's proxy: fetched while this line is computed
+  int64_t p_ahead, x_ahead, y_ahead;  // from here to the next line: fetched while this one is computed
   const A* weights;
   const A* taps;  // shared: [cross][4]
   const A* prev;  // [cross][lane] with a zero position on either side; null on a segment's first line
@@ -34,7 +34,11 @@ GSPN_INLINE bool forward_pixels(const ForwardLine<A>& line, int64_t p) {
   V acc[O][P];
   const A* proxy = line.proxy + p * line.p_cross;
 #pragma GCC unroll 8
-  for (int q = 0; q < P; ++q) __builtin_prefetch(proxy + q * line.p_cross + line.p_ahead);
+  for (int q = 0; q < P; ++q) {
+    __builtin_prefetch(proxy + q * line.p_cross + line.p_ahead);
+    __builtin_prefetch(line.x + (p + q) * line.x_cross + line.x_ahead);
+    if constexpr (kGate) __builtin_prefetch(line.y + (p + q) * line.y_cross + line.y_ahead);
+  }
   project<A, S, O, P>(line.weights, outputs, from, proxy, line.p_cross, line.states, acc);
   V h[P];
   if constexpr (kPrev && kShared) {
@@ -129,7 +133,8 @@ void forward_steps(const PropagateCall& call, const Packed<A>& packed, const Wal
   ForwardLine<A> line;
   line.cross = walk.cross, line.states = call.states;
   line.x_cross = x.cross, line.y_cross = y.cross, line.p_cross = proxy.cross;
-  line.p_ahead = walk.reverse ? -proxy.line : proxy.line;
+  const int64_t forth = walk.reverse ? -1 : 1;
+  line.p_ahead = forth * proxy.line, line.x_ahead = forth * x.line, line.y_ahead = forth * y.line;
   line.weights = packed.direction(d);
   line.taps = states.taps;
   for (int64_t step = first; step < last; ++step) {
@@ -244,6 +249,21 @@ void propagate_forward(const PropagateCall& call, const PropagatePlan& plan, int
       }
       scan_direction<A>(call, plan, packed, walk, only, batch, Staged<A>(x, walk.columns), Staged<A>(y, walk.columns),
                         states, step, end);
+    }
+    return;
+  }
+
+  if (plan.direct && count == L) {
+    const auto walked = [&](const Image& image) {
+      return Tile<A>{reinterpret_cast<A*>(pixel_of<T>(image, batch, channel, 0, 0)), all, image.row, image.column};
+    };
+    const Tile<A> x = walked(call.x), y = walked(call.y);
+    start_with_skip<A>(call, packed, batch, x, y);
+    for (int64_t d = 0; d < call.directions; ++d) {
+      const Walk walk(call, call.towards[d]);
+      StateLines<A> states(state_memory, walk.cross);
+      scan_direction<A>(call, plan, packed, walk, d, batch, Staged<A>(x, walk.columns), Staged<A>(y, walk.columns), states,
+                        0, walk.lines);
     }
     return;
   }
