@@ -144,7 +144,8 @@ struct BackwardLineOf {
   int64_t p_cross;
   const A* weights;
   A* gradients;
-  const A* taps;         // shared: [cross][4]
+  const A* taps;         // shared: [3][tap_pitch]
+  int64_t tap_pitch;
   const A* tap_weights;  // shared: [3][states]
   A* tap_gradients;      // shared: [3][states][lane]
   const A *prev, *state;  // [cross][lane], padded
@@ -206,7 +207,7 @@ GSPN_INLINE bool backward_pixels(const BackwardLineOf<A>& line, int64_t p, int64
       if constexpr (kShared) {
 #pragma GCC unroll 3
         for (int k = 0; k < 3; ++k) {
-          store(line.ahead[k] + pixel * L, g * line.taps[pixel * 4 + k]);
+          store(line.ahead[k] + pixel * L, g * line.taps[k * line.tap_pitch + pixel]);
           store(line.tap_maps + (k * kRun<A> + at + q) * L, g * before[k]);
         }
       } else {
@@ -349,6 +350,7 @@ void backward_direction(const PropagateCall& call, const Packed<A>& packed, cons
   forward.x_cross = x.cross, forward.p_cross = proxy.cross;
   forward.p_ahead = walk.reverse ? -proxy.line : proxy.line, forward.x_ahead = walk.reverse ? -x.line : x.line;
   forward.weights = packed.direction(d), forward.taps = scratch.taps;
+  forward.tap_pitch = walk.cross + L;
   for (int64_t step = 0; step < walk.lines; ++step) {
     const int64_t l = walk.line(step);
     A* line = scratch.states + step * pitch;
@@ -360,7 +362,8 @@ void backward_direction(const PropagateCall& call, const Packed<A>& packed, cons
       forward_line<A, S, kShared, false, false>(forward);
     } else {
       if constexpr (kShared) {
-        shared_taps<A, S>(forward.proxy, proxy.cross, walk.cross, call.states, packed.taps(d), scratch.taps);
+        shared_taps<A, S>(forward.proxy, proxy.cross, walk.cross, call.states, packed.taps(d), scratch.taps,
+                          forward.tap_pitch);
       }
       forward_line<A, S, kShared, true, false>(forward);
     }
@@ -371,7 +374,7 @@ void backward_direction(const PropagateCall& call, const Packed<A>& packed, cons
   line.cross = walk.cross, line.states = call.states;
   line.stride = x.cross, line.p_cross = proxy.cross;
   line.weights = packed.direction(d), line.gradients = scratch.sums;
-  line.taps = scratch.taps, line.tap_weights = packed.taps(d), line.tap_gradients = scratch.sums + 2 * call.states * L;
+  line.taps = scratch.taps, line.tap_pitch = forward.tap_pitch, line.tap_weights = packed.taps(d), line.tap_gradients = scratch.sums + 2 * call.states * L;
   line.maps = scratch.maps, line.tap_maps = scratch.tap_maps, line.rows = scratch.rows;
   for (int64_t step = walk.lines - 1; step >= 0; --step) {
     const int64_t l = walk.line(step);
@@ -388,7 +391,8 @@ void backward_direction(const PropagateCall& call, const Packed<A>& packed, cons
     }
     if (has_prev) {
       if constexpr (kShared) {
-        shared_taps<A, S>(line.proxy, proxy.cross, walk.cross, call.states, packed.taps(d), scratch.taps);
+        shared_taps<A, S>(line.proxy, proxy.cross, walk.cross, call.states, packed.taps(d), scratch.taps,
+                          forward.tap_pitch);
       }
       backward_line_of<A, S, kShared, true>(line);
     } else {

@@ -228,9 +228,10 @@ GSPN_INLINE Weights<A> shared_weights(typename VectorOf<A>::type* t, int64_t p, 
   return weights;
 }
 
-// taps[position][k], four numbers a position.
+// taps[k][position], `pitch` positions a tap.
 template <class A, int S>
-void shared_taps(const A* proxy, int64_t p_cross, int64_t cross, int64_t states, const A* weights, A* taps) {
+void shared_taps(const A* proxy, int64_t p_cross, int64_t cross, int64_t states, const A* weights, A* taps,
+                 int64_t pitch) {
   using V = typename VectorOf<A>::type;
   constexpr int L = kLanes<A>;
   for (int64_t p = 0; p < cross; p += L) {
@@ -238,10 +239,7 @@ void shared_taps(const A* proxy, int64_t p_cross, int64_t cross, int64_t states,
     logits_of<A, S>(proxy, p_cross, p, cross, states, weights, t);
     const Weights<A> found = shared_weights<A>(t, p, cross);
     const V inverse = A(1) / found.sum();
-    for (int k = 0; k < 3; ++k) {
-      const V w = found.w[k] * inverse;
-      for (int i = 0; i < L; ++i) taps[(p + i) * 4 + k] = w[i];
-    }
+    for (int k = 0; k < 3; ++k) store(taps + k * pitch + p, found.w[k] * inverse);
   }
 }
 

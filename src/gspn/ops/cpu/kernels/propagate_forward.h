@@ -18,9 +18,11 @@ struct ForwardLine {
   int64_t x_cross, y_cross;
   const A* proxy;
   int64_t p_cross;
-  int64_t p_ahead, x_ahead, y_ahead;  // from here to the next line: fetched while this one is computed
+  int64_t p_ahead, x_ahead, y_ahead;  // from here to the next line
   const A* weights;
-  const A* taps;  // shared: [cross][4]
+  const A* taps;  // shared: [3][tap_pitch]
+  int64_t tap_pitch;
+  bool fetch;     // beyond what the caches hold, the next line is fetched while this one is computed
   const A* prev;  // [cross][lane] with a zero position on either side; null on a segment's first line
   A* state;       // the same, written
 };
@@ -33,21 +35,24 @@ GSPN_INLINE bool forward_pixels(const ForwardLine<A>& line, int64_t p) {
   constexpr int O = outputs - from - (kGate ? 0 : 1), lam = outputs - from - 2;
   V acc[O][P];
   const A* proxy = line.proxy + p * line.p_cross;
+  if (line.fetch) {
 #pragma GCC unroll 8
-  for (int q = 0; q < P; ++q) {
-    __builtin_prefetch(proxy + q * line.p_cross + line.p_ahead);
-    __builtin_prefetch(line.x + (p + q) * line.x_cross + line.x_ahead);
-    if constexpr (kGate) __builtin_prefetch(line.y + (p + q) * line.y_cross + line.y_ahead);
+    for (int q = 0; q < P; ++q) {
+      __builtin_prefetch(proxy + q * line.p_cross + line.p_ahead);
+      __builtin_prefetch(line.x + (p + q) * line.x_cross + line.x_ahead);
+      if constexpr (kGate) __builtin_prefetch(line.y + (p + q) * line.y_cross + line.y_ahead);
+    }
   }
   project<A, S, O, P>(line.weights, outputs, from, proxy, line.p_cross, line.states, acc);
   V h[P];
   if constexpr (kPrev && kShared) {
     const A* prev = line.prev + p * L;
-    const A* taps = line.taps + p * 4;
+    const A* taps = line.taps + p;
+    const int64_t pitch = line.tap_pitch;
 #pragma GCC unroll 8
     for (int q = 0; q < P; ++q) {
-      h[q] = load(prev + (q - 1) * L) * taps[q * 4] + load(prev + q * L) * taps[q * 4 + 1] +
-             load(prev + (q + 1) * L) * taps[q * 4 + 2];
+      h[q] = load(prev + (q - 1) * L) * taps[q] + load(prev + q * L) * taps[pitch + q] +
+             load(prev + (q + 1) * L) * taps[2 * pitch + q];
     }
   } else if constexpr (kPrev) {
     V sum[P], w[3][P], worst{};
@@ -128,7 +133,7 @@ struct StateLines {
 // Steps [first, last) of direction d over staged lines; the state goes on from what `states` holds.
 template <class A, int S, bool kShared>
 void forward_steps(const PropagateCall& call, const Packed<A>& packed, const Walk& walk, int64_t d, int64_t batch,
-                   const Staged<A>& x, const Staged<A>& y, StateLines<A>& states, int64_t first, int64_t last) {
+                   const Staged<A>& x, const Staged<A>& y, StateLines<A>& states, int64_t first, int64_t last, bool fetch) {
   const ProxyLines<A> proxy(call, batch, walk.columns);
   ForwardLine<A> line;
   line.cross = walk.cross, line.states = call.states;
@@ -136,7 +141,8 @@ void forward_steps(const PropagateCall& call, const Packed<A>& packed, const Wal
   const int64_t forth = walk.reverse ? -1 : 1;
   line.p_ahead = forth * proxy.line, line.x_ahead = forth * x.line, line.y_ahead = forth * y.line;
   line.weights = packed.direction(d);
-  line.taps = states.taps;
+  line.taps = states.taps, line.tap_pitch = walk.cross + kLanes<A>;
+  line.fetch = fetch;
   for (int64_t step = first; step < last; ++step) {
     const int64_t l = walk.line(step);
     line.x = x.at(l), line.y = y.at(l), line.proxy = proxy.at(l);
@@ -145,7 +151,8 @@ void forward_steps(const PropagateCall& call, const Packed<A>& packed, const Wal
       forward_line<A, S, kShared, false, true>(line);
     } else {
       if constexpr (kShared) {
-        shared_taps<A, S>(line.proxy, line.p_cross, line.cross, line.states, packed.taps(d), states.taps);
+        shared_taps<A, S>(line.proxy, line.p_cross, line.cross, line.states, packed.taps(d), states.taps,
+                          line.tap_pitch);
       }
       forward_line<A, S, kShared, true, true>(line);
     }
@@ -192,12 +199,13 @@ template <class A>
 void scan_direction(const PropagateCall& call, const PropagatePlan& plan, const Packed<A>& packed, const Walk& walk,
                     int64_t d, int64_t batch, const Staged<A>& x, const Staged<A>& y, StateLines<A>& states,
                     int64_t first, int64_t last) {
+  const bool fetch = !plan.keep_x;
   by_states(call.states, [&](auto number) {
     constexpr int S = decltype(number)::value;
     if (plan.shared) {
-      forward_steps<A, S, true>(call, packed, walk, d, batch, x, y, states, first, last);
+      forward_steps<A, S, true>(call, packed, walk, d, batch, x, y, states, first, last, fetch);
     } else {
-      forward_steps<A, S, false>(call, packed, walk, d, batch, x, y, states, first, last);
+      forward_steps<A, S, false>(call, packed, walk, d, batch, x, y, states, first, last, fetch);
     }
   });
 }
