@@ -74,6 +74,7 @@ def test_the_public_surface() -> None:
     import gspn
 
     assert sorted(gspn.__all__) == [
-        "DIRECTIONS", "Direction", "__version__", "analysis", "available_impls", "line_scan", "stochastic_taps",
+        "DIRECTIONS", "Direction", "__version__", "analysis", "available_impls", "line_scan", "propagate",
+        "stochastic_taps",
     ]  # fmt: skip
     assert gspn.DIRECTIONS == ("down", "up", "right", "left")

@@ -69,3 +69,40 @@ def test_available_impls() -> None:
         gspn.available_impls("cpu")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"op='scan'.*line_scan"):
         gspn.available_impls(X, op="scan")
+
+
+# --- propagate --------------------------------------------------------------------------------------------------------
+
+PROXY = torch.zeros(2, 3, 5, 6)
+GATE = torch.zeros(4, 4, 3)
+PROPAGATE = dict(x=X, proxy=PROXY, tap_proj=torch.zeros(4, 2, 3, 3), lam_proj=GATE, u_proj=GATE, skip_proj=None)
+PROPAGATE_CASES = [
+    (dict(x=torch.zeros(4, 5, 6)), ValueError, r"x\.shape=.*3 axes.*\[B, C, H, W\]"),
+    (dict(x=[1.0]), TypeError, "x is a list; pass a torch.Tensor"),
+    (dict(x=X.int()), TypeError, r"x\.dtype is torch\.int32.*\.float\(\)"),
+    (dict(proxy=PROXY.half()), TypeError, r"x\.dtype=torch\.float32 but proxy\.dtype is torch\.float16"),
+    (dict(proxy=torch.zeros(2, 3, 6, 5)), ValueError, r"proxy\.shape=.*does not fit.*\[2, S, 5, 6\]"),
+    (dict(proxy=torch.zeros(2, 0, 5, 6)), ValueError, r"proxy\.shape=.*S at least 1"),
+    (dict(proxy=PROXY.to("meta")), ValueError, r"x\.device=.*cpu.*proxy\.device is meta"),
+    (dict(tap_proj=torch.zeros(4, 2, 2, 3)), ValueError, r"tap_proj\.shape=.*\[4, G, 3, 3\]"),
+    (dict(tap_proj=torch.zeros(3, 2, 3, 3)), ValueError, r"tap_proj\.shape=.*4 directions"),
+    (dict(tap_proj=torch.zeros(4, 3, 3, 3)), ValueError, r"3 groups.*do not divide the 4 channels.*use 1 group"),
+    (dict(lam_proj=GATE[:, :2]), ValueError, r"lam_proj\.shape is .*\[4, 2, 3\].*must be \[4, 4, 3\]"),
+    (dict(u_proj=None), TypeError, "u_proj is a NoneType"),
+    (dict(u_proj=GATE.double()), TypeError, r"u_proj\.dtype is torch\.float64.*torch\.float32"),
+    (dict(skip_proj=GATE[0]), ValueError, r"skip_proj\.shape is .*\[4, 3\]"),
+    (dict(merge=torch.ones(3)), ValueError, r"merge\.shape=.*must be \[4\]"),
+    (dict(directions=[]), ValueError, r"directions=\[\]: pass one or more"),
+    (dict(directions=["down", "down"]), ValueError, "each once"),
+    (dict(directions="down"), ValueError, "directions='down'"),
+    (dict(segment=0), ValueError, r"segment=0 is below 1.*None"),
+    (dict(segment=2.0), TypeError, r"segment=2\.0 is a float"),
+    (dict(impl="cuda"), ValueError, r"impl='cuda'.*auto, triton, cpu, reference"),
+    (dict(impl="triton"), (NotImplementedError, ImportError), r"impl='triton' cannot run propagate here"),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), PROPAGATE_CASES, ids=range(len(PROPAGATE_CASES)))
+def test_propagate(changed, error, message) -> None:
+    with pytest.raises(error, match=message):
+        gspn.propagate(**PROPAGATE | changed)

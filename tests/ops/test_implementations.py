@@ -26,9 +26,15 @@ def test_lists_every_implementation_with_a_reason() -> None:
 def test_every_implementation_has_every_operator() -> None:
     for op in implementations.OPS:
         for implementation in (implementations.IMPLEMENTATIONS[name] for name in ("cpu", "reference")):
-            module = implementation.load()
+            module = implementation.load(op)
             assert callable(getattr(module, op))
             assert callable(getattr(module, f"{op}_backward"))
+
+
+def test_the_operator_asked_about_is_propagate_unless_named() -> None:
+    x = torch.zeros(1)
+    assert gspn.available_impls(x) == gspn.available_impls(x, op="propagate")
+    assert implementations.resolve("auto", x, "propagate").__name__ == "gspn.ops.cpu.propagate"
 
 
 def test_auto_takes_the_compiled_kernels_on_cpu() -> None:

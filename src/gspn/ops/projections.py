@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def project(proxy: Tensor, weight: Tensor) -> Tensor:
     """A map for each row of ``weight``: ``[B, S, H, W]`` and ``[C, S]`` to ``[B, C, H, W]``."""
+    if proxy.numel() == 0:
+        return torch.einsum("bshw,cs->bchw", proxy, weight)  # a convolution refuses maps without pixels
     return F.conv2d(proxy, weight[:, :, None, None])
 
 

@@ -174,10 +174,12 @@ GSPN_INLINE bool backward_pixels(const BackwardLineOf<A>& line, int64_t p, int64
       if constexpr (kSafe) settle<A>(t, lanes_where<A>(!first), lanes_where<A>(!last));
       Weights<A> weights(t);
       worst += weights.product;
-      // 1 - sigmoid(a_k) = e_k / d_k, and the products are divided by all three.
-      const V all = A(1) / weights.product;
+      // 1 - sigmoid(a_k) = e_k / d_k, by one division for all three where their product does not overflow.
+      const V all = kSafe ? V{} : A(1) / weights.product;
 #pragma GCC unroll 3
-      for (int k = 0; k < 3; ++k) slope[k][q] = weights.e[k] * weights.w[k] * all;
+      for (int k = 0; k < 3; ++k) {
+        slope[k][q] = kSafe ? weights.e[k] / (weights.e[k] + A(1)) : weights.e[k] * weights.w[k] * all;
+      }
       if (__builtin_expect(first, 0)) weights.w[0] = V{};
       if (__builtin_expect(last, 0)) weights.w[2] = V{};
       const V inverse = A(1) / weights.sum();
@@ -241,7 +243,7 @@ void shared_tap_gradients(const BackwardLineOf<A>& line, int64_t p, int64_t coun
   V t[3];
   logits_of<A, S>(line.proxy, line.p_cross, p, line.cross, line.states, line.tap_weights, t);
   const Weights<A> found = shared_weights<A>(t, p, line.cross);
-  const V inverse = A(1) / found.sum(), all = A(1) / found.product;
+  const V inverse = A(1) / found.sum();
   V dw[3], w[3];
   for (int k = 0; k < 3; ++k) {
     V run[L];
@@ -256,8 +258,7 @@ void shared_tap_gradients(const BackwardLineOf<A>& line, int64_t p, int64_t coun
   const V apart[3] = {w[1] * down + w[2] * across, w[2] * up - w[0] * down, V{} - (w[0] * across + w[1] * up)};
   V dt[3];
   for (int k = 0; k < 3; ++k) {
-    // d_0 d_1 d_2 divided by d_k is the weight before its neighbour's absence made it 0; where it is absent, w is 0.
-    dt[k] = scale * w[k] * (found.e[k] * found.w[k] * all) * apart[k];
+    dt[k] = scale * w[k] * (found.e[k] / (found.e[k] + A(1))) * apart[k];
   }
   for (int64_t from = 0; from < states; from += L) {
     V turned[L];
