@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gspn
-from propagate_support import in_doubles, magnitudes, make_arguments, run
+from propagate_cases import in_doubles, magnitudes, make_arguments, run
 from support import CPU_IMPLS, DTYPES, ROOT, SEGMENTS, assert_as_exact_as_pytorch
 
 FAST_IMPLS = [impl for impl in CPU_IMPLS if impl != "reference"]

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gspn
 from gspn.ops.composition import compose
-from propagate_support import make_arguments
+from propagate_cases import make_arguments
 from support import CPU_IMPLS, run_python
 
 ALL = ",".join(gspn.DIRECTIONS)

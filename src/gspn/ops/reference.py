@@ -199,7 +199,8 @@ def propagate_backward(
         dx += dx_d
         du[d] = add_to_proxy(grad * h, u_weight)
         dlam[d] = add_to_proxy(cast("Tensor", dlam_map), lam_weight)
-        mean = (taps * cast("Tensor", dtaps)).sum(2, keepdim=True)
+        dtaps = cast("Tensor", dtaps)
+        mean = (taps * dtaps).sum(2, keepdim=True)
         dlogits = torch.sigmoid(-logits) * taps * (dtaps - mean)  # [B, G, 3, H, W]
         dtap[d] = add_to_proxy(dlogits.flatten(1, 2), tap_weight.flatten(0, 1)).view_as(tap_weight)
     return dx, dproxy, dtap, dlam, du, dskip

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from interpreted import _poison
+from propagate_support import check, make_arguments
 from torch import Tensor
 
 import gspn
-from propagate_support import check, make_arguments
 
 
 def sizes() -> None:

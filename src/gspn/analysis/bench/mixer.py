@@ -16,8 +16,9 @@ from gspn.nn import GSPNMixer
 
 from ..cost import count_cost
 from .check import Figure, compare
-from .comparison import Result, attention_backend, fitted_exponent, peak_memory, with_ratios
-from .timing import Candidate, time_interleaved
+from .comparison import Result
+from .growing import exponents as exponents
+from .growing import measure_growing
 
 PER_CHANNEL, SHARED, ATTENTION = "GSPN", "GSPN, shared taps", "self-attention"
 CANDIDATES = (PER_CHANNEL, SHARED, ATTENTION)
@@ -27,8 +28,6 @@ SIDES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 CPU = torch.device("cpu")
 _HEAD = 32
 _CHECK_SIDES = (9, 12)
-# An exponent is that of large maps: on small ones the calls themselves, and caches, hide it.
-_FITTED = 4
 
 
 class MapAttention(nn.Module):
@@ -167,70 +166,25 @@ def measure_mixers(
         reason.
     """
     modules = {name: problem.module(name) for name in names}
-    results: list[Result] = []
-    out: set[str] = set()
-    for done, side in enumerate(sorted(sides)):
-        if progress is not None:
-            progress(done, len(sides))
-        skipped = {}
-        for name in names:
-            expected = _expected_ms([r for r in results if r.name == name], side)
-            if name not in out and expected is not None and expected > slowest_ms:
-                skipped[name] = f"a call would take about {expected:.0f} ms, more than {slowest_ms:.0f}"
-        running = [name for name in names if name not in out and name not in skipped]
+
+    def calls_at(side: int, running: Sequence[str]) -> dict[str, Callable[[], object]]:
         x = problem.map(side, side)
-        calls = {name: problem.call(modules[name], x) for name in running}
-        timings = time_interleaved(
-            [Candidate(name, call) for name, call in calls.items()],
-            problem.device,
-            repeats=repeats,
-            min_time=min_time,
-        )
-        found = with_ratios(names, baseline, timings)
-        for name in names:
-            if name in out:
-                continue
-            timing, ratio = found[name]
-            results.append(
-                Result(
-                    bench="mixer",
-                    name=name,
-                    mode=problem.mode,
-                    batch=problem.batch,
-                    height=side,
-                    width=side,
-                    dtype=str(problem.dtype).removeprefix("torch."),
-                    params=sum(p.numel() for p in modules[name].parameters()),
-                    macs=count_cost(modules[name], (problem.dim, side, side)).macs,
-                    attention=attention_backend(calls[name]) if name in calls else "",
-                    baseline=baseline,
-                    timing=timing,
-                    peak_bytes=peak_memory(calls[name], problem.device) if name in calls else None,
-                    ratio=ratio,
-                    skipped=skipped.get(name, ""),
-                )
-            )
-        out |= set(skipped)
-    if progress is not None:
-        progress(len(sides), len(sides))
-    return results
+        return {name: problem.call(modules[name], x) for name in running}
 
-
-def exponents(results: Sequence[Result]) -> dict[str, float]:
-    """For each candidate, p of ``time ~ pixels^p``, fitted over its largest maps."""
-    fitted = {}
-    for name in dict.fromkeys(result.name for result in results):
-        own = [r for r in results if r.name == name and r.timing is not None][-_FITTED:]
-        p = fitted_exponent([r.height * r.width for r in own], [r.timing.p50 for r in own if r.timing is not None])
-        if p is not None:
-            fitted[name] = p
-    return fitted
-
-
-def _expected_ms(before: Sequence[Result], side: int) -> float | None:
-    timed = [(r.height * r.width, r.timing.p50) for r in before if r.timing is not None][-2:]
-    if not timed:
-        return None
-    grown = fitted_exponent([size for size, _ in timed], [ms for _, ms in timed])
-    # Never less than linear: a map twice as large is not free because small ones were.
-    return timed[-1][1] * (side * side / timed[-1][0]) ** max(grown or 1.0, 1.0)
+    return measure_growing(
+        "mixer",
+        names,
+        sides,
+        calls_at,
+        lambda name, side: count_cost(modules[name], (problem.dim, side, side)).macs,
+        mode=problem.mode,
+        batch=problem.batch,
+        dtype=problem.dtype,
+        device=problem.device,
+        baseline=baseline,
+        params={name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()},
+        slowest_ms=slowest_ms,
+        repeats=repeats,
+        min_time=min_time,
+        progress=progress,
+    )

@@ -11,6 +11,8 @@ the composition (:mod:`gspn.ops.composition`), which has derivatives of every or
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -76,7 +78,7 @@ def _forward_setup(ctx, inputs, output) -> None:
 
 def _forward_grad(ctx, grad):
     tensors = ctx.saved_tensors  # once: under torch.utils.checkpoint a second look would be refused
-    grads = list(apply_propagate_backward(grad, *tensors, ctx.directions, ctx.segment, ctx.impl))
+    grads: list[Tensor | None] = list(apply_propagate_backward(grad, *tensors, ctx.directions, ctx.segment, ctx.impl))
     if tensors[-1] is None:
         grads[-1] = None
     wanted = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[:6], strict=True)]
@@ -98,12 +100,16 @@ def _backward_grad(ctx, *cotangents):
     further = torch.is_grad_enabled()
     with torch.enable_grad():
         # As views: no argument is then a function of another, as a proxy is of x, and derivatives are partial ones.
-        tensors = [
+        tensors: list[Any] = [
             None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
             for t in ctx.saved_tensors
         ]
         grad, *inputs = tensors
-        y = compose(*inputs, ctx.directions.split(","), ctx.segment, lambda *scan: apply_line_scan(*scan, "auto"))
+        x, proxy, tap_proj, lam_proj, u_proj, skip_proj = inputs
+        y = compose(
+            x, proxy, tap_proj, lam_proj, u_proj, skip_proj,
+            ctx.directions.split(","), ctx.segment, lambda *scan: apply_line_scan(*scan, "auto"),
+        )  # fmt: skip
         present = [t for t in inputs if t is not None]
         first = torch.autograd.grad(y, present, grad, create_graph=True)
         second = iter(
