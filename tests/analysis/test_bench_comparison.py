@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gspn.analysis.bench import comparison, environment, mixer, models
+from gspn.analysis.bench import comparison, environment, growing, mixer, models
 from gspn.analysis.bench.comparison import attention_backend, fitted_exponent, peak_memory, write_results
 from gspn.analysis.bench.timing import Timing
 from gspn.nn import GSPNMixer
@@ -84,7 +84,7 @@ def test_mixers_are_measured_until_they_take_too_long(tmp_path, monkeypatch):
         clock["side"] = height
         return make(self, height, width, seed)
 
-    monkeypatch.setattr(mixer, "time_interleaved", timed)
+    monkeypatch.setattr(growing, "time_interleaved", timed)
     monkeypatch.setattr(mixer.MixerProblem, "map", noted)
     results = mixer.measure_mixers(
         mixer.MixerProblem(dim=16), list(PACE), [16, 8, 32], slowest_ms=100, baseline=mixer.ATTENTION

@@ -45,7 +45,7 @@ def wrong_implementation(monkeypatch):
 
     module = SimpleNamespace(line_scan=reference.line_scan, line_scan_backward=backward)
     monkeypatch.setitem(sys.modules, "wrong_scan", module)
-    monkeypatch.setitem(IMPLEMENTATIONS, "wrong", Implementation("wrong", "wrong_scan", lambda *_: None))
+    monkeypatch.setitem(IMPLEMENTATIONS, "wrong", Implementation("wrong", {"line_scan": "wrong_scan"}, lambda *_: None))
 
 
 def test_writes_a_row_for_each_measurement(run, tmp_path):
@@ -156,7 +156,7 @@ def test_bad_options_are_named(run, options, shown):
 
 def test_an_implementation_that_cannot_run_says_why(run, monkeypatch):
     reason = "it needs another machine."
-    monkeypatch.setitem(IMPLEMENTATIONS, "triton", Implementation("triton", "none", lambda *_: reason))
+    monkeypatch.setitem(IMPLEMENTATIONS, "triton", Implementation("triton", {"line_scan": "none"}, lambda *_: reason))
     result = run("--impl", "triton")
     assert result.exit_code == 2
     assert reason in result.output
