@@ -12,6 +12,16 @@ from torch import Tensor, nn
 from .gspn2d import GSPN2d
 
 
+def _channel_norms(x: Tensor) -> Tensor:
+    if x.dtype not in (torch.float32, torch.float64):
+        return x.norm(p=2, dim=(2, 3), keepdim=True)  # squares may overflow in half precision
+    # The smallest number keeps the root's derivative finite where a channel is zero.
+    return (x.square().sum((2, 3), keepdim=True) + torch.finfo(x.dtype).tiny).sqrt()
+
+
+torch.fx.wrap("_channel_norms")  # which formula it takes depends on the dtype; a trace keeps the choice open
+
+
 class _ResponseNorm(GlobalResponseNorm):
     """timm's GRN over ``[B, C, H, W]``, the norm of each channel taken as the root of a sum of squares.
 
@@ -20,10 +30,7 @@ class _ResponseNorm(GlobalResponseNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` to ``[B, C, H, W]``."""
-        if x.dtype not in (torch.float32, torch.float64):
-            return super().forward(x)  # squares may overflow in half precision
-        # The smallest number keeps the root's derivative finite where a channel is zero.
-        response = (x.square().sum((2, 3), keepdim=True) + torch.finfo(x.dtype).tiny).sqrt()  # [B, C, 1, 1]
+        response = _channel_norms(x)  # [B, C, 1, 1]
         relative = response / (response.mean(dim=1, keepdim=True) + self.eps)
         return x + torch.addcmul(self.bias.view(self.wb_shape), self.weight.view(self.wb_shape), x * relative)
 
