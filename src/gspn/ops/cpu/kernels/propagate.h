@@ -41,6 +41,7 @@ struct PropagatePlan {
   int64_t blocks;      // of all channels; the last may be partly empty
   bool shared;         // a block's channels share their taps
   bool keep_x, keep_y;  // the block's whole picture stays in scratch, else a tile of it at a time
+  bool fetch;          // pixels are fetched a little ahead: pictures that do not stay in the caches
   bool direct;         // channels_last in the state's type: whole blocks are walked where they are, with no scratch
   bool y_in_place;     // whole blocks of y are gathered in y's own memory and turned at the end
   int64_t row_tile, column_tile;  // lines of a tile, for walks over rows and over columns

@@ -336,7 +336,7 @@ GSPN_INLINE void add_up(A* sums, int64_t count, A* total) {
 
 template <class A, int S, bool kShared>
 void backward_direction(const PropagateCall& call, const Packed<A>& packed, const PackedGradients<A>& gradients, int64_t d,
-                        int64_t batch, A* dproxy, const BackwardScratch<A>& scratch) {
+                        int64_t batch, A* dproxy, const BackwardScratch<A>& scratch, bool fetch) {
   constexpr int L = kLanes<A>;
   const Walk walk(call, call.towards[d]);
   const Rectangle all{0, call.height, 0, call.width};
@@ -349,9 +349,9 @@ void backward_direction(const PropagateCall& call, const Packed<A>& packed, cons
   ForwardLine<A> forward{};
   forward.cross = walk.cross, forward.states = call.states;
   forward.x_cross = x.cross, forward.p_cross = proxy.cross;
-  forward.p_ahead = walk.reverse ? -proxy.line : proxy.line, forward.x_ahead = walk.reverse ? -x.line : x.line;
   forward.weights = packed.direction(d), forward.taps = scratch.taps;
   forward.tap_pitch = walk.cross + L;
+  forward.fetch = fetch;
   for (int64_t step = 0; step < walk.lines; ++step) {
     const int64_t l = walk.line(step);
     A* line = scratch.states + step * pitch;
@@ -452,9 +452,9 @@ void backward_block(const PropagateCall& call, const PropagatePlan& plan, int64_
       memset(gradients.direction(d), 0, static_cast<size_t>(gradients.outputs * call.states * L) * sizeof(A));
       if (plan.shared) {
         memset(gradients.taps(d), 0, static_cast<size_t>(3 * call.states * L) * sizeof(A));
-        backward_direction<A, S, true>(call, packed, gradients, d, batch, dproxy, scratch);
+        backward_direction<A, S, true>(call, packed, gradients, d, batch, dproxy, scratch, plan.fetch);
       } else {
-        backward_direction<A, S, false>(call, packed, gradients, d, batch, dproxy, scratch);
+        backward_direction<A, S, false>(call, packed, gradients, d, batch, dproxy, scratch, plan.fetch);
       }
     }
   });

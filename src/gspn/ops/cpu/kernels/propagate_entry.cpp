@@ -43,6 +43,7 @@ PropagatePlan plan(const PropagateCall& call, int64_t threads) {
   plan.keep_y = !plan.apart && kept <= kMostKept;
   plan.keep_x = plan.keep_y && (kept <= kSmall || kept * pictures * workers * kMostScratch <= x_bytes);
   plan.y_in_place = plan.y_in_place && plan.keep_x;
+  plan.fetch = !plan.keep_x;
   plan.direct = !plan.apart && kept > kSmall && call.x.channel == 1 && call.y.channel == 1 &&
                 static_cast<int64_t>(size_of(call.dtype)) == state;
   const auto lines_of = [&](int64_t cross, int64_t count, int64_t least) {
@@ -112,6 +113,7 @@ GSPN_EXPORT int32_t gspn_propagate_backward(const PropagateCall* call, int64_t t
   if (p.chunks > p.blocks) p.chunks = p.blocks;
   if (p.apart) p.chunks = p.blocks * call->directions;
   p.items = call->batch * p.chunks;
+  p.fetch = pixels * kernels().vector_bytes > kSmall;
   p.weight_size = ((call->directions * (p.shared ? 2 : 5) + 1) + (p.shared ? 3 * call->directions : 0)) * call->states * lanes;
   const int64_t elements = (4 * pixels + 2 * (call->height + call->width)) * lanes + 6 * (longest + 2) * lanes +
                            4 * (longest + lanes) + 8 * lanes * lanes + (lanes * call->states + lanes) * lanes + 8 * call->states * lanes;

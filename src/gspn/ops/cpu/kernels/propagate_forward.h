@@ -10,6 +10,10 @@ namespace gspn {
 namespace GSPN_ISA {
 namespace {
 
+// How far ahead: long enough for memory to answer, and few enough that pixels down a column of a picture whose rows are a
+// power of two apart, which all compete for one set of each cache, do not evict each other before they are used.
+constexpr int64_t kPixelsAhead = 8;
+
 template <class A>
 struct ForwardLine {
   int64_t cross, states;
@@ -18,11 +22,10 @@ struct ForwardLine {
   int64_t x_cross, y_cross;
   const A* proxy;
   int64_t p_cross;
-  int64_t p_ahead, x_ahead, y_ahead;  // from here to the next line
   const A* weights;
   const A* taps;  // shared: [3][tap_pitch]
   int64_t tap_pitch;
-  bool fetch;     // beyond what the caches hold, the next line is fetched while this one is computed
+  bool fetch;
   const A* prev;  // [cross][lane] with a zero position on either side; null on a segment's first line
   A* state;       // the same, written
 };
@@ -38,9 +41,9 @@ GSPN_INLINE bool forward_pixels(const ForwardLine<A>& line, int64_t p) {
   if (line.fetch) {
 #pragma GCC unroll 8
     for (int q = 0; q < P; ++q) {
-      __builtin_prefetch(proxy + q * line.p_cross + line.p_ahead);
-      __builtin_prefetch(line.x + (p + q) * line.x_cross + line.x_ahead);
-      if constexpr (kGate) __builtin_prefetch(line.y + (p + q) * line.y_cross + line.y_ahead);
+      __builtin_prefetch(proxy + (q + kPixelsAhead) * line.p_cross);
+      __builtin_prefetch(line.x + (p + q + kPixelsAhead) * line.x_cross);
+      if constexpr (kGate) __builtin_prefetch(line.y + (p + q + kPixelsAhead) * line.y_cross);
     }
   }
   project<A, S, O, P>(line.weights, outputs, from, proxy, line.p_cross, line.states, acc);
@@ -138,8 +141,6 @@ void forward_steps(const PropagateCall& call, const Packed<A>& packed, const Wal
   ForwardLine<A> line;
   line.cross = walk.cross, line.states = call.states;
   line.x_cross = x.cross, line.y_cross = y.cross, line.p_cross = proxy.cross;
-  const int64_t forth = walk.reverse ? -1 : 1;
-  line.p_ahead = forth * proxy.line, line.x_ahead = forth * x.line, line.y_ahead = forth * y.line;
   line.weights = packed.direction(d);
   line.taps = states.taps, line.tap_pitch = walk.cross + kLanes<A>;
   line.fetch = fetch;
@@ -199,13 +200,12 @@ template <class A>
 void scan_direction(const PropagateCall& call, const PropagatePlan& plan, const Packed<A>& packed, const Walk& walk,
                     int64_t d, int64_t batch, const Staged<A>& x, const Staged<A>& y, StateLines<A>& states,
                     int64_t first, int64_t last) {
-  const bool fetch = !plan.keep_x;
   by_states(call.states, [&](auto number) {
     constexpr int S = decltype(number)::value;
     if (plan.shared) {
-      forward_steps<A, S, true>(call, packed, walk, d, batch, x, y, states, first, last, fetch);
+      forward_steps<A, S, true>(call, packed, walk, d, batch, x, y, states, first, last, plan.fetch);
     } else {
-      forward_steps<A, S, false>(call, packed, walk, d, batch, x, y, states, first, last, fetch);
+      forward_steps<A, S, false>(call, packed, walk, d, batch, x, y, states, first, last, plan.fetch);
     }
   });
 }
@@ -266,12 +266,20 @@ void propagate_forward(const PropagateCall& call, const PropagatePlan& plan, int
       return Tile<A>{reinterpret_cast<A*>(pixel_of<T>(image, batch, channel, 0, 0)), all, image.row, image.column};
     };
     const Tile<A> x = walked(call.x), y = walked(call.y);
-    start_with_skip<A>(call, packed, batch, x, y);
     for (int64_t d = 0; d < call.directions; ++d) {
       const Walk walk(call, call.towards[d]);
       StateLines<A> states(state_memory, walk.cross);
-      scan_direction<A>(call, plan, packed, walk, d, batch, Staged<A>(x, walk.columns), Staged<A>(y, walk.columns), states,
-                        0, walk.lines);
+      // The first direction finds in the caches what the skip has just read and written.
+      const int64_t lines = d > 0 ? walk.lines : walk.columns ? plan.column_tile : plan.row_tile;
+      for (int64_t step = 0; step < walk.lines; step += lines) {
+        const int64_t end = least_of(step + lines, walk.lines);
+        if (d == 0) {
+          const Rectangle at = walk.rectangle(step, end);
+          start_with_skip<A>(call, packed, batch, x.part(at), y.part(at));
+        }
+        scan_direction<A>(call, plan, packed, walk, d, batch, Staged<A>(x, walk.columns), Staged<A>(y, walk.columns),
+                          states, step, end);
+      }
     }
     return;
   }
