@@ -124,7 +124,7 @@ def _figure_type() -> type[Figure]:
 
 def _colours(names: Sequence[str]) -> dict[str, str]:
     """Blues for GSPN, others for the rest, each used again where there are too many."""
-    ours = [name for name in names if name.lower().startswith("gspn")]
+    ours = [name for name in names if name.lower().startswith(("gspn", "propagate"))]
     others = [name for name in names if name not in ours]
     return {name: _OURS[i % len(_OURS)] for i, name in enumerate(ours)} | {
         name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(others)
