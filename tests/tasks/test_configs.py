@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from gspn.tasks.classify import TrainConfig, load_config
-from gspn.tasks.classify.config import config_from
 from gspn.tasks.configs import read_yaml, write_yaml
 from gspn.tasks.errors import UsageError
 
@@ -59,7 +58,7 @@ def test_a_nested_mapping_of_free_keys_is_merged():
 
 def test_written_and_read_again_it_is_the_same():
     config = load_config("emoji_nano")
-    assert config_from(read_yaml(write_yaml(config), "it")) == config
+    assert TrainConfig.from_values(read_yaml(write_yaml(config), "it")) == config
 
 
 def test_yaml_is_read_safely():

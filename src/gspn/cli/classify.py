@@ -61,7 +61,7 @@ def _warn(message: str) -> None:
 
 
 def _recipes() -> list[str]:
-    from gspn.tasks.classify.recipes import recipe_names
+    from gspn.tasks.classify import recipe_names
 
     return recipe_names()
 
@@ -148,23 +148,23 @@ def train(
 @app.command()
 def recipes() -> None:
     """List the recipes for --config."""
-    from gspn.tasks.classify.recipes import recipe_names, recipe_title
+    from gspn.tasks.classify import TrainConfig
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
-    for name in recipe_names():
-        table.add_row(name, escape(recipe_title(name)))
+    for name in TrainConfig.recipe_names():
+        table.add_row(name, escape(TrainConfig.recipe_title(name)))
     Console().print(table)
 
 
 @app.command()
 def recipe(name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_recipes)]) -> None:
     """Print a recipe's YAML, to start a file of your own from."""
-    from gspn.tasks.classify.recipes import recipe_text
+    from gspn.tasks.classify import TrainConfig
 
     with _one_line_errors():
-        typer.echo(recipe_text(name), nl=False)
+        typer.echo(TrainConfig.recipe_text(name), nl=False)
 
 
 # --- eval -------------------------------------------------------------------------------------------------------------

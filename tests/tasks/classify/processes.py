@@ -61,9 +61,9 @@ def shard_on_cpu() -> None:
             PartialState._shared_state |= {"distributed_type": DistributedType.FSDP}
         return accelerator
 
-    from gspn.tasks.classify import training
+    from gspn.tasks.training import loop
 
-    training.make_accelerator = make_accelerator
+    loop.make_accelerator = make_accelerator
 
 
 def _train(output: Path, settings: list[str], die_in_checkpoint: int | None) -> None:

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from gspn.tasks.classify import TrainConfig
-from gspn.tasks.classify.config import config_from
 
 TINY = {
     "data": {
@@ -45,7 +44,7 @@ _TIMES = ("seconds", "images_per_second", "peak_memory_mib")
 
 
 def tiny(output: Path, *overrides: str) -> TrainConfig:
-    return config_from(TINY).changed(*overrides, **{"run.output": output})
+    return TrainConfig.from_values(TINY).changed(*overrides, **{"run.output": output})
 
 
 def rows(output: Path, *, timeless: bool = True) -> list[dict[str, str]]:

@@ -45,10 +45,10 @@ def two_processes(output: Path, folder: Path) -> None:
 
     shard_on_cpu()
     sharded = tiny(output / "fsdp", *settings(folder, "data.batch_size=8", "run.fsdp=true", "run.checkpoint_every_s=0"))
-    from gspn.tasks.classify.training import _Run
+    from gspn.tasks.training.loop import TrainingRun
 
     # Stopped in the second epoch, and resumed.
-    plain, calls = _Run._update, []
+    plain, calls = TrainingRun._update, []
 
     def update(self, *arguments):
         calls.append(arguments)
@@ -56,10 +56,10 @@ def two_processes(output: Path, folder: Path) -> None:
             raise KeyboardInterrupt
         return plain(self, *arguments)
 
-    _Run._update = update
+    TrainingRun._update = update
     with pytest.raises(KeyboardInterrupt):
         train(sharded)
-    _Run._update = plain
+    TrainingRun._update = plain
     train(sharded, resume=True)
 
 

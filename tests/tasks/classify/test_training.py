@@ -12,8 +12,8 @@ from rich.console import Console
 from safetensors import safe_open
 
 from gspn.tasks.classify import TrainConfig, load_config, recipe_names, train
-from gspn.tasks.classify.loaders import ShareSampler, UpdateSampler
 from gspn.tasks.errors import UsageError
+from gspn.tasks.training.loaders import ShareSampler, UpdateSampler
 from tasks.classify.runs import RANDOM, assert_same, newest_state, rows, tiny
 
 

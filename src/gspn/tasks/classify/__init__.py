@@ -16,19 +16,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ..training.config import EmaConfig, OptimConfig, RunConfig, ScheduleConfig
 from .config import (
     AffineConfig,
     AugmentConfig,
     DataConfig,
-    EmaConfig,
     ModelConfig,
-    OptimConfig,
-    RunConfig,
-    ScheduleConfig,
     TrainConfig,
     load_config,
+    recipe_names,
 )
-from .recipes import recipe_names
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation, evaluate

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from ..devices import make_accelerator
 from ..errors import UsageError, require
 from ..files import write_text
-from .loaders import class_names, eval_loader, open_data
+from ..training.loaders import class_names, open_data
+from ..training.records import peak_memory_mib
+from .loaders import eval_loader
 from .network import count_parameters, label_names, load_model, resolve_preprocessing
-from .records import peak_memory_mib
 from .steps import evaluate_batches
 
 Precision = Literal["fp32", "bf16", "fp16"]

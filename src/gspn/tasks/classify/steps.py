@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import require
+from ..training.loop import to_device
 from .config import TrainConfig
 
 if TYPE_CHECKING:
@@ -89,12 +90,6 @@ def evaluate_batches(
     loss, top1, top5, images = accelerator.reduce(sums, "sum").tolist()  # type: ignore[union-attr]
     most = max(images, 1)
     return Figures(loss / most, 100 * top1 / most, 100 * top5 / most, int(images))
-
-
-def to_device(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
-    """The images where and how the network wants them."""
-    layout = torch.channels_last if channels_last else torch.preserve_format
-    return images.to(device, non_blocking=True, memory_format=layout)
 
 
 def _counting_device(accelerator: Accelerator) -> torch.device:

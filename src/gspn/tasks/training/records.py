@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from rich.console import Console
@@ -21,21 +22,16 @@ from ..files import write_text
 
 @dataclass(frozen=True)
 class EpochRow:
-    """One row of ``metrics.csv``. Figures of an epoch that was not evaluated are None; accuracies are in percent."""
+    """What every task's row of ``metrics.csv`` begins with."""
 
     epoch: int
     """Epochs completed."""
     step: int
     """Updates completed."""
     lr: float
-    """Of the epoch's last update."""
+    """Of the epoch's last update, where it is not reduced for a layer."""
     train_loss: float
     """Mean over the epoch's images, as augmented and mixed."""
-    eval_loss: float | None
-    top1: float | None
-    top5: float | None
-    ema_loss: float | None
-    ema_top1: float | None
     seconds: float
     """Spent on the epoch's updates, without evaluation and checkpoints."""
     images_per_second: float
@@ -45,25 +41,34 @@ class EpochRow:
     """Images of the epoch that could not be read; others took their place."""
 
 
-class MetricsTable:
-    """``metrics.csv``: a row an epoch, replaced as a whole, so that a kill leaves the old table or the new one."""
+Row = TypeVar("Row", bound=EpochRow)
 
-    def __init__(self, path: Path) -> None:
+
+class MetricsTable(Generic[Row]):
+    """``metrics.csv``: a row an epoch, replaced as a whole, so that a kill leaves the old table or the new one.
+
+    Args:
+        path: Of the file.
+        row: The type of its rows; a figure that an epoch has not is None, and an empty cell.
+    """
+
+    def __init__(self, path: Path, row: type[Row]) -> None:
         self.path = path
+        self.row = row
         self._rows: list[dict[str, str]] = []
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 self._rows = list(csv.DictReader(file))
 
-    def last(self) -> EpochRow | None:
+    def last(self) -> Row | None:
         """The last row, or None."""
         if not self._rows:
             return None
         values = {}
-        for field in fields(EpochRow):
+        for field in fields(self.row):
             text = self._rows[-1][field.name]
             values[field.name] = None if text == "" else (int if field.type == "int" else float)(text)
-        return EpochRow(**values)
+        return self.row(**values)
 
     def forget_after(self, step: int) -> None:
         """Drop the rows of updates beyond ``step``, which a resumed run computes again."""
@@ -72,14 +77,14 @@ class MetricsTable:
             self._rows = kept
             self._write()
 
-    def append(self, row: EpochRow) -> None:
+    def append(self, row: Row) -> None:
         """Add a row; None is an empty cell."""
         self._rows.append({name: "" if value is None else _written(value) for name, value in asdict(row).items()})
         self._write()
 
     def _write(self) -> None:
         text = io.StringIO()
-        writer = csv.DictWriter(text, [field.name for field in fields(EpochRow)], lineterminator="\n")
+        writer = csv.DictWriter(text, [field.name for field in fields(self.row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(self._rows)
         write_text(self.path, text.getvalue())
@@ -153,18 +158,14 @@ class Reporter:
         elapsed = time.monotonic() - self._started
         return spoken_time(elapsed / made * (self.epochs * self.updates - self._done)) if made else "?"
 
-    def evaluating(self, epoch: int) -> None:
-        """The bar says that an evaluation is under way."""
+    def doing(self, what: str, epoch: int) -> None:
+        """The bar says that something else than updates is under way."""
         if self._progress is not None:
-            self._progress.update(self._task, description=f"epoch {epoch + 1}/{self.epochs}, evaluating")
+            self._progress.update(self._task, description=f"epoch {epoch + 1}/{self.epochs}, {what}")
 
-    def epoch(self, row: EpochRow, best: bool) -> None:
-        """A line about an epoch."""
-        parts = [f"epoch {row.epoch:>{len(str(self.epochs))}}/{self.epochs}", f"loss {row.train_loss:.4f}"]
-        if row.top1 is not None:
-            parts += [f"eval {row.eval_loss:.4f}", f"top-1 {row.top1:.2f}"]
-            if row.ema_top1 is not None:
-                parts.append(f"ema {row.ema_top1:.2f}")
+    def epoch(self, row: EpochRow, found: Sequence[str] = (), best: bool = False) -> None:
+        """A line about an epoch; ``found`` is what its evaluation says."""
+        parts = [f"epoch {row.epoch:>{len(str(self.epochs))}}/{self.epochs}", f"loss {row.train_loss:.4f}", *found]
         parts += [f"lr {row.lr:.2e}", f"{row.images_per_second:,.0f} images/s"]
         if row.broken_images:
             parts.append(f"{row.broken_images} broken images")
