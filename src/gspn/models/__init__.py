@@ -1,5 +1,31 @@
-"""Networks, registered with timm on import: ``import gspn.models`` and then ``timm.create_model("gspn_tiny")``."""
+"""Networks, registered with timm on import: ``import gspn.models`` and then ``timm.create_model("gspn_tiny")``.
+
+:class:`GSPNDenoiser2DModel` is a component of diffusers, which is imported only where it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from .gspn import GSPN
 
-__all__ = ["GSPN"]
+if TYPE_CHECKING:
+    from .denoiser import GSPNDenoiser2DModel
+
+
+def __getattr__(name: str) -> Any:
+    if name == "GSPNDenoiser2DModel":
+        try:
+            importlib.import_module("diffusers")
+        except ModuleNotFoundError:
+            raise ImportError("GSPNDenoiser2DModel needs diffusers: pip install 'gspn[diffusers]'") from None
+        return importlib.import_module(".denoiser", __name__).GSPNDenoiser2DModel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+__all__ = ["GSPN", "GSPNDenoiser2DModel"]

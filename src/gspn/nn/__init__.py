@@ -1,12 +1,13 @@
-"""Modules: the propagation in four directions, the token mixer around it, and the block of a network."""
+"""Modules: the propagation in four directions, the mixer around it, a network's block; attention to compare with."""
 
 try:
     import timm as _timm  # noqa: F401  # whose norms, MLP and stochastic depth the modules are made with
 except ImportError as error:
     raise ImportError(f"gspn.nn needs timm: pip install 'gspn[train]' ({error})") from error
 
+from .attention import SelfAttention2d
 from .block import GSPNBlock
 from .gspn2d import GSPN2d
 from .mixer import GSPNMixer
 
-__all__ = ["GSPN2d", "GSPNBlock", "GSPNMixer"]
+__all__ = ["GSPN2d", "GSPNBlock", "GSPNMixer", "SelfAttention2d"]

@@ -1,0 +1,18 @@
+"""What plugs into diffusers: importing this module lets saved pipelines find the components of gspn.
+
+diffusers loads a component of another library only from a module that has been imported.
+
+Example:
+    >>> import gspn.diffusers
+    >>> from diffusers import DiTPipeline
+    >>> pipeline = DiTPipeline.from_pretrained("runs/digits/pipeline")  # doctest: +SKIP
+"""
+
+try:
+    import diffusers as _diffusers  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"gspn.diffusers needs diffusers: pip install 'gspn[diffusers]' ({error})") from error
+
+from gspn.models.denoiser import GSPNDenoiser2DModel
+
+__all__ = ["GSPNDenoiser2DModel"]

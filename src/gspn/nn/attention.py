@@ -1,0 +1,50 @@
+"""``SelfAttention2d``: what GSPN is compared with, over the pixels of a map."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SelfAttention2d(nn.Module):
+    r"""Softmax attention of every pixel to every pixel, without an output projection and without positions.
+
+    It stands where :class:`~gspn.nn.GSPN2d` stands in the networks that GSPN is held against: same map in, same map
+    out, and the projections around it are the block's.
+
+    Args:
+        dim: channels C of the map.
+        head_dim: channels of a head; the heads are as many as make ``dim``, and where ``head_dim`` does not divide it,
+            the nearest smaller divisor is taken.
+        bias: of the projection to queries, keys and values.
+
+    Shape:
+        ``[B, C, H, W]`` to ``[B, C, H, W]``.
+
+    Example:
+        >>> import torch
+        >>> from gspn.nn import SelfAttention2d
+        >>> SelfAttention2d(96)(torch.randn(2, 96, 7, 5)).shape
+        torch.Size([2, 96, 7, 5])
+    """
+
+    def __init__(self, dim: int, *, head_dim: int = 64, bias: bool = True) -> None:
+        super().__init__()
+        if dim < 1 or head_dim < 1:
+            raise ValueError(f"{dim=}, {head_dim=}: both have to be at least 1.")
+        self.dim = dim
+        self.head_dim = next(size for size in range(min(head_dim, dim), 0, -1) if dim % size == 0)
+        self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, C, H, W]``."""
+        batch, dim, height, width = x.shape
+        heads = dim // self.head_dim
+        qkv = self.qkv(x).flatten(2).view(batch, 3, heads, self.head_dim, height * width)
+        q, k, v = qkv.transpose(3, 4).unbind(1)  # [B, heads, N, head_dim]
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return mixed.transpose(2, 3).reshape(batch, dim, height, width)
+
+    def extra_repr(self) -> str:
+        """What distinguishes this module in a printed network."""
+        return f"{self.dim}, head_dim={self.head_dim}"

@@ -1,0 +1,200 @@
+"""The denoiser: its published sizes, its interface, and its life as a component of diffusers."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler
+
+import gspn.diffusers
+from gspn.models import GSPNDenoiser2DModel
+from gspn.models.denoiser import SIZES
+
+
+def small(**options):
+    torch.manual_seed(0)
+    options = {"in_channels": 3, "dim": 24, "num_layers": 4, "num_class_embeds": 5, "sample_size": 8} | options
+    model = GSPNDenoiser2DModel(**options)
+    # What starts at zero would hide everything else.
+    torch.nn.init.normal_(model.out_proj.weight, std=0.1)
+    torch.nn.init.normal_(model.norm_modulation.weight, std=0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("size", "millions"), [("B", 137), ("L", 443), ("XL", 690)])
+@pytest.mark.parametrize("patch", [2, 4])
+def test_published_parameter_counts(size, patch, millions):
+    with torch.device("meta"):
+        model = GSPNDenoiser2DModel.from_size(f"{size}/{patch}", out_channels=8)
+    count = model.num_parameters() - model.class_embedding.embedding_table.weight.numel()
+    assert count / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+def test_blocks_are_as_published():
+    with torch.device("meta"):
+        model = GSPNDenoiser2DModel.from_size("S/2")
+    assert (len(model.blocks), len(model.skips)) == (25, 12)
+    mixer = model.blocks[0].mixer
+    assert (mixer.proxy_dim, mixer.groups, mixer.skip_proj, mixer.segment) == (368 // 16, 368, None, None)
+
+
+@pytest.mark.parametrize("size", ["B", "B/0", "M/2", "b/2", "B/two", ""])
+def test_sizes_that_do_not_exist(size):
+    with pytest.raises(ValueError, match="use one of T, S, B, L, XL"):
+        GSPNDenoiser2DModel.from_size(size)
+
+
+def test_from_size_takes_further_arguments():
+    model = GSPNDenoiser2DModel.from_size("T/4", dim=16, num_layers=2, in_channels=1)
+    assert (model.config.dim, model.config.patch_size, model.config.proxy_dim) == (16, 4, SIZES["T"]["proxy_dim"])
+
+
+@pytest.mark.parametrize("mixer", ["gspn", "attention"])
+@pytest.mark.parametrize("shape", [(1, 2, 2), (2, 8, 8), (3, 6, 14), (0, 4, 4)])
+def test_any_height_and_width(mixer, shape):
+    batch, height, width = shape
+    model = small(mixer=mixer, out_channels=6)
+    noisy = torch.randn(batch, 3, height, width)
+    out = model(noisy, timestep=torch.arange(batch), class_labels=torch.arange(batch)).sample
+    assert out.shape == (batch, 6, height, width)
+    assert torch.isfinite(out).all()
+
+
+def test_a_patch_that_does_not_divide():
+    with pytest.raises(ValueError, match="multiples of patch=2"):
+        small()(torch.randn(1, 3, 8, 7), timestep=torch.tensor([1]), class_labels=torch.tensor([0]))
+
+
+def test_time_class_and_place_all_matter():
+    model, noisy = small(), torch.randn(1, 3, 8, 8)
+
+    def out(t=10, label=1, x=noisy):
+        return model(x, timestep=torch.tensor([t]), class_labels=torch.tensor([label])).sample
+
+    first = out()
+    assert not torch.allclose(first, out(t=500))
+    assert not torch.allclose(first, out(label=2))
+    # One corner reaches the opposite one: the scans are global.
+    moved = noisy.clone()
+    moved[..., 0, 0] += 1
+    assert not torch.equal(out(x=moved)[..., -1, -1], first[..., -1, -1])
+
+
+def test_a_scalar_timestep_and_labels_beyond_the_classes():
+    model, noisy = small(), torch.randn(2, 3, 4, 4)
+    given = model(noisy, timestep=torch.tensor([7, 7]), class_labels=torch.tensor([5, 5])).sample
+    # DiTPipeline says 1000 for "no class", whatever the classes are.
+    for labels in (torch.tensor([1000, 1000]), None):
+        torch.testing.assert_close(model(noisy, timestep=7, class_labels=labels).sample, given, rtol=0, atol=0)
+    assert torch.equal(model(noisy, 7, None, return_dict=False)[0], given)
+
+
+def test_models_without_classes():
+    model, noisy = small(num_class_embeds=None), torch.randn(1, 3, 4, 4)
+    assert model(noisy, timestep=3).sample.shape == noisy.shape
+    with pytest.raises(ValueError, match="without classes"):
+        model(noisy, timestep=3, class_labels=torch.tensor([0]))
+    with pytest.raises(ValueError, match="class_dropout_prob=0"):
+        small(class_dropout_prob=0.0)(noisy, timestep=3)
+
+
+def test_labels_are_dropped_in_training_alone():
+    model, noisy = small(class_dropout_prob=1.0), torch.randn(2, 3, 4, 4)
+    labels, none = torch.tensor([0, 1]), torch.tensor([5, 5])
+    assert not torch.allclose(model(noisy, 3, labels).sample, model(noisy, 3, none).sample)
+    model.train()
+    torch.testing.assert_close(model(noisy, 3, labels).sample, model(noisy, 3, none).sample)
+
+
+@pytest.mark.parametrize("mixer", ["gspn", "attention"])
+def test_checkpointing_gives_the_same_gradients(mixer):
+    noisy, labels = torch.randn(2, 3, 4, 6), torch.tensor([0, 1])
+
+    def gradients(checkpointing):
+        model = small(mixer=mixer, ada_norm=True)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model(noisy, torch.tensor([3, 900]), labels).sample.square().mean().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    plain, again = gradients(False), gradients(True)
+    assert len(plain) == len(again) > 30
+    for a, b in zip(plain, again, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_adaptive_norms_start_as_the_identity():
+    noisy, labels = torch.randn(1, 3, 4, 4), torch.tensor([0])
+    model = small(ada_norm=True)
+    block = model.blocks[0]
+    x, embedding = torch.randn(2, 1, 24, 3, 3)[0], torch.randn(1, 24)
+    assert torch.equal(block(x, embedding), x)
+    model(noisy, 5, labels).sample.sum().backward()
+    assert block.modulation.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mixer": "convolution"}, {"dim": 0}, {"patch_size": 0}, {"in_channels": 0}, {"num_layers": 0},
+        {"num_class_embeds": 0}, {"scan": {"segment": 0}}, {"scan": {"groups": 5}},
+    ],
+)  # fmt: skip
+def test_options_are_checked(options):
+    with pytest.raises(ValueError, match=next(iter(options.get("scan", options)))):
+        small(**options)
+
+
+def test_options_reach_the_scans():
+    model = small(scan={"groups": 1, "segment": 2, "skip": True, "alignment": "released"}, proxy_dim=3)
+    mixer = model.blocks[2].mixer
+    assert (mixer.groups, mixer.segment, mixer.alignment, mixer.proxy_dim) == (1, 2, "released", 3)
+    assert mixer.skip_proj is not None
+
+
+def test_compiles_as_one_graph():
+    model = small(dim=8, num_layers=2)
+    noisy, t, labels = torch.randn(2, 3, 4, 6), torch.tensor([3, 900]), torch.tensor([0, 1])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(noisy, t, labels).sample, model(noisy, t, labels).sample)
+
+
+def test_saved_and_loaded_is_the_same(tmp_path):
+    model = small(scan={"segment": 2}, mixer="gspn")
+    model.save_pretrained(tmp_path)
+    again = GSPNDenoiser2DModel.from_pretrained(tmp_path)
+    noisy, t, labels = torch.randn(2, 3, 4, 6), torch.tensor([3, 900]), torch.tensor([0, 1])
+    assert torch.equal(again(noisy, t, labels).sample, model(noisy, t, labels).sample)
+    assert again.config.scan == {"segment": 2}
+
+
+def test_a_pipeline_of_diffusers_in_another_process(tmp_path):
+    model = small(in_channels=4, out_channels=8, num_class_embeds=10)
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4)
+    pipeline = DiTPipeline(model, vae, DDIMScheduler(), id2label={0: "cat", 1: "dog"})
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline([0, 1], generator=torch.manual_seed(0), num_inference_steps=3, output_type="np").images
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    torch.save(torch.tensor(images), tmp_path / "images.pt")
+    program = f"""
+import torch, gspn.diffusers
+from diffusers import DiTPipeline, {DPMSolverMultistepScheduler.__name__} as Other
+pipeline = DiTPipeline.from_pretrained({str(tmp_path / "pipeline")!r})
+pipeline.set_progress_bar_config(disable=True)
+images = pipeline([0, 1], generator=torch.manual_seed(0), num_inference_steps=3, output_type="np").images
+assert torch.equal(torch.tensor(images), torch.load({str(tmp_path / "images.pt")!r}, weights_only=True))
+pipeline.scheduler = Other.from_config(pipeline.scheduler.config)
+assert pipeline([1], num_inference_steps=2, guidance_scale=1.0, output_type="np").images.shape == (1, 8, 8, 3)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120)
+
+
+def test_importing_the_networks_of_timm_brings_no_diffusers():
+    program = "import sys, gspn.models; assert 'diffusers' not in sys.modules; gspn.models.GSPNDenoiser2DModel"
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120)
+    assert gspn.diffusers.GSPNDenoiser2DModel is GSPNDenoiser2DModel
