@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -16,7 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gspn.tasks.errors import MissingExtraError, UsageError
+from .errors import failed, one_line_errors, warn
+from .recipes import given_config, print_recipe, print_recipes
 
 if TYPE_CHECKING:
     from gspn.tasks.classify import Evaluation, Prediction
@@ -35,29 +34,6 @@ class _Precision(StrEnum):
 class _Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """A request that cannot be met is one line and exit code 2; a missing package or file, exit code 1."""
-    try:
-        yield
-    except UsageError as error:
-        raise _failed(str(error), 2) from None
-    except MissingExtraError as error:
-        raise _failed(str(error), 1) from None
-    except OSError as error:
-        raise _failed(f"{error.filename or 'a file'}: {error.strerror or error}.", 1) from None
-
-
-def _failed(message: str, code: int) -> typer.Exit:
-    if os.environ.get("RANK", "0") == "0":  # once, however many processes stop at it
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
-    return typer.Exit(code)
-
-
-def _warn(message: str) -> None:
-    Console(stderr=True).print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def _recipes() -> list[str]:
@@ -104,7 +80,7 @@ def train(
     Each option overrides --set, which overrides --config. Without --config, --resume takes the configuration of the
     run in --output. Starts in one process; for several GPUs start it with torchrun or accelerate launch.
     """
-    from gspn.tasks.classify.config import TrainConfig, load_config
+    from gspn.tasks.classify.config import TrainConfig
     from gspn.tasks.configs import write_yaml
 
     flags = {
@@ -118,14 +94,8 @@ def train(
         "run.seed": seed,
         "data.workers": workers,
     }
-    with _one_line_errors():
-        if config is not None:
-            base = load_config(config)
-        elif resume and output is not None and (output / "config.yaml").is_file():
-            base = load_config(output / "config.yaml")
-        else:
-            base = TrainConfig()
-        given = base.changed(*(set_ or []), **{key: value for key, value in flags.items() if value is not None})
+    with one_line_errors():
+        given = given_config(TrainConfig, config, set_, flags, resume=resume)
         if dry_run:
             typer.echo(write_yaml(given), nl=False)
             return
@@ -135,7 +105,7 @@ def train(
         try:
             result = run(given, resume=resume, console=console)
         except KeyboardInterrupt:
-            raise _failed(f"interrupted; continue with --resume --output {given.run.output}", 130) from None
+            raise failed(f"interrupted; continue with --resume --output {given.run.output}", 130) from None
         if result.is_main:
             console.print(
                 f"best top-1 [bold]{result.best_top1:.2f}[/] after epoch {result.best_epoch}: "
@@ -150,12 +120,7 @@ def recipes() -> None:
     """List the recipes for --config."""
     from gspn.tasks.classify import TrainConfig
 
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    for name in TrainConfig.recipe_names():
-        table.add_row(name, escape(TrainConfig.recipe_title(name)))
-    Console().print(table)
+    print_recipes(TrainConfig)
 
 
 @app.command()
@@ -163,8 +128,8 @@ def recipe(name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_r
     """Print a recipe's YAML, to start a file of your own from."""
     from gspn.tasks.classify import TrainConfig
 
-    with _one_line_errors():
-        typer.echo(TrainConfig.recipe_text(name), nl=False)
+    with one_line_errors():
+        print_recipe(TrainConfig, name)
 
 
 # --- eval -------------------------------------------------------------------------------------------------------------
@@ -192,7 +157,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Accuracy, confusions, speed and memory of a trained classifier."""
-    with _one_line_errors():
+    with one_line_errors():
         from gspn.tasks.classify.confusion import check_picture_path, save_confusion
 
         if confusion is not None:
@@ -216,7 +181,7 @@ def evaluate(
             return
         console.print(_evaluation_table(found))
         for name in found.broken:
-            _warn(f"{name} could not be read and does not count")
+            warn(f"{name} could not be read and does not count")
         if json_path is not None:
             found.write_json(json_path)
             console.print(f"[dim]wrote[/] {escape(str(json_path))}", highlight=False, soft_wrap=True)
@@ -263,7 +228,7 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: a list with an entry for each image.")] = False,
 ) -> None:
     """Classify images. Those that cannot be read are named, the rest goes on, and the exit code is 1 then."""
-    with _one_line_errors():
+    with one_line_errors():
         from gspn.tasks.classify import predict as run
 
         found = run(images, model, top=top, batch_size=batch_size, device=device.value)
@@ -273,7 +238,7 @@ def predict(
         Console().print(_prediction_table([one for one in found if one.broken is None]))
     broken = [one for one in found if one.broken is not None]
     for one in broken:
-        _warn(f"{one.image}: {one.broken}")
+        warn(f"{one.image}: {one.broken}")
     if broken:
         raise typer.Exit(1)
 
