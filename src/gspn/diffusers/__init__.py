@@ -15,4 +15,6 @@ except ImportError as error:
 
 from gspn.models.denoiser import GSPNDenoiser2DModel
 
-__all__ = ["GSPNDenoiser2DModel"]
+from .class_conditional import ClassConditionalPipeline
+
+__all__ = ["ClassConditionalPipeline", "GSPNDenoiser2DModel"]

@@ -1,0 +1,201 @@
+"""``ClassConditionalPipeline``: from classes to pictures, with any denoiser that is called as DiT is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+__all__ = ["ClassConditionalPipeline", "ModelMixin"]
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    r"""From classes to pictures, by a denoiser of pixels or of an autoencoder's latents.
+
+    What :class:`diffusers.DiTPipeline` does, and: pixels, any height and width, grey pictures, any number of classes,
+    the learned variance where the scheduler takes one, flows, and a generator for each picture. With guidance scale g
+    the prediction is that without a class plus g times what the class adds (arXiv 2207.12598).
+
+    Args:
+        transformer: :class:`gspn.models.GSPNDenoiser2DModel`, :class:`diffusers.DiTTransformer2DModel`, or what is
+            called as they are.
+        scheduler: Any of diffusers' that steps from one picture to the next.
+        vae: The autoencoder of the latents; None for a model of pixels in [-1, 1].
+        id2label: The names of the classes.
+        latent_scale: What latents were multiplied with in training beyond the autoencoder's own factor.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import DDIMScheduler
+        >>> from gspn.diffusers import ClassConditionalPipeline, GSPNDenoiser2DModel
+        >>> model = GSPNDenoiser2DModel.from_size("T/2", in_channels=1, num_class_embeds=2, sample_size=8)
+        >>> pipeline = ClassConditionalPipeline(model, DDIMScheduler(), id2label={0: "cat", 1: "dog"})
+        >>> pipeline.set_progress_bar_config(disable=True)
+        >>> pipeline(["cat", "dog"], num_inference_steps=2, height=12, width=16).images[0].size
+        (16, 12)
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]  # noqa: RUF012  (as diffusers declares them)
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: ModelMixin | None = None,
+        id2label: Mapping[int | str, str] | None = None,
+        latent_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        names = {str(key): value for key, value in (id2label or {}).items()}  # JSON has no other keys
+        self.register_to_config(id2label=names, latent_scale=latent_scale)
+        self.latent_scale = latent_scale
+        self.labels = {name: int(key) for key, name in names.items()}
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes; None for a model without."""
+        config = self.transformer.config
+        return config.get("num_class_embeds", config.get("num_embeds_ada_norm"))
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Pixels of a picture for one of the model's, along a side."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def default_size(self) -> int:
+        """Height and width of the pictures of the training."""
+        return self.transformer.config.sample_size * self.pixels_per_latent
+
+    def label_ids(self, classes: Sequence[int | str]) -> list[int]:
+        """Classes by number or name as numbers.
+
+        Raises:
+            ValueError: a name is unknown or a number out of range.
+        """
+        count = self.num_classes or 0
+        found = []
+        for one in classes:
+            if isinstance(one, str) and one not in self.labels:
+                known = ", ".join(list(self.labels)[:10])
+                raise ValueError(f"class {one!r} is unknown; the model has {known}{', ...' if count > 10 else ''}.")
+            number = self.labels[one] if isinstance(one, str) else int(one)
+            if not 0 <= number < count:
+                raise ValueError(f"class {number} is out of range; the model has {count} classes, from 0.")
+            found.append(number)
+        return found
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int | str],
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: float = 4.0,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Generate a picture for each class.
+
+        Args:
+            class_labels: Numbers or names; B of them.
+            height: Of the pictures; by default that of the model's training.
+            width: Likewise.
+            guidance_scale: 1: none. 0: the class has no say.
+            num_inference_steps: Steps of the scheduler.
+            generator: Of the noise; one for each picture makes it independent of the batch.
+            latents: Noise ``[B, C, h, w]`` to start from, of variance 1.
+            output_type: ``"pil"``, ``"np"`` (``[B, H, W, C]`` in [0, 1]), ``"pt"`` (``[B, C, H, W]`` in [0, 1]) or
+                ``"latent"`` (as the model works on them).
+            return_dict: An object with ``images``, or a tuple.
+
+        Returns:
+            ``images``.
+
+        Raises:
+            ValueError: an unknown class or output type, a size that the patches or the autoencoder do not divide.
+        """
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"{output_type=}: use 'pil', 'np', 'pt' or 'latent'.")
+        labels = torch.tensor(self.label_ids(class_labels), device=self._execution_device)
+        x = self._noise(len(labels), height, width, generator, latents)
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        # A flow starts from noise as it is; others may have another variance to start with.
+        x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        further = {"generator": generator} if _takes_generator(self.scheduler) else {}
+        for t in self.progress_bar(self.scheduler.timesteps):  # type: ignore[reportGeneralTypeIssues, reportCallIssue]
+            scaled = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
+            predicted = self._predict(scaled, t, labels, guidance_scale)
+            x = self.scheduler.step(predicted, t, x, **further).prev_sample
+        images: Any = x if output_type == "latent" else self._finished(x, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _noise(
+        self, batch: int, height: int | None, width: int | None, generator: Any, latents: Tensor | None
+    ) -> Tensor:
+        config = self.transformer.config
+        factor = self.pixels_per_latent
+        step = factor * config.patch_size
+        sides = []
+        for name, value in (("height", height), ("width", width)):
+            value = self.default_size if value is None else value
+            if value < 1 or value % step:
+                raise ValueError(f"{name}={value}: it has to be a multiple of {step}.")
+            sides.append(value // factor)
+        shape = (batch, config.in_channels, *sides)
+        if latents is None:
+            return randn_tensor(shape, generator, self._execution_device, self.transformer.dtype)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"{latents.shape=}: it has to be {list(shape)}.")
+        return latents.to(self._execution_device, self.transformer.dtype)
+
+    def _predict(self, x: Tensor, t: Tensor, labels: Tensor, guidance: float) -> Tensor:
+        channels = x.shape[1]
+        timestep = t.expand(len(x))
+        none = torch.full_like(labels, self.num_classes or 0)
+        if guidance == 1:
+            out = self.transformer(x, timestep=timestep, class_labels=labels).sample
+        elif guidance == 0:
+            out = self.transformer(x, timestep=timestep, class_labels=none).sample
+        else:
+            both = self.transformer(
+                torch.cat([x, x]), timestep=torch.cat([timestep, timestep]), class_labels=torch.cat([labels, none])
+            ).sample
+            given, free = both.chunk(2)
+            guided = free[:, :channels] + guidance * (given[:, :channels] - free[:, :channels])
+            out = torch.cat([guided, given[:, channels:]], dim=1)  # the variance is that of the class
+        return out if takes_variance(self.scheduler) else out[:, :channels]
+
+    def _finished(self, x: Tensor, output_type: str) -> Any:
+        if self.vae is not None:
+            shift = self.vae.config.get("shift_factor") or 0.0
+            x = x / (self.vae.config.scaling_factor * self.latent_scale) + shift
+            x = self.vae.decode(x.to(self.vae.dtype)).sample
+        images = (x.float() / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        arrays = images.cpu().permute(0, 2, 3, 1).numpy()  # [B, H, W, C]
+        return arrays if output_type == "np" else self.numpy_to_pil(arrays)
+
+
+def takes_variance(scheduler: Any) -> bool:
+    """Whether a scheduler wants a predicted variance behind the prediction."""
+    # Its own attribute: the configuration also keeps what the scheduler before it had.
+    return vars(scheduler).get("variance_type") in ("learned", "learned_range")
+
+
+def _takes_generator(scheduler: Any) -> bool:
+    return "generator" in scheduler.step.__code__.co_varnames[: scheduler.step.__code__.co_argcount]
