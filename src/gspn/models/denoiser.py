@@ -20,7 +20,7 @@ from gspn.nn import GSPN2d, SelfAttention2d
 MixerKind = Literal["gspn", "attention"]
 
 SIZES: dict[str, dict[str, int]] = {
-    "T": {"dim": 192, "num_layers": 8, "proxy_dim": 8},
+    "T": {"dim": 128, "num_layers": 8},
     "S": {"dim": 368, "num_layers": 24},
     "B": {"dim": 900, "num_layers": 30},
     "L": {"dim": 1200, "num_layers": 56},
@@ -131,7 +131,7 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
         in_channels: int = 4,
         out_channels: int | None = None,
         patch_size: int = 2,
-        dim: int = 192,
+        dim: int = 128,
         num_layers: int = 8,
         proxy_dim: int | None = None,
         num_class_embeds: int | None = 1000,

@@ -2,38 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader
-
 from ..errors import UsageError, require
-from ..training.loaders import ShareSampler, TrainLoader, class_names, make_loader, open_data, seeded_loader
+from ..training.loaders import EvalLoader, TrainLoader, class_names, open_data, seeded_loader, share_loader
 from .config import AugmentConfig, DataConfig, TrainConfig
 from .network import Preprocessing
-
-
-@dataclass
-class EvalLoader:
-    """Evaluation batches; targets that do not count are -1."""
-
-    loader: DataLoader[Any]
-    sampler: ShareSampler
-    broken: Any
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        seen = 0
-        for images, targets, broken in self.loader:
-            left = max(self.sampler.real - seen, 0)
-            seen += len(targets)
-            targets[left:] = -1
-            self.broken.add(broken[:left])
-            yield images, targets
-
-    def __len__(self) -> int:
-        return len(self.loader)
 
 
 def open_pair(data: DataConfig) -> tuple[Any, Any]:
@@ -129,11 +103,8 @@ def eval_loader(
     pin: bool = False,
 ) -> EvalLoader:
     """The batches that a process evaluates."""
-    data = require("gspn.data")
     dataset.transform = preprocessing.transform()
-    sampler = ShareSampler(len(dataset), batch_size=batch_size, processes=processes, process=process)
-    whole = data.SkipBroken(dataset, training=False)
-    return EvalLoader(make_loader(whole, sampler, workers, pin), sampler, data.BrokenImages(whole))
+    return share_loader(dataset, batch_size=batch_size, workers=workers, processes=processes, process=process, pin=pin)
 
 
 def eval_batch_size(data: DataConfig) -> int:

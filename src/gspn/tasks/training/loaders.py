@@ -116,6 +116,27 @@ class TrainLoader:
             yield images, targets
 
 
+@dataclass
+class EvalLoader:
+    """Evaluation batches; targets that do not count are -1."""
+
+    loader: DataLoader[Any]
+    sampler: ShareSampler
+    broken: Any
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        seen = 0
+        for images, targets, broken in self.loader:
+            left = max(self.sampler.real - seen, 0)
+            seen += len(targets)
+            targets[left:] = -1
+            self.broken.add(broken[:left])
+            yield images, targets
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
 def seeded_loader(
     dataset: Any,
     *,
@@ -151,6 +172,16 @@ def seeded_loader(
         seed=seed,
     )
     return TrainLoader(make_loader(seeded, sampler, workers, pin), sampler, seeded, data.BrokenImages(seeded))
+
+
+def share_loader(
+    dataset: Any, *, batch_size: int, workers: int, processes: int = 1, process: int = 0, pin: bool = False
+) -> EvalLoader:
+    """The batches of a process that goes once through its share of the data, in order."""
+    data = require("gspn.data")
+    sampler = ShareSampler(len(dataset), batch_size=batch_size, processes=processes, process=process)
+    whole = data.SkipBroken(dataset, training=False)
+    return EvalLoader(make_loader(whole, sampler, workers, pin), sampler, data.BrokenImages(whole))
 
 
 def open_data(name: str, split: str, root: Any = None, **options: Any) -> Any:
