@@ -50,7 +50,8 @@ def test_sizes_that_do_not_exist(size):
 
 def test_from_size_takes_further_arguments():
     model = GSPNDenoiser2DModel.from_size("T/4", dim=16, num_layers=2, in_channels=1)
-    assert (model.config.dim, model.config.patch_size, model.config.proxy_dim) == (16, 4, SIZES["T"]["proxy_dim"])
+    assert (model.config.dim, model.config.patch_size, model.config.num_layers) == (16, 4, 2)
+    assert GSPNDenoiser2DModel.from_size("T/2").config.dim == SIZES["T"]["dim"]
 
 
 @pytest.mark.parametrize("mixer", ["gspn", "attention"])

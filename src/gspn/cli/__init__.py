@@ -8,7 +8,7 @@ import typer
 
 import gspn
 
-from . import bench, classify
+from . import bench, classify, generate
 from .explain import explain
 from .info import info
 from .models import models
@@ -25,6 +25,7 @@ app.command()(models)
 app.command()(explain)
 app.add_typer(bench.app, name="bench")
 app.add_typer(classify.app, name="classify")
+app.add_typer(generate.app, name="generate")
 
 
 def _print_version(asked: bool) -> None:
