@@ -367,4 +367,4 @@ def test_it_prints_what_distinguishes_it() -> None:
     text = GSPN2d(6, groups=1, segment=2, skip=False, directions=("up",)).extra_repr()
     assert text == "6, proxy_dim=8, groups=1, segment=2, skip=False, directions=('up',)"
     text = GSPN2d(6, alignment="released").extra_repr()
-    assert text == "6, proxy_dim=8, alignment='released' (line_scan with every map in memory)"
+    assert text == "6, proxy_dim=8, alignment='released'"

@@ -36,7 +36,7 @@ class GSPN2d(nn.Module):
     input-dependent skip ``S_d`` of the authors' networks. ``groups=1`` shares the taps between all channels, which is
     GSPN-2 (arXiv 2512.07884). There is no positional embedding and any height and width will do. The result has the
     memory layout of the input. The maps are never written to memory: all of it after the proxy is one
-    :func:`gspn.propagate`, except with ``alignment="released"``.
+    :func:`gspn.propagate`, or one for each direction with ``alignment="released"``.
 
     Args:
         dim: channels C of the map.
@@ -114,7 +114,8 @@ class GSPN2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` to ``[B, C, H, W]``."""
-        proxy = self.proxy(x)  # [B, S, H, W]
+        # Under autocast a projection and x may differ in precision; the scan takes x's.
+        proxy = self.proxy(x).to(x.dtype)  # [B, S, H, W]
         if self.alignment == "released":
             return propagate_released(
                 x,
@@ -128,10 +129,9 @@ class GSPN2d(nn.Module):
                 segment=self.segment,
                 impl=self.impl,
             )
-        # Under autocast a projection and x may differ in precision; the scan takes x's.
         return propagate(
             x,
-            proxy.to(x.dtype),
+            proxy,
             self.tap_proj,
             self.lam_proj,
             self.u_proj,
@@ -154,7 +154,7 @@ class GSPN2d(nn.Module):
         if self.directions != DIRECTIONS:
             parts.append(f"directions={self.directions}")
         if self.alignment != "image":
-            parts.append(f"alignment={self.alignment!r} (line_scan with every map in memory)")
+            parts.append(f"alignment={self.alignment!r}")
         return ", ".join(parts)
 
 

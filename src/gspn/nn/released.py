@@ -13,8 +13,7 @@ from typing import cast
 
 from torch import Tensor
 
-from gspn.ops import Direction, line_scan, stochastic_taps
-from gspn.ops.projections import project, project_taps
+from gspn.ops import Direction, propagate
 
 
 def turn(x: Tensor, direction: Direction) -> Tensor:
@@ -53,8 +52,8 @@ def propagate_released(
         skip_proj: see ``tap_proj``; None for no skip.
         merge: see ``tap_proj``.
         directions: the direction of each first index.
-        segment: as for :func:`gspn.line_scan`, counted in turned columns.
-        impl: as for :func:`gspn.line_scan`.
+        segment: as for :func:`gspn.propagate`, counted in turned columns.
+        impl: as for :func:`gspn.propagate`.
 
     Returns:
         ``[B, C, N, N]``.
@@ -68,13 +67,20 @@ def propagate_released(
             "use square inputs, or alignment='image' with weights trained for it."
         )
     y = None
-    for d, direction in enumerate(directions):
-        turned = turn(x, direction)
-        taps = stochastic_taps(project_taps(proxy, tap_proj[d]), direction="right").to(x.dtype)
-        lam = project(proxy, lam_proj[d]).to(x.dtype)
-        h = line_scan(turned, taps, lam, direction="right", segment=segment, impl=impl)
-        out = project(proxy, u_proj[d] * merge[d]) * h
-        if skip_proj is not None:
-            out = out + project(proxy, skip_proj[d] * merge[d]) * turned
+    # What is not turned comes first: a sum takes the memory layout of its first term, here x's.
+    for d in sorted(range(len(directions)), key=lambda d: directions[d] != "right"):
+        own = slice(d, d + 1)
+        out = propagate(
+            turn(x, directions[d]),
+            proxy,
+            tap_proj[own],
+            lam_proj[own],
+            u_proj[own],
+            None if skip_proj is None else skip_proj[own],
+            merge[own],
+            directions=["right"],
+            segment=segment,
+            impl=impl,
+        )
         y = out if y is None else y + out
     return cast("Tensor", y)
