@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .errors import failed, one_line_errors, warn
+from .options import Device, DeviceName, Precision, PrecisionName
 from .recipes import given_config, print_recipe, print_recipes
 
 if TYPE_CHECKING:
@@ -23,17 +23,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Train, evaluate and apply image classifiers: the networks of gspn, and any of timm.", no_args_is_help=True
 )
-
-
-class _Precision(StrEnum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class _Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
 
 
 def _recipes() -> list[str]:
@@ -145,8 +134,8 @@ def evaluate(
     split: Annotated[str, typer.Option(metavar="SPLIT", help="Of the data.")] = "val",
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images in a forward pass.")] = 64,
     workers: Annotated[int, typer.Option(metavar="N", min=0, help="Processes that load images.")] = 0,
-    precision: Annotated[_Precision, typer.Option(help="bf16 and fp16 use autocast.")] = _Precision.fp32,
-    device: Annotated[_Device, typer.Option(help="auto: a GPU if there is one.")] = _Device.auto,
+    precision: Precision = PrecisionName.fp32,
+    device: Device = DeviceName.auto,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Images and weights in that layout.")] = False,
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", dir_okay=False, help="Everything, also per class.")
@@ -224,7 +213,7 @@ def predict(
     ],
     top: Annotated[int, typer.Option(metavar="N", min=1, help="Classes to show of each image.")] = 5,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images in a forward pass.")] = 16,
-    device: Annotated[_Device, typer.Option(help="auto: a GPU if there is one.")] = _Device.auto,
+    device: Device = DeviceName.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: a list with an entry for each image.")] = False,
 ) -> None:
     """Classify images. Those that cannot be read are named, the rest goes on, and the exit code is 1 then."""

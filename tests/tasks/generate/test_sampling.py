@@ -104,8 +104,8 @@ def test_guidance_is_what_it_says():
 def test_latents_are_decoded(objective, tmp_path):
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-                        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4).eval()  # fmt: skip
-    found = pipeline(objective, vae)
+                        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4)  # fmt: skip
+    found = pipeline(objective, vae.eval())
     found.set_progress_bar_config(disable=True)
     assert found.default_size == 16
     noise = torch.randn(1, 4, 8, 12)

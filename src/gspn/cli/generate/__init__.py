@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .evaluate import evaluate
 from .sample import sample
 from .train import recipe, recipes, train
 
@@ -14,3 +15,4 @@ app.command()(train)
 app.command()(recipes)
 app.command()(recipe)
 app.command()(sample)
+app.command()(evaluate)

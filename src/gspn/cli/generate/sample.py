@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,17 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import one_line_errors
-
-
-class _Precision(StrEnum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class _Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
+from ..options import Device, DeviceName, Precision, PrecisionName
 
 
 def sample(
@@ -46,8 +35,8 @@ def sample(
         str | None, typer.Option(metavar="HxW", help="Of the pictures, as 64 or 48x64; default: the training's.")
     ] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures at a time.")] = 64,
-    precision: Annotated[_Precision, typer.Option(help="bf16 and fp16 use autocast.")] = _Precision.fp32,
-    device: Annotated[_Device, typer.Option(help="auto: a GPU if there is one.")] = _Device.auto,
+    precision: Precision = PrecisionName.fp32,
+    device: Device = DeviceName.auto,
     grid: Annotated[bool, typer.Option(help="A picture of all pictures.")] = True,
 ) -> None:
     """Draw pictures of classes, each a PNG with its origin in it, and a grid of all.

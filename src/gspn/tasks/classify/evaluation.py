@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ..devices import make_accelerator
 from ..errors import UsageError, require
 from ..files import write_text
+from ..progress import progress_bar
 from ..training.loaders import class_names, open_data
 from ..training.records import peak_memory_mib
 from .loaders import eval_loader
@@ -161,12 +159,12 @@ def evaluate(
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
     started = time.perf_counter()
-    with _bar(console if accelerator.is_main_process else None, len(loader)) as advance:
+    with progress_bar(console if accelerator.is_main_process else None, "evaluating", len(loader)) as advance:
 
         def watch(logits: Tensor, targets: Tensor) -> None:
             if len(targets):
                 confusions.update(logits, targets)
-            advance()
+            advance(1)
 
         figures = evaluate_batches(network, loader, accelerator, channels_last=channels_last, watch=watch)
         confusion = confusions.compute().cpu()  # [K, K], of all processes
@@ -219,15 +217,3 @@ def _network_speed(network: nn.Module, loader: Any, accelerator: Any, channels_l
         times.append(time.perf_counter() - before)
     median = sorted(times)[len(times) // 2]
     return accelerator.num_processes * batch / median
-
-
-@contextmanager
-def _bar(console: Console | None, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal, which what is yielded advances."""
-    if console is None or not console.is_terminal:
-        yield lambda: None
-        return
-    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda: progress.advance(task)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .config import DataConfig, DiffusionConfig, GenerateConfig, ModelConfig, SamplesConfig
 
 if TYPE_CHECKING:
+    from .evaluation import Evaluation, evaluate
     from .sampling import Samples, sample
     from .training import GenerateResult, train
 
@@ -27,7 +28,14 @@ recipe_names = GenerateConfig.recipe_names
 """The names of the recipes that come with the package."""
 
 # These need diffusers and accelerate, which reading a configuration does not.
-_LATER = {"GenerateResult": "training", "Samples": "sampling", "sample": "sampling", "train": "training"}
+_LATER = {
+    "Evaluation": "evaluation",
+    "GenerateResult": "training",
+    "Samples": "sampling",
+    "evaluate": "evaluation",
+    "sample": "sampling",
+    "train": "training",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -43,11 +51,13 @@ def __dir__() -> list[str]:
 __all__ = [
     "DataConfig",
     "DiffusionConfig",
+    "Evaluation",
     "GenerateConfig",
     "GenerateResult",
     "ModelConfig",
     "Samples",
     "SamplesConfig",
+    "evaluate",
     "load_config",
     "recipe_names",
     "sample",

