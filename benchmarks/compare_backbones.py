@@ -9,13 +9,8 @@ a time. A run that ended is not run again and one that was cut off goes on where
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,8 +18,8 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from runs import Step, directory, read_csv, run_all, settings, spread, write_csv
 
 SEEDS = (0, 1, 2)
 
@@ -116,30 +111,10 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 _Studies = Annotated[list[str], typer.Argument(help=f"Of {', '.join(STUDIES)}.")]
 
 
-def _directory(root: Path, study: str, entry: Entry, seed: int) -> Path:
-    name = "".join(c if c.isalnum() else "-" for c in entry.label).strip("-").lower()
-    return root / study / f"{name}-seed{seed}"
-
-
-def _command(study: Study, entry: Entry, seed: int, output: Path) -> list[str]:
-    settings = {**study.settings, "model.name": entry.model, "model.kwargs": entry.kwargs, "run.seed": seed}
-    command = [str(Path(sys.executable).parent / "gspn"), "classify", "train", "--config", study.recipe]
-    for name, value in settings.items():
-        command += ["--set", f"{name}={json.dumps(value)}"]  # JSON is YAML on one line
-    return command + ["--output", str(output)]
-
-
-def _run(command: list[str], output: Path) -> None:
-    if (output / "done").exists():
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    if (output / "checkpoints").exists():
-        command = [*command, "--resume"]
-    with (output / "log.txt").open("a") as log:
-        subprocess.run(
-            command, stdout=log, stderr=subprocess.STDOUT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-    (output / "done").touch()
+def _step(study: Study, entry: Entry, seed: int, output: Path) -> Step:
+    values = {**study.settings, "model.name": entry.model, "model.kwargs": entry.kwargs, "run.seed": seed}
+    arguments = ["classify", "train", "--config", study.recipe, *settings(values), "--output", str(output)]
+    return Step(arguments, output, resumes=True)
 
 
 @app.command()
@@ -150,35 +125,13 @@ def run(
 ) -> None:
     """Train every entry of the studies with every seed."""
     # Seeds outermost: cut short, every entry has as many runs as any other.
-    todo = [
-        (_command(STUDIES[name], entry, seed, where), where)
+    chains = [
+        [_step(STUDIES[name], entry, seed, directory(root, name, entry.label, seed))]
         for seed in SEEDS
         for name in studies
         for entry in STUDIES[name].entries
-        for where in [_directory(root, name, entry, seed)]
     ]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    failed = []
-    with Progress(*columns, console=Console(stderr=True)) as progress, ThreadPoolExecutor(jobs) as pool:
-        task = progress.add_task("runs", total=len(todo))
-
-        def one(item: tuple[list[str], Path]) -> None:
-            try:
-                _run(*item)
-            except subprocess.CalledProcessError:
-                failed.append(item[1])
-            progress.advance(task)
-
-        list(pool.map(one, todo))
-    for where in failed:
-        typer.echo(f"failed: see {where / 'log.txt'}", err=True)
-    raise typer.Exit(bool(failed))
+    run_all(chains, jobs)
 
 
 @app.command()
@@ -202,7 +155,7 @@ def table(
         ):
             shown.add_column(heading, justify="left" if heading == "entry" else "right")
         for entry in STUDIES[name].entries:
-            own = [_row(name, entry, seed, _directory(root, name, entry, seed)) for seed in SEEDS]
+            own = [_row(name, entry, seed, directory(root, name, entry.label, seed)) for seed in SEEDS]
             own = [row for row in own if row is not None]
             rows += own
             if own:
@@ -210,29 +163,20 @@ def table(
                     entry.label,
                     f"{own[0]['parameters'] / 1e6:.2f}",
                     f"{own[0]['macs'] / 1e6:.1f}",
-                    _spread([row["top1"] for row in own]),
-                    _spread([row["ema_top1"] for row in own]),
+                    spread([row["top1"] for row in own]),
+                    spread([row["ema_top1"] for row in own]),
                     str(len(own)),
                     f"{statistics.median(row['images_per_second'] for row in own):.0f}",
                 )
         Console().print(shown)
     if output is not None and rows:
-        with output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-def _spread(values: list[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation}"
+        write_csv(output, rows)
 
 
 def _row(study: str, entry: Entry, seed: int, where: Path) -> dict[str, Any] | None:
     if not (where / "done").exists():
         return None
-    with (where / "metrics.csv").open() as file:
-        epochs = list(csv.DictReader(file))
+    epochs = read_csv(where / "metrics.csv")
     last = epochs[-1]
     parameters, macs = _size(entry, study)
     return {
