@@ -23,7 +23,7 @@ from runs import Step, directory, read_csv, run_all, settings, spread, write_csv
 
 SEEDS = (0, 1)
 RECIPE = "mnist5k"
-EPOCHS = 12
+EPOCHS = 8
 NUMBER, STEPS = 1000, 25
 REFERENCE, CLASSIFIER = "mnist5k:train", "gspn_pico.mnist5k"
 

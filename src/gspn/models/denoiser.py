@@ -262,7 +262,7 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
         return embedding + self.class_embedding(labels).to(like.dtype)
 
     def _initialize(self) -> None:
-        """As DiT: linear maps uniform, embeddings normal, what modulates and what ends the network zero."""
+        """As DiT: linear maps uniform, embeddings normal; what modulates and what ends a branch or the network zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -272,10 +272,12 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
             nn.init.normal_(linear.weight, std=0.02)
         if self.class_embedding is not None:
             nn.init.normal_(self.class_embedding.embedding_table.weight, std=0.02)
-        for name, linear in self.named_modules():
-            if isinstance(linear, nn.Linear) and name.endswith(("modulation", "out_proj")):
-                nn.init.zeros_(linear.weight)
-                nn.init.zeros_(linear.bias)
+        # Every block begins as the identity: by the gate where it has one, else by its last map, never by both, or
+        # neither would ever get a gradient.
+        ends = [block.out_proj if block.modulation is None else block.modulation for block in self.blocks]
+        for linear in (*ends, self.norm_modulation, self.out_proj):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
 
 def _check(
