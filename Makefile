@@ -24,7 +24,7 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(KERNELS)
 test: $(INSTALLED) ## Run the whole test suite
 	$(BIN)/python -m pytest
 
-demo: $(INSTALLED) ## Train, evaluate, classify, look inside, time: minutes on a CPU; writes runs/demo/report.html
+demo: $(INSTALLED) ## Train, evaluate, classify, draw, look inside, time: minutes on a CPU; writes runs/demo/report.html
 	$(BIN)/python examples/demo --output runs/demo
 
 lint: $(INSTALLED) ## Check style, types and the arrows between the packages

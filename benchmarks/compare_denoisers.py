@@ -2,6 +2,8 @@
 
     python benchmarks/compare_denoisers.py run [--jobs 2]
     python benchmarks/compare_denoisers.py table [--output CSV]
+    python benchmarks/compare_denoisers.py pictures PNG [--size 56]
+    python benchmarks/compare_denoisers.py speed [--output CSV]
 
 Each run is a ``gspn generate train``, ``sample`` and ``evaluate`` in processes of their own with one thread, so that a
 machine with n cores takes n at a time. What ended is not done again and what was cut off goes on where it was.
@@ -130,6 +132,128 @@ def table(
     Console(width=180).print(shown)
     if output is not None and rows:
         write_csv(output, rows)
+
+
+@app.command()
+def pictures(
+    output: Annotated[Path, typer.Argument(metavar="PNG")],
+    root: _Root = Path("runs/compare_denoisers"),
+    size: Annotated[int, typer.Option(metavar="N", min=1, help="Side of the pictures; trained at 28.")] = 28,
+    columns: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures of each class.")] = 3,
+    guidance: Annotated[float, typer.Option(metavar="SCALE", min=0, help="1: none.")] = 2.0,
+) -> None:
+    """Draw the same noise and classes with each network of seed 0, side by side; DiT's positions are interpolated."""
+    from PIL import Image, ImageDraw
+
+    from gspn.tasks.generate import sample
+
+    sheets = []
+    for entry in ENTRIES:
+        training = _chain(entry, SEEDS[0], root)[0]
+        if not training.done:
+            continue
+        drawn = training.directory / f"pictures-{size}"
+        found = sample(
+            training.directory,
+            output=drawn,
+            number=10 * columns,
+            steps=STEPS,
+            guidance=guidance,
+            height=size,
+            width=size,
+        )
+        if found.grid is not None:
+            sheets.append((entry.label, Image.open(found.grid)))
+    if not sheets:
+        raise typer.BadParameter(f"{root} has no run that ended; start with the command run.")
+    gap, line = 16, 22
+    across = 3
+    wide, tall = sheets[0][1].width + gap, sheets[0][1].height + line + gap
+    whole = Image.new("RGB", (gap + min(across, len(sheets)) * wide, gap + -(-len(sheets) // across) * tall), "white")
+    pen = ImageDraw.Draw(whole)
+    for i, (label, sheet) in enumerate(sheets):
+        x, y = gap + i % across * wide, gap + i // across * tall
+        pen.text((x + 4, y), label, fill=(31, 31, 51))
+        whole.paste(sheet, (x, y + line))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    whole.save(output)
+
+
+@app.command()
+def speed(
+    sizes: Annotated[list[int] | None, typer.Option("--size", metavar="N", help="Sides; repeatable.")] = None,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures in a call.")] = 8,
+    repeats: Annotated[int, typer.Option(metavar="N", min=1)] = 5,
+    output: Annotated[Path | None, typer.Option(metavar="CSV")] = None,
+) -> None:
+    """Time a training step and a call of each network at growing sizes, with random weights, taking turns."""
+    import torch
+
+    from gspn.analysis.bench import environment
+    from gspn.analysis.bench.comparison import attention_backend, peak_memory
+    from gspn.analysis.bench.timing import Candidate, time_interleaved
+
+    device, rows = torch.device("cpu"), []
+    here = environment.describe(device)
+    for size in sizes or (28, 56, 112):
+        calls = {(entry.label, mode): call for entry in ENTRIES for mode, call in _calls(entry, size, batch).items()}
+        timed = time_interleaved(
+            [Candidate(f"{label}, {mode}", call) for (label, mode), call in calls.items()],
+            device,
+            repeats=repeats,
+            min_time=0.1,
+        )
+        for (label, mode), call in calls.items():
+            ms, base = timed[f"{label}, {mode}"].p50, timed[f"{ENTRIES[0].label}, {mode}"].p50
+            rows.append(
+                {
+                    "entry": label,
+                    "mode": mode,
+                    "size": size,
+                    "batch": batch,
+                    "ms_p50": f"{ms:.5g}",
+                    "images_per_second": f"{batch / ms * 1e3:.4g}",
+                    "over_gspn": f"{base / ms:.4g}",
+                    "peak_mib": f"{(peak_memory(call, device) or 0) / 2**20:.1f}",
+                    "attention": attention_backend(call),
+                    "device": here.device,
+                    "threads": here.threads,
+                    "torch": here.torch,
+                }
+            )
+    shown = Table(title=f"batch {batch}, {here.device}, {here.threads} threads", title_justify="left")
+    for heading in ("mode", "size", "entry", "images/s", "over GSPN", "peak MiB", "attention"):
+        shown.add_column(heading)
+    for row in sorted(rows, key=lambda row: (row["mode"], row["size"])):
+        keys = ("mode", "size", "entry", "images_per_second", "over_gspn", "peak_mib", "attention")
+        shown.add_row(*(str(row[key]) for key in keys))
+    Console(width=140).print(shown)
+    if output is not None:
+        write_csv(output, rows)
+
+
+def _calls(entry: Entry, size: int, batch: int) -> dict[str, Any]:
+    import torch
+
+    from gspn.tasks.generate import load_config
+    from gspn.tasks.generate.network import build_network
+
+    config = load_config(RECIPE).changed(**{"model.network": entry.network, "model.options": entry.options})
+    network = build_network(config, num_classes=10, channels=1, sample_size=28).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+    noisy = torch.randn(batch, 1, size, size)
+    t, labels = torch.rand(batch) * 1000, torch.arange(batch) % 10
+
+    def denoise() -> Any:
+        with torch.no_grad():
+            return network(noisy, timestep=t, class_labels=labels).sample
+
+    def step() -> None:
+        (network(noisy, timestep=t, class_labels=labels).sample - noisy).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {"denoising call": denoise, "training step": step}
 
 
 def _row(entry: Entry, seed: int, root: Path) -> dict[str, Any] | None:

@@ -182,3 +182,22 @@ def test_lite0_knows_what_it_sees():
     assert (found.pooled.shape, found.spatial.shape, found.logits.shape) == ((1, 1280), (1, 7 * 14 * 14), (1, 1000))
     assert found.logits.argmax().item() == 985  # daisy: the weights are where they belong
     assert grey.pooled.shape == (1, 1280)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is None, reason="needs torch-fidelity")
+def test_inception_is_asked_for_the_right_layers(monkeypatch):
+    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+
+    monkeypatch.setattr(fidelity, "load_state_dict_from_url", lambda *a, **k: {})
+    monkeypatch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda *a, **k: None)
+    network = feature_network("inception")
+    found = network(torch.rand(2, 1, 20, 30))
+    assert (found.pooled.shape, found.spatial.shape, found.logits.shape) == ((2, 2048), (2, 7 * 17 * 17), (2, 1008))
+    assert found.spatial.min() >= 0  # behind the layer's own rectifier
+
+    def offline(*arguments, **options):
+        raise OSError("no route")
+
+    monkeypatch.setattr(fidelity, "load_state_dict_from_url", offline)
+    with pytest.raises(UsageError, match=r"no route.*lite0"):
+        feature_network("inception")

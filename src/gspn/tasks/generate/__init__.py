@@ -18,6 +18,7 @@ from .config import DataConfig, DiffusionConfig, GenerateConfig, ModelConfig, Sa
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation, evaluate
+    from .network import load_pipeline, shipped_pipelines
     from .sampling import Samples, sample
     from .training import GenerateResult, train
 
@@ -33,7 +34,9 @@ _LATER = {
     "GenerateResult": "training",
     "Samples": "sampling",
     "evaluate": "evaluation",
+    "load_pipeline": "network",
     "sample": "sampling",
+    "shipped_pipelines": "network",
     "train": "training",
 }
 
@@ -59,7 +62,9 @@ __all__ = [
     "SamplesConfig",
     "evaluate",
     "load_config",
+    "load_pipeline",
     "recipe_names",
     "sample",
+    "shipped_pipelines",
     "train",
 ]

