@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from .evaluate import evaluate
+from .latents import latents
 from .sample import sample
 from .train import recipe, recipes, train
 
@@ -14,5 +15,6 @@ app = typer.Typer(
 app.command()(train)
 app.command()(recipes)
 app.command()(recipe)
+app.command()(latents)
 app.command()(sample)
 app.command()(evaluate)

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from .config import DataConfig, DiffusionConfig, GenerateConfig, ModelConfig, SamplesConfig
 
 if TYPE_CHECKING:
+    from .caching import CachedLatents, cache_latents
     from .evaluation import Evaluation, evaluate
+    from .latents import LatentSet, open_latents
     from .network import load_pipeline, shipped_pipelines
     from .sampling import Samples, sample
     from .training import GenerateResult, train
@@ -30,11 +32,15 @@ recipe_names = GenerateConfig.recipe_names
 
 # These need diffusers and accelerate, which reading a configuration does not.
 _LATER = {
+    "CachedLatents": "caching",
     "Evaluation": "evaluation",
     "GenerateResult": "training",
+    "LatentSet": "latents",
     "Samples": "sampling",
+    "cache_latents": "caching",
     "evaluate": "evaluation",
     "load_pipeline": "network",
+    "open_latents": "latents",
     "sample": "sampling",
     "shipped_pipelines": "network",
     "train": "training",
@@ -52,17 +58,21 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "CachedLatents",
     "DataConfig",
     "DiffusionConfig",
     "Evaluation",
     "GenerateConfig",
     "GenerateResult",
+    "LatentSet",
     "ModelConfig",
     "Samples",
     "SamplesConfig",
+    "cache_latents",
     "evaluate",
     "load_config",
     "load_pipeline",
+    "open_latents",
     "recipe_names",
     "sample",
     "shipped_pipelines",
