@@ -36,6 +36,9 @@ def train(
     size: Annotated[str | None, typer.Option(metavar="SIZE", help="model.size, such as B/2.")] = None,
     data: Annotated[str | None, typer.Option(metavar="NAME", help="data.name: mnist5k, emoji, folder, ...")] = None,
     root: Annotated[Path | None, typer.Option(metavar="DIR", help="data.root.")] = None,
+    latents: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="data.latents, as gspn generate latents wrote them.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="run.output.")] = None,
     epochs: Annotated[int | None, typer.Option(metavar="N", help="schedule.epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(metavar="N", help="data.batch_size, of each process.")] = None,
@@ -60,6 +63,7 @@ def train(
         "model.size": size,
         "data.name": data,
         "data.root": root,
+        "data.latents": latents,
         "run.output": output,
         "schedule.epochs": epochs,
         "data.batch_size": batch_size,

@@ -27,11 +27,12 @@ class DataConfig:
     """What is learnt from."""
 
     name: str = "mnist5k"
-    """`emoji`, `digits`, `mnist5k`, `folder`, ...: what :func:`gspn.data.open_dataset` opens. Not read for latents."""
+    """`emoji`, `digits`, `mnist5k`, `folder`, ...: what :func:`gspn.data.open_dataset` opens."""
     root: Path | None = None
     """Where the data lie, for those that do not come with the package."""
     latents: Path | None = None
-    """A directory that `gspn generate latents` wrote: the model then learns latents and not pixels."""
+    """A directory that `gspn generate latents` wrote: the model then learns latents and not pixels. It says what they
+    are of: `name`, `train_split` and `size` are left out or say the same."""
     train_split: str = "train"
     eval_split: str | None = None
     """Pictures, or a directory of latents, whose loss is measured after every epoch; null for none."""
@@ -42,7 +43,7 @@ class DataConfig:
     channels: Literal[1, 3] = 3
     """1: pictures become grey."""
     hflip: float = 0.0
-    """Probability of mirroring a picture."""
+    """Probability of mirroring a picture; of latents, if the mirrored pictures were encoded too."""
     batch_size: int = 64
     """Pictures in one forward pass of one process."""
     workers: int = 4
@@ -109,6 +110,8 @@ class ResolvedGenerator(Resolved):
     in_channels: int
     out_channels: int
     sample_size: int
+    latents: str | None = None
+    """A digest of the latents."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,7 @@ class GenerateConfig(Configuration):
             check_range(place, value, least)
         check_range("data.hflip", data.hflip, 0, 1)
         check_range("model.class_dropout", self.model.class_dropout, 0, 1)
+        _check_latents(data, diffusion)
         if diffusion.learned_sigma and diffusion.objective != "epsilon":
             raise UsageError(
                 f"diffusion.learned_sigma is true and diffusion.objective {diffusion.objective!r}: the bound is that of"
@@ -166,4 +170,23 @@ class GenerateConfig(Configuration):
             raise UsageError(
                 f"optim.label_smoothing is {self.optim.label_smoothing:g}: a generative model has no labels to smooth. "
                 "Leave it out."
+            )
+
+
+def _check_latents(data: DataConfig, diffusion: DiffusionConfig) -> None:
+    if not 0 < diffusion.scaling < float("inf"):
+        raise UsageError(f"diffusion.scaling is {diffusion.scaling:g}; it has to be greater than 0.")
+    if data.latents is None:
+        if diffusion.scaling != 1:
+            raise UsageError(
+                f"diffusion.scaling is {diffusion.scaling:g}, and only latents are scaled; set diffusion.scaling=1, or "
+                "data.latents."
+            )
+        return
+    for key, default, written in (("root", None, "null"), ("options", {}, "{}"), ("channels", 3, "3")):
+        value = getattr(data, key)
+        if value != default:
+            shown = str(value) if isinstance(value, Path) else value
+            raise UsageError(
+                f"data.{key} is {shown!r}, and data.latents is set, which needs no pictures; set data.{key}={written}."
             )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import require
+from ..errors import UsageError, require
 from ..training.loaders import EvalLoader, TrainLoader, class_names, open_data, seeded_loader, share_loader
 from .config import DataConfig, GenerateConfig
+from .latents import LatentSet, open_latents, sampled
 
 
 @dataclass
@@ -27,6 +30,7 @@ class GenerateData:
         sample_size: Its height and width.
         prepared: From a batch's input to what the denoiser learns; draws from PyTorch's generators for latents.
         vae: The autoencoder of latents; None for pictures.
+        latents: A digest of the latents; None for pictures.
     """
 
     name: str
@@ -37,6 +41,7 @@ class GenerateData:
     sample_size: int
     prepared: Callable[[Tensor], Tensor]
     vae: Any = None
+    latents: str | None = None
 
 
 def open_data_of(config: GenerateConfig, *, processes: int, process: int, pin: bool) -> GenerateData:
@@ -47,6 +52,8 @@ def open_data_of(config: GenerateConfig, *, processes: int, process: int, pin: b
     """
     data = config.data
     places = {"processes": processes, "process": process, "pin": pin}
+    if data.latents is not None:
+        return _open_latents_of(config, data.latents, places)
     train = open_data(data.name, data.train_split, data.root, **data.options)
     train.transform = picture_transform(data, training=True)
     held_out = None
@@ -56,20 +63,87 @@ def open_data_of(config: GenerateConfig, *, processes: int, process: int, pin: b
         held_out = share_loader(pictures, batch_size=data.batch_size, workers=data.workers, **places)
     return GenerateData(
         name=data.name,
-        train=seeded_loader(
-            train,
-            batch_size=data.batch_size,
-            accumulate=config.optim.accumulate,
-            seed=config.run.seed,
-            workers=data.workers,
-            **places,
-        ),
+        train=_train_loader(config, train, places),
         held_out=held_out,
         classes=class_names(train),
         channels=data.channels,
         sample_size=data.size,
         prepared=lambda pictures: pictures,
     )
+
+
+def _train_loader(config: GenerateConfig, dataset: Any, places: dict[str, Any]) -> TrainLoader:
+    return seeded_loader(
+        dataset,
+        batch_size=config.data.batch_size,
+        accumulate=config.optim.accumulate,
+        seed=config.run.seed,
+        workers=config.data.workers,
+        **places,
+    )
+
+
+def _open_latents_of(config: GenerateConfig, directory: Path, places: dict[str, Any]) -> GenerateData:
+    data = config.data
+    train = open_latents(directory)
+    _check_keys(data, train)
+    train.hflip = data.hflip
+    held_out = None
+    if data.eval_split is not None:
+        latents = open_latents(data.eval_split)
+        _check_alike(latents, train)
+        held_out = share_loader(latents, batch_size=data.batch_size, workers=data.workers, **places)
+    vae = train.autoencoder()
+    vae.enable_slicing()  # decodes picture by picture: a batch that fits the denoiser need not fit the decoder
+    channels, side, _ = train.index.shape
+    return GenerateData(
+        name=f"{train.name} {train.index.data.split}",
+        train=_train_loader(config, train, places),
+        held_out=held_out,
+        classes=train.classes,
+        channels=channels,
+        sample_size=side,
+        prepared=partial(
+            sampled,
+            shift=vae.config.get("shift_factor") or 0.0,
+            factor=vae.config.scaling_factor * config.diffusion.scaling,
+        ),
+        vae=vae,
+        latents=train.digest,
+    )
+
+
+def _check_keys(data: DataConfig, latents: LatentSet) -> None:
+    """Refuse a key that says otherwise than the latents; one at its default says nothing."""
+    index, default = latents.index, DataConfig()
+    facts = {"name": index.data.name, "train_split": index.data.split, "size": index.data.size}
+    for key, fact in facts.items():
+        value = getattr(data, key)
+        if value not in (fact, getattr(default, key)):
+            raise UsageError(
+                f"data.{key} is {value!r}, and the latents in {str(latents.directory)!r} are of {fact!r}; set "
+                f"data.{key}={fact}, or name other latents."
+            )
+    if data.hflip and not index.hflip:
+        raise UsageError(
+            f"data.hflip is {data.hflip:g}, and {str(latents.directory)!r} has no mirrored pictures; make the latents "
+            "with --hflip, or set data.hflip=0."
+        )
+
+
+def _check_alike(latents: LatentSet, train: LatentSet) -> None:
+    """Refuse held-out latents of another kind than those that are learnt."""
+    for what, own, other in (
+        ("autoencoder", latents.index.vae.weights, train.index.vae.weights),
+        ("autoencoder's configuration", latents.index.vae.config, train.index.vae.config),
+        ("shape", list(latents.index.shape), list(train.index.shape)),
+        ("classes", latents.classes, train.classes),
+    ):
+        if own != other:
+            raise UsageError(
+                f"data.eval_split {str(latents.directory)!r} has another {what} than data.latents "
+                f"{str(train.directory)!r}; make both alike, or set data.eval_split=null."
+            )
 
 
 def picture_transform(data: DataConfig, *, training: bool) -> Any:

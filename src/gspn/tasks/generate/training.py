@@ -54,7 +54,7 @@ class GenerateResult:
 
 
 def train(config: GenerateConfig, *, resume: bool = False, console: Console | None = None) -> GenerateResult:
-    """Train a class-conditional denoiser as a configuration says.
+    """Train a class-conditional denoiser of pictures, or of cached latents, as a configuration says.
 
     Runs in one process, or in each of several started by ``torchrun`` or ``accelerate launch``. The output directory
     receives ``config.yaml`` (with what follows from it under ``resolved``), ``metrics.csv`` (a :class:`GeneratorRow`
@@ -115,6 +115,7 @@ class _GeneratorRun(TrainingRun[GeneratorRow, Position]):
             in_channels=self.data.channels,
             out_channels=network.config.out_channels,  # type: ignore[union-attr]
             sample_size=self.data.sample_size,
+            latents=self.data.latents,
         )
 
     def _announcement(self) -> list[str]:

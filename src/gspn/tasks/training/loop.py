@@ -27,10 +27,10 @@ from .records import MetricsTable, Reporter, Row, peak_memory_mib
 
 # Keys that change neither the weights nor the table, and so may differ when a run is resumed.
 _FREE = (
-    "data.root", "data.workers", "data.eval_batch_size", "model.compile", "model.grad_checkpointing",
+    "data.root", "data.latents", "data.workers", "data.eval_batch_size", "model.compile", "model.grad_checkpointing",
     "run.output", "run.device", "run.deterministic", "run.checkpoint_every_s", "run.log_every", "run.trackers",
     "data.batch_size", "optim.accumulate",  # their product with the processes is compared instead
-    "resolved.processes",
+    "resolved.processes",  # and a digest of the latents in the place of where they lie
 )  # fmt: skip
 
 # Updates between two questions to the first process whether a checkpoint is due; each is a message to all others.
