@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers.models")
 
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler
 

@@ -15,6 +15,8 @@ except ImportError as error:
 
 from gspn.models.denoiser import GSPNDenoiser2DModel
 
+from .adapter import GSPNAdapter
 from .class_conditional import ClassConditionalPipeline
+from .token_mixer import GSPNTokenMixer
 
-__all__ = ["ClassConditionalPipeline", "GSPNDenoiser2DModel"]
+__all__ = ["ClassConditionalPipeline", "GSPNAdapter", "GSPNDenoiser2DModel", "GSPNTokenMixer"]

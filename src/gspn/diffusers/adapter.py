@@ -1,0 +1,277 @@
+"""``GSPNAdapter``: GSPN in the place of the self-attention of a text-to-image model, as a component of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from .mounting import Mount, check_attention, check_model, self_attention_blocks
+from .token_mixer import GSPNTokenMixer
+
+__all__ = ["GSPNAdapter", "ModelMixin"]
+
+Model = TypeVar("Model", bound=ModelMixin)
+
+_LEVELS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
+
+
+class GSPNAdapter(ModelMixin, ConfigMixin):
+    r"""The mixers that take the place of a model's self-attentions, apart from the model.
+
+    :meth:`from_model` makes one for a :class:`diffusers.UNet2DConditionModel` (Stable Diffusion 1.5, 2.1, XL and
+    smaller ones), a :class:`diffusers.PixArtTransformer2DModel` or a :class:`diffusers.DiTTransformer2DModel`;
+    :meth:`mount` puts its mixers in the place of the ``attn1`` of the blocks, and :meth:`unmount` gives the attentions
+    back. In between the model works as it did, in every pipeline, at any height and width: each mixer is told those of
+    its map. The adapter is saved and loaded on its own; its weights have the names that they have in the mounted model.
+
+    Args:
+        layers: the options of :class:`GSPNTokenMixer`, ``dim`` among them, by the name of the attention it replaces.
+
+    Raises:
+        TypeError: an option is unknown.
+        ValueError: an option does not fit, or there are no layers.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import UNet2DConditionModel
+        >>> from gspn.diffusers import GSPNAdapter
+        >>> unet = UNet2DConditionModel(
+        ...     block_out_channels=(16, 32), norm_num_groups=4, cross_attention_dim=8, attention_head_dim=4,
+        ...     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        ...     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        ... )
+        >>> adapter = GSPNAdapter.from_model(unet, segment={"down.0": 4})
+        >>> noisy, text = torch.randn(1, 4, 16, 24), torch.randn(1, 5, 8)
+        >>> with adapter.mounted(unet):
+        ...     unet(noisy, 10, text).sample.shape
+        torch.Size([1, 4, 16, 24])
+    """
+
+    _no_split_modules = ["GSPNTokenMixer"]  # noqa: RUF012  (as diffusers declares them)
+
+    @register_to_config
+    def __init__(self, *, layers: Mapping[str, Mapping[str, Any]]) -> None:
+        super().__init__()
+        if not layers:
+            raise ValueError(f"{layers=}: an adapter needs at least one layer; GSPNAdapter.from_model finds a model's.")
+        self._mount: Mount | None = None
+        for name, options in layers.items():
+            _plant(self, name, GSPNTokenMixer(**options))
+        self._weights = frozenset(self.state_dict())
+
+    @classmethod
+    def from_model(
+        cls,
+        model: ModelMixin,
+        *,
+        layers: Sequence[str] | None = None,
+        proxy_dim: int | None = None,
+        groups: int | None = None,
+        segment: int | Mapping[str, int | None] | None = None,
+        skip: bool = True,
+        copy_projections: bool = True,
+    ) -> GSPNAdapter:
+        """An adapter for a model, which is neither changed nor kept.
+
+        Args:
+            model: a ``UNet2DConditionModel``, ``PixArtTransformer2DModel`` or ``DiTTransformer2DModel``.
+            layers: which self-attentions to replace: levels, ``"down.0"``, ``"mid"``, ``"up.1"``, ``"down"`` for all of
+                them, or names of modules that contain them, ``"mid_block.attentions.0"``, ``"transformer_blocks.3"``.
+                None for all.
+            proxy_dim: channels of the proxy; None for an eighth of each layer's.
+            groups: sets of taps; None for taps for each channel, 1 for shared ones.
+            segment: lines after which the scans restart: one number for all layers, None for global scans, or numbers
+                by level or name, of which the longest that fits a layer counts; layers without one are global.
+            skip: whether to add the input-dependent skip.
+            copy_projections: start from the attentions' ``to_v`` and ``to_out``.
+
+        Raises:
+            RuntimeError: an attention has been replaced already.
+            TypeError: another kind of model, or ``segment`` is no integer.
+            ValueError: a level or name has no self-attention, an option does not fit, or an attention does what GSPN
+                does not express.
+
+        Example:
+            >>> from diffusers import PixArtTransformer2DModel
+            >>> from gspn.diffusers import GSPNAdapter
+            >>> model = PixArtTransformer2DModel(2, 8, num_layers=2, cross_attention_dim=16, sample_size=16)
+            >>> list(GSPNAdapter.from_model(model, layers=["transformer_blocks.1"], groups=1).mixers)
+            ['transformer_blocks.1.attn1']
+        """
+        check_model(model)
+        blocks = self_attention_blocks(model)
+        if not blocks:
+            raise ValueError(f"this {type(model).__name__} has no self-attention in a transformer block to replace.")
+        chosen = list(blocks)
+        if layers is not None:
+            if isinstance(layers, str):
+                raise TypeError(f"{layers=} is one name; pass a list of them, [{layers!r}].")
+            wanted = {name for one in layers for name in _within(one, chosen)}
+            chosen = [name for name in chosen if name in wanted]
+        segments = _segments(segment, chosen)
+        attentions = {name: check_attention(name, blocks[name]) for name in chosen}
+        adapter = cls(
+            layers={
+                name: {
+                    "dim": attention.query_dim,
+                    "proxy_dim": proxy_dim,
+                    "groups": groups,
+                    "segment": segments[name],
+                    "skip": skip,
+                    "bias": attention.to_v.bias is not None,
+                    "out_bias": attention.to_out[0].bias is not None,
+                    "dropout": attention.dropout,
+                }
+                for name, attention in attentions.items()
+            }
+        )
+        if copy_projections:
+            for name, mixer in adapter.mixers.items():
+                mixer.to_v.load_state_dict(attentions[name].to_v.state_dict())
+                mixer.to_out[0].load_state_dict(attentions[name].to_out[0].state_dict())
+        return adapter
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mount": None}  # a copy, an average say, is not mounted, and brings no model along
+
+    @property
+    def mixers(self) -> dict[str, GSPNTokenMixer]:
+        """The mixers by the name of the attention that each replaces."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, GSPNTokenMixer)}
+
+    @property
+    def mounted_on(self) -> ModelMixin | None:
+        """The model that the adapter is mounted on."""
+        return None if self._mount is None else self._mount.model
+
+    def mount(self, model: ModelMixin) -> GSPNAdapter:
+        """Put the mixers in the place of the model's self-attentions.
+
+        They take the model's dtype and devices, and are trained and saved as the adapter's; ``save_pretrained`` of the
+        model refuses until :meth:`unmount`, since the stock class would lack queries and keys in what it wrote.
+
+        Args:
+            model: of the architecture that the adapter was made for.
+
+        Returns:
+            The adapter.
+
+        Raises:
+            RuntimeError: the adapter is mounted already, the model has another one, something else has replaced an
+                attention, a LoRA has been loaded into one, or weights are offloaded.
+            TypeError: another kind of model.
+            ValueError: the model lacks layers or has other dimensions.
+        """
+        if self._mount is not None:
+            raise RuntimeError(f"the adapter is mounted on a {type(self._mount.model).__name__}: unmount() it first.")
+        self._mount = Mount.make(model, self.mixers)
+        return self
+
+    def unmount(self) -> None:
+        """Give the model its attentions back; it then computes what it did before, bit for bit.
+
+        Raises:
+            RuntimeError: the adapter is not mounted, a LoRA is loaded, or something else has replaced a mixer.
+        """
+        if self._mount is None:
+            raise RuntimeError("the adapter is not mounted; mount(model) it first.")
+        self._check_weights("unmounted")
+        self._mount.undo()
+        self._mount = None
+
+    @contextmanager
+    def mounted(self, model: Model) -> Iterator[Model]:
+        """A context in which the adapter is mounted on ``model``, which it yields; raises as mount and unmount do."""
+        self.mount(model)
+        try:
+            yield model
+        finally:
+            self.unmount()
+
+    def freeze_model(self) -> list[nn.Parameter]:
+        """Leave the adapter's parameters as the only ones of the mounted model that are trained.
+
+        Returns:
+            The adapter's parameters, for an optimiser.
+
+        Raises:
+            RuntimeError: the adapter is not mounted.
+        """
+        if self._mount is None:
+            raise RuntimeError("the adapter is not mounted; mount(model) it first.")
+        self._mount.model.requires_grad_(False)
+        self.requires_grad_(True)
+        return list(self.parameters())
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the adapter, mounted or not, as :meth:`diffusers.ModelMixin.save_pretrained` does.
+
+        Raises:
+            RuntimeError: a LoRA is loaded.
+        """
+        self._check_weights("saved")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """An adapter computes nothing by itself.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("an adapter is not called: mount(model) it, and call the model.")
+
+    def _check_weights(self, done: str) -> None:
+        # A LoRA renames the weights that it adds to; its own say more.
+        foreign = sorted(set(self.state_dict()) - self._weights, key=lambda name: (".base_layer." in name, name))
+        if foreign:
+            raise RuntimeError(
+                f"the adapter cannot be {done} while it holds {foreign[0]} (and {len(foreign) - 1} more): unload the "
+                "LoRA first (pipeline.unload_lora_weights())."
+            )
+
+
+def _plant(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Make ``module`` the submodule ``name`` of ``root``, so that its weights have the names of the mounted model's."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    root.add_module(last, module)
+
+
+def _prefix(level: str) -> str:
+    first, dot, rest = level.partition(".")
+    return _LEVELS.get(first, first) + dot + rest
+
+
+def _within(level: str, names: Sequence[str]) -> list[str]:
+    prefix = _prefix(level)
+    found = [name for name in names if name == prefix or name.startswith(prefix + ".")]
+    if not found:
+        known = sorted({_level(name) for name in names})
+        raise ValueError(f"{level!r} has no self-attention to replace; there is some in {', '.join(known)}.")
+    return found
+
+
+def _level(name: str) -> str:
+    parts = name.split(".")
+    short = {long: level for level, long in _LEVELS.items()}.get(parts[0])
+    if short is None:
+        return ".".join(parts[:2])
+    return short if short == "mid" else f"{short}.{parts[1]}"
+
+
+def _segments(segment: int | Mapping[str, int | None] | None, names: Sequence[str]) -> dict[str, int | None]:
+    if not isinstance(segment, Mapping):
+        return dict.fromkeys(names, segment)
+    segments: dict[str, int | None] = dict.fromkeys(names)
+    for level in sorted(segment, key=lambda level: len(_prefix(level))):
+        segments.update(dict.fromkeys(_within(level, names), segment[level]))
+    return segments

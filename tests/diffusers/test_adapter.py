@@ -1,0 +1,378 @@
+"""The adapter as a thing of its own: which layers it takes, mounting and giving back, saving, and the traps."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers.models")
+
+from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_processor import Attention
+
+from diffusers_support import inputs, make_dit, make_pixart, make_unet, run
+from gspn.diffusers import GSPNAdapter, GSPNTokenMixer
+from support import run_python
+
+MAKERS = {"unet": make_unet, "sdxl": lambda: make_unet("sdxl"), "pixart": make_pixart, "dit": make_dit}
+
+
+def state_of(model):
+    """What a model is made of, hooks and own attributes included, in a form that compares."""
+    return [
+        (name, id(module), type(module), {k: v for k, v in vars(module).items() if not k.startswith("_")},
+         list(module._forward_pre_hooks), list(module._modules), module.training)
+        for name, module in model.named_modules()
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_unmounting_restores_the_model_bit_for_bit(kind):
+    model = MAKERS[kind]()
+    size = {"height": 8, "width": 8} if kind == "dit" else {}
+    state, weights = state_of(model), list(model.state_dict())
+    before = run(model, **size)
+    adapter = GSPNAdapter.from_model(model)
+    assert state_of(model) == state
+    adapter.mount(model)
+    assert adapter.mounted_on is model
+    assert not torch.allclose(run(model, **size), before)
+    adapter.unmount()
+    assert adapter.mounted_on is None
+    assert state_of(model) == state
+    assert list(model.state_dict()) == weights
+    assert torch.equal(run(model, **size), before)
+
+
+def test_a_context_unmounts_whatever_happens():
+    unet = make_unet()
+    before, adapter = run(unet), GSPNAdapter.from_model(unet)
+    with adapter.mounted(unet) as model:
+        assert model is unet
+        first = run(unet)
+    with pytest.raises(KeyError, match="on the way"), adapter.mounted(unet):
+        raise KeyError("on the way")
+    assert torch.equal(run(unet), before)
+    with adapter.mounted(unet):
+        assert torch.equal(run(unet), first)
+
+
+def test_it_takes_the_models_dtype_device_and_mode():
+    unet = make_unet().to(torch.bfloat16).train()
+    adapter = GSPNAdapter.from_model(unet).eval()
+    assert adapter.dtype == torch.float32
+    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    with adapter.mounted(unet):
+        assert {p.dtype for p in adapter.parameters()} == {torch.bfloat16}
+        assert all(mixer.training for mixer in adapter.mixers.values())
+        unet.float().eval()
+    # What the attentions missed in between reaches them as they come back.
+    assert attention.to_v.weight.dtype == torch.float32
+    assert not attention.training
+    assert run(unet).dtype == torch.float32
+
+
+def test_names_are_those_of_the_mounted_model():
+    unet = make_unet("sdxl")
+    adapter = GSPNAdapter.from_model(unet).mount(unet)
+    mounted = {name for name in unet.state_dict() if ".attn1." in name}
+    assert set(adapter.state_dict()) == mounted
+    assert {name.partition(".attn1.")[2] for name in mounted} == {
+        "to_v.weight", "to_out.0.weight", "to_out.0.bias", "scan.proxy.weight", "scan.tap_proj", "scan.lam_proj",
+        "scan.u_proj", "scan.skip_proj", "scan.merge",
+    }  # fmt: skip
+    shared = {id(p) for p in unet.parameters()}
+    assert all(id(p) in shared for p in adapter.parameters())
+
+
+def test_projections_are_the_attentions():
+    for model in (make_unet(), make_pixart()):
+        adapter = GSPNAdapter.from_model(model)
+        for name, mixer in adapter.mixers.items():
+            attention = model.get_submodule(name)
+            assert torch.equal(mixer.to_v.weight, attention.to_v.weight)
+            assert torch.equal(mixer.to_out[0].bias, attention.to_out[0].bias)
+            assert (mixer.to_v.bias is None) == (attention.to_v.bias is None)
+            assert mixer.to_v.weight.data_ptr() != attention.to_v.weight.data_ptr()
+    other = GSPNAdapter.from_model(model, copy_projections=False)
+    assert not torch.equal(next(iter(other.mixers.values())).to_v.weight, model.transformer_blocks[0].attn1.to_v.weight)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "count", "millions"), [("sd15", 16, 63.5), ("sd21", 16, 63.5), ("sdxl", 70, 524.9)]
+)
+def test_the_real_widths(architecture, count, millions):
+    widths = (320, 640, 1280, 1280)
+    options = {
+        "sd15": {"block_out_channels": widths},
+        "sd21": {"block_out_channels": widths, "attention_head_dim": (5, 10, 20, 20)},
+        "sdxl": {"block_out_channels": widths[:3], "attention_head_dim": (5, 10, 20),
+                 "transformer_layers_per_block": (1, 2, 10)},
+    }  # fmt: skip
+    with torch.device("meta"):
+        unet = make_unet(architecture, **options[architecture])
+        adapter = GSPNAdapter.from_model(unet, copy_projections=False)
+    assert len(adapter.mixers) == count
+    assert adapter.num_parameters() / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("layers", "count"),
+    [
+        (None, 16), (["mid"], 1), (["down"], 6), (["down.0"], 2), (["up.1", "mid"], 4), (["up.1.attentions.2"], 1),
+        (["mid_block.attentions.0.transformer_blocks.0.attn1"], 1), (["down_blocks.2", "down.2", "down"], 6),
+    ],
+)  # fmt: skip
+def test_levels_and_names(layers, count):
+    unet = make_unet("sd15")
+    adapter = GSPNAdapter.from_model(unet, layers=layers)
+    assert len(adapter.mixers) == count
+    with adapter.mounted(unet):
+        for name, block in unet.named_modules():
+            if name.endswith(".attn1"):
+                assert isinstance(block, GSPNTokenMixer if name in adapter.mixers else Attention)
+        run(unet)
+
+
+@pytest.mark.parametrize("level", ["down.3", "up.0", "middle", "mid_bloc", "mid.attention", "down.0.attentions.2", ""])
+def test_levels_without_self_attention(level):
+    known = r"has no self-attention to replace; there is some in down\.0, down\.1, down\.2, mid, up\.1, up\.2, up\.3"
+    with pytest.raises(ValueError, match=f"^'{level}' {known}"):
+        GSPNAdapter.from_model(make_unet("sd15"), layers=["down.0", level])
+
+
+def test_lists_of_levels():
+    model = make_pixart()
+    with pytest.raises(ValueError, match=r"in transformer_blocks\.0, transformer_blocks\.1"):
+        GSPNAdapter.from_model(model, layers=["down.0"])
+    with pytest.raises(TypeError, match="one name"):
+        GSPNAdapter.from_model(model, layers="transformer_blocks.0")
+    with pytest.raises(ValueError, match="at least one layer"):
+        GSPNAdapter.from_model(model, layers=[])
+
+
+def test_segments_by_level():
+    unet = make_unet("sd15")
+    adapter = GSPNAdapter.from_model(unet, segment={"down": 4, "down.1": None, "down.2.attentions.0": 3, "up.3": 8})
+    segments = {name: mixer.scan.segment for name, mixer in adapter.mixers.items()}
+    expected = {"down_blocks.0": 4, "down_blocks.1": None, "down_blocks.2.attentions.0": 3,
+                "down_blocks.2.attentions.1": 4, "mid_block": None, "up_blocks.1": None, "up_blocks.3": 8}  # fmt: skip
+    for prefix, segment in expected.items():
+        assert {s for name, s in segments.items() if name.startswith(prefix)} == {segment}
+    assert {m.scan.segment for m in GSPNAdapter.from_model(unet, segment=5).mixers.values()} == {5}
+    with pytest.raises(ValueError, match=r"'down\.3' has no self-attention"):
+        GSPNAdapter.from_model(unet, segment={"down.3": 4})
+    with pytest.raises(ValueError, match=r"segment=0"):
+        GSPNAdapter.from_model(unet, segment={"down.0": 0})
+
+
+def test_options_reach_the_scans():
+    unet = make_unet()
+    by_default = GSPNAdapter.from_model(unet)
+    assert {m.scan.proxy_dim * 8 == m.dim == m.scan.groups for m in by_default.mixers.values()} == {True}
+    mixer = GSPNAdapter.from_model(unet, proxy_dim=3, groups=1, skip=False).mixers[
+        "mid_block.attentions.0.transformer_blocks.0.attn1"
+    ]
+    assert (mixer.scan.proxy_dim, mixer.scan.groups, mixer.scan.skip_proj) == (3, 1, None)
+    with pytest.raises(ValueError, match="groups=5"):
+        GSPNAdapter.from_model(unet, groups=5)
+
+
+def test_only_the_adapter_is_trained():
+    unet = make_unet()
+    adapter = GSPNAdapter.from_model(unet)
+    with pytest.raises(RuntimeError, match="not mounted"):
+        adapter.freeze_model()
+    adapter.mount(unet)
+    optimizer = torch.optim.AdamW(adapter.freeze_model(), lr=0.01, weight_decay=0)
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    target = torch.zeros(2, 4, 12, 20)
+    losses = []
+    for _ in range(4):
+        loss = torch.nn.functional.mse_loss(unet(**inputs(unet)).sample, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for name, value in unet.state_dict().items():
+        assert torch.equal(value, before[name]) == (name not in adapter.state_dict()), name
+
+
+def test_saved_and_loaded_in_another_process(tmp_path):
+    for kind, segment in (("unet", {"mid": 3}), ("pixart", 3)):
+        model = MAKERS[kind]()
+        adapter = GSPNAdapter.from_model(model, groups=1, segment=segment, copy_projections=False)
+        model.save_pretrained(tmp_path / kind)
+        with adapter.mounted(model):
+            expected = run(model)
+            adapter.save_pretrained(tmp_path / "adapters" / kind)  # mounted or not
+        torch.save((inputs(model), expected), tmp_path / kind / "io.pt")
+        files = sorted(path.name for path in (tmp_path / "adapters" / kind).iterdir())
+        assert files == ["config.json", "diffusion_pytorch_model.safetensors"]
+    run_python(f"""
+import torch
+from pathlib import Path
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from gspn.diffusers import GSPNAdapter
+torch.set_num_threads(1)
+path = Path({str(tmp_path)!r})
+for kind, model_class in (("unet", UNet2DConditionModel), ("pixart", PixArtTransformer2DModel)):
+    model = model_class.from_pretrained(path / kind)
+    given, expected = torch.load(path / kind / "io.pt", weights_only=True)
+    with GSPNAdapter.from_pretrained(path / "adapters", subfolder=kind).mounted(model), torch.no_grad():
+        assert torch.equal(model(**given).sample, expected)
+""")
+
+
+def test_loaded_in_half_precision(tmp_path):
+    unet = make_unet()
+    GSPNAdapter.from_model(unet).save_pretrained(tmp_path, variant="fp16")
+    adapter = GSPNAdapter.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
+    assert adapter.dtype == torch.float16
+    assert adapter.mount(unet).dtype == torch.float32
+
+
+def test_a_mounted_model_is_not_saved(tmp_path):
+    unet = make_unet()
+    with GSPNAdapter.from_model(unet).mounted(unet):
+        for one in (unet, torch.compile(unet), copy.deepcopy(unet)):
+            with pytest.raises(RuntimeError, match=r"4 self-attentions.*adapter.save_pretrained.*unmount"):
+                one.save_pretrained(tmp_path / "mounted", safe_serialization=True)
+        assert not (tmp_path / "mounted").exists()
+    unet.save_pretrained(tmp_path / "unet")
+    assert torch.equal(run(UNet2DConditionModel.from_pretrained(tmp_path / "unet")), run(unet))
+
+
+def test_mounting_twice():
+    unet, other = make_unet(), make_unet()
+    adapter = GSPNAdapter.from_model(unet, layers=["mid"]).mount(unet)
+    for model in (unet, other):
+        with pytest.raises(RuntimeError, match=r"mounted on a UNet2DConditionModel: unmount\(\) it first"):
+            adapter.mount(model)
+    with pytest.raises(RuntimeError, match="has an adapter mounted already"):
+        GSPNAdapter.from_model(other, layers=["down"]).mount(unet)
+    with pytest.raises(RuntimeError, match="GSPNTokenMixer already"):
+        GSPNAdapter.from_model(unet)
+    adapter.unmount()
+    with pytest.raises(RuntimeError, match="not mounted"):
+        adapter.unmount()
+    with pytest.raises(NotImplementedError, match="call the model"):
+        adapter(torch.zeros(1))
+
+
+def test_models_it_was_not_made_for():
+    adapter = GSPNAdapter.from_model(make_unet("sd15"))
+    for other in (make_unet("sdxl"), make_pixart()):
+        state = state_of(other)
+        with pytest.raises(
+            ValueError, match=r"no self-attention down_blocks\.0.*of the adapter's 16 layers are missing"
+        ):
+            adapter.mount(other)
+        assert state_of(other) == state
+    wider = make_unet("sd15", block_out_channels=(16, 32, 64, 128))
+    with pytest.raises(ValueError, match="has 128 channels and the adapter's mixer 64"):
+        adapter.mount(wider)
+    unconditional = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    for other in (UNet2DModel(block_out_channels=(32,), **unconditional), torch.nn.Linear(2, 2)):
+        for do in (GSPNAdapter.from_model, adapter.mount):
+            with pytest.raises(TypeError, match="cannot be mounted on; pass a UNet2DConditionModel"):
+                do(other)
+    with pytest.raises(TypeError, match=r"pass the model inside it, \._orig_mod"):
+        adapter.mount(torch.compile(make_unet("sd15")))
+    with torch.device("meta"):
+        elsewhere = make_unet("sd15")
+    with pytest.raises(RuntimeError, match="before offloading"):
+        adapter.mount(elsewhere)
+    with torch.device("meta"):
+        empty = GSPNAdapter.from_config(adapter.config)
+    with pytest.raises(RuntimeError, match=r"has no weights for down_blocks.*was loaded from lacks them"):
+        empty.mount(make_unet("sd15"))
+    assert adapter.mounted_on is None
+
+
+def test_something_else_in_the_place_of_attention():
+    unet = make_unet()
+    block = unet.mid_block.attentions[0].transformer_blocks[0]
+    adapter, attention = GSPNAdapter.from_model(unet), block.attn1
+    block.attn1 = torch.nn.Identity()
+    for do in (GSPNAdapter.from_model, adapter.mount):
+        with pytest.raises(RuntimeError, match="attn1 is a Identity, not diffusers' Attention"):
+            do(unet)
+    block.attn1 = attention
+    mixer = adapter.mount(unet).mixers["mid_block.attentions.0.transformer_blocks.0.attn1"]
+    block.attn1 = torch.nn.Identity()
+    with pytest.raises(RuntimeError, match="is a Identity, no longer the adapter's mixer"):
+        adapter.unmount()
+    block.attn1 = mixer
+    adapter.unmount()
+    assert block.attn1 is attention
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("residual_connection", True), ("rescale_output_factor", 2.0), ("group_norm", torch.nn.GroupNorm(4, 32)),
+     ("norm_q", torch.nn.LayerNorm(4)), ("is_causal", True), ("inner_dim", 64)],
+)  # fmt: skip
+def test_attentions_that_do_what_gspn_does_not(option, value):
+    unet = make_unet()
+    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    setattr(attention, option, value)
+    with pytest.raises(ValueError, match=rf"mid_block.*attn1 (has .*{option}|maps between).*[Ll]eave this"):
+        GSPNAdapter.from_model(unet)
+    assert len(GSPNAdapter.from_model(unet, layers=["down", "up"]).mixers) == 3
+
+
+def test_a_second_cross_attention_is_left_alone():
+    unet = make_unet(only_cross_attention=(True, False))
+    adapter = GSPNAdapter.from_model(unet)
+    assert list(adapter.mixers) == ["mid_block.attentions.0.transformer_blocks.0.attn1"]
+    with adapter.mounted(unet):
+        run(unet)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = make_unet(mid_block_type="UNetMidBlock2D", **blocks)
+    with pytest.raises(ValueError, match="no self-attention"):
+        GSPNAdapter.from_model(unet)
+
+
+def test_dropout_is_the_attentions():
+    model = make_pixart(dropout=0.5)
+    adapter = GSPNAdapter.from_model(model).mount(model)
+    assert {mixer.to_out[1].p for mixer in adapter.mixers.values()} == {0.5}
+    model.train()
+    assert not torch.equal(run(model), run(model))
+
+
+def test_a_copy_of_a_mounted_model_works_alone():
+    unet = make_unet()
+    with GSPNAdapter.from_model(unet).mounted(unet):
+        again = copy.deepcopy(unet)
+        expected = run(unet)
+        for p in unet.parameters():
+            p.data.zero_()
+    assert torch.equal(run(again), expected)
+
+
+def test_a_copy_of_a_mounted_adapter_is_not_mounted():
+    unet, other = make_unet(), make_unet()
+    adapter = GSPNAdapter.from_model(unet).mount(unet)
+    again = copy.deepcopy(adapter)
+    assert again.mounted_on is None
+    with again.mounted(other):
+        assert torch.equal(run(other), run(unet))
+    for p in again.parameters():
+        p.data.zero_()
+    assert adapter.num_parameters() == again.num_parameters()
+    assert all(p.abs().max() > 0 for p in adapter.parameters())
+
+
+def test_constructed_from_its_configuration():
+    with pytest.raises(ValueError, match="at least one layer"):
+        GSPNAdapter(layers={})
+    with pytest.raises(TypeError, match="width"):
+        GSPNAdapter(layers={"mid_block": {"width": 3}})
+    adapter = GSPNAdapter(layers={"a.0.attn1": {"dim": 16}, "a.1.attn1": {"dim": 8, "segment": 2}})
+    again = GSPNAdapter.from_config(adapter.config)
+    assert [(n, m.dim, m.scan.segment) for n, m in again.mixers.items()] == [
+        ("a.0.attn1", 16, None), ("a.1.attn1", 8, 2),
+    ]  # fmt: skip
