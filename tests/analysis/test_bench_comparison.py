@@ -17,13 +17,7 @@ from gspn.nn import GSPNMixer
 CPU = torch.device("cpu")
 QUICK = {"repeats": 1, "min_time": 0.0}
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_exponent_is_fitted():
