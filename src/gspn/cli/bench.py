@@ -8,6 +8,7 @@ from .benches.line_scan import bench_line_scan
 from .benches.mixer import bench_mixer
 from .benches.models import bench_models
 from .benches.propagate import bench_block, bench_propagate, bench_scaling
+from .benches.unet import bench_unet
 
 app = typer.Typer(help="Time operators, mixers and networks side by side with their baselines.", no_args_is_help=True)
 app.command("propagate")(bench_propagate)
@@ -16,3 +17,4 @@ app.command("scaling")(bench_scaling)
 app.command("line-scan")(bench_line_scan)
 app.command("mixer")(bench_mixer)
 app.command("models")(bench_models)
+app.command("unet")(bench_unet)

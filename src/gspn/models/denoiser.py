@@ -274,13 +274,12 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
             nn.init.normal_(self.class_embedding.embedding_table.weight, std=0.02)
         # Every block begins as the identity: by the gate where it has one, else by its last map, never by both, or
         # neither would ever get a gradient.
-        ends: list[Any] = [self.norm_modulation, self.out_proj]
-        for block in self.modules():
-            if isinstance(block, GSPNDenoiserBlock):
-                ends.append(block.out_proj if block.modulation is None else block.modulation)
-        for end in ends:
+        blocks = [block for block in self.modules() if isinstance(block, GSPNDenoiserBlock)]
+        ends = [block.out_proj if block.modulation is None else block.modulation for block in blocks]
+        for end in (*ends, self.norm_modulation, self.out_proj):
             nn.init.zeros_(end.weight)
-            nn.init.zeros_(end.bias)
+            if end.bias is not None:
+                nn.init.zeros_(end.bias)
 
 
 def _check(

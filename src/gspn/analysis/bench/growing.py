@@ -18,7 +18,7 @@ def measure_growing(
     names: Sequence[str],
     sides: Sequence[int],
     calls_at: Callable[[int, Sequence[str]], Mapping[str, Callable[[], object]]],
-    macs_at: Callable[[str, int], int],
+    macs_at: Callable[[str, int], int | None],
     *,
     mode: str,
     batch: int,
@@ -38,7 +38,7 @@ def measure_growing(
         names: the candidates.
         sides: H and W of the maps.
         calls_at: (side, names) to what to time for each of them.
-        macs_at: (name, side) to multiply-adds of one map.
+        macs_at: (name, side) to multiply-adds of one map, or None.
         mode: as the results state it.
         batch: likewise.
         dtype: likewise.

@@ -29,12 +29,12 @@ from .options import (
     failed,
     hardware,
     progress_bar,
+    red_figures,
     require_timm,
     wrote,
 )
 
 if TYPE_CHECKING:
-    from gspn.analysis.bench.check import Figure
     from gspn.analysis.bench.comparison import Result
 
 _MODES = ("forward", "train")
@@ -81,7 +81,7 @@ def bench_mixer(
     problem = mixer.MixerProblem(dim=dim, batch=batch, dtype=DTYPES[dtype], device=where, mode=mode)
     red = {name: figures for name, figures in mixer.check_mixers(problem).items() if not all(f.ok for f in figures)}
     if red:
-        raise failed(f"the check failed, so nothing was timed: {_figures(red)}")
+        raise failed(f"the check failed, so nothing was timed: {red_figures(red)}")
     with progress_bar() as bar:
         task = bar.add_task("timing", total=None)
         try:
@@ -115,15 +115,6 @@ def bench_mixer(
         )
         report.save_figure(figure, plot)
         wrote(console, plot)
-
-
-def _figures(red: Mapping[str, Sequence[Figure]]) -> str:
-    return "; ".join(
-        f"{name}: {f.name} is off by {f.error:.3g}, and {f.bound:.3g} is accepted"
-        for name, figures in red.items()
-        for f in figures
-        if not f.ok
-    )
 
 
 def _table(results: Sequence[Result], grown: Mapping[str, float], title: str) -> Table:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
@@ -13,6 +13,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gspn.analysis.bench import environment, report
+
+if TYPE_CHECKING:
+    from gspn.analysis.bench.check import Figure
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -146,3 +149,13 @@ def progress_bar() -> Progress:
 def hardware(here: environment.Environment) -> str:
     """The machine in a few words."""
     return f"{here.device}, {here.threads} CPU threads"
+
+
+def red_figures(red: Mapping[str, Sequence[Figure]]) -> str:
+    """What failed its check, by how much."""
+    return "; ".join(
+        f"{name}: {f.name} is off by {f.error:.3g}, and {f.bound:.3g} is accepted"
+        for name, figures in red.items()
+        for f in figures
+        if not f.ok
+    )
