@@ -8,6 +8,7 @@ The card states the command, seed, versions and what the shipped weights, not th
 from __future__ import annotations
 
 import csv
+import json
 import platform
 import shutil
 from importlib.metadata import version
@@ -41,7 +42,12 @@ def main(
     pipeline = load_pipeline(run)
     target = WEIGHTS / name
     with replaced_directory(target) as part:
-        pipeline.to(torch.float16).save_pretrained(part, safe_serialization=True)
+        torch.nn.Module.half(pipeline.transformer)
+        pipeline.save_pretrained(part, safe_serialization=True)
+        for file in part.rglob("*.json"):
+            values = json.loads(file.read_text())
+            values.pop("_name_or_path", None)  # where it lay on the machine that trained it
+            file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     weights = target / "transformer" / "diffusion_pytorch_model.safetensors"
     for file in target.rglob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes files that only their owner reads

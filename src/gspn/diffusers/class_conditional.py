@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         transformer: ModelMixin,
         scheduler: SchedulerMixin,
         vae: ModelMixin | None = None,
-        id2label: Mapping[int | str, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
         latent_scale: float = 1.0,
     ) -> None:
         super().__init__()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,10 @@ def shipped_pipelines() -> dict[str, Path]:
         >>> sorted(shipped_pipelines())
         ['gspn_denoiser.mnist5k']
     """
-    found = (Path(str(files("gspn"))) / "diffusers" / "weights").glob("*/model_index.json")
+    spec = importlib.util.find_spec("gspn.diffusers")  # found without importing it, which needs diffusers
+    if spec is None or spec.origin is None:
+        return {}
+    found = (Path(spec.origin).parent / "weights").glob("*/model_index.json")
     return {path.parent.name: path.parent for path in found}
 
 
@@ -132,7 +135,7 @@ def load_pipeline(source: str | Path) -> Any:
         >>> load_pipeline("gspn_denoiser.mnist5k").num_classes
         10
     """
-    torch = require("torch", "diffusers", extra="diffusers")
+    require("diffusers", extra="diffusers")
     from gspn.diffusers import ClassConditionalPipeline
 
     name, shipped = str(source), shipped_pipelines()
@@ -145,7 +148,7 @@ def load_pipeline(source: str | Path) -> Any:
             f"of {', '.join(sorted(shipped))}{hint(name, shipped)}"
         )
     try:
-        # Shipped weights are float16; what computes in less than float32 says so by autocast.
-        return ClassConditionalPipeline.from_pretrained(name if path is None else path).to(torch.float32)
+        # In float32, whatever the file: what computes in less says so by autocast.
+        return ClassConditionalPipeline.from_pretrained(name if path is None else path)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise UsageError(f"{name!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
