@@ -31,6 +31,10 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _small_networks(request: pytest.FixtureRequest) -> None:
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test leaves another number of threads behind, as the commands' ``--threads`` would."""
+    threads = torch.get_num_threads()
     if any(folder in request.path.parents for folder in _ON_ONE_THREAD):
         request.getfixturevalue("one_thread")
+    yield
+    torch.set_num_threads(threads)
