@@ -2,6 +2,7 @@
 
 from gspn.data.base import Pictures
 from gspn.data.broken import BrokenImages, BrokenImageWarning, SkipBroken, collate
+from gspn.data.captions import CaptionedPictures, EmojiCaptions, open_captions
 from gspn.data.digits import Digits, MNIST5k
 from gspn.data.emoji import Emoji, EmojiRecord
 from gspn.data.images import MAX_PIXELS, BrokenImageError, load_image
@@ -14,8 +15,10 @@ __all__ = [
     "BrokenImageError",
     "BrokenImageWarning",
     "BrokenImages",
+    "CaptionedPictures",
     "Digits",
     "Emoji",
+    "EmojiCaptions",
     "EmojiRecord",
     "MNIST5k",
     "Pictures",
@@ -23,5 +26,6 @@ __all__ = [
     "SkipBroken",
     "collate",
     "load_image",
+    "open_captions",
     "open_dataset",
 ]

@@ -131,18 +131,76 @@ def cache_latents(
         )
     autoencoder = load_autoencoder(vae)
     pictures = open_data(data, split, root, **options)
+    class_names(pictures)  # a class-conditional model needs them
+    return encode_data_set(
+        autoencoder,
+        pictures,
+        output=output,
+        source=str(vae),
+        record=RecordKeys(data, split, options, size),
+        hflip=hflip,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        precision=precision,
+        device=device,
+        workers=workers,
+        console=console,
+    )
+
+
+@dataclass(frozen=True)
+class RecordKeys:
+    """What is written down of a data set besides what it says itself."""
+
+    name: str
+    split: str
+    options: dict[str, Any]
+    size: int
+
+
+def encode_data_set(
+    autoencoder: Any,
+    pictures: Any,
+    *,
+    output: str | Path,
+    source: str,
+    record: RecordKeys,
+    hflip: bool,
+    batch_size: int,
+    shard_size: int,
+    precision: str,
+    device: str,
+    workers: int,
+    console: Console | None,
+) -> CachedLatents:
+    """As :func:`cache_latents`, of a data set and with an autoencoder that are opened already.
+
+    Args:
+        autoencoder: What encodes.
+        pictures: A data set of (picture, label), whose transform is replaced; without ``classes`` any label counts.
+        output: A directory, new, empty, or begun with the same arguments.
+        source: What the autoencoder is called.
+        record: What the data set is called, and the size of its pictures.
+        hflip: Encode the mirrored pictures too.
+        batch_size: Pictures at a time.
+        shard_size: Pictures in a file.
+        precision: As there.
+        device: As there.
+        workers: As there.
+        console: As there.
+    """
     asked = LatentIndex(
         format=FORMAT,
         complete=False,
-        vae=VaeRecord(str(vae), weights_digest(autoencoder), config_of(autoencoder)),
-        data=_pictures_record(pictures, data, split, size, options),
+        vae=VaeRecord(source, weights_digest(autoencoder), config_of(autoencoder)),
+        data=_pictures_record(pictures, record),
         hflip=hflip,
         precision=precision,
         shard_size=shard_size,
-        shape=_latent_shape(autoencoder, size),
+        shape=_latent_shape(autoencoder, record.size),
     )
     pictures.transform = picture_transform(
-        DataConfig(size=size, channels=autoencoder.config.in_channels), training=False
+        DataConfig(size=record.size, channels=autoencoder.config.in_channels), training=False
     )
     work = _Caching(Path(output), asked, autoencoder, pictures, batch_size, workers, console or Console())
     return connected(lambda: work.run(precision, device))
@@ -283,18 +341,19 @@ class _Caching:
         write_text(self._record_path(number), json.dumps(to_mapping(shard), indent=1) + "\n")
 
 
-def _pictures_record(pictures: Any, name: str, split: str, size: int, options: dict[str, Any]) -> PicturesRecord:
+def _pictures_record(pictures: Any, keys: RecordKeys) -> PicturesRecord:
     count = len(pictures)
     named = [str(pictures.filename(i * count // _NAMED)) for i in range(min(_NAMED, count))]
     return PicturesRecord(
-        name=name,
-        split=split,
+        name=keys.name,
+        split=keys.split,
         # As they come out of JSON again.
-        options=json.loads(json.dumps(options, default=str)),
+        options=json.loads(json.dumps(keys.options, default=str)),
         images=count,
         names=hashlib.sha256("\0".join(named).encode()).hexdigest()[:16],
-        classes=class_names(pictures),
-        size=size,
+        # A set whose targets are no classes says so by having none.
+        classes=[] if getattr(pictures, "classes", None) == [] else class_names(pictures),
+        size=keys.size,
     )
 
 

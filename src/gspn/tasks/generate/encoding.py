@@ -132,7 +132,7 @@ class ShardEncoder:
     def _check(self, found: dict[str, Tensor]) -> None:
         index, classes = self.index, len(self.index.data.classes)
         finite = (found["mean"].isfinite() & found["std"].isfinite()).flatten(1).all(1)
-        classed = (found["label"] >= 0) & (found["label"] < classes)
+        classed = (found["label"] >= 0) & ((found["label"] < classes) | (classes == 0))
         for fine, what in (
             (finite, f"a latent that is not finite in {index.precision}; use --precision fp32, or bf16"),
             (classed, f"no class among the {classes} of the data; leave it out"),

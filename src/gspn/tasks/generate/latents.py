@@ -62,6 +62,7 @@ class PicturesRecord:
     names: str
     """A digest of some of their names."""
     classes: list[str]
+    """Names; none where labels are no classes."""
     size: int
     """Height and width."""
 
@@ -193,7 +194,8 @@ class LatentSet(Dataset):
                 labels = opened.get_tensor("label")
             except (OSError, SafetensorError) as error:
                 raise UsageError(f"{str(path)!r} cannot be read ({error}); {AGAIN}.") from None
-            outside = labels[(labels < 0) | (labels >= len(self.classes))]
+            # Without classes a label is another number: what picture it is.
+            outside = labels[(labels < 0) | ((labels >= len(self.classes)) & bool(self.classes))]
             if shapes != [shape, shape, shape[:1]] or len(outside):
                 raise UsageError(f"{str(path)!r} is not what {INDEX} says; {AGAIN}.")
 

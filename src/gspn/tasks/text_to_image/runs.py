@@ -1,0 +1,255 @@
+"""What training a UNet and distilling an adapter share: batches, the held-out loss, and pictures on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from rich.console import Console
+from torch import Tensor, nn
+
+from ..errors import UsageError, require
+from ..files import replaced
+from ..seeding import derived_seed, seed_everything
+from ..training.config import Resolved
+from ..training.loop import Position, TrainingRun, to_device
+from ..training.records import EpochRow
+from .conditioning import Conditioning
+from .config import ResolvedTextToImage
+from .data import EncodedData, EncodedSplit, read_text
+
+
+@dataclass(frozen=True)
+class CaptionRow(EpochRow):
+    """One row of ``metrics.csv``; the held-out losses are None where there is nothing held out."""
+
+    eval_loss: float | None
+    """Mean over the held-out pictures, at times and noise that are the same after every epoch."""
+    ema_loss: float | None
+    """Likewise, of the averaged weights."""
+
+
+class CaptionRun(TrainingRun[CaptionRow, Position]):
+    """A run over encoded pictures and captions; a task derives from it and says what the loss of a batch is.
+
+    Args:
+        config: The task's configuration.
+        pipeline: On the CPU, whose UNet is trained or is the teacher.
+        data: Encoded.
+        resume: Continue from the newest whole checkpoint.
+        console: Where to print.
+    """
+
+    row = CaptionRow
+
+    def __init__(self, config: Any, pipeline: Any, data: EncodedData, resume: bool, console: Console) -> None:
+        self.pipeline = pipeline
+        self.data = data
+        super().__init__(config, resume, console)
+
+    def _open_loaders(self, config: Any) -> None:
+        self.train_loader, self.held_out = self.data.loaders(
+            config.data, accumulate=config.optim.accumulate, seed=config.run.seed, **self.places
+        )
+
+    def _classes(self) -> int:
+        return 0
+
+    def _resolve(self, config: Any, network: nn.Module, shared: Resolved) -> ResolvedTextToImage:
+        del config, network
+        text = self.data.train.text.index
+        return ResolvedTextToImage(
+            **asdict(shared),
+            captions=text.rows - 1,
+            latent_shape=list(self.data.shape),
+            latents=self.data.train.latents.digest,
+            text=text.encoders,
+        )
+
+    def _data_line(self) -> str:
+        resolved = self.config.resolved
+        shape = " x ".join(map(str, resolved.latent_shape))
+        return f"{self.data.name}: {resolved.train_images:,} pictures, {resolved.captions:,} captions, latents of {shape}"
+
+    # --- The loss -----------------------------------------------------------------------------------------------------
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of a picture in pixels."""
+        _, height, width = self.data.shape
+        return height * self.data.pixels, width * self.data.pixels
+
+    def _losses(self, model: nn.Module, start: Tensor, text: Conditioning) -> Tensor:
+        """The loss of each of ``start`` ``[B, C, h, w]``, ``[B]``; draws from PyTorch's generators."""
+        raise NotImplementedError
+
+    def _dropout(self) -> float:
+        """Probability of leaving a caption out."""
+        raise NotImplementedError
+
+    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        rows = self.data.train.text.drawn(targets, self._dropout())
+        text = read_text(self.data.train.text, rows, self.accelerator.device)
+        return self._losses(self.model, self.data.start(images), text).mean()
+
+    @torch.no_grad()
+    def _held_out_loss(self, model: nn.Module, split: EncodedSplit) -> float:
+        training = model.training
+        model.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        with random_state_kept():
+            for i, (images, targets) in enumerate(self.held_out or ()):
+                seed_everything(derived_seed(self.config.run.seed, "eval", i, self.accelerator.process_index))
+                images = to_device(images, self.accelerator.device, self.config.model.channels_last)
+                counts = targets >= 0
+                text = read_text(split.text, split.text.leading(targets.clamp(min=0)), self.accelerator.device)
+                with self.accelerator.autocast():
+                    each = self._losses(model, self.data.start(images), text)
+                sums += torch.stack([each.cpu().double()[counts].sum(), counts.sum().double()])
+        model.train(training)
+        total, count = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()  # type: ignore[union-attr]
+        return total / max(count, 1)
+
+    def _finish(self, shared: dict[str, Any], last: bool) -> tuple[CaptionRow, list[str], bool]:
+        epoch = shared["epoch"]
+        raw = ema = None
+        if self.data.held_out is not None and (last or epoch % self.config.run.eval_every == 0):
+            self.reporter.doing("evaluating", epoch - 1)
+            raw = self._held_out_loss(self.model, self.data.held_out)
+            ema = None if self.ema is None else self._held_out_loss(self._averaged(), self.data.held_out)
+        row = CaptionRow(**shared, eval_loss=raw, ema_loss=ema)
+        found = [] if raw is None else [f"eval {raw:.4f}"]
+        if ema is not None:
+            found.append(f"ema {ema:.4f}")
+        weights = self.weights()
+        if self.main:
+            self._write(weights.get("ema", weights["raw"]))
+            every = self.config.pictures.every
+            if every and (last or epoch % every == 0):
+                self.reporter.doing("drawing", epoch - 1)
+                with random_state_kept():
+                    self._draw(epoch, row.step)
+        return row, found, False
+
+    def _averaged(self) -> nn.Module:
+        """The module of the averaged weights, that the loss can be taken of."""
+        if self.ema is None:
+            raise UsageError("no average is kept; set ema.decay.")
+        return self.ema.module
+
+    def _write(self, weights: Any) -> None:
+        """Write what the run gives into ``last/``."""
+        raise NotImplementedError
+
+    # --- Pictures -----------------------------------------------------------------------------------------------------
+
+    def _draw(self, epoch: int, step: int) -> None:
+        """Draw pictures of the weights just written."""
+        raise NotImplementedError
+
+    def prompts(self) -> list[str]:
+        """What is drawn on the way."""
+        pictures = self.config.pictures
+        if pictures.prompts:
+            return list(pictures.prompts)
+        captions = self.data.train.captions
+        return [captions[(2 * i + 1) * len(captions) // (2 * pictures.number)] for i in range(pictures.number)]
+
+    def drawn(self, pipeline: Any) -> list[Image.Image]:
+        """The prompts, drawn by a pipeline from noise that depends on the run's seed alone."""
+        pictures, (height, width) = self.config.pictures, self.picture_size
+        prompts = self.prompts()
+        trained = pipeline.scheduler
+        solver = require("diffusers", extra="diffusers").DPMSolverMultistepScheduler
+        pipeline.scheduler = solver.from_config(trained.config)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(self.accelerator.device)
+        found: list[Image.Image] = []
+        try:
+            with self.accelerator.autocast():
+                for begin in range(0, len(prompts), self.config.data.batch_size):
+                    some = prompts[begin : begin + self.config.data.batch_size]
+                    seeds = [derived_seed(self.config.run.seed, "picture", begin + i) for i in range(len(some))]
+                    found += pipeline(
+                        some,
+                        height=height,
+                        width=width,
+                        num_inference_steps=pictures.steps,
+                        guidance_scale=pictures.guidance,
+                        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                    ).images
+        finally:
+            pipeline.scheduler = trained
+        return found
+
+    def save_sheet(self, epoch: int, step: int, rows: dict[str, list[Image.Image]]) -> None:
+        """Rows of pictures, one for each of the prompts, with their names."""
+        sheet = draw_sheet(rows, self.prompts())
+        with replaced(self.output / "samples" / f"epoch-{epoch:05d}.png") as part:
+            sheet.save(part, format="PNG")
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                import numpy as np
+
+                tracker.log_images({"samples": np.asarray(sheet)[None]}, step=step, dataformats="NHWC")
+
+
+def draw_sheet(rows: dict[str, list[Image.Image]], prompts: Sequence[str], *, columns: int = 8) -> Image.Image:
+    """One picture: under each prompt what each of the rows has of it.
+
+    Args:
+        rows: By name, a picture for each prompt, all of one size.
+        prompts: What the pictures are of.
+        columns: Prompts beside each other.
+    """
+    width, height = next(iter(rows.values()))[0].size
+    scale = max(1, math.ceil(96 / max(width, height)))
+    width, height = width * scale, height * scale
+    gap, line = 10, 13
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    named = len(rows) > 1
+    margin = gap + (max(int(pen.textlength(name)) for name in rows) + gap if named else 0)
+    texts = [_wrapped(pen, prompt, width) for prompt in prompts]
+    columns = min(columns, len(prompts))
+    head = line * max(len(text) for text in texts) + 4
+    block = head + len(rows) * (height + 4) + gap
+    bands = math.ceil(len(prompts) / columns)
+    sheet = Image.new("RGB", (margin + columns * (width + gap), gap + bands * block), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, text in enumerate(texts):
+        band, column = divmod(i, columns)
+        x, y = margin + column * (width + gap), gap + band * block
+        for number, words in enumerate(text):
+            pen.text((x, y + head - 4 - line * (len(text) - number)), words, fill=(31, 31, 51))
+        for number, (name, pictures) in enumerate(rows.items()):
+            top = y + head + number * (height + 4)
+            shown = pictures[i].convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+            sheet.paste(shown, (x, top))
+            if named and column == 0:
+                pen.text((gap, top + height // 2), name, fill=(110, 112, 130), anchor="lm")
+    return sheet
+
+
+def _wrapped(pen: Any, text: str, width: int, most: int = 3) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if pen.textlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > most:
+        lines = [*lines[: most - 1], lines[most - 1] + " ..."]
+    return lines
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """What is drawn inside does not count outside."""
+    with torch.random.fork_rng():
+        yield
