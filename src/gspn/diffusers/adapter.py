@@ -75,6 +75,7 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
         groups: int | None = None,
         segment: int | Mapping[str, int | None] | None = None,
         skip: bool = True,
+        proxy_bias: bool = False,
         copy_projections: bool = True,
     ) -> GSPNAdapter:
         """An adapter for a model, which is neither changed nor kept.
@@ -89,6 +90,8 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
             segment: lines after which the scans restart: one number for all layers, None for global scans, or numbers
                 by level or name, of which the longest that fits a layer counts; layers without one are global.
             skip: whether to add the input-dependent skip.
+            proxy_bias: whether the proxies have a bias, through which taps and gates can have a constant part; what
+                ``gspn t2i distill`` fits to the attention before it begins.
             copy_projections: start from the attentions' ``to_v`` and ``to_out``.
 
         Raises:
@@ -124,6 +127,7 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
                     "groups": groups,
                     "segment": segments[name],
                     "skip": skip,
+                    "proxy_bias": proxy_bias,
                     "bias": attention.to_v.bias is not None,
                     "out_bias": attention.to_out[0].bias is not None,
                     "dropout": attention.dropout,

@@ -32,7 +32,7 @@ class GSPN2d(nn.Module):
         h_d = \mathrm{line\_scan}_d\bigl(x,\; \mathrm{stochastic\_taps}(T_d\, p),\; \Lambda_d\, p\bigr), \qquad
         y = \sum_d m_d \bigl( U_d\, p \odot h_d + S_d\, p \odot x \bigr)
 
-    where all maps are linear in the proxy, pixel by pixel: GSPN (arXiv 2501.12381, section 3.3 and figure 3), with the
+    where all maps are linear in the proxy, pixel by pixel, and the proxy is linear in x unless ``proxy_bias``: GSPN (arXiv 2501.12381, section 3.3 and figure 3), with the
     input-dependent skip ``S_d`` of the authors' networks. ``groups=1`` shares the taps between all channels, which is
     GSPN-2 (arXiv 2512.07884). There is no positional embedding and any height and width will do. The result has the
     memory layout of the input. The maps are never written to memory: all of it after the proxy is one
@@ -44,6 +44,8 @@ class GSPN2d(nn.Module):
         groups: sets of taps G, a divisor of ``dim``; None for ``dim``, taps for each channel.
         segment: lines after which the scans restart; None for global scans, which connect every pixel with every other.
         skip: whether to add the input-dependent skip.
+        proxy_bias: whether the proxy has a bias, through which taps and gates can have a part that does not depend on
+            the input.
         directions: those of :data:`gspn.DIRECTIONS` to scan in.
         alignment: ``"image"``, the paper's operator: maps and results stay at their pixels. ``"released"`` is the
             arithmetic of the authors' published classifier, whose maps are not turned with the input of a direction
@@ -75,6 +77,7 @@ class GSPN2d(nn.Module):
         groups: int | None = None,
         segment: int | None = None,
         skip: bool = True,
+        proxy_bias: bool = False,
         directions: Sequence[Direction] = DIRECTIONS,
         alignment: Alignment = "image",
         impl: str = "auto",
@@ -95,7 +98,7 @@ class GSPN2d(nn.Module):
         self.impl = impl
 
         count = len(self.directions)
-        self.proxy = nn.Conv2d(dim, proxy_dim, 1, bias=False, **dd)  # type: ignore[arg-type]
+        self.proxy = nn.Conv2d(dim, proxy_dim, 1, bias=proxy_bias, **dd)  # type: ignore[arg-type]
         self.tap_proj = nn.Parameter(torch.empty(count, groups, 3, proxy_dim, **dd))  # type: ignore[arg-type]
         self.lam_proj = nn.Parameter(torch.empty(count, dim, proxy_dim, **dd))  # type: ignore[arg-type]
         self.u_proj = nn.Parameter(torch.empty(count, dim, proxy_dim, **dd))  # type: ignore[arg-type]
@@ -151,6 +154,8 @@ class GSPN2d(nn.Module):
             parts.append(f"segment={self.segment}")
         if self.skip_proj is None:
             parts.append("skip=False")
+        if self.proxy.bias is not None:
+            parts.append("proxy_bias=True")
         if self.directions != DIRECTIONS:
             parts.append(f"directions={self.directions}")
         if self.alignment != "image":

@@ -163,9 +163,11 @@ class AdapterConfig:
     segments: dict[str, int | None] = field(default_factory=dict)
     """Segments by level, in the place of ``segment``."""
     skip: bool = True
+    proxy_bias: bool = True
+    """Let taps and gates have a constant part, which `fit` needs."""
     initialize: Literal["fit", "copy", "random"] = "fit"
-    """`random`; `copy`: from the teacher's ``to_v`` and ``to_out``; `fit`: copies, and the merge of the four directions
-    by least squares against the attention's output."""
+    """`random`; `copy`: from the teacher's ``to_v`` and ``to_out``; `fit`: copies, and constant gates by least squares
+    against the attention: :func:`~.initialization.fit_gates`."""
     resume_from: str | None = None
     """An adapter, by path, hub id or name, to go on from, in the place of all that."""
     weights: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -237,6 +239,11 @@ class DistillConfig(Configuration):
             raise UsageError(
                 f"distillation.block_epochs is {loss.block_epochs}, and schedule.epochs {self.schedule.epochs}; the "
                 "former are among the latter."
+            )
+        if self.model.initialize == "fit" and not self.model.proxy_bias:
+            raise UsageError(
+                "model.initialize is 'fit' and model.proxy_bias false: constant gates need it. Set "
+                "model.initialize=copy, or model.proxy_bias=true."
             )
         if self.model.segment is not None and self.model.segments:
             raise UsageError(

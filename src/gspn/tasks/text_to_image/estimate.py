@@ -147,8 +147,8 @@ def estimate_stages(
         operations, peak = one.operations, one.peak
         if ladder is not None and ladder.dilated and stage.dilation > 1:
             s = stage.dilation
-            sides = (math.ceil(side / factor / s) * factor for side in (stage.height, stage.width))
-            sub = usage(*sides, at_once * s * s)
+            h, w = (math.ceil(side / factor / s) * factor for side in (stage.height, stage.width))
+            sub = usage(h, w, at_once * s * s)
             operations, peak = operations + sub.operations, max(peak, sub.peak)
         maps = 4 * _LATENT_MAPS * batch * unet.config.in_channels * stage.height * stage.width // factor**2
         total, peak = operations * calls * stage.steps * batches, peak + maps

@@ -19,7 +19,8 @@ DIRECTORY = "ladder"
 
 _SETTINGS = "settings.json"
 _LATENTS = "latents"
-_SAMPLED = 8
+_MARKS = "gspn"
+_SAMPLED = 8  # of each weight, at least
 
 
 class LadderState:
@@ -37,8 +38,8 @@ class LadderState:
         self.directory = directory / DIRECTORY
         self.settings = json.loads(json.dumps(settings))
         found = read_settings(directory)
-        for key in () if found is None else sorted(found | self.settings, key=list(self.settings | found).index):
-            before, now = found.get(key), self.settings.get(key)
+        for key in {} if found is None else self.settings | found:
+            before, now = (found or {}).get(key), self.settings.get(key)
             if before != now:
                 raise UsageError(
                     f"{str(directory)!r} holds a ladder with {key}={_short(before)}, and this run has {_short(now)}; "
@@ -79,7 +80,8 @@ class LadderState:
 
     def _marks(self, index: int, stage: int, latents: Tensor) -> dict[str, str]:
         content = hashlib.sha256(latents.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-        return {"settings": self._digest, "index": str(index), "stage": str(stage), "content": content}
+        # One entry: the order of several in a file is chance, and the same run has to write the same bytes.
+        return {_MARKS: json.dumps([self._digest, index, stage, content])}
 
 
 def read_settings(directory: Path) -> dict[str, Any] | None:

@@ -84,8 +84,8 @@ class CaptionRun(TrainingRun[CaptionRow, Position]):
         _, height, width = self.data.shape
         return height * self.data.pixels, width * self.data.pixels
 
-    def _losses(self, model: nn.Module, start: Tensor, text: Conditioning) -> Tensor:
-        """The loss of each of ``start`` ``[B, C, h, w]``, ``[B]``; draws from PyTorch's generators."""
+    def _losses(self, model: nn.Module, start: Tensor, text: Conditioning) -> dict[str, Tensor]:
+        """``loss``, and its parts, of each of ``start`` ``[B, C, h, w]``, ``[B]``; draws from PyTorch's generators."""
         raise NotImplementedError
 
     def _dropout(self) -> float:
@@ -95,13 +95,13 @@ class CaptionRun(TrainingRun[CaptionRow, Position]):
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
         rows = self.data.train.text.drawn(targets, self._dropout())
         text = read_text(self.data.train.text, rows, self.accelerator.device)
-        return self._losses(self.model, self.data.start(images), text).mean()
+        return self._losses(self.model, self.data.start(images), text)["loss"].mean()
 
     @torch.no_grad()
-    def _held_out_loss(self, model: nn.Module, split: EncodedSplit) -> float:
+    def _held_out_losses(self, model: nn.Module, split: EncodedSplit) -> dict[str, float]:
         training = model.training
         model.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums: dict[str, float] = {}
         with random_state_kept():
             for i, (images, targets) in enumerate(self.held_out or ()):
                 seed_everything(derived_seed(self.config.run.seed, "eval", i, self.accelerator.process_index))
@@ -109,23 +109,26 @@ class CaptionRun(TrainingRun[CaptionRow, Position]):
                 counts = targets >= 0
                 text = read_text(split.text, split.text.leading(targets.clamp(min=0)), self.accelerator.device)
                 with self.accelerator.autocast():
-                    each = self._losses(model, self.data.start(images), text)
-                sums += torch.stack([each.cpu().double()[counts].sum(), counts.sum().double()])
+                    found = self._losses(model, self.data.start(images), text)
+                found = {"count": torch.ones(len(targets)), **found}
+                for name, each in found.items():
+                    sums[name] = sums.get(name, 0.0) + each.cpu().double()[counts].sum().item()
         model.train(training)
-        total, count = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()  # type: ignore[union-attr]
-        return total / max(count, 1)
+        total = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.accelerator.device)
+        values = self.accelerator.reduce(total, "sum").tolist()  # type: ignore[union-attr]
+        whole = dict(zip(sums, values, strict=True))
+        return {name: value / max(whole["count"], 1) for name, value in whole.items() if name != "count"}
 
     def _finish(self, shared: dict[str, Any], last: bool) -> tuple[CaptionRow, list[str], bool]:
         epoch = shared["epoch"]
-        raw = ema = None
+        raw, ema = {}, {}
         if self.data.held_out is not None and (last or epoch % self.config.run.eval_every == 0):
             self.reporter.doing("evaluating", epoch - 1)
-            raw = self._held_out_loss(self.model, self.data.held_out)
-            ema = None if self.ema is None else self._held_out_loss(self._averaged(), self.data.held_out)
-        row = CaptionRow(**shared, eval_loss=raw, ema_loss=ema)
-        found = [] if raw is None else [f"eval {raw:.4f}"]
-        if ema is not None:
-            found.append(f"ema {ema:.4f}")
+            raw = self._held_out_losses(self.model, self.data.held_out)
+            ema = {} if self.ema is None else self._held_out_losses(self._averaged(), self.data.held_out)
+        parts = {f"eval_{name}": value for name, value in (ema or raw).items() if name != "loss"}
+        row = self.row(**shared, eval_loss=raw.get("loss"), ema_loss=ema.get("loss"), **parts)
+        found = [f"{name} {one['loss']:.4f}" for name, one in (("eval", raw), ("ema", ema)) if one]
         weights = self.weights()
         if self.main:
             self._write(weights.get("ema", weights["raw"]))

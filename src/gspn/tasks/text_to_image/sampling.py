@@ -155,6 +155,7 @@ def sample(
         stack.enter_context(tiles(pipeline.vae, tiled))
         text, nothing = _encoded(pipeline, prompts, negative, guidance)
         estimate = small = None
+        operations = (0, 0)
         if check or estimate_only:
 
             def expected(split: bool, skips: bool) -> Estimate:

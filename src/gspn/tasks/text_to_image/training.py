@@ -165,14 +165,15 @@ class _UNetRun(CaptionRun):
     def _dropout(self) -> float:
         return self.config.noise.caption_dropout
 
-    def _losses(self, model: Any, start: Tensor, text: Conditioning) -> Tensor:
+    def _losses(self, model: Any, start: Tensor, text: Conditioning) -> dict[str, Tensor]:
         given = unet_arguments(self.pipeline.unet, text, *self.picture_size)
         # A tuple: what gathers outputs over processes and precisions does not know diffusers' classes.
-        return self.denoising.each(
+        loss = self.denoising.each(
             lambda noisy, t, _: model(noisy, t, **given, return_dict=False)[0],
             start,
-            torch.zeros(0),
+            torch.zeros(0),  # no labels
         )
+        return {"loss": loss}
 
     def _write(self, weights: Any) -> None:
         self.pipeline.to("cpu")
