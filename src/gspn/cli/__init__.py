@@ -8,7 +8,7 @@ import typer
 
 import gspn
 
-from . import bench, classify, generate
+from . import bench, classify, generate, t2i
 from .explain import explain
 from .info import info
 from .models import models
@@ -26,6 +26,7 @@ app.command()(explain)
 app.add_typer(bench.app, name="bench")
 app.add_typer(classify.app, name="classify")
 app.add_typer(generate.app, name="generate")
+app.add_typer(t2i.app, name="t2i")
 
 
 def _print_version(asked: bool) -> None:

@@ -207,16 +207,12 @@ def _members(file: IO[bytes], shard: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def _walk(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
-    length = file.seek(0, os.SEEK_END)
-    file.seek(0)
     before = -1
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as archive:
         while (member := archive.next()) is not None:
-            # A negative size would lead back, for ever.
+            # An older tarfile follows a negative size back, for ever.
             if member.offset <= before or member.size < 0:
                 raise tarfile.ReadError(f"the header at byte {member.offset:,} leads back")
-            if member.isreg() and member.sparse is None and member.offset_data + member.size > length:
-                raise tarfile.ReadError(f"{cut(member.name)} ends beyond the file's {length:,} bytes")
             before = member.offset
             yield member
         end = archive.offset

@@ -198,6 +198,40 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
         finally:
             self.unmount()
 
+    def set_segment(self, segment: int | Mapping[str, int | None] | None) -> None:
+        """Let the scans restart after as many lines, which no weight depends on; saved with the adapter from then on.
+
+        A scan sums up what lies before a pixel: over maps larger than those of the training it comes to more than it
+        did there, unless it restarts after as many lines as they had.
+
+        Args:
+            segment: as for :meth:`from_model`.
+
+        Raises:
+            TypeError: a number of lines is no integer.
+            ValueError: it is below 1, or a level or name has no layer.
+
+        Example:
+            >>> from diffusers import PixArtTransformer2DModel
+            >>> from gspn.diffusers import GSPNAdapter
+            >>> model = PixArtTransformer2DModel(2, 8, num_layers=2, cross_attention_dim=16, sample_size=16)
+            >>> adapter = GSPNAdapter.from_model(model)
+            >>> adapter.set_segment({"transformer_blocks.1": 8})
+            >>> [mixer.scan.segment for mixer in adapter.mixers.values()]
+            [None, 8]
+        """
+        mixers = self.mixers
+        found = _segments(segment, list(mixers))
+        for lines in found.values():
+            if lines is not None and (isinstance(lines, bool) or not isinstance(lines, int)):
+                raise TypeError(f"segment={lines!r} is a {type(lines).__name__}; pass a number of lines, or None.")
+            if lines is not None and lines < 1:
+                raise ValueError(f"segment={lines} is below 1; pass a number of lines, or None for global scans.")
+        for name, mixer in mixers.items():
+            mixer.scan.segment = found[name]
+        layers = {name: {**options, "segment": found[name]} for name, options in self.config["layers"].items()}
+        self.register_to_config(layers=layers)
+
     def freeze_model(self) -> list[nn.Parameter]:
         """Leave the adapter's parameters as the only ones of the mounted model that are trained.
 

@@ -32,11 +32,11 @@ class GSPN2d(nn.Module):
         h_d = \mathrm{line\_scan}_d\bigl(x,\; \mathrm{stochastic\_taps}(T_d\, p),\; \Lambda_d\, p\bigr), \qquad
         y = \sum_d m_d \bigl( U_d\, p \odot h_d + S_d\, p \odot x \bigr)
 
-    where all maps are linear in the proxy, pixel by pixel, and the proxy is linear in x unless ``proxy_bias``: GSPN (arXiv 2501.12381, section 3.3 and figure 3), with the
-    input-dependent skip ``S_d`` of the authors' networks. ``groups=1`` shares the taps between all channels, which is
-    GSPN-2 (arXiv 2512.07884). There is no positional embedding and any height and width will do. The result has the
-    memory layout of the input. The maps are never written to memory: all of it after the proxy is one
-    :func:`gspn.propagate`, or one for each direction with ``alignment="released"``.
+    where all maps are linear in the proxy, pixel by pixel, and the proxy in x unless ``proxy_bias``: GSPN (arXiv
+    2501.12381, section 3.3 and figure 3), with the input-dependent skip ``S_d`` of the authors' networks. ``groups=1``
+    shares the taps between all channels, which is GSPN-2 (arXiv 2512.07884). There is no positional embedding and any
+    height and width will do. The result has the memory layout of the input. The maps are never written to memory: all
+    of it after the proxy is one :func:`gspn.propagate`, or one for each direction with ``alignment="released"``.
 
     Args:
         dim: channels C of the map.

@@ -127,9 +127,13 @@ class AutoencodeConfig(Configuration):
         factor = 2 ** (len(model.block_out_channels) - 1)
         for place, side in (("data.size", data.size), ("data.crop", data.crop)):
             if side is not None and side % factor:
-                raise UsageError(f"{place} is {side}, and {len(model.block_out_channels)} levels need multiples of {factor}.")
+                raise UsageError(
+                    f"{place} is {side}, and {len(model.block_out_channels)} levels need multiples of {factor}."
+                )
         if data.crop is not None and data.crop > data.size:
-            raise UsageError(f"data.crop is {data.crop} and data.size {data.size}; a piece is no larger than its picture.")
+            raise UsageError(
+                f"data.crop is {data.crop} and data.size {data.size}; a piece is no larger than its picture."
+            )
         if self.optim.label_smoothing:
             raise UsageError(
                 f"optim.label_smoothing is {self.optim.label_smoothing:g}: an autoencoder has no labels to smooth. "

@@ -122,12 +122,12 @@ class _AutoencoderRun(TrainingRun[AutoencoderRow, Position]):
         return ResolvedAutoencoder(**asdict(shared), latent_size=config.data.size // factor)
 
     def _announcement(self) -> list[str]:
-        config, resolved = self.config, self.config.resolved
+        data, resolved = self.config.data, self.config.resolved
         side = resolved.latent_size
+        latents = f"{data.size} px to latents of {self.config.model.latent_channels} x {side} x {side}"
         return [
             f"AutoencoderKL, {resolved.parameters / 1e6:.2f} M parameters, on {self._place()}",
-            f"{config.data.name} {config.data.train_split}: {resolved.train_images:,} images, {config.data.size} px to "
-            f"latents of {config.model.latent_channels} x {side} x {side}",
+            f"{data.name} {data.train_split}: {resolved.train_images:,} images, {latents}",
         ]
 
     def fit(self) -> AutoencodeResult:
@@ -142,7 +142,7 @@ class _AutoencoderRun(TrainingRun[AutoencoderRow, Position]):
         # forward() gives the picture alone: the posterior is taken on the way, in the module that DDP wraps.
         found: list[Any] = []
         encoder = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        handle = encoder.quant_conv.register_forward_hook(lambda module, given, moments: found.append(moments))
+        handle = encoder.quant_conv.register_forward_hook(lambda _module, _given, moments: found.append(moments))
         try:
             drawn = self.model(images, sample_posterior=True, return_dict=False)[0]
         finally:
@@ -210,7 +210,9 @@ class _AutoencoderRun(TrainingRun[AutoencoderRow, Position]):
         count, total, squares = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()  # type: ignore[union-attr]
         std = (squares / count - (total / count) ** 2) ** 0.5
         if not std > 0:
-            raise UsageError(f"the latents' standard deviation is {std}; lower loss.kl, which is {self.config.loss.kl:g}.")
+            raise UsageError(
+                f"the latents' standard deviation is {std}; lower loss.kl, which is {self.config.loss.kl:g}."
+            )
         return std
 
     @torch.no_grad()
@@ -235,8 +237,9 @@ def build_autoencoder(config: AutoencodeConfig) -> Any:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     model, levels = config.model, len(config.model.block_out_channels)
+    kind: Any = AutoencoderKL  # whose annotations speak of one level
     try:
-        network = AutoencoderKL(
+        network = kind(
             in_channels=config.data.channels,
             out_channels=config.data.channels,
             down_block_types=("DownEncoderBlock2D",) * levels,

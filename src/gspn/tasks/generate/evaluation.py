@@ -116,8 +116,8 @@ def evaluate(
     theirs = open_pictures(reference, size=size, limit=limit)
     network = feature_network(features)
     where = make_accelerator(device=device).device
-    fake = _features(network, ours, batch_size, where, console)
-    real = _cached_features(network, theirs, batch_size, where, console, cache)
+    fake = features_of(network, ours, batch_size, where, console)
+    real = cached_features(network, theirs, batch_size, where, console, cache)
     kid, kid_std = kernel_distance(real.pooled, fake.pooled)
     score, score_std = inception_score(fake.logits)
     precision, recall = precision_recall(real.pooled, fake.pooled)
@@ -229,9 +229,10 @@ def _agreement(samples: PictureSet, classifier: str | Path, batch_size: int, dev
 
 
 @torch.inference_mode()
-def _features(
+def features_of(
     network: FeatureNetwork, pictures: PictureSet, batch_size: int, device: torch.device, console: Console
 ) -> Features:
+    """The features of a set of pictures, on the CPU."""
     network = network.to(device)
     found: list[Features] = []
     with progress_bar(console, f"features of {pictures.name}", len(pictures)) as advance:
@@ -242,7 +243,7 @@ def _features(
     return Features(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def _cached_features(
+def cached_features(
     network: FeatureNetwork,
     pictures: PictureSet,
     batch_size: int,
@@ -250,8 +251,9 @@ def _cached_features(
     console: Console,
     cache: Path | None,
 ) -> Features:
+    """Likewise, kept in a directory for the next time; None for nowhere."""
     if cache is None:
-        return _features(network, pictures, batch_size, device, console)
+        return features_of(network, pictures, batch_size, device, console)
     safetensors = require("safetensors.torch")
     kind = type(network).__name__.lower()
     path = cache / f"{kind}-{pictures.digest()}.safetensors"
@@ -261,7 +263,7 @@ def _cached_features(
             return Features(stored["pooled"], stored["spatial"], stored["logits"])
         except Exception as error:  # damaged: computed again, and replaced
             console.print(f"[yellow]warning:[/] {path} cannot be read ({error}) and is made again", highlight=False)
-    found = _features(network, pictures, batch_size, device, console)
+    found = features_of(network, pictures, batch_size, device, console)
     with replaced(path) as part:
         safetensors.save_file({name: value.contiguous() for name, value in found._asdict().items()}, part)
     return found

@@ -103,7 +103,7 @@ def _from_archive(path: Path, size: tuple[int, int] | None, limit: int | None) -
     chosen = _spread(len(pixels), limit)
     images = [Image.fromarray(pixels[i]) for i in chosen]
     known = [-1] * len(chosen) if labels is None else [int(labels[i]) for i in chosen]
-    return _gathered(path.name, images, known, [f"{path.name}[{i}]" for i in chosen], size, [])
+    return gathered(path.name, images, known, [f"{path.name}[{i}]" for i in chosen], size, [])
 
 
 def _from_folder(path: Path, size: tuple[int, int] | None, limit: int | None) -> PictureSet:
@@ -121,7 +121,7 @@ def _from_folder(path: Path, size: tuple[int, int] | None, limit: int | None) ->
         names.append(name)
         label = _label_of(file)
         labels.append(folders.index(file.parent.name) if label is None and file.parent != path else label)
-    return _gathered(path.name, images, [-1 if one is None else one for one in labels], names, size, broken)
+    return gathered(path.name, images, [-1 if one is None else one for one in labels], names, size, broken)
 
 
 def _label_of(file: Path) -> int | None:
@@ -152,10 +152,10 @@ def _from_data_set(source: str, size: tuple[int, int] | None, limit: int | None)
         images.append(image.convert("RGB"))
         labels.append(int(label))
         names.append(f"{source}[{i}]")
-    return _gathered(source, images, labels, names, size, broken)
+    return gathered(source, images, labels, names, size, broken)
 
 
-def _gathered(
+def gathered(
     name: str,
     images: Sequence[Image.Image],
     labels: list[int],
@@ -163,6 +163,7 @@ def _gathered(
     size: tuple[int, int] | None,
     broken: list[str],
 ) -> PictureSet:
+    """A set of images in memory, brought to ``size`` where one is given; else all have to have the first one's."""
     if not images:
         return PictureSet(name, torch.empty(0, 3, 1, 1, dtype=torch.uint8), [], [], broken)
     wanted = size or (images[0].height, images[0].width)

@@ -124,7 +124,9 @@ def unet_arguments(unet: Any, text: Conditioning, height: int, width: int) -> di
     found_text: dict[str, Any] = {"encoder_hidden_states": text.states}
     if config.addition_embed_type == _TEXT_TIME:
         if text.pooled is None:
-            raise UsageError("this UNet takes pooled text, and the conditioning has none; encode the prompts with its pipeline.")
+            raise UsageError(
+                "this UNet takes pooled text, and the conditioning has none; encode the prompts with its pipeline."
+            )
         sizes = torch.tensor([height, width, 0, 0, height, width]).to(text.pooled)
         found_text["added_cond_kwargs"] = {"text_embeds": text.pooled, "time_ids": sizes.expand(len(text), -1)}
     return found_text

@@ -61,7 +61,7 @@ class EncodedData:
         return self.train.latents.index.shape
 
     def start(self, posterior: Tensor) -> Tensor:
-        """What the UNet is to draw, ``[B, C, h, w]``, of posteriors ``[B, 2 C, h, w]``; draws from PyTorch's generator."""
+        """What the UNet is to draw ``[B, C, h, w]``, from PyTorch's generator, of posteriors ``[B, 2 C, h, w]``."""
         return sampled(posterior, shift=self.shift, factor=self.factor)
 
     def loaders(

@@ -75,8 +75,8 @@ def distill(config: DistillConfig, *, resume: bool = False, console: Console | N
     alone learns :math:`a_{t,l}` from what the attention l was given, which runs no student and costs a forward pass of
     the teacher.
 
-    Latents and captions are encoded first, once, into ``data.cache``. Then as every training run here: in one process or
-    several, on accelerate, killed and resumed to the same weights. The output directory receives ``config.yaml``,
+    Latents and captions are encoded first, once, into ``data.cache``. Then as every training run here: in one process
+    or several, on accelerate, killed and resumed to the same weights. The output directory receives ``config.yaml``,
     ``metrics.csv`` (a :class:`DistillRow` an epoch), ``samples/`` (teacher and student, from the same noise) and in
     ``last/`` the adapter, :class:`gspn.diffusers.GSPNAdapter`, with the average of the weights where one is kept.
 
@@ -99,7 +99,9 @@ def distill(config: DistillConfig, *, resume: bool = False, console: Console | N
     require("accelerate", "timm", "torchvision", "safetensors", "yaml")
     require("diffusers", extra="diffusers")
     if config.run.fsdp:
-        raise UsageError("run.fsdp is true, and an adapter is small: its frozen teacher is whole in every process. Set run.fsdp=false.")
+        raise UsageError(
+            "run.fsdp is true, and an adapter is small: its teacher is whole in every process. Set run.fsdp=false."
+        )
     console = console or Console()
     pipeline = load_pipeline(config.teacher)
     cache = config.data.cache or config.run.output / "cache"
@@ -142,9 +144,7 @@ def build_adapter(config: DistillConfig, unet: Any) -> GSPNAdapter:
 class _DistillRun(CaptionRun):
     row = DistillRow
 
-    def __init__(
-        self, config: DistillConfig, pipeline: Any, data: EncodedData, resume: bool, console: Console
-    ) -> None:
+    def __init__(self, config: DistillConfig, pipeline: Any, data: EncodedData, resume: bool, console: Console) -> None:
         self._teachers: list[Image.Image] = []
         self.explained: dict[str, float] = {}
         super().__init__(config, pipeline, data, resume, console)
@@ -163,8 +163,9 @@ class _DistillRun(CaptionRun):
         distiller = Distiller(teacher, adapter, *self.picture_size, relative=config.distillation.relative)
         distiller.place(self.accelerator.device, channels_last=config.model.channels_last)
         if config.model.initialize == "fit" and config.model.resume_from is None:
+            batches = list(self._first_batches(config))  # reading files is nothing for autocast
             with self.accelerator.autocast():
-                self.explained = fit_gates(distiller, self._first_batches(config))
+                self.explained = fit_gates(distiller, batches)
         if config.model.grad_checkpointing:
             distiller.student.enable_gradient_checkpointing()
         return distiller
@@ -182,12 +183,11 @@ class _DistillRun(CaptionRun):
             yield noisy, t, read_text(text, rows, device)
 
     def _announcement(self) -> list[str]:
-        parameters = self.config.resolved.parameters / 1e6
-        lines = [
-            f"adapter of {len(self.network.adapter.mixers)} layers, {parameters:.2f} M parameters, to "  # type: ignore[union-attr]
-            f"{self.config.teacher}, on {self._place()}",
-            self._data_line(),
-        ]
+        network: Any = self.network
+        what = (
+            f"adapter of {len(network.adapter.mixers)} layers, {self.config.resolved.parameters / 1e6:.2f} M parameters"
+        )
+        lines = [f"{what}, to {self.config.teacher}, on {self._place()}", self._data_line()]
         if self.explained:
             mean = sum(self.explained.values()) / len(self.explained)
             lines.append(f"constant gates explain {100 * mean:.0f} % of what attention makes, a mean over the layers")
@@ -232,8 +232,9 @@ class _DistillRun(CaptionRun):
         return {"loss": whole, **parts}
 
     def _write(self, weights: Any) -> None:
+        network: Any = self.network
         with random_state_kept():
-            saved = GSPNAdapter.from_config(self.network.adapter.config)  # type: ignore[union-attr]
+            saved: Any = GSPNAdapter.from_config(network.adapter.config)
         own = {key.removeprefix("adapter."): value.cpu() for key, value in weights.items()}
         saved.load_state_dict(own)
         with replaced_directory(self.output / "last") as part:

@@ -118,17 +118,15 @@ class Distiller(nn.Module):
             blocks: run no student, but each mixer on what the teacher's attention was given.
 
         Returns:
-            The student's and the teacher's prediction ``[B, C, h, w]`` and the mean over the layers of the squared error
-            of the attentions' outputs, ``[B]``; with ``blocks`` the last alone.
+            The student's and the teacher's prediction ``[B, C, h, w]`` and the mean over the layers of the squared
+            error of the attentions' outputs, ``[B]``; with ``blocks`` the last alone.
         """
         given = unet_arguments(self.teacher, Conditioning(states, pooled), self.height, self.width)
         with torch.no_grad(), recorded(self.attentions()) as wanted:
             guess = self.teacher(noisy, t, **given, return_dict=False)[0]
         if blocks:
             sizes = self.map_sizes(noisy, t, given)
-            made = {
-                name: mixer(wanted[name][0], map_size=sizes[name]) for name, mixer in self.adapter.mixers.items()
-            }
+            made = {name: mixer(wanted[name][0], map_size=sizes[name]) for name, mixer in self.adapter.mixers.items()}
             return (self._apart(made, wanted),)
         with recorded(self.adapter.mixers) as found:
             prediction = self.student(noisy, t, **given, return_dict=False)[0]
@@ -152,7 +150,7 @@ class Distiller(nn.Module):
             found: dict[str, tuple[int, int]] = {}
 
             def note(name: str) -> Any:
-                return lambda module, args, kwargs: found.setdefault(name, kwargs["map_size"]) and None
+                return lambda _module, _args, kwargs: found.setdefault(name, kwargs["map_size"]) and None
 
             mixers: dict[str, GSPNTokenMixer] = self.adapter.mixers
             handles = [one.register_forward_pre_hook(note(name), with_kwargs=True) for name, one in mixers.items()]
@@ -163,4 +161,3 @@ class Distiller(nn.Module):
                     handle.remove()
             self._map_sizes[shape] = found
         return self._map_sizes[shape]
-

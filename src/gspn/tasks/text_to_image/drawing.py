@@ -61,8 +61,8 @@ class RunProgress:
         self.told(what)
         yield
         if not self._console.is_terminal:
-            seconds = time.perf_counter() - start
-            self._console.print(f"{what}, {stage.steps} steps in {seconds:.1f} s", highlight=False, soft_wrap=True)
+            seconds, steps = time.perf_counter() - start, "1 step" if stage.steps == 1 else f"{stage.steps} steps"
+            self._console.print(f"{what}, {steps} in {seconds:.1f} s", highlight=False, soft_wrap=True)
 
 
 class Drawing:

@@ -1,7 +1,8 @@
 """What a run will take, before it starts: operations, time and the peak of memory of every stage.
 
 The UNet and the VAE run on fake tensors, which have shapes and no content, at the full size; every operation is counted
-and every allocation followed. Time is that of one real call at the size of the training, times the ratio of operations.
+and every allocation followed. Time is that of one real call at the size of the training (of small networks a few
+stages above it), times the ratio of operations.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ MARGIN = 1.15
 
 _LATENT_MAPS = 8  # float32 maps of a stage: latents, noise, the enlarged ones, two predictions, and a solver's memory
 _LONG_CALL = 2.0  # seconds
+_SHORT_CALL = 0.1  # likewise
+_GROWN = 32  # times the first size, up to which calls are timed that were too short
 _PIXEL_MAPS = 3  # the decoded picture, a copy of it while it is put together, and as bytes
 
 
@@ -180,7 +183,7 @@ def base_operations(
 @torch.no_grad()
 def with_times(
     stages: Sequence[StageEstimate], pipeline: Any, text: Conditioning, *, height: int, width: int,
-    operations: tuple[int, int], device: torch.device,
+    operations: tuple[int, int], device: torch.device, grow: bool = True,
 ) -> tuple[StageEstimate, ...]:  # fmt: skip
     """Stages with their times, from one real call of the UNet and one of the decoder at a small size.
 
@@ -192,15 +195,32 @@ def with_times(
         width: Likewise.
         operations: Of the two calls, from :func:`base_operations`.
         device: Where they run.
+        grow: Whether to go on to the next stages' sizes while calls are so short that what surrounds the operations
+            may take longer than they do.
     """
+    larger = [
+        (one.height, one.width) for one in stages if one.steps and 1 < one.height * one.width / height / width <= _GROWN
+    ]
+    sizes, counts = [(height, width), *(larger if grow else [])], operations
+    rates = [math.inf, math.inf]
+    for number, size in enumerate(sizes):
+        if number:
+            counts = base_operations(pipeline, text, height=size[0], width=size[1], device=device)
+        times = _times(pipeline, text[:1], *size, device)
+        rates = [took / max(count, 1) for took, count in zip(times, counts, strict=True)]
+        if min(times) > _SHORT_CALL:
+            break
+    return tuple(replace(one, seconds=one.operations * rates[0 if one.steps else 1]) for one in stages)
+
+
+def _times(pipeline: Any, text: Conditioning, height: int, width: int, device: torch.device) -> tuple[float, float]:
+    """Seconds of a call of the UNet and of decoding, of one picture."""
     unet, vae, factor = pipeline.unet, pipeline.vae, pipeline.vae_scale_factor
     sides = height // factor, width // factor
     latents = torch.zeros(1, unet.config.in_channels, *sides, dtype=unet.dtype, device=device)
-    arguments = unet_arguments(unet, text[:1], height, width)
-    denoising = _seconds(lambda: unet(latents, 1, **arguments), device) / max(operations[0], 1)
+    arguments = unet_arguments(unet, text, height, width)
     z = torch.zeros(1, vae.config.latent_channels, *sides, dtype=vae.dtype, device=device)
-    decoding = _seconds(lambda: vae.decode(z), device) / max(operations[1], 1)
-    return tuple(replace(one, seconds=one.operations * (denoising if one.steps else decoding)) for one in stages)
+    return _seconds(lambda: unet(latents, 1, **arguments), device), _seconds(lambda: vae.decode(z), device)
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
@@ -233,7 +253,7 @@ def duration(seconds: float) -> str:
 
     Example:
         >>> duration(0.25), duration(75), duration(4000)
-        ('0.2 s', '1 min 15 s', '1 h 07 min')
+        ('0.2 s', '1 min 15 s', '1 h 06 min')
     """
     if seconds < 60:
         return f"{seconds:.1f} s"

@@ -42,7 +42,7 @@ def fit_gates(distiller: Distiller, batches: Iterable[tuple[Tensor, Tensor, Cond
     for mixer in mixers.values():
         _make_constant(mixer)
     sums: dict[str, dict[str, Tensor]] = {}
-    before_out = {name: module.to_out[0] for name, module in distiller.attentions().items()}  # type: ignore[index]
+    before_out: dict[str, Any] = {name: module.to_out[0] for name, module in distiller.attentions().items()}  # type: ignore[index]
     for noisy, t, text in batches:
         given = unet_arguments(distiller.teacher, text, distiller.height, distiller.width)
         with recorded(distiller.attentions()) as wanted, recorded(before_out) as made:
@@ -68,19 +68,20 @@ def _make_constant(mixer: GSPNTokenMixer) -> None:
 def _regressors(mixer: GSPNTokenMixer, tokens: Tensor, size: tuple[int, int]) -> Tensor:
     """Of each token and channel the four scans, the value where there is a skip, and 1: ``[B N, D, 5 or 6]``."""
     scan: Any = mixer.scan
-    gates, skips = scan.u_proj.clone(), None if scan.skip_proj is None else scan.skip_proj.clone()
+    gates, skips = scan.u_proj.clone(), scan.skip_proj
     values = mixer.to_v(tokens)  # [B, N, D]
     maps = values.transpose(1, 2).unflatten(2, size)  # [B, D, H, W]
     found = []
+    kept = None if skips is None else skips.clone()
     if skips is not None:
-        scan.skip_proj.zero_()
+        skips.zero_()
     for direction in range(len(gates)):
         scan.u_proj.zero_()
         scan.u_proj[direction, :, 0] = 1
         found.append(scan(maps).flatten(2).transpose(1, 2))  # [B, N, D]
     scan.u_proj.copy_(gates)
     if skips is not None:
-        scan.skip_proj.copy_(skips)
+        skips.copy_(kept)
         found.append(values)
     found.append(torch.ones_like(values))
     return torch.stack(found, dim=-1).flatten(0, 1).double()

@@ -172,9 +172,9 @@ def moved(pipeline: Any, device: torch.device, offload: str) -> str:
     return offload
 
 
-def largest(pipeline: Any) -> int:
-    """Bytes of the largest of the models that are called while a picture is drawn."""
-    return max(_bytes(pipeline.unet), _bytes(pipeline.vae))
+def drawing_weights(pipeline: Any) -> int:
+    """Bytes of the models that are called while a picture is drawn: what is on the device although models wait."""
+    return _bytes(pipeline.unet) + _bytes(pipeline.vae)
 
 
 def free_memory(device: torch.device) -> int:

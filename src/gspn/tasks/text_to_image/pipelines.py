@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,11 @@ def minilm() -> tuple[Any, Any]:
     directory = Path(spec.origin).parent / "model"
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     tokenizer.model_max_length = _TEXT_TOKENS
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()  # for a fraction of a second
     encoder = transformers.AutoModel.from_pretrained(directory, local_files_only=True, use_safetensors=True)
+    if bars:
+        transformers.utils.logging.enable_progress_bar()
     # What Stable Diffusion's pipeline asks for before it passes the mask of padding on.
     encoder.config.use_attention_mask = True
     return tokenizer, encoder.eval().requires_grad_(False)
@@ -99,9 +105,9 @@ def load_pipeline(source: str | Path, *, dtype: torch.dtype = torch.float32) -> 
             f"`gspn t2i train`, a hub id{known}."
         )
     where = name if path is None else path
-    options: dict[str, Any] = {"use_safetensors": True, "torch_dtype": dtype}
+    options: dict[str, Any] = {"use_safetensors": True, "dtype": dtype}
     try:
-        index = DiffusionPipeline.load_config(where)
+        index: Any = DiffusionPipeline.load_config(where)
         if index.get("_class_name") not in PIPELINES:
             raise UsageError(
                 f"{name!r} is a {index.get('_class_name')}, and text to image here is one of {', '.join(PIPELINES)}."
@@ -112,7 +118,8 @@ def load_pipeline(source: str | Path, *, dtype: torch.dtype = torch.float32) -> 
             _check_text(path / TEXT)
             options["tokenizer"], encoder = minilm()
             options["text_encoder"] = encoder.to(dtype)
-        pipeline: Any = DiffusionPipeline.from_pretrained(where, **options)
+        with _quiet():
+            pipeline: Any = DiffusionPipeline.from_pretrained(where, **options)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         if isinstance(error, UsageError):
             raise
@@ -131,12 +138,15 @@ def save_pipeline(pipeline: Any, directory: Path) -> None:
         pipeline.save_pretrained(directory, safe_serialization=True)
         return
     encoder, tokenizer = pipeline.text_encoder, pipeline.tokenizer
-    pipeline.register_modules(text_encoder=None, tokenizer=None)
-    try:
-        pipeline.save_pretrained(directory, safe_serialization=True)
-    finally:
-        pipeline.register_modules(text_encoder=encoder, tokenizer=tokenizer)
-    (directory / TEXT).write_text(json.dumps({"text_encoder": _MINILM, "tokens": _TEXT_TOKENS}) + "\n", encoding="utf-8")
+    with _quiet():
+        pipeline.register_modules(text_encoder=None, tokenizer=None)
+        try:
+            pipeline.save_pretrained(directory, safe_serialization=True)
+        finally:
+            pipeline.register_modules(text_encoder=encoder, tokenizer=tokenizer)
+    (directory / TEXT).write_text(
+        json.dumps({"text_encoder": _MINILM, "tokens": _TEXT_TOKENS}) + "\n", encoding="utf-8"
+    )
 
 
 def load_adapter(source: str | Path) -> Any:
@@ -162,15 +172,32 @@ def load_adapter(source: str | Path) -> Any:
             f"{known}."
         )
     try:
-        adapter, report = GSPNAdapter.from_pretrained(
+        loaded: Any = GSPNAdapter.from_pretrained(
             name if path is None else path, use_safetensors=True, output_loading_info=True
         )
+        adapter, report = loaded
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise UsageError(f"{name!r} cannot be loaded as an adapter: {' '.join(str(error).split())[:300]}") from None
     # diffusers draws missing weights at random, and says so in its log alone.
     if report["missing_keys"]:
         raise UsageError(f"{name!r} has no weights for {', '.join(sorted(report['missing_keys'])[:3])}.")
     return adapter.float().eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' remarks: that a text encoder is no CLIP, and that none is saved, which is as it should be."""
+    from diffusers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _directory(source: str | Path, index: str, shipped: dict[str, Path]) -> Path | None:

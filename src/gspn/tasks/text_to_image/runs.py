@@ -74,7 +74,9 @@ class CaptionRun(TrainingRun[CaptionRow, Position]):
     def _data_line(self) -> str:
         resolved = self.config.resolved
         shape = " x ".join(map(str, resolved.latent_shape))
-        return f"{self.data.name}: {resolved.train_images:,} pictures, {resolved.captions:,} captions, latents of {shape}"
+        return (
+            f"{self.data.name}: {resolved.train_images:,} pictures, {resolved.captions:,} captions, latents of {shape}"
+        )
 
     # --- The loss -----------------------------------------------------------------------------------------------------
 

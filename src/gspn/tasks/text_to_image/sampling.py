@@ -21,7 +21,16 @@ from .drawing import Drawing, RunProgress
 from .estimate import Estimate, base_operations, estimate_stages, with_times
 from .ladder import LadderConfig, plan_stages, trained_area
 from .ladder_state import LadderState, fingerprint, read_settings
-from .offload import MODELS, SKIPS, check_offload, free_memory, largest, moved, offloaded_models, offloaded_skips
+from .offload import (
+    MODELS,
+    SKIPS,
+    check_offload,
+    drawing_weights,
+    free_memory,
+    moved,
+    offloaded_models,
+    offloaded_skips,
+)
 from .pipelines import PIPELINES, load_adapter, load_pipeline
 from .records import PictureRecord, is_drawn, save_picture
 
@@ -162,7 +171,7 @@ def sample(
                 counted = estimate_stages(
                     pipeline, stages, text, ladder=config, pictures=total, batch=batch_size, guided=nothing is not None,
                     split=split, tiled=tiled, offload=skips, device=where,
-                    extra=largest(pipeline) if offload in MODELS else 0,
+                    extra=drawing_weights(pipeline) if offload in MODELS else 0,
                 )  # fmt: skip
                 return Estimate(counted, free_memory(where), str(where))
 
@@ -182,13 +191,15 @@ def sample(
         }  # fmt: skip
         if config is not None:  # the adapter's weights are among the UNet's
             settings["weights"] = fingerprint(pipeline.unet) + fingerprint(pipeline.vae)
+        # What cannot go on is refused before anything takes long.
+        state = None if config is None or estimate_only else LadderState(directory, settings)
         if offload in MODELS:
             stack.enter_context(offloaded_models(pipeline, where))
         text, nothing = text.to(where), nothing and nothing.to(where)
         if estimate is not None and small is not None:
             timed = with_times(
                 estimate.stages, pipeline, text, height=small.height, width=small.width, operations=operations,
-                device=where,
+                device=where, grow=offload not in MODELS,
             )  # fmt: skip
             estimate = replace(estimate, stages=timed)
             console.print(estimate.table())
@@ -196,7 +207,6 @@ def sample(
             return Pictures(directory, (), 0, 0.0, estimate)
         if offload in SKIPS:
             stack.enter_context(offloaded_skips(pipeline.unet, storage="cpu"))
-        state = None if config is None else LadderState(directory, settings)
         drawing = Drawing(pipeline, chain, stages, config, where, steps=steps, seed=seed, state=state)
         records = tuple(
             PictureRecord(

@@ -150,7 +150,9 @@ def cache_text(
         rows=len(texts),
         shard_size=shard_size,
     )
-    return connected(lambda: _cache(pipeline, texts, [len(some) for some in captions], directory, asked, device, console))
+    return connected(
+        lambda: _cache(pipeline, texts, [len(some) for some in captions], directory, asked, device, console)
+    )
 
 
 def _cache(
@@ -266,7 +268,9 @@ def _write(pipeline: Any, texts: list[str], number: int, directory: Path, index:
     with replaced(path) as part:
         save_file({name: value.contiguous() for name, value in tensors.items()}, part)
         digest = file_digest(part)
-    write_text(_record_path(directory, number), json.dumps(to_mapping(TextShard(path.name, end - begin, digest))) + "\n")
+    write_text(
+        _record_path(directory, number), json.dumps(to_mapping(TextShard(path.name, end - begin, digest))) + "\n"
+    )
 
 
 def _encoders_digest(pipeline: Any) -> str:

@@ -19,7 +19,7 @@ from ..seeding import derived_seed
 from ..training.loop import connected
 from .conditioning import Conditioning, unet_arguments
 from .config import TextToImageConfig
-from .data import EncodedData, encode_data
+from .data import encode_data
 from .pipelines import load_pipeline, minilm, save_pipeline
 from .runs import CaptionRow, CaptionRun, random_state_kept
 
@@ -42,8 +42,8 @@ class TextToImageResult:
 def train(config: TextToImageConfig, *, resume: bool = False, console: Console | None = None) -> TextToImageResult:
     """Train a UNet with self-attention that draws what captions say, from nothing or further.
 
-    Latents and captions are encoded first, once, into ``data.cache``. Then as every training run here: in one process or
-    several, on accelerate, killed and resumed to the same weights. The output directory receives ``config.yaml``,
+    Latents and captions are encoded first, once, into ``data.cache``. Then as every training run here: in one process
+    or several, on accelerate, killed and resumed to the same weights. The output directory receives ``config.yaml``,
     ``metrics.csv`` (a :class:`CaptionRow` an epoch), ``samples/``, and in ``last/`` a pipeline of diffusers with the
     average of the weights where one is kept.
 
@@ -83,7 +83,9 @@ def open_pipeline(config: TextToImageConfig) -> Any:
     if model.pipeline is not None:
         return load_pipeline(model.pipeline)
     if model.vae is None:
-        raise UsageError("model.vae is null; name an AutoencoderKL (gspn t2i autoencoder trains one), or model.pipeline.")
+        raise UsageError(
+            "model.vae is null; name an AutoencoderKL (gspn t2i autoencoder trains one), or model.pipeline."
+        )
     vae = load_autoencoder(model.vae)
     if model.text == "minilm":
         tokenizer, encoder = minilm()

@@ -1,0 +1,121 @@
+"""Training an autoencoder: it learns, its latents have the scale that it says, and it ends the same when resumed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gspn.tasks.autoencode import AutoencodeConfig, train
+from gspn.tasks.errors import UsageError
+from gspn.tasks.generate.autoencoder import load_autoencoder
+from tasks.classify.runs import assert_same, newest_state, rows
+
+TINY = {
+    "data": {"name": "digits", "size": 8, "channels": 1, "batch_size": 64, "workers": 0, "eval_split": "val"},
+    "model": {
+        "block_out_channels": [8, 8], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4,
+        "attention": False,
+    },
+    "optim": {"lr": 5e-3, "lr_base_batch": None},
+    "schedule": {"epochs": 4},
+    "ema": {"decay": 0.9},
+    "run": {"trackers": [], "device": "cpu", "eval_every": 2},
+}  # fmt: skip
+
+
+def tiny(output, *overrides):
+    return AutoencodeConfig.from_values(TINY).changed(*overrides, **{"run.output": output})
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread):
+    """Maps as small as these gain nothing from a second one."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    torch.set_num_threads(1)
+    return train(tiny(tmp_path_factory.mktemp("vae") / "run"))
+
+
+def test_it_learns_and_writes(trained):
+    table = rows(trained.output)
+    assert float(table[-1]["train_loss"]) < 0.6 * float(table[0]["train_loss"])
+    assert table[0]["eval_psnr"] == "" and float(table[3]["eval_psnr"]) > float(table[1]["eval_psnr"]) > 5
+    assert [path.name for path in sorted((trained.output / "samples").iterdir())] == [
+        "epoch-00002.png",
+        "epoch-00004.png",
+    ]
+    vae = load_autoencoder(trained.output / "last")
+    state = newest_state(trained.output)
+    assert_same(vae.state_dict(), {k.removeprefix("average.module."): v for k, v in state.items() if "average" in k})
+
+
+def test_scaled_latents_have_a_deviation_of_one(trained):
+    from gspn.data import Digits
+
+    vae = load_autoencoder(trained.output / "last")
+    pictures = Digits("train")
+    from gspn.tasks.autoencode.training import picture_transform
+
+    transform = picture_transform(trained_config().data, training=False)
+    batch = torch.stack([transform(pictures.image(i)) for i in range(512)])
+    torch.manual_seed(0)
+    with torch.no_grad():
+        drawn = vae.encode(batch).latent_dist.sample() * vae.config.scaling_factor
+    assert drawn.std().item() == pytest.approx(1, abs=0.02)
+
+
+def trained_config():
+    return AutoencodeConfig.from_values(TINY)
+
+
+def test_the_loss_is_the_error_and_the_divergence(tmp_path):
+    """With a weight that dwarfs the error, the posterior becomes the unit Gaussian."""
+    train(tiny(tmp_path / "run", "loss.kl=100", "schedule.epochs=8", "data.eval_split=null"))
+    vae = load_autoencoder(tmp_path / "run" / "last")
+    with torch.no_grad():
+        posterior = vae.encode(torch.rand(16, 1, 8, 8) * 2 - 1).latent_dist
+    assert posterior.mean.abs().mean() < 0.1 and (posterior.std - 1).abs().mean() < 0.1
+
+
+def test_resumed_is_the_same_run(tmp_path):
+    settings = ["data.crop=4", "data.hflip=0.5", "schedule.epochs=2"]
+    train(tiny(tmp_path / "whole", *settings))
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    from gspn.tasks.autoencode.training import _AutoencoderRun
+
+    plain = _AutoencoderRun._begin
+
+    def begin(self, epoch):
+        if epoch == 1:
+            raise Stop
+        plain(self, epoch)
+
+    _AutoencoderRun._begin = begin
+    try:
+        with pytest.raises(Stop):
+            train(tiny(tmp_path / "cut", *settings))
+    finally:
+        _AutoencoderRun._begin = plain
+    train(tiny(tmp_path / "cut", *settings), resume=True)
+    assert_same(newest_state(tmp_path / "cut"), newest_state(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.size=9", "multiples of 2"),
+        ("data.crop=16", "no larger than its picture"),
+        ("model.block_out_channels=[]", "width of each level"),
+        ("model.norm_num_groups=3", "model"),
+        ("loss.kl=-1", r"loss\.kl"),
+        ("loss.error=huber", "huber"),
+    ],
+)
+def test_what_cannot_be_met(tmp_path, override, message):
+    with pytest.raises(UsageError, match=message):
+        train(tiny(tmp_path / "run", override))

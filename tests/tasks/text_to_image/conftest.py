@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("accelerate", reason="needs gspn[train]")
+pytest.importorskip("diffusers", reason="needs gspn[diffusers]")
+pytest.importorskip("transformers", reason="needs transformers")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread: None) -> None:
+    """Maps as small as these gain nothing from a second one."""
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory: pytest.TempPathFactory):
+    from tasks.text_to_image.t2i_support import make_sd
+
+    return make_sd(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory):
+    from tasks.text_to_image.t2i_support import make_sdxl
+
+    return make_sdxl(tmp_path_factory.mktemp("sdxl"))
