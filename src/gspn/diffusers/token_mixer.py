@@ -61,9 +61,7 @@ class GSPNTokenMixer(nn.Module):
         super().__init__()
         self.dim = dim
         proxy_dim = max(dim // 8, 1) if proxy_dim is None else proxy_dim
-        self.scan = GSPN2d(
-            dim, proxy_dim=proxy_dim, groups=groups, segment=segment, skip=skip, proxy_bias=proxy_bias
-        )
+        self.scan = GSPN2d(dim, proxy_dim=proxy_dim, groups=groups, segment=segment, skip=skip, proxy_bias=proxy_bias)
         self.to_v = nn.Linear(dim, dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=out_bias), nn.Dropout(dropout)])
 

@@ -94,7 +94,8 @@ def share(teacher, root, output, *settings):
     class Run(distillation._DistillRun):
         def fit(self):
             result = super().fit()
-            save_file(self.network.state_dict(), f"{output}-{self.accelerator.process_index}.safetensors")
+            state = {key: value.contiguous() for key, value in self.network.state_dict().items()}
+            save_file(state, f"{output}-{self.accelerator.process_index}.safetensors")
             return result
 
     distillation._DistillRun = Run

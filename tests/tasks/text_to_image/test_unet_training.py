@@ -26,14 +26,14 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(place):
-    settings = ["schedule.epochs=10", "pictures.every=10", "noise.objective=v_prediction"]
+    settings = ["schedule.epochs=30", "pictures.every=30", "noise.objective=v_prediction"]
     return train(tiny_train(place / "vae", place / "text", place / "pictures", place / "run", *settings))
 
 
 def test_it_learns_and_writes_a_pipeline(trained, place, tmp_path):
     table = rows(trained.output)
     assert float(table[-1]["train_loss"]) < 0.8 * float(table[0]["train_loss"])
-    assert [path.name for path in (trained.output / "samples").iterdir()] == ["epoch-00010.png"]
+    assert [path.name for path in (trained.output / "samples").iterdir()] == ["epoch-00030.png"]
     pipeline = load_pipeline(trained.output)
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     state = newest_state(trained.output)

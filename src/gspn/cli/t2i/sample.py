@@ -74,6 +74,9 @@ def sample(
     skip_power: Annotated[float, typer.Option(metavar="A", help="How soon that lets go.")] = 3.0,
     dilated: Annotated[bool, typer.Option("--dilated", help="Mix in predictions for strided sub-maps.")] = False,
     dilated_power: Annotated[float, typer.Option(metavar="A", help="How soon that lets go.")] = 1.0,
+    restart: Annotated[
+        bool, typer.Option(help="Restart the adapter's scans beyond the first stage after as many lines as it has.")
+    ] = True,
     upscale: Annotated[Upscale, typer.Option(help="Where a stage is enlarged.")] = Upscale.latents,
     tiling: Annotated[Tiling, typer.Option(help="Of the VAE; auto: above 1536x1536.")] = Tiling.auto,
     offload: Annotated[
@@ -119,6 +122,7 @@ def sample(
                 skip_power=skip_power,
                 dilated=dilated,
                 dilated_power=dilated_power,
+                restart=restart,
                 upscale=upscale.value,
             )
             if ladder

@@ -107,7 +107,7 @@ def _initialize_dit(network: nn.Module) -> None:
 
 
 def shipped_pipelines() -> dict[str, Path]:
-    """The names of the pipelines that come with the package, and their directories.
+    """The names of the class-conditional pipelines that come with the package, and their directories.
 
     Example:
         >>> from gspn.tasks.generate import shipped_pipelines
@@ -118,7 +118,9 @@ def shipped_pipelines() -> dict[str, Path]:
     if spec is None or spec.origin is None:
         return {}
     found = (Path(spec.origin).parent / "weights").glob("*/model_index.json")
-    return {path.parent.name: path.parent for path in found}
+    # Text-to-image pipelines lie beside them.
+    own = [path.parent for path in found if json.loads(path.read_text())["_class_name"] == "ClassConditionalPipeline"]
+    return {path.name: path for path in own}
 
 
 def load_pipeline(source: str | Path) -> Any:

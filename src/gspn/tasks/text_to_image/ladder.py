@@ -36,6 +36,8 @@ class LadderConfig:
         dilated_power: The exponent of its weight.
         blur: The width of the Gaussian before the map is strided, in latent pixels, at a stage's first step.
         blur_power: The exponent with which it falls, to 0.01.
+        restart: Beyond the first stage, restart an adapter's scans after as many lines as the first stage's maps have:
+            :mod:`~gspn.tasks.text_to_image.restarting`.
         upscale: ``"latents"``: bicubic in latent space; ``"pixels"``: decoded, bicubic, and encoded again.
 
     Raises:
@@ -53,6 +55,7 @@ class LadderConfig:
     dilated_power: float = 1.0
     blur: float = 1.0
     blur_power: float = 1.0
+    restart: bool = True
     upscale: str = "latents"
 
     def __post_init__(self) -> None:

