@@ -15,6 +15,7 @@ import csv
 import json
 import platform
 import shutil
+import textwrap
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,12 +90,12 @@ class _Card:
             "| | pixels | captions | pictures | FID | text score | rank | top 1 |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        for row in self.rows:
-            lines.append(
-                f"| {row['entry']} | {row['size']} | {_SPLITS[row['captions']]} | {row['pictures']} | "
-                f"{float(row['fid']):.1f} | {float(row['text_similarity']):.3f} | {float(row['text_rank']):g} of "
-                f"{row['text_candidates']} | {100 * float(row['text_top1']):.0f} % |"
-            )
+        lines += [
+            f"| {row['entry']} | {row['size']} | {_SPLITS[row['captions']]} | {row['pictures']} | "
+            f"{float(row['fid']):.1f} | {float(row['text_similarity']):.3f} | {float(row['text_rank']):g} of "
+            f"{row['text_candidates']} | {100 * float(row['text_top1']):.0f} % |"
+            for row in self.rows
+        ]
         for split in _SPLITS:
             row = next((row for row in self.rows if row["captions"] == split and row.get("real_rank")), None)
             if row is not None:
@@ -105,14 +106,15 @@ class _Card:
                 )
         first = self.rows[0]
         note = (
-            f"{first['features']}; the figures compare only with others of the same features, and of as many pictures.\n"
-            f"FID: against the pictures of `{first['reference']}`, at 64 pixels. Text score: cosine between a picture's "
-            "features and those that its\nprompt predicts, by a ridge regression from all-MiniLM-L6-v2 sentences that is "
-            "fitted on the same pictures; so it knows the\ntraining captions better than held-out ones. Rank: median "
-            f"place of a picture's own prompt among all of the set.\n{first['steps']} steps, guidance "
-            f"{float(first['guidance']):g}, seed 0, the same noise for both; beyond 64 pixels by the ladder."
+            f"{first['features']}; the figures compare only with others of the same features, and of as many "
+            f"pictures. FID: against the pictures of `{first['reference']}`, at 64 pixels. Text score: cosine between "
+            "a picture's features and those that its prompt predicts, by a ridge regression from all-MiniLM-L6-v2 "
+            "sentences that is fitted on the same pictures; so it knows the captions of the training better than "
+            "held-out ones. Rank: median place of a picture's own prompt among all of the set. "
+            f"{first['steps']} steps, guidance {float(first['guidance']):g}, seed 0, the same noise for both; beyond "
+            "64 pixels by the ladder."
         )
-        return "\n".join(lines) + "\n\n" + note
+        return "\n".join(lines) + "\n\n" + textwrap.fill(note, 124, break_long_words=False)
 
     def pipeline(self, autoencoder: Path, train: Path) -> str:
         vae, unet = _config(autoencoder), _config(train)
@@ -142,7 +144,7 @@ gspn t2i sample "grinning cat" "flag: Japan" --model {PIPELINE} --steps 25 --gui
 ```
 
 To try the library with: it has seen {unet["resolved"]["train_images"]:,} Noto emoji (Apache-2.0, see the NOTICE of `gspn.data`) and nothing else.
-"""
+"""  # noqa: E501  # lines of the card
 
     def adapter(self, distill: Path) -> str:
         config = _config(distill)
@@ -177,7 +179,7 @@ pipeline = load_pipeline("{PIPELINE}")
 load_adapter("{ADAPTER}").mount(pipeline.unet)
 pipeline("grinning cat", num_inference_steps=25, guidance_scale=4).images[0]
 ```
-"""
+"""  # noqa: E501  # lines of the card
 
 
 _SPLITS = {"train": "of the training", "val": "held out"}
