@@ -14,6 +14,7 @@ import torch
 import typer
 from page import Page
 from pictures import learning_curve, prediction_grid, save
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -28,13 +29,29 @@ from gspn.analysis.networks import open_network
 from gspn.data import Emoji, MNIST5k
 from gspn.tasks.classify import evaluate, load_config, predict, train
 from gspn.tasks.classify.confusion import save_confusion
+from gspn.tasks.files import replaced
 from gspn.tasks.generate import sample
+from gspn.tasks.text_to_image import load_adapter, load_pipeline
+from gspn.tasks.text_to_image import sample as sample_text
+from gspn.tasks.text_to_image.runs import draw_sheet
 
 EPOCHS = 4
 POINT = (305, 238)  # under the temple's eaves
 SIDES = (16, 32, 48, 64, 96, 128)
 DIGITS, EMOJI = "gspn_pico.mnist5k", "gspn_nano.emoji"
 DENOISER, STEPS = "gspn_denoiser.mnist5k", 25
+TEACHER, ADAPTER = "gspn_text_to_image.emoji64", "gspn_adapter.emoji64"
+PROMPTS = (
+    "grinning cat",
+    "face with tears of joy",
+    "red heart",
+    "flag: Japan",
+    "flag: Sweden",
+    "orange circle",
+    "two o’clock",
+    "green book",
+)  # fmt: skip
+GUIDANCE = 4.0
 
 
 def main(
@@ -56,6 +73,7 @@ def main(
     train_digits(page, output, epochs, console)
     classify_pictures(page, output, console)
     draw_pictures(page, output, console)
+    draw_from_text(page, output, console)
     look_inside(page, output, console)
     time_the_mixer(page, output, console)
 
@@ -146,6 +164,62 @@ def draw_pictures(page: Page, output: Path, console: Console) -> None:
     page.command(f"gspn generate sample {DENOISER} --number 120 --steps {STEPS} --guidance 2")
     if found.grid is not None:
         page.pictures((found.grid, f"{DENOISER}: handwritten digits that nobody wrote."))
+
+
+def draw_from_text(page: Page, output: Path, console: Console) -> None:
+    """The same prompts and noise with a UNet's self-attention and with GSPN in its place; and four times as large."""
+    console.rule("drawing emoji from text, with attention and with GSPN in its place")
+    pipeline, adapter = load_pipeline(TEACHER), load_adapter(ADAPTER)
+    rows: dict[str, list[Image.Image]] = {}
+    seconds = {}
+    for name, mounted in (("attention", None), ("GSPN", adapter)):
+        place = output / f"text-{name}"
+        if place.exists():
+            shutil.rmtree(place)  # of an earlier tour
+        drawn = sample_text(
+            pipeline, PROMPTS, adapter=mounted, output=place, steps=STEPS, guidance=GUIDANCE, batch_size=len(PROMPTS),
+            check=False, device="cpu", console=console,
+        )  # fmt: skip
+        seconds[name] = drawn.seconds / len(PROMPTS)
+        rows[name] = [_opened(place / f"{record.index:05d}.png") for record in drawn.records]
+    _write(draw_sheet(rows, PROMPTS), output / "text.png")
+    large = output / "text-large"
+    if large.exists():
+        shutil.rmtree(large)
+    ladder = sample_text(
+        pipeline, PROMPTS[:4], adapter=adapter, output=large, steps=STEPS, guidance=GUIDANCE, batch_size=4, height=256,
+        width=256, ladder=True, check=False, device="cpu", console=console,
+    )  # fmt: skip
+    enlarged = {"GSPN": [_opened(large / f"{i:05d}.png") for i in range(4)]}
+    _write(draw_sheet(enlarged, PROMPTS[:4], columns=4), output / "text-large.png")
+    page.tile(
+        f"{seconds['GSPN']:.2f} s",
+        f"to draw an emoji from its name, {STEPS} steps; {seconds['attention']:.2f} s with attention",
+    )
+    page.section(
+        "Drawn from text",
+        "A small text-to-image model of the Stable Diffusion kind, and the same with GSPN in the place of all its "
+        f"self-attention: the same prompts, noise and {STEPS} steps. {seconds['attention']:.2f} s a picture with "
+        f"attention and {seconds['GSPN']:.2f} s with GSPN, at a size where attention has 256 tokens and costs little.",
+    )
+    page.command(f'gspn t2i sample "{PROMPTS[0]}" --model {TEACHER} --adapter {ADAPTER} --steps {STEPS} --guidance 4')
+    page.pictures((output / "text.png", "Attention above, GSPN below."))
+    page.text(
+        f"At four times the size of the training, by a ladder of three stages, each beginning from the one before: "
+        f"{ladder.seconds / 4:.1f} s a picture."
+    )
+    page.command(f'gspn t2i sample "{PROMPTS[0]}" --model {TEACHER} --adapter {ADAPTER} --size 256 --ladder')
+    page.pictures((output / "text-large.png", "256 x 256 pixels, from a model of 64 x 64."))
+
+
+def _write(picture: Image.Image, path: Path) -> None:
+    with replaced(path) as part:
+        picture.save(part, format="PNG")
+
+
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
 
 
 def look_inside(page: Page, output: Path, console: Console) -> None:

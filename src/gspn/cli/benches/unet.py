@@ -50,6 +50,7 @@ def bench_unet(
             help="H = W of the pictures in pixels, a multiple of 64. Repeatable; default: 256, 512, 1024.",
         ),
     ] = None,
+    sizes: Annotated[str | None, typer.Option(metavar="N,N,...", help="Further sizes, in one: 512,1024,2048.")] = None,
     width: Annotated[int, count("Divides the widths of the real UNet, for small machines.")] = 1,
     backend: Annotated[
         str, choice("--backend", "NAME", _BACKENDS, "Of scaled_dot_product_attention; auto: what PyTorch takes.")
@@ -85,6 +86,7 @@ def bench_unet(
         check_plot(plot)
     if threads is not None:
         torch.set_num_threads(threads)
+    asked = sorted({*(size or ()), *_listed(sizes)})
     problem = unet.UNetProblem(arch, width, batch, DTYPES[dtype], where, backend, segment)
     with progress_bar() as bar:
         task = bar.add_task("timing", total=None)
@@ -96,7 +98,7 @@ def bench_unet(
                 raise failed(f"the check failed, so nothing was timed: {red_figures(red)}")
             results = unet.measure_unets(
                 problem,
-                sizes=size or (256, 512, 1024),
+                sizes=asked or (256, 512, 1024),
                 slowest_ms=slowest * 1e3,
                 repeats=repeats,
                 min_time=min_time,
@@ -126,6 +128,14 @@ def bench_unet(
         )
         report.save_figure(figure, plot)
         wrote(console, plot)
+
+
+def _listed(sizes: str | None) -> list[int]:
+    parts = [] if sizes is None else [one.strip() for one in sizes.split(",")]
+    wrong = [one for one in parts if not one.isdigit() or int(one) < 64]
+    if wrong:
+        raise typer.BadParameter(f"--sizes has {wrong[0]!r}; give numbers of 64 and more, as 512,1024,2048.")
+    return [int(one) for one in parts]
 
 
 def _table(results: Sequence[Result], over_floor: Mapping[tuple[str, int], float], title: str) -> Table:
