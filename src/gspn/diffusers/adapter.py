@@ -228,7 +228,8 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
             if lines is not None and lines < 1:
                 raise ValueError(f"segment={lines} is below 1; pass a number of lines, or None for global scans.")
         for name, mixer in mixers.items():
-            mixer.scan.segment = found[name]
+            scan: Any = mixer.scan
+            scan.segment = found[name]
         layers = {name: {**options, "segment": found[name]} for name, options in self.config["layers"].items()}
         self.register_to_config(layers=layers)
 
