@@ -28,6 +28,7 @@ OPTIONS = [
     dict(groups=1),
     dict(groups=2, proxy_dim=1),
     dict(proxy_dim=16, skip=False),
+    dict(proxy_bias=True, groups=2),
     dict(segment=1),
     dict(segment=2, groups=3),
     dict(segment=4, skip=False),
@@ -43,6 +44,8 @@ def pixel_by_pixel(module: GSPN2d, x: Tensor) -> Tensor:
     weights = {name: value.detach().double() for name, value in module.named_parameters()}
     channels, height, width = x.shape[1:]
     proxy = torch.einsum("sc,bchw->bshw", weights["proxy.weight"][:, :, 0, 0], x)
+    if module.proxy.bias is not None:
+        proxy = proxy + weights["proxy.bias"][:, None, None]
 
     def maps(name: str, d: int) -> Tensor:
         return torch.einsum("cs,bshw->bchw", weights[name][d], proxy)
