@@ -14,7 +14,6 @@ for a few epochs from each of its starting points.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +84,6 @@ def run(
             prompts = _prompts(split, count)
             for entry in (one for one in ENTRIES if one.label in (entries or [one.label])):
                 place = _place(root, entry, split, scale)
-                begun = time.perf_counter()
                 found = sample(
                     pipeline,
                     prompts,
@@ -100,7 +98,7 @@ def run(
                     device="cpu",
                     console=console,
                 )
-                seconds = (time.perf_counter() - begun) / max(found.drawn, 1)
+                seconds = found.seconds / max(found.drawn, 1)
                 figures = place / "figures.json"
                 if found.drawn == len(prompts):
                     kept = {"seconds_per_picture": seconds, "threads": torch.get_num_threads()}

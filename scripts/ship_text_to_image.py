@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import json
 import platform
-import shutil
 import textwrap
 from importlib.metadata import version
 from pathlib import Path
@@ -49,17 +48,15 @@ def weights(train: _Run, distill: _Run) -> None:
         target = weights_directory() / name
         with replaced_directory(target) as part:
             save(part)
+            size = sum(file.stat().st_size for file in part.rglob("*.safetensors"))
+            if size > MOST_BYTES:
+                raise typer.BadParameter(f"{name} has {size} bytes, more than the {MOST_BYTES} that the package takes.")
             for file in part.rglob("*.json"):
                 values = json.loads(file.read_text())
                 values.pop("_name_or_path", None)  # where it lay on the machine that trained it
                 file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-        size = 0
         for file in target.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors writes files that only their owner reads
-            size += file.stat().st_size
-        if size > MOST_BYTES:
-            shutil.rmtree(target)
-            raise typer.BadParameter(f"{name} has {size} bytes, more than the {MOST_BYTES} that the package takes.")
         typer.echo(f"{target}: {size} bytes")
 
 

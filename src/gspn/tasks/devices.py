@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,16 +47,21 @@ def make_accelerator(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
+    # One process may wait for another that encodes or evaluates what the others have not.
+    handlers = [accelerate.InitProcessGroupKwargs(timeout=_LONGEST_WAIT), *further.pop("kwargs_handlers", [])]
     try:
         return accelerate.Accelerator(
             mixed_precision="no" if precision == "fp32" else precision,
             cpu=device == "cpu" or not torch.accelerator.is_available(),
             fsdp_plugin=plugin,
+            kwargs_handlers=handlers,
             **further,
         )
     except ValueError as error:
         raise UsageError(f"precision {precision!r}: {' '.join(str(error).split())}") from None
 
+
+_LONGEST_WAIT = timedelta(hours=6)
 
 # Parameters from which on a part of a network is gathered by itself.
 _SHARDED_FROM = 100_000

@@ -79,6 +79,12 @@ def test_the_loss_is_the_error_and_the_divergence(tmp_path):
     assert posterior.mean.abs().mean() < 0.1 and (posterior.std - 1).abs().mean() < 0.1
 
 
+def test_without_a_convolution_of_the_moments(tmp_path):
+    options = "model.options={use_quant_conv: false, use_post_quant_conv: false}"
+    result = train(tiny(tmp_path / "run", options, "schedule.epochs=1"))
+    assert 0 < result.last.train_loss < 2
+
+
 def test_resumed_is_the_same_run(tmp_path):
     settings = ["data.crop=4", "data.hflip=0.5", "schedule.epochs=2"]
     train(tiny(tmp_path / "whole", *settings))
@@ -114,6 +120,7 @@ def test_resumed_is_the_same_run(tmp_path):
         ("model.norm_num_groups=3", "model"),
         ("loss.kl=-1", r"loss\.kl"),
         ("loss.error=huber", "huber"),
+        ("run.fsdp=true", "fsdp"),
     ],
 )
 def test_what_cannot_be_met(tmp_path, override, message):

@@ -169,11 +169,52 @@ def test_it_goes_on_from_an_adapter(place, trained, tmp_path):
         ("data.name=nothing", "nothing"),
         ("data.size=33", "no multiple of 4"),
         ("run.fsdp=true", "fsdp"),
+        ("model.weights=bf16", "needs autocast"),
     ],
 )
 def test_what_cannot_be_met(place, tmp_path, override, message):
     with pytest.raises(UsageError, match=message):
         distill(tiny_distill(place / "teacher", place / "pictures", tmp_path / "run", "ema.decay=null", override))
+
+
+def test_a_wrong_request_is_refused_before_anything_is_encoded(place, trained, tmp_path, monkeypatch):
+    from gspn.tasks.text_to_image import distillation
+
+    def encode_data(*_args, **_kwargs):
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr(distillation, "encode_data", encode_data)
+    sources = (place / "teacher", place / "pictures")
+    with pytest.raises(UsageError, match="holds a run already"):
+        distill(tiny_distill(*sources, trained.output))
+    with pytest.raises(UsageError, match="sideways"):
+        distill(tiny_distill(*sources, tmp_path / "run", "model.layers=[sideways]"))
+    with pytest.raises(AssertionError, match="encoded"):
+        distill(tiny_distill(*sources, tmp_path / "run"))
+
+
+def test_another_teacher_does_not_resume(place, tmp_path):
+    pipeline = make_sd(tmp_path, factor=4)
+    pipeline.save_pretrained(tmp_path / "teacher")
+    config = tiny_distill(
+        tmp_path / "teacher", place / "pictures", tmp_path / "run", "schedule.epochs=1", "pictures.every=0"
+    )
+    distill(config)
+    with torch.no_grad():
+        pipeline.unet.conv_in.weight.mul_(2)
+    pipeline.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(UsageError, match=r"resolved\.unet"):
+        distill(config, resume=True)
+
+
+def test_reading_in_half_precision_loses_nothing_of_an_adapter(place):
+    from gspn.tasks.text_to_image.distiller import Distiller
+
+    pipeline = load_pipeline(place / "teacher", dtype=torch.bfloat16)
+    adapter = GSPNAdapter.from_model(pipeline.unet).float()
+    before = {name: value.clone() for name, value in adapter.state_dict().items()}
+    Distiller(pipeline.unet, adapter, 32, 32)
+    assert_same(adapter.state_dict(), before)
 
 
 def test_recipes():

@@ -28,8 +28,9 @@ def test_there_are_some():
     assert "gspn_denoiser.mnist5k" not in shipped_pipelines()
 
 
-@pytest.mark.parametrize("path", [shipped_pipelines()[PIPELINE], shipped_adapters()[ADAPTER]])
-def test_weights_are_small_and_of_half_precision_and_have_a_card(path):
+@pytest.mark.parametrize("name", [PIPELINE, ADAPTER])
+def test_weights_are_small_and_of_half_precision_and_have_a_card(name):
+    path = {**shipped_pipelines(), **shipped_adapters()}[name]
     files = list(path.rglob("*.safetensors"))
     assert 0 < sum(file.stat().st_size for file in files) < 12_000_000
     for one in files:

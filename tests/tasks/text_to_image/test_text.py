@@ -94,3 +94,37 @@ def test_what_a_unet_is_told(sd, sdxl):
     assert list(unet_arguments(sd.unet, text, 24, 40)) == ["encoder_hidden_states"]
     with pytest.raises(UsageError, match="no prompt"):
         encode_prompts(sd, [])
+
+
+def test_killed_before_the_last_word_on_it(sd, tmp_path, monkeypatch):
+    """All shards are there, and the index does not list them."""
+    from gspn.tasks.text_to_image import text
+
+    plain, written = text.write_text, []
+
+    class Killed(Exception):  # noqa: N818
+        pass
+
+    def write_text(path, content):
+        written.append(path.name)
+        if written.count("index.json") == 2:
+            raise Killed
+        plain(path, content)
+
+    monkeypatch.setattr(text, "write_text", write_text)
+    with pytest.raises(Killed):
+        cache_text(sd, CAPTIONS, tmp_path / "text", shard_size=3)
+    monkeypatch.undo()
+    table = cache_text(sd, CAPTIONS, tmp_path / "text", shard_size=3)
+    assert torch.equal(table.read(torch.tensor([6])).states, rounded(encode_prompts(sd, ["lime"])))
+    assert sorted(path.suffix for path in (tmp_path / "text").iterdir()) == [".json", *[".safetensors"] * 3]
+
+
+def test_what_else_decides_what_encoders_say_is_noticed(sdxl, tmp_path):
+    cache_text(sdxl, CAPTIONS, tmp_path / "text")
+    sdxl.register_to_config(force_zeros_for_empty_prompt=False)
+    try:
+        with pytest.raises(UsageError, match="of other encoders"):
+            cache_text(sdxl, CAPTIONS, tmp_path / "text")
+    finally:
+        sdxl.register_to_config(force_zeros_for_empty_prompt=True)

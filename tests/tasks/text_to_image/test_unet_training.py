@@ -64,6 +64,36 @@ def test_further_training_resumes_and_keeps_the_rest(trained, place, tmp_path):
         train(config.changed("noise.objective=epsilon", **{"run.output": tmp_path / "other"}))
 
 
+@pytest.mark.parametrize("kind", ["shift_factor", "latents_mean"])
+def test_what_is_learnt_is_what_is_decoded(kind, place, tmp_path, request):
+    """Latents as the UNet learns them, through the pipeline's own way back, are the pictures."""
+    from gspn.tasks.text_to_image.config import DataConfig
+    from gspn.tasks.text_to_image.data import encode_data
+    from gspn.tasks.text_to_image.decoding import to_latents
+
+    pipeline = request.getfixturevalue("sd" if kind == "shift_factor" else "sdxl")
+    told = {
+        "shift_factor": {"shift_factor": 0.5},
+        "latents_mean": {"latents_mean": [1.0] * 4, "latents_std": [3.0] * 4},
+    }
+    before = {key: pipeline.vae.config.get(key) for key in told[kind]}
+    pipeline.vae.register_to_config(**told[kind])
+    try:
+        data = DataConfig(name="folder", root=place / "pictures", size=32, batch_size=4, workers=0)
+        found = encode_data(data, pipeline, tmp_path / "cache", device="cpu")
+        mean = found.train.latents[3][0].chunk(2)[0][None]
+        start = found.start(torch.cat([mean, torch.zeros_like(mean)], dim=1))
+        from gspn.data import open_captions
+        from gspn.tasks.generate.config import DataConfig as Pictures
+        from gspn.tasks.generate.data import picture_transform
+
+        picture = open_captions("folder", "train", root=place / "pictures").image(3)
+        pixels = picture_transform(Pictures(size=32), training=False)(picture)[None]
+        assert torch.allclose(start, to_latents(pipeline, pixels), atol=5e-3)
+    finally:
+        pipeline.vae.register_to_config(**before)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

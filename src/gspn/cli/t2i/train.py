@@ -103,7 +103,8 @@ def distill(
 
     flags = _shared(data, root, size, cache, output, epochs, batch_size, lr, seed, workers)
     flags |= {"teacher": teacher, "distillation.block_epochs": block_epochs}
-    _start(DistillConfig, "distill", config, set_, flags, resume, dry_run, "gspn t2i sample PROMPT --adapter {}")
+    then = "gspn t2i sample PROMPT --model TEACHER --adapter {}"
+    _start(DistillConfig, "distill", config, set_, flags, resume, dry_run, then)
 
 
 def autoencoder(

@@ -134,6 +134,10 @@ class AutoencodeConfig(Configuration):
             raise UsageError(
                 f"data.crop is {data.crop} and data.size {data.size}; a piece is no larger than its picture."
             )
+        if self.run.fsdp:
+            raise UsageError(
+                "run.fsdp is true, and an autoencoder is small; set run.fsdp=false, which copies it (DDP)."
+            )
         if self.optim.label_smoothing:
             raise UsageError(
                 f"optim.label_smoothing is {self.optim.label_smoothing:g}: an autoencoder has no labels to smooth. "

@@ -142,7 +142,8 @@ class _AutoencoderRun(TrainingRun[AutoencoderRow, Position]):
         # forward() gives the picture alone: the posterior is taken on the way, in the module that DDP wraps.
         found: list[Any] = []
         encoder = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        handle = encoder.quant_conv.register_forward_hook(lambda _module, _given, moments: found.append(moments))
+        last = encoder.encoder if encoder.quant_conv is None else encoder.quant_conv
+        handle = last.register_forward_hook(lambda _module, _given, moments: found.append(moments))
         try:
             drawn = self.model(images, sample_posterior=True, return_dict=False)[0]
         finally:
@@ -187,7 +188,7 @@ class _AutoencoderRun(TrainingRun[AutoencoderRow, Position]):
             psnr = 10 * (4 / apart.square().mean(1).clamp(min=1e-12)).log10()
             sums += torch.stack([psnr.sum(), apart.abs().mean(1).sum(), torch.tensor(len(apart), dtype=torch.float64)])
         model.train(training)
-        psnr, error, count = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()  # type: ignore[union-attr]
+        psnr, error, count = self._summed(sums)
         return psnr / max(count, 1), error / max(count, 1)
 
     @torch.no_grad()
@@ -207,7 +208,7 @@ class _AutoencoderRun(TrainingRun[AutoencoderRow, Position]):
             if seen >= most:
                 break
         model.train(training)
-        count, total, squares = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()  # type: ignore[union-attr]
+        count, total, squares = self._summed(sums)
         std = (squares / count - (total / count) ** 2) ** 0.5
         if not std > 0:
             raise UsageError(

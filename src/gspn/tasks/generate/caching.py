@@ -172,6 +172,7 @@ def encode_data_set(
     device: str,
     workers: int,
     console: Console | None,
+    elsewhere: str = "--output",
 ) -> CachedLatents:
     """As :func:`cache_latents`, of a data set and with an autoencoder that are opened already.
 
@@ -188,6 +189,7 @@ def encode_data_set(
         device: As there.
         workers: As there.
         console: As there.
+        elsewhere: What another directory is named with, as errors say it.
     """
     asked = LatentIndex(
         format=FORMAT,
@@ -202,7 +204,7 @@ def encode_data_set(
     pictures.transform = picture_transform(
         DataConfig(size=record.size, channels=autoencoder.config.in_channels), training=False
     )
-    work = _Caching(Path(output), asked, autoencoder, pictures, batch_size, workers, console or Console())
+    work = _Caching(Path(output), asked, autoencoder, pictures, batch_size, workers, console or Console(), elsewhere)
     return connected(lambda: work.run(precision, device))
 
 
@@ -217,6 +219,7 @@ class _Caching:
     batch_size: int
     workers: int
     console: Console
+    elsewhere: str
 
     def run(self, precision: str, device: str) -> CachedLatents:
         start = time.perf_counter()
@@ -259,7 +262,8 @@ class _Caching:
             if key not in _FREE and old.get(key) != new.get(key):
                 raise UsageError(
                     f"{key} is {_shown(new.get(key))}, and the latents in {str(directory)!r} were begun with "
-                    f"{_shown(old.get(key))}; give the same arguments again, or name another directory with --output."
+                    f"{_shown(old.get(key))}; give the same arguments again, or name another directory with "
+                    f"{self.elsewhere}."
                 )
         self.index = begun
 

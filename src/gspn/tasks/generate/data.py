@@ -86,6 +86,8 @@ def _train_loader(config: GenerateConfig, dataset: Any, places: dict[str, Any]) 
 def _open_latents_of(config: GenerateConfig, directory: Path, places: dict[str, Any]) -> GenerateData:
     data = config.data
     train = open_latents(directory)
+    if not train.classes:
+        raise UsageError(f"the latents in {str(directory)!r} are of pictures with captions and have no classes.")
     _check_keys(data, train)
     train.hflip = data.hflip
     held_out = None

@@ -120,10 +120,11 @@ class LatentSet(Dataset):
         digest: Of the index, which has those of all files.
     """
 
-    def __init__(self, directory: Path, index: LatentIndex, digest: str) -> None:
+    def __init__(self, directory: Path, index: LatentIndex, digest: str, again: str = AGAIN) -> None:
         self.directory = directory
         self.index = index
         self.digest = digest
+        self._again = again
         self.name = index.data.name
         self.classes = list(index.data.classes)
         self.hflip = 0.0
@@ -160,7 +161,7 @@ class LatentSet(Dataset):
         path = self.directory / AUTOENCODER
         vae = load_autoencoder(path)
         if weights_digest(vae) != self.index.vae.weights:
-            raise UsageError(f"{str(path)!r} does not have the weights that encoded the pictures; {AGAIN}.")
+            raise UsageError(f"{str(path)!r} does not have the weights that encoded the pictures; {self._again}.")
         return vae
 
     def verify(self) -> None:
@@ -171,7 +172,7 @@ class LatentSet(Dataset):
         """
         for shard in self.index.shards:
             if not fits(self.directory, shard):
-                raise UsageError(f"{str(self.directory / shard.file)!r} does not have its checksum; {AGAIN}.")
+                raise UsageError(f"{str(self.directory / shard.file)!r} does not have its checksum; {self._again}.")
 
     def check(self) -> None:
         """Compare the sizes and the headers of all files, without reading the latents.
@@ -188,16 +189,16 @@ class LatentSet(Dataset):
             try:
                 found = path.stat().st_size
                 if found != shard.bytes:
-                    raise UsageError(f"{str(path)!r} has {found:,} bytes and not {shard.bytes:,}; {AGAIN}.")
+                    raise UsageError(f"{str(path)!r} has {found:,} bytes and not {shard.bytes:,}; {self._again}.")
                 opened = self._shard(number)
                 shapes = [opened.get_slice(part).get_shape() for part in ("mean", "std", "label")]
                 labels = opened.get_tensor("label")
             except (OSError, SafetensorError) as error:
-                raise UsageError(f"{str(path)!r} cannot be read ({error}); {AGAIN}.") from None
+                raise UsageError(f"{str(path)!r} cannot be read ({error}); {self._again}.") from None
             # Without classes a label is another number: what picture it is.
             outside = labels[(labels < 0) | ((labels >= len(self.classes)) & bool(self.classes))]
             if shapes != [shape, shape, shape[:1]] or len(outside):
-                raise UsageError(f"{str(path)!r} is not what {INDEX} says; {AGAIN}.")
+                raise UsageError(f"{str(path)!r} is not what {INDEX} says; {self._again}.")
 
     def _place(self, i: int) -> tuple[int, int]:
         number = bisect.bisect_right(self._ends, i)
@@ -210,7 +211,7 @@ class LatentSet(Dataset):
         return self._opened[number]
 
 
-def open_latents(directory: str | Path, *, verify: bool = False) -> LatentSet:
+def open_latents(directory: str | Path, *, verify: bool = False, again: str = AGAIN) -> LatentSet:
     """Open a directory that ``gspn generate latents`` wrote.
 
     The sizes and headers of all files are compared with the index, which takes milliseconds each.
@@ -218,6 +219,7 @@ def open_latents(directory: str | Path, *, verify: bool = False) -> LatentSet:
     Args:
         directory: Where they are.
         verify: Read all files and compare their checksums too.
+        again: The remedy for what is missing or damaged, as errors say it.
 
     Raises:
         UsageError: there are none, they are not complete, or a file is missing or damaged.
@@ -231,9 +233,9 @@ def open_latents(directory: str | Path, *, verify: bool = False) -> LatentSet:
     if index is None:
         raise UsageError(f"{str(directory)!r} has no {INDEX}; name a directory that `gspn generate latents` wrote.")
     if not index.complete:
-        raise UsageError(f"the latents in {str(directory)!r} are not complete; {AGAIN}.")
+        raise UsageError(f"the latents in {str(directory)!r} are not complete; {again}.")
     digest = hashlib.sha256((path / INDEX).read_bytes()).hexdigest()
-    found = LatentSet(path, index, digest)
+    found = LatentSet(path, index, digest, again)
     found.check()
     if verify:
         found.verify()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,7 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str], *, batch_size: int = 6
     for begin in range(0, len(prompts), batch_size):
         some = list(prompts[begin : begin + batch_size])
         shared: dict[str, Any] = {
-            "device": pipeline._execution_device,
+            "device": _device_of_text(pipeline),
             "num_images_per_prompt": 1,
             "do_classifier_free_guidance": False,
         }
@@ -78,6 +79,25 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str], *, batch_size: int = 6
         else:
             parts.append(Conditioning(pipeline.encode_prompt(some, **shared)[0]))
     return Conditioning.cat(parts)
+
+
+@contextmanager
+def encoders_on(pipeline: Any, device: torch.device) -> Iterator[None]:
+    """The text encoders of a pipeline on a device, and nothing else of it; afterwards they are on the CPU."""
+    encoders = [one for one in (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)) if one is not None]
+    for encoder in encoders:
+        encoder.to(device)
+    try:
+        yield
+    finally:
+        for encoder in encoders:
+            encoder.to("cpu")
+
+
+def _device_of_text(pipeline: Any) -> torch.device:
+    """Where the text encoders are, or, where hooks bring them, where they will be."""
+    encoder = pipeline.text_encoder if pipeline.text_encoder is not None else pipeline.text_encoder_2
+    return pipeline._execution_device if hasattr(encoder, "_hf_hook") else encoder.device
 
 
 def encode_nothing(pipeline: Any) -> Conditioning:

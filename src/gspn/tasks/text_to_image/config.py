@@ -102,6 +102,8 @@ class ResolvedTextToImage(Resolved):
     """A digest of the latents."""
     text: str
     """A digest of the text encoders."""
+    unet: str
+    """A mark of the weights that were there before: what is trained further, or the teacher's."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,8 @@ class AdapterConfig:
     resume_from: str | None = None
     """An adapter, by path, hub id or name, to go on from, in the place of all that."""
     weights: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What the frozen weights of the teacher are kept in; the adapter's are fp32."""
+    """What the frozen weights of the teacher are kept in; the adapter's are fp32, and ``run.precision`` has to be less
+    as well."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     channels_last: bool = True
@@ -244,6 +247,11 @@ class DistillConfig(Configuration):
             raise UsageError(
                 "model.initialize is 'fit' and model.proxy_bias false: constant gates need it. Set "
                 "model.initialize=copy, or model.proxy_bias=true."
+            )
+        if self.model.weights != "fp32" and self.run.precision == "fp32":
+            raise UsageError(
+                f"model.weights is {self.model.weights!r} and run.precision 'fp32': the adapter, in fp32 beside them, "
+                f"needs autocast. Set run.precision={self.model.weights}, or model.weights=fp32."
             )
         if self.model.segment is not None and self.model.segments:
             raise UsageError(

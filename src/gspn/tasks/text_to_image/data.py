@@ -11,13 +11,16 @@ from rich.console import Console
 from torch import Tensor
 
 from ..errors import MissingExtraError, UsageError, require
-from ..generate.autoencoder import config_of
 from ..generate.caching import RecordKeys, encode_data_set
 from ..generate.latents import LatentSet, open_latents, sampled
 from ..training.loaders import EvalLoader, TrainLoader, seeded_loader, share_loader
 from .conditioning import Conditioning
 from .config import DataConfig
+from .decoding import shift_and_scale
 from .text import TextTable, cache_text
+
+AGAIN = "start the run again, which makes anew what does not fit"
+"""The remedy for damaged latents."""
 
 
 @dataclass
@@ -43,16 +46,16 @@ class EncodedData:
         name: As the data set calls itself.
         train: What is learnt.
         held_out: Whose loss is measured; None without.
-        shift: The autoencoder's ``shift_factor``.
-        factor: Its ``scaling_factor``.
+        shift: What is taken from the autoencoder's latents, as the pipeline adds it before decoding.
+        scale: What they are then divided by.
         pixels: Pixels of a picture for one of its latent, along a side.
     """
 
     name: str
     train: EncodedSplit
     held_out: EncodedSplit | None
-    shift: float
-    factor: float
+    shift: Tensor | float
+    scale: Tensor | float
     pixels: int
 
     @property
@@ -62,7 +65,8 @@ class EncodedData:
 
     def start(self, posterior: Tensor) -> Tensor:
         """What the UNet is to draw ``[B, C, h, w]``, from PyTorch's generator, of posteriors ``[B, 2 C, h, w]``."""
-        return sampled(posterior, shift=self.shift, factor=self.factor)
+        shift, scale = (one.to(posterior) if isinstance(one, Tensor) else one for one in (self.shift, self.scale))
+        return (sampled(posterior, shift=0.0, factor=1.0) - shift) / scale
 
     def loaders(
         self, data: DataConfig, *, accumulate: int, seed: int, **places: Any
@@ -104,13 +108,13 @@ def encode_data(
         for name, split in (("train", data.train_split), ("eval", data.eval_split))
         if split is not None
     ]
-    vae = config_of(pipeline.vae)
+    shift, scale = shift_and_scale(pipeline, torch.zeros(()))
     return EncodedData(
         name=f"{data.name} {data.train_split}",
         train=splits[0],
         held_out=splits[1] if len(splits) > 1 else None,
-        shift=vae.get("shift_factor") or 0.0,
-        factor=vae["scaling_factor"],
+        shift=shift,
+        scale=scale,
         pixels=pipeline.vae_scale_factor,
     )
 
@@ -132,12 +136,13 @@ def _encode_split(
         device=device,
         workers=data.workers,
         console=console,
+        elsewhere="data.cache",
     )
     captions = [pictures.captions(i) for i in range(len(pictures))]
     text = cache_text(pipeline, captions, directory / "text", device=device, console=console)
     # What encoded is not needed any more, and its memory is.
-    pipeline.to("cpu")
-    return EncodedSplit(open_latents(directory / "latents"), text, [some[0] for some in captions])
+    pipeline.vae.to("cpu")
+    return EncodedSplit(open_latents(directory / "latents", again=AGAIN), text, [some[0] for some in captions])
 
 
 def open_captioned(name: str, split: str, root: Path | None = None, **options: Any) -> Any:

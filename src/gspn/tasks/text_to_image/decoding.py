@@ -60,7 +60,7 @@ def tile_sides(vae: Any, side: int | None = None) -> tuple[int, int]:
 def to_pixels(pipeline: Any, latents: Tensor) -> Tensor:
     """Pictures ``[B, 3, H, W]`` in about [-1, 1], float32, of latents as the UNet has them."""
     vae = pipeline.vae
-    shift, scale = _shift_and_scale(pipeline, latents)
+    shift, scale = shift_and_scale(pipeline, latents)
     with _wide_enough(vae):
         return vae.decode((latents * scale + shift).to(vae.dtype), return_dict=False)[0].float()
 
@@ -71,7 +71,7 @@ def to_latents(pipeline: Any, pixels: Tensor) -> Tensor:
     vae = pipeline.vae
     with _wide_enough(vae):
         found = vae.encode(pixels.to(vae.dtype)).latent_dist.mode().to(pixels.dtype)
-    shift, scale = _shift_and_scale(pipeline, found)
+    shift, scale = shift_and_scale(pipeline, found)
     return (found - shift) / scale
 
 
@@ -80,8 +80,8 @@ def to_images(pipeline: Any, pixels: Tensor) -> list[Image.Image]:
     return pipeline.image_processor.postprocess(pixels, output_type="pil", do_denormalize=[True] * len(pixels))
 
 
-def _shift_and_scale(pipeline: Any, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """VAE's latents = scale * the UNet's + shift. Only the XL pipeline of diffusers knows means."""
+def shift_and_scale(pipeline: Any, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """VAE's latents = scale * the UNet's + shift. Only the XL pipeline of diffusers knows means, and none a shift."""
     config = pipeline.vae.config
     mean, deviation = config.get("latents_mean"), config.get("latents_std")
     if mean is None or deviation is None or not has_further_conditions(pipeline.unet):

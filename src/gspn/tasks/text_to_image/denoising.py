@@ -31,6 +31,26 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _FALLBACK = "dpm++"
 
 
+def check_chain(trained: Any, predictions: Sequence[str]) -> str:
+    """What models of a scheduler predict.
+
+    Args:
+        trained: The pipeline's scheduler.
+        predictions: What is known.
+
+    Raises:
+        UsageError: it is no chain of noise, or something else is predicted.
+    """
+    prediction, name = trained.config.get("prediction_type", "epsilon"), type(trained).__name__
+    # Their configurations can be read as those of a chain, and are not.
+    if name.startswith(("FlowMatch", "EDM")) or prediction not in predictions:
+        raise UsageError(
+            f"this pipeline's scheduler is a {name} with prediction_type={prediction!r}; known are chains of noise "
+            f"that predict one of {', '.join(predictions)}. Use the pipeline of diffusers itself."
+        )
+    return prediction
+
+
 def named_scheduler(name: str, trained: Any) -> Any:
     """A fresh scheduler for a pipeline, from the configuration of its own.
 
@@ -51,12 +71,7 @@ def named_scheduler(name: str, trained: Any) -> Any:
         'EulerDiscreteScheduler'
     """
     diffusers = require("diffusers", extra="diffusers")
-    prediction = trained.config.get("prediction_type", "epsilon")
-    if type(trained).__name__.startswith("FlowMatch") or prediction not in PREDICTIONS:
-        raise UsageError(
-            f"this pipeline's scheduler is a {type(trained).__name__} with prediction_type={prediction!r}; known are "
-            f"chains of noise that predict one of {', '.join(PREDICTIONS)}. Use the pipeline of diffusers itself."
-        )
+    prediction = check_chain(trained, PREDICTIONS)
     if name == "auto":
         own = {kind: one for one, kind in reversed(SCHEDULERS.items())}.get(type(trained).__name__, _FALLBACK)
         if own not in ("ddpm", _FALLBACK):

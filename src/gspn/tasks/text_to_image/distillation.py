@@ -18,10 +18,11 @@ from gspn.diffusers import GSPNAdapter
 from ..errors import UsageError, require
 from ..files import replaced_directory
 from ..seeding import derived_seed, seed_everything
-from ..training.loop import connected, to_device
+from ..training.loop import connected, refuse_existing, to_device
 from .conditioning import Conditioning
 from .config import DistillConfig
 from .data import EncodedData, encode_data, read_text
+from .denoising import check_chain
 from .distiller import Distiller
 from .initialization import fit_gates
 from .pipelines import load_adapter, load_pipeline
@@ -104,6 +105,10 @@ def distill(config: DistillConfig, *, resume: bool = False, console: Console | N
         )
     console = console or Console()
     pipeline = load_pipeline(config.teacher)
+    # What is wrong is said before hours of encoding.
+    check_chain(pipeline.scheduler, ("epsilon", "v_prediction"))
+    refuse_existing(config.run.output, resume)
+    build_adapter(config, pipeline.unet)
     cache = config.data.cache or config.run.output / "cache"
     data = encode_data(config.data, pipeline, cache, device=config.run.device, console=console)
     return connected(lambda: _DistillRun(config, pipeline, data, resume, console).fit())
@@ -119,7 +124,7 @@ def build_adapter(config: DistillConfig, unet: Any) -> GSPNAdapter:
     if model.resume_from is not None:
         adapter = load_adapter(model.resume_from)
         try:
-            with adapter.mounted(copy.deepcopy(unet, {id(p): p for p in unet.parameters()})):
+            with copy.deepcopy(adapter).mounted(copy.deepcopy(unet, {id(p): p for p in unet.parameters()})):
                 pass
         except (ValueError, RuntimeError) as error:
             raise UsageError(f"model.resume_from {model.resume_from!r}: {error}") from None
@@ -153,11 +158,6 @@ class _DistillRun(CaptionRun):
         self._open_loaders(config)
         diffusers = require("diffusers", extra="diffusers")
         self.noise = diffusers.DDPMScheduler.from_config(self.pipeline.scheduler.config)
-        if self.noise.config.prediction_type not in ("epsilon", "v_prediction"):
-            raise UsageError(
-                f"{config.teacher!r} predicts {self.noise.config.prediction_type!r}; distillation knows epsilon and "
-                "v_prediction."
-            )
         teacher = nn.Module.to(self.pipeline.unet, _WEIGHTS[config.model.weights])
         adapter = build_adapter(config, teacher)
         distiller = Distiller(teacher, adapter, *self.picture_size, relative=config.distillation.relative)
@@ -250,4 +250,8 @@ class _DistillRun(CaptionRun):
             students = self.drawn(self.pipeline)
         finally:
             self.pipeline.unet = unet
+            for name in ("vae", "text_encoder", "text_encoder_2"):  # which the training does not need
+                model = getattr(self.pipeline, name, None)
+                if model is not None:
+                    model.to("cpu")
         self.save_sheet(epoch, step, {"attention": self._teachers, "GSPN": students})

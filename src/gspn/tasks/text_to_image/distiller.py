@@ -68,8 +68,11 @@ class Distiller(nn.Module):
         teacher.requires_grad_(False).eval()
         # Another tree of modules over the same weights.
         student = copy.deepcopy(teacher, {id(p): p for p in (*teacher.parameters(), *teacher.buffers())})
+        weights = {name: value.float().clone() for name, value in adapter.state_dict().items()}
         adapter.mount(student)
-        nn.Module.float(adapter).requires_grad_(True)
+        # Mounted, it has the teacher's dtype: what that rounded is put back.
+        nn.Module.float(adapter).load_state_dict(weights)
+        adapter.requires_grad_(True)
         # In a tuple, which is not registered: frozen weights are nothing to train, to average, to send or to save.
         self._unets = (teacher, student)
         self._map_sizes: dict[tuple[int, ...], dict[str, tuple[int, int]]] = {}

@@ -50,7 +50,7 @@ def fit_gates(distiller: Distiller, batches: Iterable[tuple[Tensor, Tensor, Cond
         sizes = distiller.map_sizes(noisy, t, given)
         for name, mixer in mixers.items():
             regressors = _regressors(mixer, wanted[name][0], sizes[name])  # [B N, D, 4 + 1 + 1]
-            _add(sums.setdefault(name, {}), regressors, made[name][0].flatten(0, 1).double())
+            _add(sums.setdefault(name, {}), regressors, made[name][0].flatten(0, 1))
     return {name: _solve(mixer, **sums[name]) for name, mixer in mixers.items()}
 
 
@@ -84,10 +84,12 @@ def _regressors(mixer: GSPNTokenMixer, tokens: Tensor, size: tuple[int, int]) ->
         skips.copy_(kept)
         found.append(values)
     found.append(torch.ones_like(values))
-    return torch.stack(found, dim=-1).flatten(0, 1).double()
+    return torch.stack(found, dim=-1).flatten(0, 1)
 
 
 def _add(sums: dict[str, Tensor], regressors: Tensor, aim: Tensor) -> None:
+    # On the CPU: Apple's GPU has no float64.
+    regressors, aim = regressors.cpu().double(), aim.cpu().double()
     for name, value in (
         ("gram", torch.einsum("ndp,ndq->dpq", regressors, regressors)),  # [D, P, P]
         ("cross", torch.einsum("ndp,nd->dp", regressors, aim)),  # [D, P]
@@ -106,13 +108,12 @@ def _solve(mixer: GSPNTokenMixer, gram: Tensor, cross: Tensor, square: Tensor) -
     weight = 1e-6 * gram.diagonal(dim1=1, dim2=2).clamp(min=1e-12)
     solution = torch.linalg.solve(gram + weight.diag_embed(), cross)  # [D, P]
     gates = solution[:, :directions].T  # [4, D]
-    random = _RANDOM * gates.square().mean().sqrt()
-    scan.u_proj *= random
-    scan.u_proj[..., 0] = gates
+    scan.u_proj *= _RANDOM * gates.square().mean().sqrt().item()
+    scan.u_proj[..., 0] = gates.to(scan.u_proj)
     if scan.skip_proj is not None:
         skips = solution[:, directions]
-        scan.skip_proj *= _RANDOM * skips.square().mean().sqrt() / directions
-        scan.skip_proj[..., 0] = skips / directions  # of which there is one for each direction
+        scan.skip_proj *= _RANDOM * skips.square().mean().sqrt().item() / directions
+        scan.skip_proj[..., 0] = skips.to(scan.skip_proj) / directions  # of which there is one for each direction
     if has_bias:
         linear: Any = mixer.to_out[0]
         linear.bias += linear.weight @ solution[:, -1].to(linear.weight)

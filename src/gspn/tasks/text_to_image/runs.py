@@ -22,6 +22,7 @@ from ..training.records import EpochRow
 from .conditioning import Conditioning
 from .config import ResolvedTextToImage
 from .data import EncodedData, EncodedSplit, read_text
+from .ladder_state import fingerprint
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class CaptionRun(TrainingRun[CaptionRow, Position]):
     def __init__(self, config: Any, pipeline: Any, data: EncodedData, resume: bool, console: Console) -> None:
         self.pipeline = pipeline
         self.data = data
+        self._mark = fingerprint(pipeline.unet)
         super().__init__(config, resume, console)
 
     def _open_loaders(self, config: Any) -> None:
@@ -69,6 +71,7 @@ class CaptionRun(TrainingRun[CaptionRow, Position]):
             latent_shape=list(self.data.shape),
             latents=self.data.train.latents.digest,
             text=text.encoders,
+            unet=self._mark,
         )
 
     def _data_line(self) -> str:
@@ -116,8 +119,7 @@ class CaptionRun(TrainingRun[CaptionRow, Position]):
                 for name, each in found.items():
                     sums[name] = sums.get(name, 0.0) + each.cpu().double()[counts].sum().item()
         model.train(training)
-        total = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.accelerator.device)
-        values = self.accelerator.reduce(total, "sum").tolist()  # type: ignore[union-attr]
+        values = self._summed(torch.tensor(list(sums.values()), dtype=torch.float64))
         whole = dict(zip(sums, values, strict=True))
         return {name: value / max(whole["count"], 1) for name, value in whole.items() if name != "count"}
 
@@ -256,5 +258,6 @@ def _wrapped(pen: Any, text: str, width: int, most: int = 3) -> list[str]:
 @contextmanager
 def random_state_kept() -> Iterator[None]:
     """What is drawn inside does not count outside."""
-    with torch.random.fork_rng():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
         yield

@@ -31,7 +31,7 @@ from ..generate.autoencoder import weights_digest
 from ..generate.latents import file_digest
 from ..progress import progress_bar
 from ..training.loop import connected
-from .conditioning import Conditioning, encode_nothing, encode_prompts
+from .conditioning import Conditioning, encode_nothing, encode_prompts, encoders_on
 
 FORMAT = 1
 INDEX = "index.json"
@@ -53,7 +53,7 @@ class TextIndex:
 
     format: int
     encoders: str
-    """A digest of the text encoders' weights."""
+    """A digest of the text encoders' weights, and of what else decides what they say."""
     captions: str
     """A digest of all captions in their order."""
     rows: int
@@ -167,17 +167,21 @@ def _cache(
     accelerator = make_accelerator(device=device)
     known = _begun(directory, asked)
     accelerator.wait_for_everyone()  # all have looked before one writes
+    if accelerator.is_main_process:
+        _begin(directory, asked)
+    accelerator.wait_for_everyone()
     shards = -(-len(texts) // asked.shard_size)
-    missing = [number for number in range(shards) if not _whole(directory, known.get(number))]
-    own = [number for number in missing if number % accelerator.num_processes == accelerator.process_index]
-    if own:
-        pipeline.to(accelerator.device)
-        total = sum(len(range(*_bounds(number, asked))) for number in own)
-        with progress_bar(console if accelerator.is_main_process else None, "encoding captions", total) as advance:
-            for number in own:
+    own = range(accelerator.process_index, shards, accelerator.num_processes)
+    missing = [number for number in own if not _whole(directory, known.get(number))]
+    if missing:
+        total = sum(len(range(*_bounds(number, asked))) for number in missing)
+        bar = progress_bar(console if accelerator.is_main_process else None, "encoding captions", total)
+        with encoders_on(pipeline, accelerator.device), bar as advance:
+            for number in missing:
                 _write(pipeline, texts, number, directory, asked, advance)
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process and missing:
+    if accelerator.is_main_process:
+        # Also where all were there: a process that was killed may have made the last of them, and not come to this.
         found = [_record(directory, number) for number in range(shards)]
         write_text(directory / INDEX, json.dumps(to_mapping(replace(asked, shards=found)), indent=1) + "\n")
         for number in range(shards):
@@ -199,10 +203,13 @@ def _begun(directory: Path, asked: TextIndex) -> dict[int, TextShard]:
     for path in directory.glob("text-*.json"):
         number = int(path.stem.rpartition("-")[2])
         known[number] = _record(directory, number)
-    if begun is None:
+    return known
+
+
+def _begin(directory: Path, asked: TextIndex) -> None:
+    if _read_index(directory) is None:
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / INDEX, json.dumps(to_mapping(asked), indent=1) + "\n")
-    return known
 
 
 def _read_index(directory: Path) -> TextIndex | None:
@@ -248,12 +255,13 @@ def _write(pipeline: Any, texts: list[str], number: int, directory: Path, index:
     from safetensors.torch import save_file
 
     begin, end = _bounds(number, index)
-    parts = [encode_nothing(pipeline)] if begin == 0 else []
+    # Off the device at once: a shard of long captions is gigabytes.
+    parts = [encode_nothing(pipeline).to("cpu", torch.float32)] if begin == 0 else []
     for first in range(max(begin, 1), end, _BATCH):
         some = texts[first : min(first + _BATCH, end)]
-        parts.append(encode_prompts(pipeline, some))
+        parts.append(encode_prompts(pipeline, some).to("cpu", torch.float32))
         advance(len(some))
-    whole = Conditioning.cat(parts).to("cpu", torch.float32)
+    whole = Conditioning.cat(parts)
     tensors = {"states": whole.states} | ({} if whole.pooled is None else {"pooled": whole.pooled})
     for name, value in tensors.items():
         rows = (~value.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
@@ -278,6 +286,13 @@ def _encoders_digest(pipeline: Any) -> str:
     for name in ("text_encoder", "text_encoder_2"):
         encoder = getattr(pipeline, name, None)
         found.update(b"none" if encoder is None else weights_digest(encoder).encode())
+        use_mask = None if encoder is None else getattr(encoder.config, "use_attention_mask", None)
+        found.update(json.dumps(use_mask).encode())
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer = getattr(pipeline, name, None)
+        if tokenizer is not None:
+            found.update(json.dumps([type(tokenizer).__name__, tokenizer.model_max_length, len(tokenizer)]).encode())
+    found.update(json.dumps(bool(pipeline.config.get("force_zeros_for_empty_prompt", False))).encode())
     return found.hexdigest()
 
 

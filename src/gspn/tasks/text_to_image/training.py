@@ -16,10 +16,11 @@ from ..generate.autoencoder import load_autoencoder
 from ..generate.config import DiffusionConfig
 from ..generate.losses import DenoisingLoss
 from ..seeding import derived_seed
-from ..training.loop import connected
+from ..training.loop import connected, refuse_existing
 from .conditioning import Conditioning, unet_arguments
 from .config import TextToImageConfig
 from .data import encode_data
+from .denoising import check_chain
 from .pipelines import load_pipeline, minilm, save_pipeline
 from .runs import CaptionRow, CaptionRun, random_state_kept
 
@@ -67,6 +68,9 @@ def train(config: TextToImageConfig, *, resume: bool = False, console: Console |
     require("diffusers", extra="diffusers")
     console = console or Console()
     pipeline = open_pipeline(config)
+    # What is wrong is said before hours of encoding.
+    check_chain(pipeline.scheduler, ("epsilon", "v_prediction"))
+    refuse_existing(config.run.output, resume)
     cache = config.data.cache or config.run.output / "cache"
     data = encode_data(config.data, pipeline, cache, device=config.run.device, console=console)
     return connected(lambda: _UNetRun(config, pipeline, data, resume, console).fit())

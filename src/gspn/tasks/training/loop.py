@@ -27,11 +27,15 @@ from .records import MetricsTable, Reporter, Row, peak_memory_mib
 
 # Keys that change neither the weights nor the table, and so may differ when a run is resumed.
 _FREE = (
-    "data.root", "data.latents", "data.workers", "data.eval_batch_size", "model.compile", "model.grad_checkpointing",
+    "data.root", "data.latents", "data.cache", "data.workers", "data.eval_batch_size", "model.compile",
+    "model.grad_checkpointing",
     "run.output", "run.device", "run.deterministic", "run.checkpoint_every_s", "run.log_every", "run.trackers",
     "data.batch_size", "optim.accumulate",  # their product with the processes is compared instead
     "resolved.processes",  # and a digest of the latents in the place of where they lie
 )  # fmt: skip
+
+# In the output directory.
+_CHECKPOINTS, _TABLE = "checkpoints", "metrics.csv"
 
 # Updates between two questions to the first process whether a checkpoint is due; each is a message to all others.
 _ASK_EVERY = 16
@@ -64,6 +68,21 @@ def connected(run: Callable[[], Result]) -> Result:
     if not before and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # which accelerate made for this run
     return result
+
+
+def refuse_existing(output: Path, resume: bool) -> None:
+    """Refuse a directory that holds a run which is not to be continued.
+
+    Raises:
+        UsageError: it does, or it is a file.
+    """
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"run.output {str(output)!r} is a file; name a directory.")
+    if not resume and (CheckpointStore(output / _CHECKPOINTS).newest() is not None or (output / _TABLE).exists()):
+        raise UsageError(
+            f"run.output {str(output)!r} holds a run already; continue it with --resume, or name another directory "
+            "with --output."
+        )
 
 
 class TrainingRun(Generic[Row, Where]):
@@ -101,8 +120,8 @@ class TrainingRun(Generic[Row, Where]):
         )
         # Also where `accelerate launch` was told so.
         self.sharded = self.accelerator.distributed_type == "FSDP"
-        self.store = CheckpointStore(self.output / "checkpoints")
-        self.table: MetricsTable[Row] = MetricsTable(self.output / "metrics.csv", self.row)
+        self.store = CheckpointStore(self.output / _CHECKPOINTS)
+        self.table: MetricsTable[Row] = MetricsTable(self.output / _TABLE, self.row)
         self.main = self.accelerator.is_main_process
         self._check_output(config, resume)
 
@@ -186,13 +205,7 @@ class TrainingRun(Generic[Row, Where]):
             )
         if self.sharded and config.ema.decay is not None:
             raise UsageError(f"ema.decay is {config.ema.decay:g}, and FSDP keeps no whole weights; set ema.decay=null.")
-        if self.output.exists() and not self.output.is_dir():
-            raise UsageError(f"run.output {str(self.output)!r} is a file; name a directory.")
-        if not resume and (self.store.newest() is not None or self.table.path.exists()):
-            raise UsageError(
-                f"run.output {str(self.output)!r} holds a run already; continue it with --resume, "
-                "or name another directory with --output."
-            )
+        refuse_existing(self.output, resume)
         # No process looks before all have: the first one writes soon.
         self.accelerator.wait_for_everyone()
 
@@ -434,6 +447,11 @@ class TrainingRun(Generic[Row, Where]):
                 f"the training loss is {loss} in epoch {self.position.epoch + 1}; lower optim.lr, lengthen "
                 "schedule.warmup_epochs or set optim.clip_grad. The checkpoint before is whole."
             )
+
+    def _summed(self, values: Tensor) -> list[float]:
+        """The sums over all processes of float64 numbers, which Apple's GPU has not."""
+        device = self.accelerator.device if self.accelerator.device.type != "mps" else "cpu"
+        return self.accelerator.reduce(values.to(device), "sum").tolist()  # type: ignore[union-attr]
 
     def _count_broken(self, before: int) -> int:
         """Broken images of this epoch over all processes, ``before`` of them before this process began."""
