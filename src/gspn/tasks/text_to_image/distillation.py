@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gspn.diffusers import GSPNAdapter
 
+from ..devices import make_accelerator
 from ..errors import UsageError, require
 from ..files import replaced_directory
 from ..seeding import derived_seed, seed_everything
@@ -103,7 +104,12 @@ def distill(config: DistillConfig, *, resume: bool = False, console: Console | N
         raise UsageError(
             "run.fsdp is true, and an adapter is small: its teacher is whole in every process. Set run.fsdp=false."
         )
-    console = console or Console()
+    return connected(lambda: _distill(config, resume, console or Console()))
+
+
+def _distill(config: DistillConfig, resume: bool, console: Console) -> DistillResult:
+    # Processes connect once: closed and opened again between encoding and training, one may find the other's old end.
+    make_accelerator(device=config.run.device)
     pipeline = load_pipeline(config.teacher)
     # What is wrong is said before hours of encoding.
     check_chain(pipeline.scheduler, ("epsilon", "v_prediction"))
@@ -111,7 +117,7 @@ def distill(config: DistillConfig, *, resume: bool = False, console: Console | N
     build_adapter(config, pipeline.unet)
     cache = config.data.cache or config.run.output / "cache"
     data = encode_data(config.data, pipeline, cache, device=config.run.device, console=console)
-    return connected(lambda: _DistillRun(config, pipeline, data, resume, console).fit())
+    return _DistillRun(config, pipeline, data, resume, console).fit()
 
 
 def build_adapter(config: DistillConfig, unet: Any) -> GSPNAdapter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -19,7 +19,7 @@ from .decoding import to_images, to_latents, to_pixels
 from .denoising import Guide, begin_of, denoise, draw_noise, fresh, picture_generators
 from .ladder import Dilated, LadderConfig, Stage, enlarge, skip_residual
 from .ladder_state import LadderState
-from .restarting import lines_of, restarting
+from .restarting import restarting
 
 
 class RunProgress:
@@ -79,15 +79,16 @@ class Drawing:
         steps: Of the whole chain.
         seed: Of the noise.
         state: Where finished stages are kept; None for nowhere.
+        lines: By the name of a mixer, after how many its scans restart beyond the first stage.
     """
 
     def __init__(
         self, pipeline: Any, scheduler: Any, stages: Sequence[Stage], ladder: LadderConfig | None, device: torch.device,
-        *, steps: int, seed: int, state: LadderState | None = None,
+        *, steps: int, seed: int, state: LadderState | None = None, lines: Mapping[str, int] | None = None,
     ) -> None:  # fmt: skip
         self._pipeline, self._scheduler, self._stages, self._ladder = pipeline, scheduler, stages, ladder
         self._device, self._chain_steps, self._seed, self._state = device, steps, seed, state
-        self._lines: dict[str, int] | None = None  # of the first stage's maps, once asked for
+        self._lines = lines or {}
 
     @property
     def steps(self) -> int:
@@ -160,21 +161,14 @@ class Drawing:
                 refine = Dilated(
                     unet, chain, guide, stride=stage.dilation, factor=factor, begin=begin, config=self._ladder
                 )
-        with self._restarting(number, guide):
+        with self._restarting(number):
             return denoise(
                 unet, chain, latents, guide, height=stage.height, width=stage.width, generators=generators, begin=begin,
                 blend=blend, refine=refine, on_step=progress.passed,
             )  # fmt: skip
 
-    def _restarting(self, number: int, guide: Guide) -> contextlib.AbstractContextManager[None]:
-        if number == 0 or self._ladder is None or not self._ladder.restart:
-            return contextlib.nullcontext()
-        unet, first = self._pipeline.unet, self._stages[0]
-        if self._lines is None:
-            self._lines = lines_of(
-                unet, guide.text, height=first.height, width=first.width, factor=self._pipeline.vae_scale_factor
-            )
-        return restarting(unet, self._lines)
+    def _restarting(self, number: int) -> contextlib.AbstractContextManager[None]:
+        return restarting(self._pipeline.unet, self._lines if number else {})
 
     def _enlarged(self, latents: Tensor, stage: Stage) -> Tensor:
         _, *size = self._shape(stage)

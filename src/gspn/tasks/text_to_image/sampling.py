@@ -33,6 +33,7 @@ from .offload import (
 )
 from .pipelines import PIPELINES, load_adapter, load_pipeline
 from .records import PictureRecord, is_drawn, save_picture
+from .restarting import lines_of
 
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Of the weights."""
@@ -193,6 +194,10 @@ def sample(
             settings["weights"] = fingerprint(pipeline.unet) + fingerprint(pipeline.vae)
         # What cannot go on is refused before anything takes long.
         state = None if config is None or estimate_only else LadderState(directory, settings)
+        lines = {}
+        if config is not None and config.restart and len(stages) > 1:  # before hooks that move weights
+            first = stages[0]
+            lines = lines_of(pipeline.unet, text, height=first.height, width=first.width, factor=factor)
         if offload in MODELS:
             stack.enter_context(offloaded_models(pipeline, where))
         text, nothing = text.to(where), nothing and nothing.to(where)
@@ -207,7 +212,7 @@ def sample(
             return Pictures(directory, (), 0, 0.0, estimate)
         if offload in SKIPS:
             stack.enter_context(offloaded_skips(pipeline.unet, storage="cpu"))
-        drawing = Drawing(pipeline, chain, stages, config, where, steps=steps, seed=seed, state=state)
+        drawing = Drawing(pipeline, chain, stages, config, where, steps=steps, seed=seed, state=state, lines=lines)
         records = tuple(
             PictureRecord(
                 index=i, prompt=prompts[i % len(prompts)], negative=negative, seed=seed, width=width, height=height,

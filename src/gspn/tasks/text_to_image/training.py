@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..devices import make_accelerator
 from ..errors import UsageError, require
 from ..files import replaced_directory
 from ..generate.autoencoder import load_autoencoder
@@ -66,14 +67,19 @@ def train(config: TextToImageConfig, *, resume: bool = False, console: Console |
     """
     require("accelerate", "timm", "torchvision", "safetensors", "yaml")
     require("diffusers", extra="diffusers")
-    console = console or Console()
+    return connected(lambda: _train(config, resume, console or Console()))
+
+
+def _train(config: TextToImageConfig, resume: bool, console: Console) -> TextToImageResult:
+    # Processes connect once: closed and opened again between encoding and training, one may find the other's old end.
+    make_accelerator(device=config.run.device)
     pipeline = open_pipeline(config)
     # What is wrong is said before hours of encoding.
     check_chain(pipeline.scheduler, ("epsilon", "v_prediction"))
     refuse_existing(config.run.output, resume)
     cache = config.data.cache or config.run.output / "cache"
     data = encode_data(config.data, pipeline, cache, device=config.run.device, console=console)
-    return connected(lambda: _UNetRun(config, pipeline, data, resume, console).fit())
+    return _UNetRun(config, pipeline, data, resume, console).fit()
 
 
 def open_pipeline(config: TextToImageConfig) -> Any:
