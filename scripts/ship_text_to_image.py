@@ -1,6 +1,6 @@
 """Turn runs of ``gspn t2i train`` and ``gspn t2i distill`` into a pipeline and an adapter of the package.
 
-    python scripts/ship_text_to_image.py weights runs/t2i_emoji64 runs/distill_emoji64
+    python scripts/ship_text_to_image.py weights --train runs/t2i_emoji64 --distill runs/distill_emoji64
     python benchmarks/compare_text_to_image.py run && python benchmarks/compare_text_to_image.py table --output T.csv
     python scripts/ship_text_to_image.py cards runs/autoencoder_emoji64 runs/t2i_emoji64 runs/distill_emoji64 T.csv \
         --commit ...
@@ -15,6 +15,7 @@ import csv
 import json
 import platform
 import textwrap
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,15 +37,21 @@ _Run = Annotated[Path, typer.Argument(exists=True, file_okay=False)]
 
 
 @app.command()
-def weights(train: _Run, distill: _Run) -> None:
-    """Write the pipeline and the adapter into the package."""
-    pipeline, adapter = load_pipeline(train), load_adapter(distill)
-    for module in (pipeline.unet, pipeline.vae, adapter):
-        torch.nn.Module.half(module)
-    for name, save in (
-        (PIPELINE, lambda part: save_pipeline(pipeline, part)),
-        (ADAPTER, lambda part: adapter.save_pretrained(part, safe_serialization=True)),
-    ):
+def weights(
+    train: Annotated[Path | None, typer.Option(exists=True, file_okay=False)] = None,
+    distill: Annotated[Path | None, typer.Option(exists=True, file_okay=False)] = None,
+) -> None:
+    """Write the pipeline, the adapter or both into the package."""
+    writers: dict[str, Callable[[Path], None]] = {}
+    if train is not None:
+        pipeline = load_pipeline(train)
+        for module in (pipeline.unet, pipeline.vae):
+            torch.nn.Module.half(module)
+        writers[PIPELINE] = lambda part: save_pipeline(pipeline, part)
+    if distill is not None:
+        adapter = torch.nn.Module.half(load_adapter(distill))
+        writers[ADAPTER] = lambda part: adapter.save_pretrained(part, safe_serialization=True)
+    for name, save in writers.items():
         target = weights_directory() / name
         with replaced_directory(target) as part:
             save(part)
