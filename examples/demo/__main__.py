@@ -31,7 +31,7 @@ from gspn.tasks.classify import evaluate, load_config, predict, train
 from gspn.tasks.classify.confusion import save_confusion
 from gspn.tasks.files import replaced
 from gspn.tasks.generate import sample
-from gspn.tasks.text_to_image import load_adapter, load_pipeline
+from gspn.tasks.text_to_image import LadderConfig, load_adapter, load_pipeline
 from gspn.tasks.text_to_image import sample as sample_text
 from gspn.tasks.text_to_image.runs import draw_sheet
 
@@ -188,7 +188,7 @@ def draw_from_text(page: Page, output: Path, console: Console) -> None:
         shutil.rmtree(large)
     ladder = sample_text(
         pipeline, PROMPTS[:4], adapter=adapter, output=large, steps=STEPS, guidance=GUIDANCE, batch_size=4, height=256,
-        width=256, ladder=True, check=False, device="cpu", console=console,
+        width=256, ladder=LadderConfig(dilated=True), check=False, device="cpu", console=console,
     )  # fmt: skip
     enlarged = {"GSPN": [_opened(large / f"{i:05d}.png") for i in range(4)]}
     _write(draw_sheet(enlarged, PROMPTS[:4], columns=4), output / "text-large.png")
@@ -208,7 +208,7 @@ def draw_from_text(page: Page, output: Path, console: Console) -> None:
         f"At four times the size of the training, by a ladder of three stages, each beginning from the one before: "
         f"{ladder.seconds / 4:.1f} s a picture."
     )
-    page.command(f'gspn t2i sample "{PROMPTS[0]}" --model {TEACHER} --adapter {ADAPTER} --size 256 --ladder')
+    page.command(f'gspn t2i sample "{PROMPTS[0]}" --model {TEACHER} --adapter {ADAPTER} --size 256 --ladder --dilated')
     page.pictures((output / "text-large.png", "256 x 256 pixels, from a model of 64 x 64."))
 
 

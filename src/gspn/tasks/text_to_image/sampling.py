@@ -281,7 +281,8 @@ def _device(device: str) -> torch.device:
 def _name(source: Any) -> str:
     if isinstance(source, str | Path):
         return str(source)
-    return str(getattr(source, "name_or_path", "") or getattr(source, "_name_or_path", "") or type(source).__name__)
+    found = getattr(source, "name_or_path", "") or source.config.get("_name_or_path", "")  # of a pipeline, of a model
+    return str(found or type(source).__name__)
 
 
 def _opened(source: Any, precision: str | None) -> tuple[Any, str]:
