@@ -281,7 +281,8 @@ def _device(device: str) -> torch.device:
 def _name(source: Any) -> str:
     if isinstance(source, str | Path):
         return str(source)
-    found = getattr(source, "name_or_path", "") or source.config.get("_name_or_path", "")  # of a pipeline, of a model
+    found = getattr(source, "name_or_path", "")  # a pipeline's
+    found = found or getattr(source, "config", {}).get("_name_or_path", "")  # a model's
     return str(found or type(source).__name__)
 
 
