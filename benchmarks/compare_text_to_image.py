@@ -186,7 +186,7 @@ def pictures(
     from PIL import Image
 
     from gspn.tasks.text_to_image.evaluation import prompt_of
-    from gspn.tasks.text_to_image.runs import draw_sheet
+    from gspn.tasks.text_to_image.sheets import draw_sheet
 
     places = {entry.label: _place(root, entry, split, scale) for entry in ENTRIES}
     files = sorted(next(iter(places.values())).glob("0*.png"))

@@ -206,7 +206,7 @@ def _trained(run: Path) -> str:
     minutes = sum(float(row["seconds"]) for row in rows) / 60
     return (
         f"seed {_config(run)['run']['seed']}, {len(rows)} epochs, {int(rows[-1]['step']):,} updates, {minutes:.0f} "
-        "minutes on one busy CPU thread"
+        "minutes on a busy CPU core"
     )
 
 

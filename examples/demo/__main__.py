@@ -33,7 +33,7 @@ from gspn.tasks.files import replaced
 from gspn.tasks.generate import sample
 from gspn.tasks.text_to_image import LadderConfig, load_adapter, load_pipeline
 from gspn.tasks.text_to_image import sample as sample_text
-from gspn.tasks.text_to_image.runs import draw_sheet
+from gspn.tasks.text_to_image.sheets import draw_sheet
 
 EPOCHS = 4
 POINT = (305, 238)  # under the temple's eaves

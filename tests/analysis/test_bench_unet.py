@@ -93,3 +93,24 @@ def test_the_command(tmp_path):
     assert csv.read_text().count("\n") == 6 and "math" in csv.read_text()
     result = CliRunner().invoke(app, [*command[:4], "--size", "100"])
     assert result.exit_code == 2 and "multiple of 64" in result.output
+
+
+def test_sizes_in_one_option(monkeypatch):
+    from gspn.analysis.bench import unet
+
+    asked = []
+    monkeypatch.setattr(unet, "check_mixers", lambda problem: {})
+
+    def measure(problem, *, sizes, **options):
+        asked.append(tuple(sizes))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(unet, "measure_unets", measure)
+    command = ["bench", "unet", "--width", "20"]
+    CliRunner().invoke(app, [*command, "--sizes", "512, 128", "--size", "64"])
+    CliRunner().invoke(app, command)
+    assert asked == [(64, 128, 512), (256, 512, 1024)]
+    for wrong in ("512,x", "32", "512,"):
+        result = CliRunner().invoke(app, [*command, "--sizes", wrong])
+        assert result.exit_code == 2 and "--sizes" in result.output
+    assert len(asked) == 2

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save_file
 
 from gspn.diffusers import GSPNAdapter
@@ -49,6 +50,23 @@ def test_it_learns_and_writes(trained):
         "epoch-00004.png",
         "epoch-00008.png",
     ]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_perfect_prediction_gives_back_the_latents(prediction):
+    from types import SimpleNamespace
+
+    from gspn.tasks.text_to_image.distillation import _DistillRun
+    from tasks.text_to_image.t2i_support import make_scheduler
+
+    scheduler = DDPMScheduler.from_config(make_scheduler(prediction).config)
+    start = torch.randn(64, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+    noisy, t, aim = _DistillRun._noised(SimpleNamespace(noise=scheduler), start)
+    assert t.max() > 800 and t.min() < 200
+    a = scheduler.alphas_cumprod[t].sqrt()[:, None, None, None]
+    b = (1 - a.square()).sqrt()
+    back = (noisy - b * aim) / a if prediction == "epsilon" else a * noisy - b * aim
+    torch.testing.assert_close(back, start, atol=1e-4, rtol=1e-3)
 
 
 def test_the_adapter_is_the_average_and_draws(trained, place, tmp_path):

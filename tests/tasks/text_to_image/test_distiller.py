@@ -69,6 +69,7 @@ def test_the_adapter_alone_is_trained_averaged_and_saved(sd):
     assert all(p.grad is not None and p.grad.any() for p in distiller.adapter.parameters())
     assert all(p.grad is None for p in distiller.teacher.parameters())
     other = copy.deepcopy(distiller)
+    assert torch.equal(other(noisy, t, text.states)[0], prediction)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(0.5)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError, require
 from ..files import replaced, replaced_directory
-from ..seeding import derived_seed, seed_everything
+from ..seeding import derived_seed, random_state_kept, seed_everything
 from ..training.config import Resolved
 from ..training.loop import Position, TrainingRun, connected, to_device
 from ..training.records import EpochRow
@@ -166,7 +164,7 @@ class _GeneratorRun(TrainingRun[GeneratorRow, Position]):
     def _pipeline(self, weights: Any) -> Any:
         from gspn.diffusers import ClassConditionalPipeline
 
-        with _random_state_kept():  # of which building a network takes
+        with random_state_kept():  # of which building a network takes
             network = build_network(
                 self.config,
                 num_classes=len(self.data.classes),
@@ -221,7 +219,7 @@ class _GeneratorRun(TrainingRun[GeneratorRow, Position]):
         training = model.training
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64)
-        with _random_state_kept():
+        with random_state_kept():
             for i, (images, targets) in enumerate(held_out):
                 seed_everything(derived_seed(self.config.run.seed, "eval", i, self.accelerator.process_index))
                 images = to_device(images, self.accelerator.device, self.config.model.channels_last)
@@ -233,9 +231,3 @@ class _GeneratorRun(TrainingRun[GeneratorRow, Position]):
         model.train(training)
         total, count = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()  # type: ignore[union-attr]
         return total / max(count, 1)
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    with torch.random.fork_rng():
-        yield

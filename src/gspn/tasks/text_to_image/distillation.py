@@ -18,7 +18,7 @@ from gspn.diffusers import GSPNAdapter
 from ..devices import make_accelerator
 from ..errors import UsageError, require
 from ..files import replaced_directory
-from ..seeding import derived_seed, seed_everything
+from ..seeding import derived_seed, random_state_kept, seed_everything
 from ..training.loop import connected, refuse_existing, to_device
 from .conditioning import Conditioning
 from .config import DistillConfig
@@ -27,7 +27,7 @@ from .denoising import check_chain
 from .distiller import Distiller
 from .initialization import fit_gates
 from .pipelines import load_adapter, load_pipeline
-from .runs import CaptionRow, CaptionRun, random_state_kept
+from .runs import CaptionRow, CaptionRun
 
 # Pictures that the gates are fitted on, and how many at a time.
 _FITTED_ON, _FITTED_AT_ONCE = 32, 8

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
 from ..errors import UsageError, require
 from ..files import replaced
-from ..seeding import derived_seed, seed_everything
+from ..seeding import derived_seed, random_state_kept, seed_everything
 from ..training.config import Resolved
 from ..training.loop import Position, TrainingRun, to_device
 from ..training.records import EpochRow
@@ -23,6 +20,7 @@ from .conditioning import Conditioning
 from .config import ResolvedTextToImage
 from .data import EncodedData, EncodedSplit, read_text
 from .ladder_state import fingerprint
+from .sheets import draw_sheet
 
 
 @dataclass(frozen=True)
@@ -204,60 +202,3 @@ class CaptionRun(TrainingRun[CaptionRow, Position]):
                 import numpy as np
 
                 tracker.log_images({"samples": np.asarray(sheet)[None]}, step=step, dataformats="NHWC")
-
-
-def draw_sheet(rows: dict[str, list[Image.Image]], prompts: Sequence[str], *, columns: int = 8) -> Image.Image:
-    """One picture: under each prompt what each of the rows has of it.
-
-    Args:
-        rows: By name, a picture for each prompt, all of one size.
-        prompts: What the pictures are of.
-        columns: Prompts beside each other.
-    """
-    width, height = next(iter(rows.values()))[0].size
-    scale = max(1, math.ceil(96 / max(width, height)))
-    width, height = width * scale, height * scale
-    gap, line = 10, 13
-    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    named = len(rows) > 1
-    margin = gap + (max(int(pen.textlength(name)) for name in rows) + gap if named else 0)
-    texts = [_wrapped(pen, prompt, width) for prompt in prompts]
-    columns = min(columns, len(prompts))
-    head = line * max(len(text) for text in texts) + 4
-    block = head + len(rows) * (height + 4) + gap
-    bands = math.ceil(len(prompts) / columns)
-    sheet = Image.new("RGB", (margin + columns * (width + gap), gap + bands * block), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, text in enumerate(texts):
-        band, column = divmod(i, columns)
-        x, y = margin + column * (width + gap), gap + band * block
-        for number, words in enumerate(text):
-            pen.text((x, y + head - 4 - line * (len(text) - number)), words, fill=(31, 31, 51))
-        for number, (name, pictures) in enumerate(rows.items()):
-            top = y + head + number * (height + 4)
-            shown = pictures[i].convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-            sheet.paste(shown, (x, top))
-            if named and column == 0:
-                pen.text((gap, top + height // 2), name, fill=(110, 112, 130), anchor="lm")
-    return sheet
-
-
-def _wrapped(pen: Any, text: str, width: int, most: int = 3) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if pen.textlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    if len(lines) > most:
-        lines = [*lines[: most - 1], lines[most - 1] + " ..."]
-    return lines
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """What is drawn inside does not count outside."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        yield

@@ -16,14 +16,14 @@ from ..files import replaced_directory
 from ..generate.autoencoder import load_autoencoder
 from ..generate.config import DiffusionConfig
 from ..generate.losses import DenoisingLoss
-from ..seeding import derived_seed
+from ..seeding import derived_seed, random_state_kept
 from ..training.loop import connected, refuse_existing
 from .conditioning import Conditioning, unet_arguments
 from .config import TextToImageConfig
 from .data import encode_data
 from .denoising import check_chain
 from .pipelines import load_pipeline, minilm, save_pipeline
-from .runs import CaptionRow, CaptionRun, random_state_kept
+from .runs import CaptionRow, CaptionRun
 
 
 @dataclass(frozen=True)
