@@ -1,4 +1,4 @@
-"""Small backbones side by side, on the same data with the same recipe, and one option of GSPN changed at a time.
+"""Small backbones side by side, on the same data with the same preset, and one option of GSPN changed at a time.
 
     python benchmarks/compare_backbones.py run STUDY... [--jobs 2]
     python benchmarks/compare_backbones.py table STUDY...
@@ -35,14 +35,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Study:
-    """Entries that share a recipe, settings and seeds."""
+    """Entries that share a preset, settings and seeds."""
 
-    recipe: str
+    preset: str
     settings: dict[str, Any]
     entries: tuple[Entry, ...]
 
 
-# Peers within 10 % of the parameters of ours. Stems are those that pictures this small need: half the
+# Peers within 10 % of the parameters of ours. Stems are those that images this small need: half the
 # resolution, and 7 x 7 or 8 x 8 patches for ViT. A stem of 2 would be followed by a second halving in timm's ConvNeXt,
 # so it has 1 for digits and 3 for emoji.
 _MNIST_PEERS = (
@@ -113,7 +113,7 @@ _Studies = Annotated[list[str], typer.Argument(help=f"Of {', '.join(STUDIES)}.")
 
 def _step(study: Study, entry: Entry, seed: int, output: Path) -> Step:
     values = {**study.settings, "model.name": entry.model, "model.kwargs": entry.kwargs, "run.seed": seed}
-    arguments = ["classify", "train", "--config", study.recipe, *settings(values), "--output", str(output)]
+    arguments = ["classify", "train", "--config", study.preset, *settings(values), "--output", str(output)]
     return Step(arguments, output, resumes=True)
 
 
@@ -209,8 +209,8 @@ def _size(entry: Entry, study: str) -> tuple[int, int]:
 
         import gspn.models  # noqa: F401  # registers the networks
 
-        size = 48 if "emoji" in STUDIES[study].recipe else 28
-        classes = 9 if "emoji" in STUDIES[study].recipe else 10
+        size = 48 if "emoji" in STUDIES[study].preset else 28
+        classes = 9 if "emoji" in STUDIES[study].preset else 10
         model = timm.create_model(entry.model, num_classes=classes, **entry.kwargs).eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, 3, size, size))

@@ -1,11 +1,11 @@
-"""Denoisers side by side: the same digits, recipe, parameters within 10 % and steps; and GSPN as released.
+"""Denoisers side by side: the same digits, preset, parameters within 10 % and steps; and GSPN as released.
 
     python benchmarks/compare_denoisers.py run [--jobs 2]
     python benchmarks/compare_denoisers.py table [--output CSV]
-    python benchmarks/compare_denoisers.py pictures PNG [--size 56]
+    python benchmarks/compare_denoisers.py images PNG [--size 56]
     python benchmarks/compare_denoisers.py speed [--output CSV]
 
-Each run is a ``gspn generate train``, ``sample`` and ``evaluate`` in processes of their own with one thread, so that a
+Each run is a ``gspn class-conditional train``, ``sample`` and ``evaluate`` in processes of their own with one thread, so that a
 machine with n cores takes n at a time. What ended is not done again and what was cut off goes on where it was.
 """
 
@@ -24,7 +24,7 @@ from rich.table import Table
 from runs import Step, directory, read_csv, run_all, settings, spread, write_csv
 
 SEEDS = (0, 1)
-RECIPE = "mnist5k"
+PRESET = "mnist5k"
 EPOCHS = 8
 NUMBER, STEPS = 1000, 25
 REFERENCE, CLASSIFIER = "mnist5k:train", "gspn_pico.mnist5k"
@@ -57,7 +57,7 @@ _Root = Annotated[Path, typer.Option(help="Where the runs are kept.")]
 
 
 def _chain(entry: Entry, seed: int, root: Path) -> list[Step]:
-    run = directory(root, RECIPE, entry.label, seed)
+    run = directory(root, PRESET, entry.label, seed)
     values = {
         "schedule.epochs": EPOCHS,
         "model.network": entry.network,
@@ -66,14 +66,28 @@ def _chain(entry: Entry, seed: int, root: Path) -> list[Step]:
     }
     drawn, measured = run / "drawn", run / "measured"
     return [
-        Step(["generate", "train", "--config", RECIPE, *settings(values), "--output", str(run)], run, resumes=True),
         Step(
-            ["generate", "sample", str(run), "--output", str(drawn), "--number", str(NUMBER), "--seed", str(seed)]
+            ["class-conditional", "train", "--config", PRESET, *settings(values), "--output", str(run)],
+            run,
+            resumes=True,
+        ),
+        Step(
+            [
+                "class-conditional",
+                "sample",
+                str(run),
+                "--output",
+                str(drawn),
+                "--number",
+                str(NUMBER),
+                "--seed",
+                str(seed),
+            ]
             + ["--guidance", "1", "--steps", str(STEPS), "--no-grid", "--device", "cpu"],
             drawn,
         ),
         Step(
-            ["generate", "evaluate", str(drawn), "--reference", REFERENCE, "--classifier", CLASSIFIER]
+            ["class-conditional", "evaluate", str(drawn), "--reference", REFERENCE, "--classifier", CLASSIFIER]
             + ["--features", "lite0", "--device", "cpu", "--cache", str(root / "features")]
             + ["--json", str(measured / "figures.json"), "--neighbours", str(measured / "neighbours.png")],
             measured,
@@ -99,7 +113,7 @@ def table(
     output: Annotated[Path | None, typer.Option(metavar="CSV", help="One row a run.")] = None,
 ) -> None:
     """Gather the runs that ended: mean and standard deviation over the seeds, and a CSV with each."""
-    shown = Table(title=f"{RECIPE}, {EPOCHS} epochs", title_justify="left", title_style="bold")
+    shown = Table(title=f"{PRESET}, {EPOCHS} epochs", title_justify="left", title_style="bold")
     headings = (
         "",
         "parameters M",
@@ -138,24 +152,24 @@ def table(
 
 
 @app.command()
-def pictures(
+def images(
     output: Annotated[Path, typer.Argument(metavar="PNG")],
     root: _Root = Path("runs/compare_denoisers"),
-    size: Annotated[int, typer.Option(metavar="N", min=1, help="Side of the pictures; trained at 28.")] = 28,
-    columns: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures of each class.")] = 3,
+    size: Annotated[int, typer.Option(metavar="N", min=1, help="Side of the images; trained at 28.")] = 28,
+    columns: Annotated[int, typer.Option(metavar="N", min=1, help="Images of each class.")] = 3,
     guidance: Annotated[float, typer.Option(metavar="SCALE", min=0, help="1: none.")] = 2.0,
 ) -> None:
     """Draw the same noise and classes with each network of seed 0, side by side; DiT's positions are interpolated."""
     from PIL import Image, ImageDraw
 
-    from gspn.tasks.generate import sample
+    from gspn.tasks.class_conditional import sample
 
     sheets = []
     for entry in ENTRIES:
         training = _chain(entry, SEEDS[0], root)[0]
         if not training.done:
             continue
-        drawn = training.directory / f"pictures-{size}"
+        drawn = training.directory / f"images-{size}"
         found = sample(
             training.directory,
             output=drawn,
@@ -185,16 +199,16 @@ def pictures(
 @app.command()
 def speed(
     sizes: Annotated[list[int] | None, typer.Option("--size", metavar="N", help="Sides; repeatable.")] = None,
-    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures in a call.")] = 8,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Images in a call.")] = 8,
     repeats: Annotated[int, typer.Option(metavar="N", min=1)] = 5,
     output: Annotated[Path | None, typer.Option(metavar="CSV")] = None,
 ) -> None:
     """Time a training step and a call of each network at growing sizes, with random weights, taking turns."""
     import torch
 
-    from gspn.analysis.bench import environment
-    from gspn.analysis.bench.comparison import attention_backend, peak_memory
-    from gspn.analysis.bench.timing import Candidate, time_interleaved
+    from gspn.bench import environment
+    from gspn.bench.comparison import attention_backend, peak_memory
+    from gspn.bench.timing import Candidate, time_interleaved
 
     device, rows = torch.device("cpu"), []
     here = environment.describe(device)
@@ -238,10 +252,10 @@ def speed(
 def _calls(entry: Entry, size: int, batch: int) -> dict[str, Any]:
     import torch
 
-    from gspn.tasks.generate import load_config
-    from gspn.tasks.generate.network import build_network
+    from gspn.tasks.class_conditional import load_config
+    from gspn.tasks.class_conditional.model import build_network
 
-    config = load_config(RECIPE).changed(**{"model.network": entry.network, "model.options": entry.options})
+    config = load_config(PRESET).changed(**{"model.network": entry.network, "model.options": entry.options})
     network = build_network(config, num_classes=10, channels=1, sample_size=28).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     noisy = torch.randn(batch, 1, size, size)

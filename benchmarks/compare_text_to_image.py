@@ -2,11 +2,11 @@
 
     python benchmarks/compare_text_to_image.py run [--number 240] [--split train] [--entry GSPN]
     python benchmarks/compare_text_to_image.py table [--output CSV]
-    python benchmarks/compare_text_to_image.py pictures PNG [--scale 2]
+    python benchmarks/compare_text_to_image.py images PNG [--scale 2]
     python benchmarks/compare_text_to_image.py speed [--output CSV]
     python benchmarks/compare_text_to_image.py starts [--output CSV]
 
-``run`` draws the captions of the training set and of held-out pictures at the size of the training and, with the
+``run`` draws the captions of the training set and of held-out images at the size of the training and, with the
 ladder, at two and four times it, and measures them. What is there is not drawn again. ``starts`` distils the adapter
 for a few epochs from each of its starting points.
 """
@@ -28,10 +28,10 @@ from runs import read_csv, write_csv
 TEACHER, ADAPTER = "gspn_text_to_image.emoji64", "gspn_adapter.emoji64"
 SIDE, STEPS, GUIDANCE = 64, 25, 4.0
 SCALES = {1: 240, 2: 60, 4: 24}
-"""Times the size of the training, and how many pictures are drawn of each split's captions."""
+"""Times the size of the training, and how many images are drawn of each split's captions."""
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
-_Root = Annotated[Path, typer.Option(help="Where pictures and figures are kept.")]
+_Root = Annotated[Path, typer.Option(help="Where images and figures are kept.")]
 _Teacher = Annotated[str, typer.Option(help="The pipeline.")]
 _Adapter = Annotated[str, typer.Option(help="The adapter.")]
 
@@ -51,9 +51,9 @@ ENTRIES = (Entry("self-attention", False), Entry("GSPN", True))
 def _prompts(split: str, number: int) -> list[str]:
     from gspn.data import open_captions
 
-    pictures = open_captions("emoji", split)
-    count = min(number, len(pictures))
-    return [pictures.captions(i * len(pictures) // count)[0] for i in range(count)]
+    images = open_captions("emoji", split)
+    count = min(number, len(images))
+    return [images.captions(i * len(images) // count)[0] for i in range(count)]
 
 
 def _place(root: Path, entry: Entry, split: str, scale: int) -> Path:
@@ -65,7 +65,7 @@ def run(
     root: _Root = Path("runs/compare_text_to_image"),
     teacher: _Teacher = TEACHER,
     adapter: _Adapter = ADAPTER,
-    number: Annotated[int, typer.Option(min=2, help="Pictures of each split at the size of the training.")] = SCALES[1],
+    number: Annotated[int, typer.Option(min=2, help="Images of each split at the size of the training.")] = SCALES[1],
     scales: Annotated[
         list[int] | None, typer.Option("--scale", metavar="N", help="Repeatable; default: 1, 2, 4.")
     ] = None,
@@ -101,9 +101,9 @@ def run(
                 seconds = found.seconds / max(found.drawn, 1)
                 figures = place / "figures.json"
                 if found.drawn == len(prompts):
-                    kept = {"seconds_per_picture": seconds, "threads": torch.get_num_threads()}
+                    kept = {"seconds_per_image": seconds, "threads": torch.get_num_threads()}
                     (place / "time.json").write_text(json.dumps(kept))
-                # At the size of the training, which is that of the real pictures.
+                # At the size of the training, which is that of the real images.
                 evaluate(
                     place, "emoji:train", size=SIDE, features="lite0", device="cpu", cache=root / "features",
                     console=console,
@@ -113,7 +113,7 @@ def run(
 @app.command()
 def table(
     root: _Root = Path("runs/compare_text_to_image"),
-    output: Annotated[Path | None, typer.Option(metavar="CSV", help="One row for each set of pictures.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="CSV", help="One row for each set of images.")] = None,
 ) -> None:
     """Gather the figures of what was drawn."""
     rows = []
@@ -130,7 +130,7 @@ def table(
                         "entry": entry.label,
                         "size": SIDE * scale,
                         "captions": split,
-                        "pictures": found["sample_count"],
+                        "images": found["sample_count"],
                         **{key: found[key] for key in ("fid", "kid", "inception_score", "precision", "recall")},
                         **{f"text_{key}": value for key, value in found["text"].items()},
                         **{f"real_{key}": value for key, value in (found["real"] or {}).items()},
@@ -146,13 +146,13 @@ def table(
         "",
         "px",
         "captions",
-        "pictures",
+        "images",
         "FID",
         "KID x 1000",
         "text score",
         "rank",
         "top 1 %",
-        "s/picture",
+        "s/image",
     ):
         shown.add_column(heading, justify="right" if heading else "left")
     for row in rows:
@@ -160,13 +160,13 @@ def table(
             row["entry"],
             str(row["size"]),
             row["captions"],
-            str(row["pictures"]),
+            str(row["images"]),
             f"{row['fid']:.1f}",
             f"{1000 * row['kid']:.1f}",
             f"{row['text_similarity']:.3f}",
             f"{row['text_rank']:g} of {row['text_candidates']}",
             f"{100 * row['text_top1']:.0f}",
-            f"{row.get('seconds_per_picture', float('nan')):.2f}",
+            f"{row.get('seconds_per_image', float('nan')):.2f}",
         )
     Console(width=140).print(shown)
     if output is not None and rows:
@@ -175,7 +175,7 @@ def table(
 
 
 @app.command()
-def pictures(
+def images(
     output: Annotated[Path, typer.Argument(metavar="PNG")],
     root: _Root = Path("runs/compare_text_to_image"),
     scale: Annotated[int, typer.Option(metavar="N", help="Times the size of the training.")] = 1,
@@ -185,8 +185,8 @@ def pictures(
     """Put what both drew under its prompts."""
     from PIL import Image
 
-    from gspn.tasks.text_to_image.evaluation import prompt_of
-    from gspn.tasks.text_to_image.sheets import draw_sheet
+    from gspn.tasks.diffusion.image_grid import draw_sheet
+    from gspn.tasks.text_to_image.evaluate.evaluation import prompt_of
 
     places = {entry.label: _place(root, entry, split, scale) for entry in ENTRIES}
     files = sorted(next(iter(places.values())).glob("0*.png"))
@@ -202,18 +202,16 @@ def speed(
     teacher: _Teacher = TEACHER,
     adapter: _Adapter = ADAPTER,
     scales: Annotated[list[int] | None, typer.Option("--scale", metavar="N")] = None,
-    batch: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Latents in a call; guidance doubles a picture's.")
-    ] = 2,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Latents in a call; guidance doubles an image's.")] = 2,
     output: Annotated[Path | None, typer.Option(metavar="CSV")] = None,
 ) -> None:
     """Time a call of the UNet with attention, with the adapter, and with neither, taking turns; and its memory."""
     import copy
 
-    from gspn.analysis.bench import environment
-    from gspn.analysis.bench.comparison import attention_backend, peak_memory
-    from gspn.analysis.bench.timing import Candidate, time_interleaved
-    from gspn.analysis.bench.unet import PassThrough
+    from gspn.bench import environment
+    from gspn.bench.comparison import attention_backend, peak_memory
+    from gspn.bench.timing import Candidate, time_interleaved
+    from gspn.bench.unet import PassThrough
     from gspn.diffusers.mounting import self_attention_blocks
     from gspn.tasks.text_to_image import load_adapter, load_pipeline
 
@@ -289,7 +287,7 @@ def starts(
     for name, overrides in settings.items():
         place = root / name.replace(" ", "-").replace(",", "")
         config = DistillConfig.load("emoji64").changed(
-            f"schedule.epochs={epochs}", "schedule.warmup_epochs=0.5", "run.eval_every=1", "pictures.every=0",
+            f"schedule.epochs={epochs}", "schedule.warmup_epochs=0.5", "run.eval_every=1", "samples.every=0",
             "ema.decay=null", *overrides,
             **{"run.output": place, "teacher": teacher, "data.cache": cache or root / "cache"},
         )  # fmt: skip

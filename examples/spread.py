@@ -4,7 +4,7 @@
 
 An impulse is put on one pixel. On each line of a scan a pixel averages its three neighbours on the line before, and
 here it listens most to those of its own colour: the logit of a tap is ``a - b * colour distance``. What arrives is the
-point's column of the paper's affinity matrix, drawn as a picture: a cone of 90 degrees, bent by the edges.
+point's column of the paper's affinity matrix, drawn as an image: a cone of 90 degrees, bent by the edges.
 
 The fast kernels and the specification's loop both compute it; the times are printed and the results compared.
 """
@@ -25,11 +25,11 @@ from rich.table import Table
 from torch import Tensor
 
 import gspn
-from gspn.analysis.bench import environment
-from gspn.analysis.bench.check import Figure as Accuracy
-from gspn.analysis.bench.check import compare
-from gspn.analysis.bench.report import plain_number, replaced_file
-from gspn.analysis.bench.timing import Candidate, Timing, time_interleaved
+from gspn.bench import environment
+from gspn.bench.accuracy_check import Figure as Accuracy
+from gspn.bench.accuracy_check import compare
+from gspn.bench.report import plain_number, replaced_file
+from gspn.bench.timing import Candidate, Timing, time_interleaved
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,14 +54,14 @@ def load_photograph(path: Path | None) -> tuple[Tensor, float]:
     """A photograph as ``[3, H, W]`` in 0 to 1, and by how much it was scaled: scikit-learn's temple, or a file.
 
     Raises:
-        typer.BadParameter: the file is missing, broken, no picture, or too large to be opened safely.
+        typer.BadParameter: the file is missing, broken, no image, or too large to be opened safely.
     """
     from PIL import Image, ImageOps
 
     if path is None:
         from sklearn.datasets import load_sample_image
 
-        picture = Image.fromarray(load_sample_image("china.jpg"))
+        image = Image.fromarray(load_sample_image("china.jpg"))
     else:
         try:
             with warnings.catch_warnings():
@@ -74,14 +74,14 @@ def load_photograph(path: Path | None) -> tuple[Tensor, float]:
                             f"{MOST_PIXELS // 10**6} million that are opened; scale it down first.",
                             param_hint="--image",
                         )
-                    picture = ImageOps.exif_transpose(file).convert("RGB")
+                    image = ImageOps.exif_transpose(file).convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            # What PIL raises for a file that is missing, truncated, malformed or no picture at all.
-            raise typer.BadParameter(f"{path} cannot be read as a picture: {error}", param_hint="--image") from None
-    width = picture.width
-    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return pixels.view(picture.height, picture.width, 3).permute(2, 0, 1) / 255, picture.width / width
+            # What PIL raises for a file that is missing, truncated, malformed or no image at all.
+            raise typer.BadParameter(f"{path} cannot be read as an image: {error}", param_hint="--image") from None
+    width = image.width
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 255, image.width / width
 
 
 def parse_point(text: str | None, photograph: Tensor, scale: float, is_default: bool) -> tuple[int, int]:
@@ -174,11 +174,11 @@ def results_table(x: Tensor, accuracy: dict[gspn.Direction, Accuracy], timings: 
     return table
 
 
-# --- The picture ------------------------------------------------------------------------------------------------------
+# --- The image ------------------------------------------------------------------------------------------------------
 
 
 def draw(photograph: Tensor, point: tuple[int, int], states: dict[gspn.Direction, Tensor], output: Path) -> None:
-    """Write the photograph, what each direction reaches, and their sum, as one picture of about 1800 pixels width."""
+    """Write the photograph, what each direction reaches, and their sum, as one image of about 1800 pixels width."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
@@ -210,8 +210,8 @@ def draw(photograph: Tensor, point: tuple[int, int], states: dict[gspn.Direction
         layout=ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.06, wspace=0, hspace=0),
     )
     axes = figure.subplots(2, 3)
-    for axis, (title, picture) in zip(axes.flat, panels, strict=True):
-        axis.imshow(picture.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="lanczos")
+    for axis, (title, image) in zip(axes.flat, panels, strict=True):
+        axis.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="lanczos")
         axis.set_title(title, loc="left", fontsize=11.5, color=ink, fontweight="bold", pad=4)
         axis.set_axis_off()
         axis.plot(*point, "o", markersize=9, markerfacecolor="none", markeredgecolor="black", markeredgewidth=3)
@@ -262,11 +262,11 @@ def draw_cone(axis: Axes, point: tuple[int, int], direction: str, width: int, he
         )
 
 
-def write_readme_copy(picture: Path, copy: Path) -> None:
+def write_readme_copy(image: Path, copy: Path) -> None:
     """A smaller copy of at most 400 kB: 256 colours, and as wide as that allows."""
     from PIL import Image
 
-    with Image.open(picture) as file:
+    with Image.open(image) as file:
         full = file.convert("RGB")
     with replaced_file(copy) as part:
         for width in range(min(1300, full.width), 400, -100):
@@ -305,9 +305,7 @@ def main(
     states, accuracy, timings = scan_all(x, taps)
     console.print(results_table(x, accuracy, timings))
     if not all(figure.ok for figure in accuracy.values()):
-        Console(stderr=True).print(
-            "[bold red]error:[/] the result differs from the specification; no picture is drawn."
-        )
+        Console(stderr=True).print("[bold red]error:[/] the result differs from the specification; no image is drawn.")
         raise typer.Exit(1)
     draw(photograph, where, states, output)
     console.print(f"[dim]wrote[/] {escape(str(output))}", highlight=False, soft_wrap=True)

@@ -8,7 +8,7 @@ constraints.txt; another Pillow may compress otherwise, and then --check compare
 
 The zip is stored, not compressed (WebP already is): ``index.json`` lists the emoji in the order of Unicode, and each
 has a lossless 64 x 64 WebP of at most 256 colours, on white. 256 colours instead of all save a third
-of the size, at a PSNR of 51 dB, 39 dB for the worst picture.
+of the size, at a PSNR of 51 dB, 39 dB for the worst image.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COLOURS = 256
 OUTPUT = Path(__file__).resolve().parent.parent / "src" / "gspn" / "data" / "emoji.zip"
 # The oldest date that a zip can hold: a build date would make every build differ.
 DATE = (1980, 1, 1, 0, 0, 0)
-# The datasource draws these as another emoji, so that name and picture disagree. They are packed, as the set is, and
+# The datasource draws these as another emoji, so that name and image disagree. They are packed, as the set is, and
 # marked, so that a data set of captions can leave them out.
 MISDRAWN = {"1F1E8-1F1F6": "drawn as the flag of Saudi Arabia"}
 
@@ -50,8 +50,8 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         install(Path(folder))
-        records, pictures = read(Path(folder) / "node_modules")
-    data = pack(records, [shrink(picture) for picture in pictures])
+        records, images = read(Path(folder) / "node_modules")
+    data = pack(records, [shrink(image) for image in images])
     if arguments.check:
         return check(data, arguments.output.read_bytes())
     arguments.output.write_bytes(data)
@@ -70,10 +70,10 @@ def install(folder: Path) -> None:
 
 
 def read(modules: Path) -> tuple[list[dict], list[Image.Image]]:
-    """The records in the order of Unicode, and their pictures on white."""
+    """The records in the order of Unicode, and their images on white."""
     source = modules / "emoji-datasource-google"
     names = annotations(modules)
-    records, pictures = [], []
+    records, images = [], []
     for entry in sorted(json.loads((source / "emoji.json").read_text()), key=lambda entry: entry["sort_order"]):
         character = "".join(chr(int(code, 16)) for code in entry["unified"].split("-"))
         # CLDR leaves the variation selector out.
@@ -91,12 +91,12 @@ def read(modules: Path) -> tuple[list[dict], list[Image.Image]]:
             record["misdrawn"] = MISDRAWN[entry["unified"]]
         records.append(record)
         with Image.open(source / "img" / "google" / "64" / entry["image"]) as image:
-            pictures.append(on_white(image))
+            images.append(on_white(image))
     if len(records) != EXPECTED or len({record["name"] for record in records}) != EXPECTED:
         raise RuntimeError(f"{len(records)} emoji, not {EXPECTED} with a name each: the packages have changed.")
-    for record, group in zip(records, groups(records, pictures), strict=True):
+    for record, group in zip(records, groups(records, images), strict=True):
         record["group"] = group
-    return records, pictures
+    return records, images
 
 
 def annotations(modules: Path) -> dict[str, dict]:
@@ -110,7 +110,7 @@ def annotations(modules: Path) -> dict[str, dict]:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """A grey, palette or colour picture with alpha as RGB on white."""
+    """A grey, palette or colour image with alpha as RGB on white."""
     colour = image.convert("RGBA")
     if colour.size != (SIZE, SIZE):
         raise RuntimeError(f"{colour.size=} is not {SIZE} x {SIZE}")
@@ -167,8 +167,8 @@ FAMILIES = [
 ]
 
 
-def groups(records: list[dict], pictures: list[Image.Image]) -> list[str]:
-    """The name of each emoji's group: variants by name, joined where two pictures are equal."""
+def groups(records: list[dict], images: list[Image.Image]) -> list[str]:
+    """The name of each emoji's group: variants by name, joined where two images are equal."""
     keys = [variant(record["name"]) for record in records]
     parent = {key: key for key in keys}
 
@@ -178,8 +178,8 @@ def groups(records: list[dict], pictures: list[Image.Image]) -> list[str]:
         return key
 
     equal: dict[bytes, list[str]] = defaultdict(list)
-    for key, picture in zip(keys, pictures, strict=True):
-        equal[picture.tobytes()].append(key)
+    for key, image in zip(keys, images, strict=True):
+        equal[image.tobytes()].append(key)
     for same in equal.values():
         for key in same[1:]:
             first, second = sorted((root(same[0]), root(key)))
@@ -200,28 +200,28 @@ def variant(name: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def shrink(picture: Image.Image) -> bytes:
+def shrink(image: Image.Image) -> bytes:
     """A lossless WebP of at most 256 colours, white kept white."""
-    if picture.getcolors(COLOURS) is None:
+    if image.getcolors(COLOURS) is None:
         # Median cut loses small patches of a colour and octree bands gradients; of the three this errs least. One
         # colour is left for white.
-        reduced = picture.quantize(COLOURS - 1, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
+        reduced = image.quantize(COLOURS - 1, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
         reduced = reduced.convert("RGB")
-        white = Image.new("RGB", picture.size, "white")
-        background = picture.convert("L").point(lambda value: 255 if value == 255 else 0)
+        white = Image.new("RGB", image.size, "white")
+        background = image.convert("L").point(lambda value: 255 if value == 255 else 0)
         reduced.paste(white, mask=background)
-        picture = reduced
+        image = reduced
     file = io.BytesIO()
-    picture.save(file, "WEBP", lossless=True, method=6, quality=80, exact=True)
+    image.save(file, "WEBP", lossless=True, method=6, quality=80, exact=True)
     return file.getvalue()
 
 
 def pack(records: list[dict], files: list[bytes]) -> bytes:
-    """The zip: index.json, then the pictures, all stored with one date."""
+    """The zip: index.json, then the images, all stored with one date."""
     index = {
         "sources": PACKAGES,
         "size": SIZE,
-        "licences": "pictures Apache-2.0; names and keywords Unicode-3.0; categories and short names MIT; see NOTICE",
+        "licences": "images Apache-2.0; names and keywords Unicode-3.0; categories and short names MIT; see NOTICE",
         "emoji": records,
     }
     text = json.dumps(index, ensure_ascii=False, separators=(",", ":")).encode()
@@ -258,7 +258,7 @@ def check(built: bytes, present: bytes) -> int:
 
 
 def content(name: str, data: bytes) -> bytes:
-    """The pixels of a picture, the text of the index."""
+    """The pixels of an image, the text of the index."""
     return data if name.endswith(".json") else Image.open(io.BytesIO(data)).convert("RGB").tobytes()
 
 

@@ -1,4 +1,4 @@
-"""Turn a run of ``gspn generate train`` into a pipeline of the package: float16 weights and a model card.
+"""Turn a run of ``gspn class-conditional train`` into a pipeline of the package: float16 weights and a model card.
 
     python scripts/ship_denoiser.py runs/generate_mnist5k gspn_denoiser.mnist5k --command ... --commit ...
 
@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 import gspn
 import gspn.diffusers
-from gspn.tasks.files import replaced_directory
-from gspn.tasks.generate import Evaluation, evaluate, load_pipeline, sample
+from gspn.tasks.class_conditional import Evaluation, evaluate, load_pipeline, sample
+from gspn.tasks.core.files import replaced_directory
 
 WEIGHTS = Path(gspn.diffusers.__file__).parent / "weights"
 MOST_BYTES = 12_000_000
@@ -35,8 +35,8 @@ def main(
     name: Annotated[str, typer.Argument(help="Of the pipeline, such as gspn_denoiser.mnist5k.")],
     command: Annotated[str, typer.Option(help="What made the run, for the card.")],
     commit: Annotated[str, typer.Option(help="The commit that made it.")],
-    classifier: Annotated[str, typer.Option(help="Says whether pictures are of their class.")],
-    scratch: Annotated[Path, typer.Option(help="For the pictures that are measured.")] = Path("runs/ship_denoiser"),
+    classifier: Annotated[str, typer.Option(help="Says whether images are of their class.")],
+    scratch: Annotated[Path, typer.Option(help="For the images that are measured.")] = Path("runs/ship_denoiser"),
 ) -> None:
     """Write the pipeline and its card into the package, and measure what it draws."""
     pipeline = load_pipeline(run)
@@ -109,16 +109,16 @@ def _card(
     )
     return f"""# {name}
 
-Draws pictures of {config["resolved"]["num_classes"]} classes, {shape} pixels: {parameters:,} parameters, a denoiser of GSPN's line
+Draws images of {config["resolved"]["num_classes"]} classes, {shape} pixels: {parameters:,} parameters, a denoiser of GSPN's line
 scans without attention (`gspn.models.GSPNDenoiser2DModel`), trained as a {config["diffusion"]["objective"]} model.
 
-| | pictures | FID | KID x 1000 | IS | precision | recall | of its class |
+| | images | FID | KID x 1000 | IS | precision | recall | of its class |
 |---|---|---|---|---|---|---|---|
-{table}| held-out pictures themselves | {floor.sample_count} | {floor.fid:.2f} | {1000 * floor.kid:.2f} | {floor.inception_score:.2f} | {floor.precision:.2f} | {floor.recall:.2f} | |
+{table}| held-out images themselves | {floor.sample_count} | {floor.fid:.2f} | {1000 * floor.kid:.2f} | {floor.inception_score:.2f} | {floor.precision:.2f} | {floor.recall:.2f} | |
 
 Features: {first.features}; the figures compare only with others of the same features. Reference: the {first.reference_count:,}
-pictures of `{first.reference}`. {STEPS} steps, seed 0. "Of its class" is what `{first.classifier}` says. The floor is
-what real pictures that were not trained on come to. Measured with the shipped float16 file ({size / 1e6:.1f} MB), computing in
+images of `{first.reference}`. {STEPS} steps, seed 0. "Of its class" is what `{first.classifier}` says. The floor is
+what real images that were not trained on come to. Measured with the shipped float16 file ({size / 1e6:.1f} MB), computing in
 float32. The weights are the average kept by the training run (EMA) after the last epoch.
 
 Trained from scratch by
@@ -133,11 +133,11 @@ with seed {config["run"]["seed"]}, {len(rows)} epochs, {rows[-1]["step"]} update
 Use:
 
 ```
-gspn generate sample {name} --class 3 --guidance 2 --steps {STEPS}
+gspn class-conditional sample {name} --class 3 --guidance 2 --steps {STEPS}
 ```
 
 ```python
-from gspn.tasks.generate import load_pipeline
+from gspn.tasks.class_conditional import load_pipeline
 
 images = load_pipeline("{name}")([3, 7], guidance_scale=2.0, num_inference_steps={STEPS}).images
 ```

@@ -25,7 +25,7 @@ import typer
 import yaml
 
 import gspn
-from gspn.tasks.files import replaced_directory, write_text
+from gspn.tasks.core.files import replaced_directory, write_text
 from gspn.tasks.text_to_image import load_adapter, load_pipeline, save_pipeline
 from gspn.tasks.text_to_image.pipelines import weights_directory
 
@@ -92,11 +92,11 @@ class _Card:
 
     def table(self) -> str:
         lines = [
-            "| | pixels | captions | pictures | FID | text score | rank | top 1 |",
+            "| | pixels | captions | images | FID | text score | rank | top 1 |",
             "|---|---|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| {row['entry']} | {row['size']} | {_SPLITS[row['captions']]} | {row['pictures']} | "
+            f"| {row['entry']} | {row['size']} | {_SPLITS[row['captions']]} | {row['images']} | "
             f"{float(row['fid']):.1f} | {float(row['text_similarity']):.3f} | {float(row['text_rank']):g} of "
             f"{row['text_candidates']} | {100 * float(row['text_top1']):.0f} % |"
             for row in self.rows
@@ -105,17 +105,17 @@ class _Card:
             row = next((row for row in self.rows if row["captions"] == split and row.get("real_rank")), None)
             if row is not None:
                 lines.append(
-                    f"| the real pictures | 64 | {_SPLITS[split]} | {row['real_candidates']} | | "
+                    f"| the real images | 64 | {_SPLITS[split]} | {row['real_candidates']} | | "
                     f"{float(row['real_similarity']):.3f} | {float(row['real_rank']):g} of {row['real_candidates']} | "
                     f"{100 * float(row['real_top1']):.0f} % |"
                 )
         first = self.rows[0]
         note = (
             f"{first['features']}; the figures compare only with others of the same features, and of as many "
-            f"pictures. FID: against the pictures of `{first['reference']}`, at 64 pixels. Text score: cosine between "
-            "a picture's features and those that its prompt predicts, by a ridge regression from all-MiniLM-L6-v2 "
-            "sentences that is fitted on the same pictures; so it knows the captions of the training better than "
-            "held-out ones. Rank: median place of a picture's own prompt among all of the set. "
+            f"images. FID: against the images of `{first['reference']}`, at 64 pixels. Text score: cosine between "
+            "an image's features and those that its prompt predicts, by a ridge regression from all-MiniLM-L6-v2 "
+            "sentences that is fitted on the same images; so it knows the captions of the training better than "
+            "held-out ones. Rank: median place of an image's own prompt among all of the set. "
             f"{first['steps']} steps, guidance {float(first['guidance']):g}, seed 0, the same noise for both; beyond "
             "64 pixels by the ladder."
         )

@@ -94,7 +94,7 @@ import gspn.models
 model = timm.create_model("{name}", pretrained=True).eval()
 ```
 
-For pictures like those of the data set, to try the library with and as a start for fine-tuning: it has seen nothing
+For images like those of the data set, to try the library with and as a start for fine-tuning: it has seen nothing
 else.
 """  # noqa: E501  # lines of the card
     (WEIGHTS / f"{name}.md").write_text(card)

@@ -1,4 +1,4 @@
-"""Four pictures with captions, the third of which is cut off, in every form that is opened."""
+"""Four images with captions, the third of which is cut off, in every form that is opened."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ NUMBERS = ("0", "1", "2", "3")
 CAPTIONS = [("number 0", "no. 0"), ("number 1", "no. 1"), ("number 2", "no. 2"), ("number 3", "no. 3")]
 
 
-# Four pictures, the third of which is cut off, in every form that is opened.
+# Four images, the third of which is cut off, in every form that is opened.
 
 
-def picture(number: str) -> bytes:
+def image(number: str) -> bytes:
     return png()[:-40] if number == "2" else png()
 
 
@@ -35,7 +35,7 @@ def beside(root: Path) -> Path:
     for number in NUMBERS:
         place = root / "deep" / "er" if number == "3" else root
         place.mkdir(parents=True, exist_ok=True)
-        (place / f"{number}.PNG").write_bytes(picture(number))
+        (place / f"{number}.PNG").write_bytes(image(number))
         (place / f"{number}.txt").write_bytes(text(number))
     return root
 
@@ -43,7 +43,7 @@ def beside(root: Path) -> Path:
 def listed(root: Path, kind: str = "jsonl") -> Path:
     (root / "images").mkdir(parents=True)
     for number in NUMBERS:
-        (root / "images" / f"{number}.png").write_bytes(picture(number))
+        (root / "images" / f"{number}.png").write_bytes(image(number))
     names = [f"images/{number}.png" for number in NUMBERS]
     if kind == "jsonl":
         rows = [{"file_name": name, "text": list(captions)} for name, captions in zip(names, CAPTIONS, strict=True)]
@@ -68,7 +68,7 @@ def shard(path: Path, members: list[tuple[str, bytes]], **options) -> Path:
 
 def shards(root: Path) -> Path:
     for name, numbers in (("a", "01"), ("b", "23")):
-        members = [(f"x/{n}.{kind}", data) for n in numbers for kind, data in (("png", picture(n)), ("txt", text(n)))]
+        members = [(f"x/{n}.{kind}", data) for n in numbers for kind, data in (("png", image(n)), ("txt", text(n)))]
         shard(root / f"{name}.tar", [("x/readme.txt", b"hello"), ("x/._0.png", b""), ("x/.png", b""), *members])
     return root
 
@@ -79,7 +79,7 @@ def rows(root: Path) -> Path:
         {"image": datasets.Image(), "text": [datasets.Value("string")], "n": datasets.Value("int8")}
     )
     table = {
-        "image": [{"bytes": picture(number), "path": None} for number in NUMBERS],
+        "image": [{"bytes": image(number), "path": None} for number in NUMBERS],
         "text": [list(captions) for captions in CAPTIONS],
         "n": [0] * 4,
     }

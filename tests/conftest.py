@@ -9,7 +9,10 @@ import pytest
 import torch
 
 # Folders whose tests all run on one thread.
-_ON_ONE_THREAD = [Path(__file__).parent / name for name in ("diffusers", "nn", "tasks/classify", "tasks/generate")]
+_ON_ONE_THREAD = [
+    Path(__file__).parent / name
+    for name in ("diffusers", "nn", "tasks/classify", "tasks/class_conditional", "tasks/diffusion")
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

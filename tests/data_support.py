@@ -1,4 +1,4 @@
-"""Pictures and files for the tests of gspn.data."""
+"""Images and files for the tests of gspn.data."""
 
 from __future__ import annotations
 

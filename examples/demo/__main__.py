@@ -12,28 +12,28 @@ from typing import Annotated
 
 import torch
 import typer
+from figures import learning_curve, prediction_grid, save
 from page import Page
-from pictures import learning_curve, prediction_grid, save
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from gspn.analysis.bench import environment
-from gspn.analysis.bench.comparison_plot import plot_mixers
-from gspn.analysis.bench.mixer import ATTENTION, SHARED, MixerProblem, check_mixers, exponents, measure_mixers
-from gspn.analysis.bench.report import plain_number
 from gspn.analysis.drawing import draw_explanation
 from gspn.analysis.explain import explain
 from gspn.analysis.networks import open_network
+from gspn.bench import environment
+from gspn.bench.comparison_plot import plot_mixers
+from gspn.bench.mixer import ATTENTION, SHARED, MixerProblem, check_mixers, exponents, measure_mixers
+from gspn.bench.report import plain_number
 from gspn.data import Emoji, MNIST5k
+from gspn.tasks.class_conditional import sample
 from gspn.tasks.classify import evaluate, load_config, predict, train
 from gspn.tasks.classify.confusion import save_confusion
-from gspn.tasks.files import replaced
-from gspn.tasks.generate import sample
+from gspn.tasks.core.files import replaced
+from gspn.tasks.diffusion.image_grid import draw_sheet
 from gspn.tasks.text_to_image import LadderConfig, load_adapter, load_pipeline
 from gspn.tasks.text_to_image import sample as sample_text
-from gspn.tasks.text_to_image.sheets import draw_sheet
 
 EPOCHS = 4
 POINT = (305, 238)  # under the temple's eaves
@@ -65,14 +65,14 @@ def main(
     console = Console()
     page = Page(
         "GSPN: line scans in the place of attention",
-        "What this machine just did: trained a small network from nothing, classified pictures and drew others from "
+        "What this machine just did: trained a small network from nothing, classified images and drew others from "
         "noise with the weights that come in the package, looked at what a pixel sees, and timed the token mixer "
         "against softmax attention.",
     )
     output.mkdir(parents=True, exist_ok=True)
     train_digits(page, output, epochs, console)
-    classify_pictures(page, output, console)
-    draw_pictures(page, output, console)
+    classify_images(page, output, console)
+    draw_images(page, output, console)
     draw_from_text(page, output, console)
     look_inside(page, output, console)
     time_the_mixer(page, output, console)
@@ -95,7 +95,7 @@ def train_digits(page: Page, output: Path, epochs: int, console: Console) -> Non
     run = output / "mnist5k_pico"
     if run.exists():
         shutil.rmtree(run)  # the demo's own, of an earlier tour
-    # A schedule this short has no time for the recipe's regularisation.
+    # A schedule this short has no time for the preset's regularisation.
     config = load_config("mnist5k_pico").changed(
         f"schedule.epochs={epochs}", "schedule.warmup_epochs=0.5", f"run.output={run}"
     )
@@ -109,27 +109,27 @@ def train_digits(page: Page, output: Path, epochs: int, console: Console) -> Non
     page.section(
         "Trained here",
         f"gspn_pico, {scores.parameters / 1e6:.2f} million parameters, on MNIST-5k (4,000 to train, 1,000 to test, "
-        f"28 x 28 pixels), {epochs} epochs of the shipped recipe's 40.",
+        f"28 x 28 pixels), {epochs} epochs of the shipped preset's 40.",
     )
     page.command(f"gspn classify train --config mnist5k_pico --epochs {epochs}")
-    page.pictures(
+    page.images(
         (output / "learning.png", "Accuracy and loss on the test digits after each epoch."),
         (output / "confusion.png", "Which digit was taken for which."),
     )
 
 
-def classify_pictures(page: Page, output: Path, console: Console) -> None:
-    """Pictures classified with the weights of the package."""
+def classify_images(page: Page, output: Path, console: Console) -> None:
+    """Images classified with the weights of the package."""
     console.rule("classifying with the weights of the package")
     digits, emoji = MNIST5k("val"), Emoji("val")
     shown = {}
     for name, dataset, count, columns in ((DIGITS, digits, 24, 12), (EMOJI, emoji, 36, 9)):
         # Spread over the classes, which lie one after another.
         picks = [round(i * (len(dataset) - 1) / (count - 1)) for i in range(count)]
-        pictures = [dataset.image(i) for i in picks]
+        images = [dataset.image(i) for i in picks]
         truths = [dataset.classes[dataset.target(i)] for i in picks]
-        guesses = predict(pictures, name)
-        prediction_grid(pictures, guesses, truths, output / f"{name}.png", columns=columns)
+        guesses = predict(images, name)
+        prediction_grid(images, guesses, truths, output / f"{name}.png", columns=columns)
         scores = evaluate(name, data=dataset.name.partition("/")[0], console=console)
         shown[name] = scores
         console.print(f"{name}: {scores.top1:.2f} % of {scores.images} {scores.data} right")
@@ -139,12 +139,12 @@ def classify_pictures(page: Page, output: Path, console: Console) -> None:
         "Classified with the shipped weights",
         "Test digits, and emoji whose names were not in the training set, with the most probable class.",
     )
-    page.command(f"gspn classify predict picture.png --model {EMOJI}")
-    page.pictures((output / f"{DIGITS}.png", f"{DIGITS}: test digits. Green is right, red is wrong."))
-    page.pictures((output / f"{EMOJI}.png", f"{EMOJI}: emoji with unseen names."))
+    page.command(f"gspn classify predict image.png --model {EMOJI}")
+    page.images((output / f"{DIGITS}.png", f"{DIGITS}: test digits. Green is right, red is wrong."))
+    page.images((output / f"{EMOJI}.png", f"{EMOJI}: emoji with unseen names."))
 
 
-def draw_pictures(page: Page, output: Path, console: Console) -> None:
+def draw_images(page: Page, output: Path, console: Console) -> None:
     """Digits drawn from noise by the denoiser of the package, and how many of them are what was asked for."""
     console.rule("drawing digits from noise with the weights of the package")
     drawn = output / "drawn"
@@ -157,13 +157,13 @@ def draw_pictures(page: Page, output: Path, console: Console) -> None:
     page.tile(f"{found.seconds / len(right):.2f} s", f"to draw a digit from noise, {STEPS} steps with guidance")
     page.section(
         "Drawn from noise",
-        f"Pictures that a class-conditional denoiser made of GSPN's scans, without attention or positional embedding, "
+        f"Images that a class-conditional denoiser made of GSPN's scans, without attention or positional embedding, "
         f"drew in {STEPS} steps: a row for each class. The shipped classifier takes {sum(right)} of {len(right)} for "
         "what was asked for.",
     )
-    page.command(f"gspn generate sample {DENOISER} --number 120 --steps {STEPS} --guidance 2")
+    page.command(f"gspn class-conditional sample {DENOISER} --number 120 --steps {STEPS} --guidance 2")
     if found.grid is not None:
-        page.pictures((found.grid, f"{DENOISER}: handwritten digits that nobody wrote."))
+        page.images((found.grid, f"{DENOISER}: handwritten digits that nobody wrote."))
 
 
 def draw_from_text(page: Page, output: Path, console: Console) -> None:
@@ -199,27 +199,27 @@ def draw_from_text(page: Page, output: Path, console: Console) -> None:
     page.section(
         "Drawn from text",
         "A small text-to-image model of the Stable Diffusion kind, and the same with GSPN in the place of all its "
-        f"self-attention: the same prompts, noise and {STEPS} steps. {seconds['attention']:.2f} s a picture with "
+        f"self-attention: the same prompts, noise and {STEPS} steps. {seconds['attention']:.2f} s an image with "
         f"attention and {seconds['GSPN']:.2f} s with GSPN, at a size where attention has 256 tokens and costs little.",
     )
     page.command(f'gspn t2i sample "{PROMPTS[0]}" --model {TEACHER} --adapter {ADAPTER} --steps {STEPS} --guidance 4')
-    page.pictures((output / "text.png", "Attention above, GSPN below."))
+    page.images((output / "text.png", "Attention above, GSPN below."))
     page.text(
         f"At four times the size of the training, by a ladder of three stages, each beginning from the one before: "
-        f"{ladder.seconds / 4:.1f} s a picture."
+        f"{ladder.seconds / 4:.1f} s an image."
     )
     page.command(f'gspn t2i sample "{PROMPTS[0]}" --model {TEACHER} --adapter {ADAPTER} --size 256 --ladder --dilated')
-    page.pictures((output / "text-large.png", "256 x 256 pixels, from a model of 64 x 64."))
+    page.images((output / "text-large.png", "256 x 256 pixels, from a model of 64 x 64."))
 
 
-def _write(picture: Image.Image, path: Path) -> None:
+def _write(image: Image.Image, path: Path) -> None:
     with replaced(path) as part:
-        picture.save(part, format="PNG")
+        image.save(part, format="PNG")
 
 
 def _opened(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def look_inside(page: Page, output: Path, console: Console) -> None:
@@ -239,7 +239,7 @@ def look_inside(page: Page, output: Path, console: Console) -> None:
         f"{worst:.0e}: the paper's stability condition, measured.",
     )
     page.command(f"gspn explain photograph.jpg --point {POINT[0]},{POINT[1]} --model {EMOJI} --stage 1")
-    page.pictures((output / "affinity.png", "Brighter is more. Four scans together reach the whole picture."))
+    page.images((output / "affinity.png", "Brighter is more. Four scans together reach the whole image."))
 
 
 def time_the_mixer(page: Page, output: Path, console: Console) -> None:
@@ -274,7 +274,7 @@ def time_the_mixer(page: Page, output: Path, console: Console) -> None:
         "a scan visits each line once.",
     )
     page.command("gspn bench mixer")
-    page.pictures((output / "mixer.png", "Both axes logarithmic: a straight line is a power of the number of pixels."))
+    page.images((output / "mixer.png", "Both axes logarithmic: a straight line is a power of the number of pixels."))
     rows = [
         [f"{side} x {side}", *(f"{plain_number(ms[name, side])} ms" if (name, side) in ms else "-" for name in names)]
         for side in sides

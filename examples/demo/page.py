@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from gspn.analysis.bench.report import replaced_file
+from gspn.bench.report import replaced_file
 
 _STYLE = """
 :root { --ink: #1f2430; --muted: #5b6270; --line: #e3e6ec; --wash: #f6f7f9; --accent: #2b5fd9; }
@@ -71,7 +71,7 @@ class Page:
         """What to type."""
         self._parts.append(f"<pre>{escape(text)}</pre>")
 
-    def pictures(self, *shown: tuple[Path, str]) -> None:
+    def images(self, *shown: tuple[Path, str]) -> None:
         """PNG files with their captions, side by side where there is room."""
         figures = "".join(
             f'<figure><img alt="{escape(caption, quote=True)}" src="data:image/png;base64,'

@@ -1,9 +1,9 @@
-"""GSPN, the Generalized Spatial Propagation Network: attention replaced by line scans over the picture itself."""
+"""GSPN, the Generalized Spatial Propagation Network: attention replaced by line scans over the image itself."""
 
 from importlib.metadata import version as _version
 
-from . import analysis
-from .ops import DIRECTIONS, Direction, available_impls, line_scan, propagate, stochastic_taps
+from gspn import analysis
+from gspn.ops import DIRECTIONS, Direction, available_impls, line_scan, propagate, stochastic_taps
 
 __version__ = _version("gspn")
 

@@ -1,4 +1,4 @@
-"""From a picture and a point to maps and a figure."""
+"""From an image and a point to maps and a figure."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def network(**options) -> Network:
 
 
 @pytest.mark.parametrize(("height", "width"), [(60, 90), (90, 31), (300, 7), (1, 1), (50, 50)])
-def test_pictures_of_any_size(height, width):
+def test_images_of_any_size(height, width):
     found = explain(network(), torch.rand(3, height, width), (width - 1, height - 1), size=48, stage=0)
-    assert max(found.picture.shape) == 48
-    assert abs(found.picture.shape[1] / found.picture.shape[2] - height / width) < 0.2 * max(height / width, 1)
-    assert found.found.merged.shape == found.picture.shape[1:]
-    assert all(0 <= at < side for at, side in zip(found.found.point, reversed(found.picture.shape), strict=False))
+    assert max(found.image.shape) == 48
+    assert abs(found.image.shape[1] / found.image.shape[2] - height / width) < 0.2 * max(height / width, 1)
+    assert found.found.merged.shape == found.image.shape[1:]
+    assert all(0 <= at < side for at, side in zip(found.found.point, reversed(found.image.shape), strict=False))
     assert len(found.stability) == 2 * 4
     assert found.module.startswith("stage 0, block 0: 12 channels")
 
@@ -33,12 +33,12 @@ def test_pictures_of_any_size(height, width):
 @pytest.mark.parametrize("segment", [None, 1])
 def test_the_figure_is_drawn(segment, tmp_path):
     pytest.importorskip("matplotlib")
-    from gspn.analysis.bench.report import save_figure
     from gspn.analysis.drawing import draw_explanation
+    from gspn.bench.report import save_figure
 
-    picture = torch.rand(3, 45, 80)
-    found = explain(network(segment=segment), picture, (10, 40), size=64)
-    figure = draw_explanation(found, picture)
+    image = torch.rand(3, 45, 80)
+    found = explain(network(segment=segment), image, (10, 40), size=64)
+    figure = draw_explanation(found, image)
     assert len(figure.axes) == 2 + 4 + 1
     save_figure(figure, tmp_path / "out.png", dpi=50)
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
@@ -90,7 +90,7 @@ def test_errors_show_the_value(tmp_path):
         explain(network(), torch.rand(3, 8, 9), (9, 0))
     with pytest.raises(ValueError, match="size=0"):
         explain(network(), torch.rand(3, 8, 9), (0, 0), size=0)
-    with pytest.raises(ValueError, match="one picture"):
+    with pytest.raises(ValueError, match="one image"):
         explain(network(), torch.rand(1, 8, 9), (0, 0))
     with pytest.raises(ValueError, match="H == W"):
         explain(network(scan={"alignment": "released"}), torch.rand(3, 8, 9), (0, 0))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gspn
-from gspn.analysis import affinity_matrix, affinity_rows, picture_influence, pixel_influence
+from gspn.analysis import affinity_matrix, affinity_rows, image_influence, pixel_influence
 from gspn.analysis.scans import choose_scan, find_scans, scans_of
 from gspn.models import GSPN
 from gspn.nn import GSPN2d
@@ -76,11 +76,11 @@ def test_half_precision_and_inference_mode():
     assert all(p.grad is None for p in module.parameters())
 
 
-def test_on_a_picture():
+def test_on_a_image():
     torch.manual_seed(0)
     model = GSPN(dims=(8, 16), depths=(1, 2), drop_path_rate=0.5).train()
-    picture = torch.randn(1, 3, 24, 40)
-    found = picture_influence(model, picture, (39, 0), stage=1, block=0)
+    image = torch.randn(1, 3, 24, 40)
+    found = image_influence(model, image, (39, 0), stage=1, block=0)
     assert found.name == "stages.1.blocks.0.mixer.gspn"
     assert found.influence.query == (0, 4)
     assert found.influence.merged.shape == (3, 5)
@@ -88,7 +88,7 @@ def test_on_a_picture():
     assert all(m.shape == (24, 40) for m in (found.merged, *found.directions.values(), *found.reach.values()))
     assert model.training
     assert model.stages[1].blocks[0].training
-    by_name = picture_influence(model, picture, (39, 0), name=found.name)
+    by_name = image_influence(model, image, (39, 0), name=found.name)
     assert torch.equal(by_name.merged, found.merged)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -109,14 +109,14 @@ def test_scans_are_chosen_by_stage_and_block():
         (lambda: choose_scan(GSPN(dims=(8,), depths=(1,)), block=-2), "no block of stage -1 -2"),
         (lambda: choose_scan(torch.nn.ReLU()), "ReLU has no stages"),
         (
-            lambda: picture_influence(GSPN(dims=(8,), depths=(1,)), torch.zeros(1, 3, 8, 9), (9, 0)),
+            lambda: image_influence(GSPN(dims=(8,), depths=(1,)), torch.zeros(1, 3, 8, 9), (9, 0)),
             r"point=\(9, 0\).*9 x 8",
         ),
         (
-            lambda: picture_influence(GSPN(dims=(8,), depths=(1,)), torch.zeros(1, 3, 8, 9), (0, 0), name="gspn"),
+            lambda: image_influence(GSPN(dims=(8,), depths=(1,)), torch.zeros(1, 3, 8, 9), (0, 0), name="gspn"),
             "'gspn'.*stages.0.blocks.0.mixer.gspn",
         ),
-        (lambda: picture_influence(GSPN(dims=(8,), depths=(1,)), torch.zeros(3, 8, 9), (0, 0)), "one picture"),
+        (lambda: image_influence(GSPN(dims=(8,), depths=(1,)), torch.zeros(3, 8, 9), (0, 0)), "one image"),
     ],
 )
 def test_errors_show_the_value(call, message):

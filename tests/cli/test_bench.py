@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 import gspn
-from gspn.analysis.bench import environment
+from gspn.bench import environment
 from gspn.cli import app
 from gspn.ops import reference
 from gspn.ops.implementations import IMPLEMENTATIONS, Implementation
@@ -144,7 +144,7 @@ def test_a_wrong_gradient_does_not_stop_a_forward(run, tmp_path, wrong_implement
         (["--device", "cuda:99"], ["--device", "'cuda:99'", "CUDA devices"]),
         (["--segment", "0"], ["--segment", "0 is below 1"]),
         (["--min-time", "nan"], ["--min-time", "nan is below 0"]),
-        (["--plot", "picture.bmp"], ["--plot", "picture.bmp", ".png"]),
+        (["--plot", "image.bmp"], ["--plot", "image.bmp", ".png"]),
     ],
 )
 def test_bad_options_are_named(run, options, shown):

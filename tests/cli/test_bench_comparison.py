@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from gspn.analysis.bench import mixer, models
+from gspn.bench import mixer, models
 from gspn.cli import app
 
 QUICK = ["--device", "cpu", "--threads", "1", "--repeats", "1", "--min-time", "0"]
@@ -22,17 +22,17 @@ def run(monkeypatch):
     torch.set_num_threads(before)
 
 
-def test_mixer_writes_a_table_and_a_picture(run, tmp_path):
+def test_mixer_writes_a_table_and_a_image(run, tmp_path):
     pytest.importorskip("matplotlib")
-    table, picture = tmp_path / "mixer.csv", tmp_path / "mixer.png"
-    result = run("mixer", *QUICK, "--dim", "16", "--side", "6", "--side", "4", "--output", table, "--plot", picture)
+    table, image = tmp_path / "mixer.csv", tmp_path / "mixer.png"
+    result = run("mixer", *QUICK, "--dim", "16", "--side", "6", "--side", "4", "--output", table, "--plot", image)
     assert result.exit_code == 0, result.output
     assert "attention backend" in result.output
     assert "time ~ pixels^p" in result.output
     rows = list(csv.DictReader(table.open()))
     assert [(row["height"], row["name"]) for row in rows] == [(s, n) for s in "46" for n in mixer.CANDIDATES]
     assert {row["threads"] for row in rows} == {"1"}
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert image.read_bytes().startswith(b"\x89PNG")
 
 
 def test_mixer_refuses_where_the_check_is_red(run, tmp_path, monkeypatch):
@@ -45,18 +45,18 @@ def test_mixer_refuses_where_the_check_is_red(run, tmp_path, monkeypatch):
     assert not (tmp_path / "mixer.csv").exists()
 
 
-def test_models_writes_a_table_and_a_picture(run, tmp_path):
+def test_models_writes_a_table_and_a_image(run, tmp_path):
     pytest.importorskip("matplotlib")
-    table, picture = tmp_path / "models.csv", tmp_path / "models.png"
+    table, image = tmp_path / "models.csv", tmp_path / "models.png"
     result = run("models", *QUICK, "--model", "gspn_pico", "--model", "gspn_nano", "--baseline", "gspn_nano",
-                 "--size", "32", "--output", table, "--plot", picture)  # fmt: skip
+                 "--size", "32", "--output", table, "--plot", image)  # fmt: skip
     assert result.exit_code == 0, result.output
     rows = list(csv.DictReader(table.open()))
     assert [row["name"] for row in rows] == ["gspn_pico", "gspn_nano"]
     assert [row["baseline"] for row in rows] == ["gspn_nano"] * 2
     assert float(rows[1]["speedup_over_baseline"]) == 1
     assert all(float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) for row in rows)
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert image.read_bytes().startswith(b"\x89PNG")
 
 
 def test_models_refuses_where_the_check_is_red(run, tmp_path, monkeypatch):
@@ -75,7 +75,7 @@ def test_models_refuses_where_the_check_is_red(run, tmp_path, monkeypatch):
         (["models", "--mode", "forward"], ["--mode", "'forward'", "inference, train"]),
         (["models", "--model", "gspn_huge", "--size", "16"], ["'gspn_huge'"]),
         (["models", "--model", "gspn_pico", "--baseline", "x"], ["baseline='x'"]),
-        (["models", "--plot", "picture.bmp"], ["--plot", "picture.bmp", ".png"]),
+        (["models", "--plot", "image.bmp"], ["--plot", "image.bmp", ".png"]),
     ],
 )
 def test_bad_options_are_named(run, options, shown):

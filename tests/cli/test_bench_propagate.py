@@ -7,7 +7,7 @@ import csv
 import pytest
 from typer.testing import CliRunner
 
-from gspn.analysis.bench.propagate import PROPAGATE, PropagateProblem, check_propagate, operations
+from gspn.bench.propagate import PROPAGATE, PropagateProblem, check_propagate, operations
 from gspn.cli import app
 
 SMALL = ["--channels", "16", "--side", "6", "--side", "9", "--min-time", "0", "--repeats", "2"]

@@ -70,7 +70,7 @@ def test_predict(run, trained, tmp_path):
 
     good, bad = tmp_path / "good.png", tmp_path / "bad.png"
     open_dataset("digits", "val")[0][0].save(good)
-    bad.write_bytes(b"no picture")
+    bad.write_bytes(b"no image")
     result = run("predict", good, "--model", trained, "--top", 2)
     assert result.exit_code == 0, result.output
     assert "good.png" in result.output
@@ -83,11 +83,11 @@ def test_predict(run, trained, tmp_path):
     assert sum(found[1]["probabilities"]) <= 1
 
 
-def test_recipes(run):
-    listed = run("recipes")
+def test_presets(run):
+    listed = run("presets")
     assert listed.exit_code == 0
     assert "mnist5k_pico" in listed.output
-    assert yaml.safe_load(run("recipe", "emoji_nano").output)["data"]["name"] == "emoji"
+    assert yaml.safe_load(run("preset", "emoji_nano").output)["data"]["name"] == "emoji"
 
 
 def test_dry_run_shows_the_configuration_and_trains_nothing(run, tmp_path):
@@ -104,7 +104,7 @@ def test_dry_run_shows_the_configuration_and_trains_nothing(run, tmp_path):
         (["train", *TINY, "--model", "gspn_picoo", "--output", "none"], 2, "did you mean 'gspn_pico'"),
         (["eval", "none", "--data", "digits"], 2, "'none' is no model"),
         (["predict", "x.png", "--model", "coatnet_0_224"], 2, "no pretrained weights"),
-        (["recipe", "digit"], 2, "did you mean"),
+        (["preset", "digit"], 2, "did you mean"),
     ],
 )
 def test_errors_are_one_line(run, arguments, code, message):

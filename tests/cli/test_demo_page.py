@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "examples" / "demo"
-PIXEL = b"any bytes: the page does not decode its pictures"
+PIXEL = b"any bytes: the page does not decode its images"
 
 
 def load(name: str) -> Any:
@@ -28,14 +28,14 @@ def load(name: str) -> Any:
 
 @pytest.fixture
 def html(tmp_path: Path) -> str:
-    picture = tmp_path / "one.png"
-    picture.write_bytes(PIXEL)
+    image = tmp_path / "one.png"
+    image.write_bytes(PIXEL)
     page = load("page").Page("A <title>", "lead & more")
     page.tile("97.9 %", "right")
     page.section("Heading <b>", 'text "quoted"')
     page.command("gspn info && ls")
     page.table(["map", "a"], [["16 x 16", "<1 ms"]])
-    page.pictures((picture, 'a "caption"'), (picture, "another"))
+    page.images((image, 'a "caption"'), (image, "another"))
     page.footer("torch & python")
     page.write(tmp_path / "report.html")
     return (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -60,13 +60,13 @@ def test_a_learning_curve_and_a_grid_are_drawn(tmp_path: Path) -> None:
 
     from gspn.tasks.classify import Prediction
 
-    pictures = load("pictures")
+    figures = load("figures")
     table = tmp_path / "metrics.csv"
     table.write_text("epoch,train_loss,eval_loss,top1,ema_top1\n1,2.0,1.0,50.0,40.0\n2,1.0,0.5,80.0,85.0\n")
-    pictures.learning_curve(table, tmp_path / "curve.png")
+    figures.learning_curve(table, tmp_path / "curve.png")
     images = [Image.new("RGB", (28, 28))] * 3
     guesses = [Prediction("0", ("a", "b"), (0.9, 0.1), (0, 1))] * 3
-    pictures.prediction_grid(images, guesses, ["a", "b", "a"], tmp_path / "grid.png", columns=2)
+    figures.prediction_grid(images, guesses, ["a", "b", "a"], tmp_path / "grid.png", columns=2)
     for name in ("curve.png", "grid.png"):
-        with Image.open(tmp_path / name) as picture:
-            assert min(picture.size) > 300
+        with Image.open(tmp_path / name) as image:
+            assert min(image.size) > 300

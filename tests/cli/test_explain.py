@@ -28,7 +28,7 @@ def run(monkeypatch):
     return lambda *options: CliRunner().invoke(app, ["explain", *(str(option) for option in options)])
 
 
-def test_writes_a_picture_and_a_table(run, photograph, tmp_path):
+def test_writes_a_image_and_a_table(run, photograph, tmp_path):
     pytest.importorskip("matplotlib")
     output, report = tmp_path / "out" / "map.png", tmp_path / "out" / "scans.csv"
     result = run(photograph, "--model", "gspn_pico.untrained", "--point", "69,39", "--size", "48",
@@ -69,7 +69,7 @@ def test_bad_options_are_named(run, photograph, options, shown):
         assert expected in result.output
 
 
-def test_files_that_are_no_picture(run, tmp_path):
+def test_files_that_are_no_image(run, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG not really")
     for path in (broken, tmp_path / "missing.png", tmp_path):

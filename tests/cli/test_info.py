@@ -59,7 +59,7 @@ def test_importing_gspn_imports_nothing_of_the_command():
     program = """
 import sys, gspn
 print([n for n in sys.modules if n.split(".")[0] in ("typer", "rich", "matplotlib") or n.startswith(
-    ("gspn.cli", "gspn.analysis.bench"))])
+    ("gspn.cli", "gspn.bench"))])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

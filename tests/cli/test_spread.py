@@ -1,4 +1,4 @@
-"""``examples/spread.py`` on a small picture."""
+"""``examples/spread.py`` on a small image."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ def run(spread, monkeypatch):
 
 
 @pytest.fixture
-def picture(tmp_path) -> Path:
+def image(tmp_path) -> Path:
     """Left half dark, right half light: an edge from top to bottom."""
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     pixels = Image.new("RGB", (31, 17), (20, 30, 40))
     pixels.paste((230, 220, 200), (16, 0, 31, 17))
     pixels.save(path)
     return path
 
 
-def test_draws_a_picture_and_a_small_copy(run, picture, tmp_path):
+def test_draws_a_image_and_a_small_copy(run, image, tmp_path):
     output, copy = tmp_path / "out" / "spread.png", tmp_path / "docs" / "spread.png"
-    result = run("--image", picture, "--point", "10,8", "--output", output, "--readme", copy)
+    result = run("--image", image, "--point", "10,8", "--output", output, "--readme", copy)
     assert result.exit_code == 0, result.output
     for direction in gspn.DIRECTIONS:
         assert direction in result.output
@@ -62,8 +62,8 @@ def test_draws_a_picture_and_a_small_copy(run, picture, tmp_path):
 
 
 @pytest.mark.parametrize("direction", gspn.DIRECTIONS)
-def test_what_spreads_stays_in_the_cone_and_mostly_on_its_side_of_the_edge(spread, picture, direction):
-    photograph, scale = spread.load_photograph(picture)
+def test_what_spreads_stays_in_the_cone_and_mostly_on_its_side_of_the_edge(spread, image, direction):
+    photograph, scale = spread.load_photograph(image)
     assert photograph.shape == (3, 17, 31)
     assert scale == 1
     x = spread.impulse(photograph, (15, 8))  # the last dark column
@@ -89,7 +89,7 @@ def test_the_default_photograph_comes_with_scikit_learn(spread):
     assert spread.parse_point(None, photograph, 1.0, True) == spread.CHINA_POINT
 
 
-def test_large_pictures_are_scaled_down_and_points_with_them(spread, tmp_path):
+def test_large_images_are_scaled_down_and_points_with_them(spread, tmp_path):
     path = tmp_path / "large.png"
     Image.new("L", (2560, 100)).save(path)
     photograph, scale = spread.load_photograph(path)
@@ -99,15 +99,15 @@ def test_large_pictures_are_scaled_down_and_points_with_them(spread, tmp_path):
     assert spread.parse_point(None, photograph, scale, False) == (640, 25)
 
 
-def test_files_that_are_no_pictures_are_refused(run, picture, tmp_path):
+def test_files_that_are_no_images_are_refused(run, image, tmp_path):
     broken = tmp_path / "broken.png"
-    broken.write_bytes(picture.read_bytes()[:60])
+    broken.write_bytes(image.read_bytes()[:60])
     text = tmp_path / "text.png"
-    text.write_text("no picture")
+    text.write_text("no image")
     for path in (broken, text, tmp_path / "missing.png"):
         result = run("--image", path)
         assert result.exit_code == 2, result.output
-        assert "cannot be read as a picture" in result.output
+        assert "cannot be read as an image" in result.output
         assert path.name in result.output
 
 
@@ -124,14 +124,14 @@ def test_decompression_bombs_are_refused_before_they_are_decoded(run, spread, tm
 
 
 @pytest.mark.parametrize("point", ["31,0", "0,17", "-1,3", "middle", "1,2,3"])
-def test_points_outside_are_refused(run, picture, point):
-    result = run("--image", picture, f"--point={point}")
+def test_points_outside_are_refused(run, image, point):
+    result = run("--image", image, f"--point={point}")
     assert result.exit_code == 2, result.output
     assert "--point" in result.output
     assert point in result.output
 
 
-def test_a_wrong_result_draws_nothing(run, spread, picture, tmp_path, monkeypatch):
+def test_a_wrong_result_draws_nothing(run, spread, image, tmp_path, monkeypatch):
     right = spread.compare
 
     def with_an_error(results, plain, exact):
@@ -139,7 +139,7 @@ def test_a_wrong_result_draws_nothing(run, spread, picture, tmp_path, monkeypatc
 
     monkeypatch.setattr(spread, "compare", with_an_error)
     output = tmp_path / "spread.png"
-    result = run("--image", picture, "--output", output)
+    result = run("--image", image, "--output", output)
     assert result.exit_code == 1
     assert "differs from the specification" in result.output
     assert not output.exists()

@@ -1,4 +1,4 @@
-"""``gspn t2i`` on the command line: configurations, recipes, and what a wrong request says."""
+"""``gspn t2i`` on the command line: configurations, presets, and what a wrong request says."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ pytest.importorskip("transformers", reason="needs gspn[text]")
 from typer.testing import CliRunner
 
 from gspn.cli import app
-from gspn.tasks.configs import read_yaml
+from gspn.tasks.core.config import read_yaml
 
 
 def run(*arguments):
     return CliRunner().invoke(app, ["t2i", *arguments])
 
 
-def test_commands_and_recipes():
+def test_commands_and_presets():
     assert all(name in run("--help").output for name in ("sample", "distill", "train", "autoencoder", "evaluate"))
-    listed = run("recipes").output
+    listed = run("presets").output
     for command in ("autoencoder", "train", "distill"):
         assert f"gspn t2i {command}" in listed
-        assert read_yaml(run("recipe", command, "emoji64").output, "it")["data"]["size"] == 64
-    assert run("recipe", "sample", "emoji64").exit_code == 2
-    assert run("recipe", "train", "emoji").exit_code == 2
+        assert read_yaml(run("preset", command, "emoji64").output, "it")["data"]["size"] == 64
+    assert run("preset", "sample", "emoji64").exit_code == 2
+    assert run("preset", "train", "emoji").exit_code == 2
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_the_orientation_of_exif_is_applied(orientation, method) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_leaves_the_picture() -> None:
+def test_damaged_exif_leaves_the_image() -> None:
     file = saved(quadrants(), "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff", quality=95)
     assert load_image(file).size == (16, 8)
 
@@ -85,7 +85,7 @@ def test_damaged_exif_leaves_the_picture() -> None:
     [
         (png()[:-40], "damaged or truncated"),
         (jpeg()[: len(jpeg()) // 2], "damaged or truncated"),
-        (b"not a picture", "no image of a known format"),
+        (b"not an image", "no image of a known format"),
         (b"", "no image of a known format"),
         (jpeg()[:200], "damaged header"),
         (png()[:20], "header|known format"),

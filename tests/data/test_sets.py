@@ -62,7 +62,7 @@ def test_samples_follow_the_contract(name, size) -> None:
             dataset[index]
     dataset.transform = lambda image: np.asarray(image).mean()
     assert isinstance(dataset[0][0], float)
-    # A picture handed out is the caller's own.
+    # An image handed out is the caller's own.
     image.paste((0, 0, 0), (0, 0, size, size))
     dataset.transform = None
     assert np.asarray(dataset[0][0]).any()
@@ -142,7 +142,7 @@ def test_variants_of_a_drawing_are_on_one_side() -> None:
         assert len({id(side[name]) for name in variants}) == 1, variants
 
 
-def test_no_picture_is_on_both_sides() -> None:
+def test_no_image_is_on_both_sides() -> None:
     train, val = Emoji("train"), Emoji("val")
     seen = {train.image(i).tobytes() for i in range(len(train))}
     assert not [val.captions[i] for i in range(len(val)) if val.image(i).tobytes() in seen]
@@ -165,7 +165,7 @@ def test_an_unknown_target_is_shown() -> None:
         Emoji("train", "name")
 
 
-def test_the_licences_ship_with_the_pictures() -> None:
+def test_the_licences_ship_with_the_images() -> None:
     from importlib.resources import files
 
     notice = (files("gspn.data") / "NOTICE").read_text()

@@ -110,7 +110,7 @@ def test_arguments_by_position():
 
 
 @pytest.mark.parametrize("make", [make_unet, make_pixart])
-def test_a_picture_does_not_depend_on_its_batch(make):
+def test_a_image_does_not_depend_on_its_batch(make):
     model = make()
     given = inputs(model, batch=1)
     with GSPNAdapter.from_model(model).mounted(model), torch.no_grad():

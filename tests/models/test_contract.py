@@ -57,7 +57,7 @@ def slim(name: str, **options: Any) -> GSPN:
     return timm.create_model(name, **{"dims": (8, 12, 16, 24)[: STAGES[name]], "num_classes": 7, **options})
 
 
-def picture(size: int | tuple[int, int] = 32, batch: int = 2, chans: int = 3) -> torch.Tensor:
+def image(size: int | tuple[int, int] = 32, batch: int = 2, chans: int = 3) -> torch.Tensor:
     height, width = (size, size) if isinstance(size, int) else size
     return torch.randn(batch, chans, height, width, generator=torch.Generator().manual_seed(1))
 
@@ -113,7 +113,7 @@ def test_the_small_ones_as_they_are(name) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_gets_a_gradient(name) -> None:
     model = slim(name)
-    y = model(picture(64))  # at 32 the last maps are single pixels, where taps have nothing to do
+    y = model(image(64))  # at 32 the last maps are single pixels, where taps have nothing to do
     assert y.shape == (2, 7)
     y.square().mean().backward()
     for key, parameter in model.named_parameters():
@@ -123,7 +123,7 @@ def test_every_parameter_gets_a_gradient(name) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_checkpointing_changes_nothing(name) -> None:
-    x = picture()
+    x = image()
     results = []
     for enable in (False, True):
         model = slim(name).train()
@@ -138,7 +138,7 @@ def test_gradient_checkpointing_changes_nothing(name) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_classifier(name) -> None:
     model = slim(name, **shallow(name), dtype=torch.float64).eval()
-    x = picture().double()
+    x = image().double()
     pooled = model.forward_features(x).mean((2, 3))
     width = model.num_features
     assert pooled.shape == (2, width)
@@ -157,7 +157,7 @@ def test_classifier(name) -> None:
     none = slim(name, **shallow(name), num_classes=0, dtype=torch.float64).eval()
     none.load_state_dict(model.state_dict())
     torch.testing.assert_close(none(x), pooled)
-    assert slim(name, **shallow(name), num_classes=0, global_pool="")(picture()).dim() == 4
+    assert slim(name, **shallow(name), num_classes=0, global_pool="")(image()).dim() == 4
     meta = on_meta(name)
     meta.reset_classifier(3)
     assert meta.get_classifier().weight.is_meta
@@ -166,7 +166,7 @@ def test_classifier(name) -> None:
 @pytest.mark.parametrize("feature_cls", ["list", "getter", "dict", "hook", "fx"])
 @pytest.mark.parametrize("name", NAMES)
 def test_features(name, feature_cls) -> None:
-    x = picture((33, 50))
+    x = image((33, 50))
     model = slim(name, **shallow(name)).eval()
     _, expected = model.forward_intermediates(x)
     options = {} if feature_cls == "list" else {"feature_cls": feature_cls}
@@ -189,7 +189,7 @@ def test_features(name, feature_cls) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_intermediates(name) -> None:
     model = slim(name, **shallow(name)).eval()
-    x, count = picture((37, 32)), STAGES[name]
+    x, count = image((37, 32)), STAGES[name]
     final, every = model.forward_intermediates(x)
     assert len(every) == count
     assert torch.equal(final, model.forward_features(x))
@@ -210,7 +210,7 @@ def test_forward_intermediates(name) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_prune_intermediate_layers(name) -> None:
-    x = picture()
+    x = image()
     whole = slim(name, **shallow(name)).eval()
     _, every = whole.forward_intermediates(x)
     for indices in ([0], [0, 1], 1):
@@ -232,7 +232,7 @@ def test_prune_intermediate_layers(name) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_fx(name) -> None:
     model = slim(name, **shallow(name)).eval()
-    x = picture()
+    x = image()
     train_nodes, eval_nodes = get_graph_node_names(model)
     assert train_nodes == eval_nodes
     node = next(n for n in eval_nodes if n.startswith("stages.1") and n.endswith("mixer.gspn"))
@@ -242,31 +242,31 @@ def test_fx(name) -> None:
     torch.testing.assert_close(result["norm"], model.forward_features(x))
     traced = torch.fx.symbolic_trace(model)
     for size in (32, 21):
-        assert torch.equal(traced(picture(size)), model(picture(size)))
+        assert torch.equal(traced(image(size)), model(image(size)))
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (31, 17), (65, 33)])
 def test_any_size(name, size) -> None:
     model = slim(name, **shallow(name))
-    y = model(picture(size))
+    y = model(image(size))
     assert y.shape == (2, 7)
     assert y.isfinite().all()
-    assert model(picture(size, batch=0)).shape == (0, 7)
+    assert model(image(size, batch=0)).shape == (0, 7)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_channels_of_the_picture(name) -> None:
+def test_channels_of_the_image(name) -> None:
     for chans in (1, 6):
         model = slim(name, **shallow(name), in_chans=chans)
         assert model.in_chans == chans
-        assert model(picture(24, chans=chans)).shape == (2, 7)
+        assert model(image(24, chans=chans)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_picture_does_not_depend_on_its_batch(name) -> None:
+def test_a_image_does_not_depend_on_its_batch(name) -> None:
     model = slim(name, **shallow(name), dtype=torch.float64).eval()
-    x = picture(20, batch=3).double()
+    x = image(20, batch=3).double()
     torch.testing.assert_close(model(x)[1:2], model(x[1:2]))
 
 
@@ -275,7 +275,7 @@ def test_precision_and_layout(name) -> None:
     model, exact = slim(name, **shallow(name)).eval(), slim(name, **shallow(name), dtype=torch.float64).eval()
     exact.load_state_dict(model.state_dict())
     assert {p.dtype for p in exact.parameters()} == {torch.float64}
-    x = picture()
+    x = image()
     expected = exact(x.double())
     assert expected.dtype == torch.float64
     torch.testing.assert_close(model(x).double(), expected, rtol=1e-3, atol=1e-4)
@@ -319,7 +319,7 @@ def test_layer_decay(name) -> None:
     coarse = model.group_matcher(coarse=True)
     assert set(coarse) >= {"stem", "blocks"}
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.7)
-    model(picture(16)).sum().backward()
+    model(image(16)).sum().backward()
     optimizer.step()
 
 
@@ -347,7 +347,7 @@ def test_options_reach_the_scans(name) -> None:
         for scan in scans(model):
             assert (scan.proxy_dim, scan.groups, scan.segment) == (3, 2, 3)
             assert (scan.skip_proj, scan.directions, scan.impl) == (None, ("up", "left"), "reference")
-        assert model(picture(16)).shape == (2, 7)
+        assert model(image(16)).shape == (2, 7)
     assert {scan.alignment for scan in scans(slim(name, alignment="released"))} == {"released"}
     # timm leaves out options that are None, so global scans and taps for each channel are asked for like this.
     model = slim(name, segment=(None,) * STAGES[name], scan=dict(groups=None))
@@ -363,7 +363,7 @@ def test_options_reach_the_scans(name) -> None:
     torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.3, len(rates)))
     assert model.head.drop.p == 0.2
     model.eval()
-    x = picture(16)
+    x = image(16)
     assert torch.equal(model(x), slim(name).eval()(x))
 
 
@@ -406,12 +406,12 @@ def test_compile_once_for_two_sizes(monkeypatch) -> None:
     monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     with torch.no_grad():
         for size in ((32, 28), (40, 36), (21, 64)):
-            torch.testing.assert_close(compiled(picture(size)), model(picture(size)))
+            torch.testing.assert_close(compiled(image(size)), model(image(size)))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_save_and_load_through_timm(name, tmp_path) -> None:
-    x = picture()
+    x = image()
     options = dict(proxy_dim=3, groups=2, directions=("down", "right"), **shallow(name))
     model = slim(name, **options).eval()
     expected = model(x)
@@ -428,13 +428,13 @@ def test_save_and_load_through_timm(name, tmp_path) -> None:
         again = slim(name, **options, checkpoint_path=str(file)).eval()
         assert torch.equal(again(x), expected)
     tuned = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True, num_classes=3, in_chans=1).eval()
-    assert tuned(picture(chans=1)).shape == (2, 3)
+    assert tuned(image(chans=1)).shape == (2, 3)
     torch.testing.assert_close(tuned.stem.conv1.weight[:, 0], model.stem.conv1.weight.sum(1))
 
 
 def test_a_copy_and_a_pickle() -> None:
     model = slim("gspn2_tiny").eval()
-    x = picture()
+    x = image()
     assert torch.equal(copy.deepcopy(model)(x), model(x))
     model.init_non_persistent_buffers()
 
@@ -444,7 +444,7 @@ def test_meta_to_weights() -> None:
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
     real = model.to_empty(device="cpu").float()
     real.load_state_dict(timm.create_model("gspn_pico").state_dict())
-    assert real(picture()).isfinite().all()
+    assert real(image()).isfinite().all()
 
 
 def test_init_weights_is_seeded_and_leaves_the_scans_theirs() -> None:

@@ -209,7 +209,7 @@ TRANSPOSE = {"down": "right", "right": "down", "up": "left", "left": "up"}
     ],
     ids=["flip width", "flip height", "transpose"],
 )
-def test_moving_the_picture_exchanges_the_directions(move, exchange, across, segment) -> None:
+def test_moving_the_image_exchanges_the_directions(move, exchange, across, segment) -> None:
     module = make(dtype=torch.float64, segment=segment)
     x = torch.randn(2, 6, 5, 8, dtype=torch.float64)
     state = {}

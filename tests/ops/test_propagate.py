@@ -78,7 +78,7 @@ def test_subsets_and_orders_of_directions(impl, directions, skip) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("channels", "height", "width"), [(20, 300, 280), (33, 100, 128), (16, 70, 520)])
-def test_pictures_beyond_the_caches(impl, layout, dtype, channels, height, width) -> None:
+def test_images_beyond_the_caches(impl, layout, dtype, channels, height, width) -> None:
     # Kept whole in scratch, gathered in the result's own memory, walked in tiles or where they are: by size and layout.
     arguments, grad = make_arguments(1, channels, height, width, 2, 1, dtype, layout=layout)
     y = torch.ops.gspn.propagate(*arguments, ALL, 50, impl)
@@ -171,7 +171,7 @@ def test_states_grow_by_one_a_line(impl, groups) -> None:
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
-def test_turning_the_picture_turns_the_result(impl) -> None:
+def test_turning_the_image_turns_the_result(impl) -> None:
     (x, proxy, *projections), _ = make_arguments(1, 5, 6, 9, 3, 5, torch.float64)
     y = torch.ops.gspn.propagate(x, proxy, *projections, ALL, 4, impl)
     tap_proj, *gates = projections

@@ -13,7 +13,7 @@ from .affinity import affinity_matrix
 
 if TYPE_CHECKING:
     from .cost import Cost, count_cost, gspn2d_macs
-    from .influence import Influence, PictureInfluence, affinity_rows, picture_influence, pixel_influence
+    from .influence import ImageInfluence, Influence, affinity_rows, image_influence, pixel_influence
     from .stability import ScanStability, scan_stability, stability_report, write_stability
 
 _LAZY = {
@@ -21,9 +21,9 @@ _LAZY = {
     "count_cost": "cost",
     "gspn2d_macs": "cost",
     "Influence": "influence",
-    "PictureInfluence": "influence",
+    "ImageInfluence": "influence",
     "affinity_rows": "influence",
-    "picture_influence": "influence",
+    "image_influence": "influence",
     "pixel_influence": "influence",
     "ScanStability": "stability",
     "scan_stability": "stability",
@@ -33,14 +33,14 @@ _LAZY = {
 
 __all__ = [
     "Cost",
+    "ImageInfluence",
     "Influence",
-    "PictureInfluence",
     "ScanStability",
     "affinity_matrix",
     "affinity_rows",
     "count_cost",
     "gspn2d_macs",
-    "picture_influence",
+    "image_influence",
     "pixel_influence",
     "scan_stability",
     "stability_report",

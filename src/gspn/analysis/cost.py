@@ -26,18 +26,18 @@ class Cost:
 
 
 def count_cost(model: nn.Module, input_size: Sequence[int] | None = None) -> Cost:
-    """Count a network's parameters and the multiply-adds of its forward pass on one picture.
+    """Count a network's parameters and the multiply-adds of its forward pass on one image.
 
     Counted as ``torch.utils.flop_counter`` does it: convolutions, matrix products, attention, and the scans, whose
     formula is three taps and a gate for each element of the state. Products element by element (gates, norms,
     activations) are left out, as in the figures that papers state.
 
     The forward runs on a copy on the ``meta`` device: nothing is computed, and the network needs no more memory than
-    it has, however large the picture.
+    it has, however large the image.
 
     Args:
         model: the network, on any device; it is counted in evaluation mode and stays as it is.
-        input_size: of one picture, (channels, height, width); None for that of its ``pretrained_cfg``.
+        input_size: of one image, (channels, height, width); None for that of its ``pretrained_cfg``.
 
     Returns:
         The cost.
@@ -68,9 +68,9 @@ def count_cost(model: nn.Module, input_size: Sequence[int] | None = None) -> Cos
         raise ValueError(f"{input_size=}: pass (channels, height, width).")
     shadow = copy.deepcopy(model).to("meta").eval()
     dtype = next((p.dtype for p in shadow.parameters() if p.is_floating_point()), torch.float32)
-    picture = torch.empty(1, *input_size, device="meta", dtype=dtype)
+    image = torch.empty(1, *input_size, device="meta", dtype=dtype)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shadow(picture)
+        shadow(image)
     root = type(shadow).__name__
     by_module = {
         name.removeprefix(root).removeprefix("."): sum(counts.values()) // 2

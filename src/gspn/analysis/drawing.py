@@ -1,4 +1,4 @@
-"""Pictures of what :mod:`gspn.analysis` finds; needs matplotlib."""
+"""Images of what :mod:`gspn.analysis` finds; needs matplotlib."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bench.report import require_matplotlib
+from gspn.bench.report import require_matplotlib
+
 from .explain import Explanation
 
 if TYPE_CHECKING:
@@ -23,17 +24,17 @@ BRIGHTEST_QUANTILE, FAINTEST_QUANTILE, MOST_DECADES = 0.998, 0.05, 3.5
 
 
 def draw_explanation(explanation: Explanation, photograph: Tensor | None = None) -> Figure:
-    """The picture with the point, the affinity of all directions over it, and each direction's.
+    """The image with the point, the affinity of all directions over it, and each direction's.
 
     Colours are on a logarithmic scale that all panels share, between two quantiles of the affinities there are; what is
-    fainter, or cannot be reached, shows the darkened picture alone.
+    fainter, or cannot be reached, shows the darkened image alone.
 
     Args:
         explanation: what :func:`gspn.analysis.explain.explain` found.
-        photograph: the same picture at a better resolution, ``[3, H, W]`` in 0 to 1, to draw on.
+        photograph: the same image at a better resolution, ``[3, H, W]`` in 0 to 1, to draw on.
 
     Returns:
-        The figure; save it with :func:`gspn.analysis.bench.report.save_figure`.
+        The figure; save it with :func:`gspn.bench.report.save_figure`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -45,12 +46,12 @@ def draw_explanation(explanation: Explanation, photograph: Tensor | None = None)
     from matplotlib.figure import Figure
 
     found = explanation.found.influence
-    picture = (explanation.picture if photograph is None else photograph).cpu().double()
-    height, width = picture.shape[1:]
+    image = (explanation.image if photograph is None else photograph).cpu().double()
+    height, width = image.shape[1:]
     low, high = _limits([found.merged, *found.directions.values()])
     colours = colormaps[COLOURS]
-    grey = picture.mean(0, keepdim=True)
-    dimmed = 0.5 * (0.75 * grey + 0.25 * picture)
+    grey = image.mean(0, keepdim=True)
+    dimmed = 0.5 * (0.75 * grey + 0.25 * image)
 
     def overlaid(map_: Tensor) -> Tensor:
         level = _levels(map_.cpu().double(), low, high, (height, width))  # [H, W], 0 to 1 on the logarithmic scale
@@ -61,8 +62,8 @@ def draw_explanation(explanation: Explanation, photograph: Tensor | None = None)
         return dimmed * (1 - opacity) + shaded * opacity
 
     point = (
-        (explanation.found.point[0] + 0.5) * width / explanation.picture.shape[2] - 0.5,
-        (explanation.found.point[1] + 0.5) * height / explanation.picture.shape[1] - 0.5,
+        (explanation.found.point[0] + 0.5) * width / explanation.image.shape[2] - 0.5,
+        (explanation.found.point[1] + 0.5) * height / explanation.image.shape[1] - 0.5,
     )
     count = max(len(found.directions), 1)
     aspect = min(max(height / width, 0.3), 2.5)
@@ -82,7 +83,7 @@ def draw_explanation(explanation: Explanation, photograph: Tensor | None = None)
         _mark(axis, point, 9 if side == large else 6.5)
 
     top = title + label
-    panel(margin, top, large, "the picture and the point", picture)
+    panel(margin, top, large, "the image and the point", image)
     panel(margin + large + gap, top, large, "what the point takes from each pixel", overlaid(found.merged))
     below = top + large * aspect + gap + label
     for i, (direction, map_) in enumerate(found.directions.items()):
@@ -114,8 +115,8 @@ def draw_explanation(explanation: Explanation, photograph: Tensor | None = None)
     figure.text(
         left,
         1 - 0.56 / page_height,
-        f"weights: {explanation.weights}   ·   picture seen at {explanation.picture.shape[2]} x "
-        f"{explanation.picture.shape[1]}   ·   mean |affinity| over the channels, log scale",
+        f"weights: {explanation.weights}   ·   image seen at {explanation.image.shape[2]} x "
+        f"{explanation.image.shape[1]}   ·   mean |affinity| over the channels, log scale",
         fontsize=9.5,
         color=MUTED,
         va="top",

@@ -1,4 +1,4 @@
-"""One picture, one point, one network: what the point takes from the rest, and whether the scans are stable."""
+"""One image, one point, one network: what the point takes from the rest, and whether the scans are stable."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from .influence import PictureInfluence, picture_influence
+from .influence import ImageInfluence, image_influence
 from .networks import Network
 from .scans import find_scans
 from .stability import ScanStability, stability_report
@@ -17,10 +17,10 @@ from .stability import ScanStability, stability_report
 class Explanation:
     """What :func:`explain` found."""
 
-    picture: Tensor
+    image: Tensor
     """``[3, H, W]`` in 0 to 1, as the network saw it but for the normalisation."""
-    found: PictureInfluence
-    """The affinity of the point; its point is one of this picture."""
+    found: ImageInfluence
+    """The affinity of the point; its point is one of this image."""
     stability: list[ScanStability]
     network: str
     weights: str
@@ -29,15 +29,15 @@ class Explanation:
 
 
 def explain(
-    network: Network, picture: Tensor, point: tuple[int, int], *, size: int = 448, stage: int = -1, block: int = -1
+    network: Network, image: Tensor, point: tuple[int, int], *, size: int = 448, stage: int = -1, block: int = -1
 ) -> Explanation:
-    """The affinity of one point of a picture inside a network, and the stability of all its scans on it.
+    """The affinity of one point of an image inside a network, and the stability of all its scans on it.
 
     Args:
         network: a network whose token mixers are :class:`gspn.nn.GSPN2d`.
-        picture: ``[3, H, W]`` in 0 to 1, of any size.
-        point: (x, y) in pixels of ``picture``.
-        size: the longer side, to which the picture is scaled before the network sees it.
+        image: ``[3, H, W]`` in 0 to 1, of any size.
+        point: (x, y) in pixels of ``image``.
+        size: the longer side, to which the image is scaled before the network sees it.
         stage: which stage's scan to look at, from 0, or from the end if negative.
         block: which of the stage's blocks, likewise.
 
@@ -45,8 +45,8 @@ def explain(
         What was found.
 
     Raises:
-        ValueError: the point lies outside the picture, the size is below 1, the network has no scans or no such stage
-            or block, or is one of those that need square pictures.
+        ValueError: the point lies outside the image, the size is below 1, the network has no scans or no such stage
+            or block, or is one of those that need square images.
 
     Example:
         >>> import torch
@@ -56,20 +56,20 @@ def explain(
         >>> found.found.point, found.module  # doctest: +ELLIPSIS
         ((24, 10), 'stage 2, block 3: 192 channels, 4 x 6, global, ...')
     """
-    if picture.dim() != 3 or picture.shape[0] != 3 or picture.numel() == 0:
-        raise ValueError(f"{picture.shape=}: pass one picture, [3, H, W].")
+    if image.dim() != 3 or image.shape[0] != 3 or image.numel() == 0:
+        raise ValueError(f"{image.shape=}: pass one image, [3, H, W].")
     if size < 1:
         raise ValueError(f"{size=} is below 1; it is the longer side in pixels.")
-    height, width = picture.shape[1:]
+    height, width = image.shape[1:]
     if not (0 <= point[0] < width and 0 <= point[1] < height):
-        raise ValueError(f"{point=} lies outside the picture of {width} x {height} pixels; it is (x, y), from 0.")
+        raise ValueError(f"{point=} lies outside the image of {width} x {height} pixels; it is (x, y), from 0.")
     scale = size / max(height, width)
     small = (max(1, round(height * scale)), max(1, round(width * scale)))
-    seen = F.interpolate(picture[None], small, mode="bilinear", antialias=True).clamp(0, 1)[0]
+    seen = F.interpolate(image[None], small, mode="bilinear", antialias=True).clamp(0, 1)[0]
     at = (point[0] * small[1] // width, point[1] * small[0] // height)
 
     x = network.normalised(seen)
-    found = picture_influence(network.model, x, at, stage=stage, block=block)
+    found = image_influence(network.model, x, at, stage=stage, block=block)
     scan = find_scans(network.model)[found.name]
     rows, columns = found.influence.merged.shape
     taps = "taps shared by all channels" if scan.groups == 1 else f"{scan.groups} sets of taps"
@@ -80,7 +80,7 @@ def explain(
         "taps for each channel" if scan.groups == scan.dim else taps,
     ]
     return Explanation(
-        picture=seen,
+        image=seen,
         found=found,
         stability=stability_report(network.model, x),
         network=network.name,

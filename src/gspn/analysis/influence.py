@@ -36,17 +36,17 @@ class Influence:
 
 
 @dataclass(frozen=True)
-class PictureInfluence:
-    """An :class:`Influence` found inside a network, with its maps at the picture's size."""
+class ImageInfluence:
+    """An :class:`Influence` found inside a network, with its maps at the image's size."""
 
     name: str
     """The module's name in the network."""
     point: tuple[int, int]
-    """The query point in the picture, (x, y)."""
+    """The query point in the image, (x, y)."""
     influence: Influence
     """At the size of the module's input."""
     merged: Tensor
-    """``[H, W]`` of the picture, interpolated bilinearly; as the maps below."""
+    """``[H, W]`` of the image, interpolated bilinearly; as the maps below."""
     directions: Mapping[Direction, Tensor]
     reach: Mapping[Direction, Tensor]
 
@@ -128,46 +128,46 @@ def pixel_influence(module: GSPN2d, x: Tensor, query: tuple[int, int]) -> Influe
     )
 
 
-def picture_influence(
+def image_influence(
     model: nn.Module,
-    picture: Tensor,
+    image: Tensor,
     point: tuple[int, int],
     *,
     name: str | None = None,
     stage: int = -1,
     block: int = -1,
-) -> PictureInfluence:
-    """:func:`pixel_influence` of a scan inside a network, on a picture.
+) -> ImageInfluence:
+    """:func:`pixel_influence` of a scan inside a network, on an image.
 
     Args:
         model: the network.
-        picture: ``[1, in_chans, H, W]``, normalised as the network wants it.
-        point: the query, (x, y) in pixels of the picture.
+        image: ``[1, in_chans, H, W]``, normalised as the network wants it.
+        point: the query, (x, y) in pixels of the image.
         name: the module, one of :func:`gspn.analysis.scans.find_scans`; None to choose it by stage and block.
         stage: counted from 0, or from the end if negative.
         block: of the stage, likewise.
 
     Returns:
-        The maps at the size of the module's input, and interpolated to the picture's.
+        The maps at the size of the module's input, and interpolated to the image's.
 
     Raises:
-        ValueError: the picture's shape, the point, or the choice of the module does not fit.
+        ValueError: the image's shape, the point, or the choice of the module does not fit.
 
     Example:
         >>> import torch
-        >>> from gspn.analysis import picture_influence
+        >>> from gspn.analysis import image_influence
         >>> from gspn.models import GSPN
         >>> model = GSPN(dims=(16, 32), depths=(1, 1))
-        >>> found = picture_influence(model, torch.randn(1, 3, 40, 64), (50, 10), stage=0)
+        >>> found = image_influence(model, torch.randn(1, 3, 40, 64), (50, 10), stage=0)
         >>> found.name, found.influence.query, found.influence.merged.shape, found.merged.shape
         ('stages.0.blocks.0.mixer.gspn', (2, 12), torch.Size([10, 16]), torch.Size([40, 64]))
     """
-    if picture.dim() != 4 or picture.shape[0] != 1:
-        raise ValueError(f"{picture.shape=}: pass one picture, [1, in_chans, H, W].")
-    height, width = picture.shape[-2:]
+    if image.dim() != 4 or image.shape[0] != 1:
+        raise ValueError(f"{image.shape=}: pass one image, [1, in_chans, H, W].")
+    height, width = image.shape[-2:]
     px, py = point
     if not (0 <= px < width and 0 <= py < height):
-        raise ValueError(f"{point=} lies outside the picture of {width} x {height} pixels; it is (x, y), from 0.")
+        raise ValueError(f"{point=} lies outside the image of {width} x {height} pixels; it is (x, y), from 0.")
     name = choose_scan(model, stage, block) if name is None else name
     found: list[Influence] = []
 
@@ -175,12 +175,12 @@ def picture_influence(
         rows, columns = x.shape[-2:]
         found.append(pixel_influence(module, x, (py * rows // height, px * columns // width)))
 
-    visit_scans(model, picture, visit, [name])
+    visit_scans(model, image, visit, [name])
 
     def enlarged(map_: Tensor) -> Tensor:
         return F.interpolate(map_[None, None], (height, width), mode="bilinear", align_corners=False)[0, 0]
 
-    return PictureInfluence(
+    return ImageInfluence(
         name=name,
         point=point,
         influence=found[0],
@@ -192,7 +192,7 @@ def picture_influence(
 
 def _check(module: GSPN2d, x: Tensor, query: tuple[int, int]) -> None:
     if x.dim() != 4 or x.shape[0] != 1 or x.shape[1] != module.dim:
-        raise ValueError(f"{x.shape=}: pass the input of one picture, [1, {module.dim}, H, W].")
+        raise ValueError(f"{x.shape=}: pass the input of one image, [1, {module.dim}, H, W].")
     if not (0 <= query[0] < x.shape[2] and 0 <= query[1] < x.shape[3]):
         raise ValueError(f"{query=} lies outside the map of {x.shape[2]} x {x.shape[3]}; it is (row, column), from 0.")
     if module.alignment == "released" and x.shape[2] != x.shape[3]:
@@ -222,7 +222,7 @@ def _reach(scan: Scan, query: tuple[int, int]) -> Tensor:
 
 
 def _pull(function: Callable[[Tensor], Tensor], x: Tensor, cotangent: Tensor) -> Tensor:
-    """The cotangent of one picture's input, ``[C, H, W]``."""
+    """The cotangent of one image's input, ``[C, H, W]``."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         (pulled,) = torch.autograd.grad(function(x), x, cotangent.to(x.dtype))

@@ -29,16 +29,16 @@ class Network:
         """Channels, height and width that it was made for."""
         return tuple(self._cfg.get("input_size", (3, 224, 224)))
 
-    def normalised(self, picture: Tensor) -> Tensor:
-        """A picture ``[3, H, W]`` in 0 to 1 as the network's input, ``[1, in_chans, H, W]``."""
+    def normalised(self, image: Tensor) -> Tensor:
+        """An image ``[3, H, W]`` in 0 to 1 as the network's input, ``[1, in_chans, H, W]``."""
         channels = self.input_size[0]
         if channels == 1:
-            picture = picture.mean(0, keepdim=True)
+            image = image.mean(0, keepdim=True)
         elif channels != 3:
-            raise ValueError(f"{self.name} takes {channels} channels; a picture has 3, or 1 as grey.")
-        mean = picture.new_tensor(self._cfg.get("mean", IMAGENET_DEFAULT_MEAN))[:channels].view(-1, 1, 1)
-        std = picture.new_tensor(self._cfg.get("std", IMAGENET_DEFAULT_STD))[:channels].view(-1, 1, 1)
-        return ((picture - mean) / std).unsqueeze(0)
+            raise ValueError(f"{self.name} takes {channels} channels; an image has 3, or 1 as grey.")
+        mean = image.new_tensor(self._cfg.get("mean", IMAGENET_DEFAULT_MEAN))[:channels].view(-1, 1, 1)
+        std = image.new_tensor(self._cfg.get("std", IMAGENET_DEFAULT_STD))[:channels].view(-1, 1, 1)
+        return ((image - mean) / std).unsqueeze(0)
 
     @property
     def _cfg(self) -> dict[str, Any]:

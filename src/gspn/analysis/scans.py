@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gspn.nn import GSPN2d
-from gspn.nn.released import turn
+from gspn.nn.official_alignment import turn
 from gspn.ops import Direction, line_scan, stochastic_taps
 from gspn.ops.projections import project, project_taps
 
@@ -144,15 +144,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def visit_scans(
-    model: nn.Module, picture: Tensor, visit: Callable[[str, GSPN2d, Tensor], None], names: Sequence[str] | None = None
+    model: nn.Module, image: Tensor, visit: Callable[[str, GSPN2d, Tensor], None], names: Sequence[str] | None = None
 ) -> None:
     """Run a network in evaluation mode and show ``visit`` each scan's module and its input on the way.
 
     Args:
         model: the network; its training flags are as before afterwards.
-        picture: ``[B, in_chans, H, W]``, normalised as the network wants it.
+        image: ``[B, in_chans, H, W]``, normalised as the network wants it.
         visit: called with name, module and input, once for each module in the order of the network. What it is given
-            is not kept, so that a deep network on a large picture needs no more memory than its own forward.
+            is not kept, so that a deep network on a large image needs no more memory than its own forward.
         names: those of :func:`find_scans` to visit; None for all.
 
     Raises:
@@ -176,7 +176,7 @@ def visit_scans(
     handles = [scans[name].register_forward_pre_hook(hook(name)) for name in wanted]
     try:
         with _evaluating(model):
-            model(picture)
+            model(image)
     finally:
         for handle in handles:
             handle.remove()

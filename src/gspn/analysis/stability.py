@@ -1,4 +1,4 @@
-r"""Whether the scans of a network are as stable on a picture as the theory says.
+r"""Whether the scans of a network are as stable on an image as the theory says.
 
 With taps that sum to one over the neighbours that exist (the Stability-Context Condition, GSPN, arXiv 2501.12381,
 section 3.2) every path is non-expansive, and a state is a sum of as many averages as lines were scanned:
@@ -19,17 +19,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gspn.bench.report import replaced_file
 from gspn.nn import GSPN2d
 from gspn.ops import Direction
 from gspn.ops.directions import scan_axes
 
-from .bench.report import replaced_file
 from .scans import Scan, scans_of, visit_scans
 
 
 @dataclass(frozen=True)
 class ScanStability:
-    """One scan of a network on a picture, all channels together."""
+    """One scan of a network on an image, all channels together."""
 
     module: str
     direction: Direction
@@ -89,12 +89,12 @@ def scan_stability(name: str, module: GSPN2d, x: Tensor) -> list[ScanStability]:
     return [_measured(name, scan, x.to(scan.taps.dtype)) for scan in scans_of(module, x)]
 
 
-def stability_report(model: nn.Module, picture: Tensor) -> list[ScanStability]:
-    """The stability of every scan of a network on a picture.
+def stability_report(model: nn.Module, image: Tensor) -> list[ScanStability]:
+    """The stability of every scan of a network on an image.
 
     Args:
         model: the network; run once, in evaluation mode.
-        picture: ``[B, in_chans, H, W]``, normalised as the network wants it.
+        image: ``[B, in_chans, H, W]``, normalised as the network wants it.
 
     Returns:
         An entry for each :class:`gspn.nn.GSPN2d` and direction, in the order of the network.
@@ -111,7 +111,7 @@ def stability_report(model: nn.Module, picture: Tensor) -> list[ScanStability]:
         (8, True)
     """
     report: list[ScanStability] = []
-    visit_scans(model, picture, lambda name, module, x: report.extend(scan_stability(name, module, x)))
+    visit_scans(model, image, lambda name, module, x: report.extend(scan_stability(name, module, x)))
     return report
 
 

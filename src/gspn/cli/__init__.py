@@ -8,14 +8,15 @@ import typer
 
 import gspn
 
-from . import bench, classify, generate, t2i
+from . import bench, classify, t2i
+from . import class_conditional as generate
 from .explain import explain
 from .info import info
 from .models import models
 
 app = typer.Typer(
     name="gspn",
-    help="GSPN: line scans over pictures, in the place of attention.",
+    help="GSPN: line scans over images, in the place of attention.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_show_locals=False,
@@ -25,7 +26,7 @@ app.command()(models)
 app.command()(explain)
 app.add_typer(bench.app, name="bench")
 app.add_typer(classify.app, name="classify")
-app.add_typer(generate.app, name="generate")
+app.add_typer(class_conditional.app, name="class-conditional")
 app.add_typer(t2i.app, name="t2i")
 
 

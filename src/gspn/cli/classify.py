@@ -15,7 +15,7 @@ from rich.table import Table
 
 from .errors import failed, one_line_errors, warn
 from .options import Device, DeviceName, Precision, PrecisionName
-from .recipes import given_config, print_recipe, print_recipes
+from .presets import given_config, print_preset, print_presets
 
 if TYPE_CHECKING:
     from gspn.tasks.classify import Evaluation, Prediction
@@ -25,10 +25,10 @@ app = typer.Typer(
 )
 
 
-def _recipes() -> list[str]:
-    from gspn.tasks.classify import recipe_names
+def _presets() -> list[str]:
+    from gspn.tasks.classify import preset_names
 
-    return recipe_names()
+    return preset_names()
 
 
 # --- train ------------------------------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def train(
     config: Annotated[
         str | None,
         typer.Option(
-            "--config", "-c", metavar="FILE|RECIPE", autocompletion=_recipes, help="A YAML file, or a recipe's name."
+            "--config", "-c", metavar="FILE|PRESET", autocompletion=_presets, help="A YAML file, or a preset's name."
         ),
     ] = None,
     set_: Annotated[
@@ -70,7 +70,7 @@ def train(
     run in --output. Starts in one process; for several GPUs start it with torchrun or accelerate launch.
     """
     from gspn.tasks.classify.config import TrainConfig
-    from gspn.tasks.configs import write_yaml
+    from gspn.tasks.core.config import write_yaml
 
     flags = {
         "model.name": model,
@@ -105,20 +105,20 @@ def train(
 
 
 @app.command()
-def recipes() -> None:
-    """List the recipes for --config."""
+def presets() -> None:
+    """List the presets for --config."""
     from gspn.tasks.classify import TrainConfig
 
-    print_recipes(TrainConfig)
+    print_presets(TrainConfig)
 
 
 @app.command()
-def recipe(name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_recipes)]) -> None:
-    """Print a recipe's YAML, to start a file of your own from."""
+def preset(name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_presets)]) -> None:
+    """Print a preset's YAML, to start a file of your own from."""
     from gspn.tasks.classify import TrainConfig
 
     with one_line_errors():
-        print_recipe(TrainConfig, name)
+        print_preset(TrainConfig, name)
 
 
 # --- eval -------------------------------------------------------------------------------------------------------------
@@ -142,15 +142,15 @@ def evaluate(
     ] = None,
     confusion: Annotated[
         Path | None,
-        typer.Option(metavar="PNG", dir_okay=False, help="Picture of the confusion matrix; needs matplotlib."),
+        typer.Option(metavar="PNG", dir_okay=False, help="Image of the confusion matrix; needs matplotlib."),
     ] = None,
 ) -> None:
     """Accuracy, confusions, speed and memory of a trained classifier."""
     with one_line_errors():
-        from gspn.tasks.classify.confusion import check_picture_path, save_confusion
+        from gspn.tasks.classify.confusion import check_image_path, save_confusion
 
         if confusion is not None:
-            check_picture_path(confusion)
+            check_image_path(confusion)
         from gspn.tasks.classify import evaluate as run
 
         console = Console()

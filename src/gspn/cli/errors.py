@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from gspn.tasks.errors import MissingExtraError, UsageError
+from gspn.tasks.core.errors import MissingExtraError, UsageError
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""``gspn explain``: what one point of a picture takes from the rest, inside a network."""
+"""``gspn explain``: what one point of an image takes from the rest, inside a network."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def explain(
     ] = -1,
     block: Annotated[int, typer.Option(metavar="N", help="Which block of the stage, likewise.")] = -1,
     size: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Longer side, in pixels, at which the network sees the picture.")
+        int, typer.Option(metavar="N", min=1, help="Longer side, in pixels, at which the network sees the image.")
     ] = 448,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the weights, where there are no pretrained ones.")] = 0,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="PNG", dir_okay=False, help="Picture to write.")
+        Path | None, typer.Option("--output", "-o", metavar="PNG", dir_okay=False, help="Image to write.")
     ] = None,
     report: Annotated[
         Path | None, typer.Option(metavar="CSV", dir_okay=False, help="Table of the scans' stability to write.")
     ] = None,
 ) -> None:
-    """Draw what one point of a picture takes from the rest of it, and check the stability of every scan.
+    """Draw what one point of an image takes from the rest of it, and check the stability of every scan.
 
     The affinity is the row of the matrix that the scans stand for, taken with one vector-Jacobian product a direction:
     the mean of its magnitude over the channels, all directions together and each of them alone.
@@ -57,8 +57,8 @@ def explain(
     _require_extras(output)
     if output is not None and output.suffix.lower() != ".png":
         raise typer.BadParameter(f"{str(output)!r} does not end in .png.", param_hint="--output")
-    picture = _load(image)
-    height, width = picture.shape[1:]
+    pixels = _load(image)
+    height, width = pixels.shape[1:]
     where = (width // 2, height // 2) if point is None else _point(point, width, height)
 
     from gspn.analysis.explain import explain as run
@@ -78,16 +78,16 @@ def explain(
         )
     try:
         with torch.no_grad():
-            explanation = run(network, picture, where, size=size, stage=stage, block=block)
+            explanation = run(network, pixels, where, size=size, stage=stage, block=block)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
     console.print(_table(explanation.stability, explanation.found.name, f"{network.name} on {image.name}"))
     if output is not None:
-        from gspn.analysis.bench.report import save_figure
         from gspn.analysis.drawing import draw_explanation
+        from gspn.bench.report import save_figure
 
-        save_figure(draw_explanation(explanation, _at_most(picture, _DRAWN_SIDE)), output)
+        save_figure(draw_explanation(explanation, _at_most(pixels, _DRAWN_SIDE)), output)
         _wrote(console, output)
     if report is not None:
         from gspn.analysis.stability import write_stability
@@ -107,7 +107,7 @@ def _require_extras(output: Path | None) -> None:
     except ImportError as error:
         raise _failed(f'gspn explain needs {error.name}; pip install "gspn[train]".') from None
     if output is not None:
-        from gspn.analysis.bench.report import require_matplotlib
+        from gspn.bench.report import require_matplotlib
 
         try:
             require_matplotlib()
@@ -116,7 +116,7 @@ def _require_extras(output: Path | None) -> None:
 
 
 def _load(path: Path) -> Tensor:
-    """The picture as ``[3, H, W]`` in 0 to 1."""
+    """The image as ``[3, H, W]`` in 0 to 1."""
     from gspn.data import load_image
 
     try:
@@ -129,13 +129,13 @@ def _load(path: Path) -> Tensor:
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 255
 
 
-def _at_most(picture: Tensor, side: int) -> Tensor:
-    height, width = picture.shape[1:]
+def _at_most(image: Tensor, side: int) -> Tensor:
+    height, width = image.shape[1:]
     scale = side / max(height, width)
     if scale >= 1:
-        return picture
+        return image
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    return torch.nn.functional.interpolate(picture[None], size, mode="bilinear", antialias=True)[0]
+    return torch.nn.functional.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
 
 
 def _point(text: str, width: int, height: int) -> tuple[int, int]:
@@ -144,9 +144,7 @@ def _point(text: str, width: int, height: int) -> tuple[int, int]:
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not X,Y, as in 320,240.", param_hint="--point") from None
     if not (0 <= x < width and 0 <= y < height):
-        raise typer.BadParameter(
-            f"{text!r} lies outside the picture of {width} x {height} pixels.", param_hint="--point"
-        )
+        raise typer.BadParameter(f"{text!r} lies outside the image of {width} x {height} pixels.", param_hint="--point")
     return x, y
 
 

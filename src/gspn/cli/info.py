@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import gspn
-from gspn.analysis.bench import environment
+from gspn.bench import environment
 from gspn.ops.implementations import OPS
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

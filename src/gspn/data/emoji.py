@@ -15,7 +15,7 @@ from typing import Literal
 
 from PIL import Image
 
-from gspn.data.base import Pictures, Transform, canonical_split
+from gspn.data.base import LabelledImages, Transform, canonical_split
 
 _FILE = Path(__file__).with_name("emoji.zip")
 _TARGETS = ("category", "subcategory")
@@ -40,7 +40,7 @@ class EmojiRecord:
     group: str
     """Emoji of one group are variants of one drawing, and on one side of the split."""
     misdrawn: str
-    """What is wrong with the picture; empty for nearly all."""
+    """What is wrong with the image; empty for nearly all."""
     file: str
     """Name inside the package's file."""
 
@@ -50,7 +50,7 @@ class EmojiRecord:
         return "".join(chr(int(code, 16)) for code in self.unified.split("-"))
 
 
-class Emoji(Pictures):
+class Emoji(LabelledImages):
     """1,906 Noto emoji, 64 x 64, on white, with names, keywords, categories and subcategories.
 
     **Split.** 80 to 20 within each subcategory, by the hash of a group's name, so that it never depends on a random
@@ -59,17 +59,17 @@ class Emoji(Pictures):
     seen in ``"train"``. Groups of more than a fifth of a subcategory are in ``"train"``. There is no third part: a
     number on ``"val"`` after choosing settings by it is optimistic.
 
-    Pictures: Google Noto, Apache-2.0, 16.0, reduced to 256 colours each. Names and keywords: Unicode CLDR 48,
+    LabelledImages: Google Noto, Apache-2.0, 16.0, reduced to 256 colours each. Names and keywords: Unicode CLDR 48,
     Unicode-3.0. Categories: emoji-data 16.0.0, MIT. The five skin tones of its category Component are left out. See
     the file NOTICE of this package.
 
     Args:
         split: ``"train"`` (1,546), ``"val"`` (360), or ``"all"``.
         target: ``"category"``, 9 classes, or ``"subcategory"``, 98.
-        transform: applied to each picture.
+        transform: applied to each image.
 
     Attributes:
-        records: an ``EmojiRecord`` for each picture.
+        records: an ``EmojiRecord`` for each image.
 
     Raises:
         ValueError: another split or target.
@@ -111,11 +111,11 @@ class Emoji(Pictures):
         return len(self.records)
 
     def image(self, index: int) -> Image.Image:
-        """Picture ``index``, RGB, 64 x 64, before the transform."""
+        """Image ``index``, RGB, 64 x 64, before the transform."""
         return Image.open(io.BytesIO(self._files[index]), formats=["WEBP"]).convert("RGB")
 
     def target(self, index: int) -> int:
-        """The class of picture ``index``."""
+        """The class of image ``index``."""
         return self.targets[index]
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
@@ -126,7 +126,7 @@ class Emoji(Pictures):
 
 @cache
 def _read() -> tuple[Sequence[EmojiRecord], Sequence[bytes]]:
-    """Every record without the skin tones, and its compressed picture: 3 MB, which all data sets share."""
+    """Every record without the skin tones, and its compressed image: 3 MB, which all data sets share."""
     records, files = [], []
     with zipfile.ZipFile(_FILE) as archive:
         for entry in json.loads(archive.read("index.json"))["emoji"]:

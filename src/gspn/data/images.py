@@ -13,7 +13,7 @@ MAX_PIXELS = 89_478_485
 """Pixels of the largest image that is decoded unless the caller says otherwise."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""The formats that are decoded. PIL knows more, some of which start other programs (EPS) or hold no picture."""
+"""The formats that are decoded. PIL knows more, some of which start other programs (EPS) or hold no image."""
 
 _WITH_ALPHA = {"RGBA", "LA", "PA", "La", "RGBa"}
 
@@ -51,7 +51,7 @@ def load_image(
         name: what errors call the file; its path where None.
 
     Returns:
-        The picture, mode RGB. Of an animation, the first frame.
+        The image, mode RGB. Of an animation, the first frame.
 
     Raises:
         BrokenImageError: a ``ValueError``: the file is no image of a known format, is damaged or truncated, has more
@@ -112,7 +112,7 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
-    except Exception:  # a picture with damaged EXIF is still a picture, and has no orientation
+    except Exception:  # an image with damaged EXIF is still an image, and has no orientation
         return image
 
 

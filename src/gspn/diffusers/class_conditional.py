@@ -1,4 +1,4 @@
-"""``ClassConditionalPipeline``: from classes to pictures, with any denoiser that is called as DiT is."""
+"""``ClassConditionalPipeline``: from classes to images, with any denoiser that is called as DiT is."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["ClassConditionalPipeline", "ModelMixin"]
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    r"""From classes to pictures, by a denoiser of pixels or of an autoencoder's latents.
+    r"""From classes to images, by a denoiser of pixels or of an autoencoder's latents.
 
-    What :class:`diffusers.DiTPipeline` does, and: pixels, any height and width, grey pictures, any number of classes,
-    the learned variance where the scheduler takes one, flows, and a generator for each picture. With guidance scale g
+    What :class:`diffusers.DiTPipeline` does, and: pixels, any height and width, grey images, any number of classes,
+    the learned variance where the scheduler takes one, flows, and a generator for each image. With guidance scale g
     the prediction is that without a class plus g times what the class adds (arXiv 2207.12598).
 
     Args:
         transformer: :class:`gspn.models.GSPNDenoiser2DModel`, :class:`diffusers.DiTTransformer2DModel`, or what is
             called as they are.
-        scheduler: Any of diffusers' that steps from one picture to the next.
+        scheduler: Any of diffusers' that steps from one image to the next.
         vae: The autoencoder of the latents; None for a model of pixels in [-1, 1].
         id2label: The names of the classes.
         latent_scale: What latents were multiplied with in training beyond the autoencoder's own factor.
@@ -67,12 +67,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def pixels_per_latent(self) -> int:
-        """Pixels of a picture for one of the model's, along a side."""
+        """Pixels of an image for one of the model's, along a side."""
         return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def default_size(self) -> int:
-        """Height and width of the pictures of the training."""
+        """Height and width of the images of the training."""
         return self.transformer.config.sample_size * self.pixels_per_latent
 
     def label_ids(self, classes: Sequence[int | str]) -> list[int]:
@@ -107,15 +107,15 @@ class ClassConditionalPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Generate a picture for each class.
+        """Generate an image for each class.
 
         Args:
             class_labels: Numbers or names; B of them.
-            height: Of the pictures; by default that of the model's training.
+            height: Of the images; by default that of the model's training.
             width: Likewise.
             guidance_scale: 1: none. 0: the class has no say.
             num_inference_steps: Steps of the scheduler.
-            generator: Of the noise; one for each picture makes it independent of the batch.
+            generator: Of the noise; one for each image makes it independent of the batch.
             latents: Noise ``[B, C, h, w]`` to start from, of variance 1.
             output_type: ``"pil"``, ``"np"`` (``[B, H, W, C]`` in [0, 1]), ``"pt"`` (``[B, C, H, W]`` in [0, 1]) or
                 ``"latent"`` (as the model works on them).

@@ -26,7 +26,7 @@ SIZES: dict[str, dict[str, int]] = {
     "L": {"dim": 1200, "num_layers": 56},
     "XL": {"dim": 1500, "num_layers": 56},
 }
-"""Widths and depths: S to XL are the published ones, T is for pictures of 32 to 64 pixels."""
+"""Widths and depths: S to XL are the published ones, T is for images of 32 to 64 pixels."""
 
 _FREQUENCIES = 256
 
@@ -82,7 +82,7 @@ class GSPNDenoiserBlock(nn.Module):
 class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
     r"""A denoiser without attention and without positional embedding (GSPN, arXiv 2501.12381, section 4.2).
 
-    Patches of the noisy picture or latent become pixels of a map; the embedding of time and class is added to all of
+    Patches of the noisy image or latent become pixels of a map; the embedding of time and class is added to all of
     them once; ``num_layers // 2`` blocks, one in the middle, and as many again follow, each of the second half
     beginning with a linear map of its input and of the output of its mirror in the first half (long skips). Only the
     last norm is modulated by the embedding, unless ``ada_norm`` is given. It is called as
@@ -92,7 +92,7 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
     Args:
         sample_size: height and width that pipelines sample at if nothing else is said; the network does not depend
             on it.
-        in_channels: of the picture or latent.
+        in_channels: of the image or latent.
         out_channels: of the output; None for ``in_channels``. Twice as many predict a variance too.
         patch_size: pixels of a side of a patch.
         dim: channels of the map.
@@ -208,7 +208,7 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Predict what was added to a picture or latent.
+        """Predict what was added to an image or latent.
 
         Args:
             hidden_states: ``[B, in_channels, H, W]``; H and W are multiples of ``patch_size``.

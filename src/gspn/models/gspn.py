@@ -1,7 +1,7 @@
 """GSPN backbones for timm.
 
 GSPN (arXiv 2501.12381), the sizes tiny, small and base as the authors' configurations have them, GSPN-2 (arXiv
-2512.07884), and two small networks for small pictures.
+2512.07884), and two small networks for small images.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from gspn.nn import GSPNBlock
 from gspn.ops import flop_counts as _flop_counts  # noqa: F401  (lets torch's counter see the scans)
 
-from .released import checkpoint_filter_fn
+from .official_checkpoint import checkpoint_filter_fn
 
 Segment = int | None | Sequence["int | None"]
 
@@ -32,10 +32,10 @@ _SCAN_OPTIONS = ("proxy_dim", "groups", "skip", "directions", "alignment", "impl
 
 
 class Stem(nn.Module):
-    """Two 3x3 convolutions that take the picture to the first stage's resolution.
+    """Two 3x3 convolutions that take the image to the first stage's resolution.
 
     Args:
-        in_chans: channels of the picture.
+        in_chans: channels of the image.
         dim: channels out.
         stride: 4 or 2.
         norm_eps: of the LayerNorms.
@@ -141,15 +141,15 @@ class Stage(nn.Module):
 class GSPN(nn.Module):
     """A backbone of GSPN blocks in stages of growing width and falling resolution.
 
-    Pictures of any size go in, at any time: there is no positional embedding and nothing to interpolate.
+    Images of any size go in, at any time: there is no positional embedding and nothing to interpolate.
 
     Args:
-        in_chans: channels of the picture.
+        in_chans: channels of the image.
         num_classes: classes; 0 for none, and then the pooled features come out.
         global_pool: pooling of the head, ``"avg"``, ``"max"``, ... or ``""`` for none.
         dims: width of each stage.
         depths: blocks of each stage.
-        stem_stride: 4, or 2 for small pictures.
+        stem_stride: 4, or 2 for small images.
         segment: lines after which the scans restart, None for global scans: one for all blocks, or one for each stage,
             each of them one for all blocks of the stage or one for each of its blocks.
         scan: options of :class:`gspn.nn.GSPN2d`: ``proxy_dim``, ``groups``, ``skip``, ``directions``, ``alignment``,
@@ -447,7 +447,7 @@ def _create_gspn(variant: str, pretrained: bool, defaults: dict[str, Any], kwarg
 
 @register_model
 def gspn_pico(pretrained: bool = False, **kwargs: Any) -> GSPN:
-    """GSPN-Pico, for pictures of 28 to 96 pixels: three stages from half the picture's resolution.
+    """GSPN-Pico, for images of 28 to 96 pixels: three stages from half the image's resolution.
 
     Global scans, and taps shared by all channels: half the time of taps for each.
     """
@@ -457,7 +457,7 @@ def gspn_pico(pretrained: bool = False, **kwargs: Any) -> GSPN:
 
 @register_model
 def gspn_nano(pretrained: bool = False, **kwargs: Any) -> GSPN:
-    """GSPN-Nano, for pictures of 28 to 96 pixels: four stages from half the picture's resolution.
+    """GSPN-Nano, for images of 28 to 96 pixels: four stages from half the image's resolution.
 
     Global scans, and taps shared by all channels, as :func:`gspn_pico`.
     """

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gspn.ops import DIRECTIONS, Direction, propagate
 from gspn.ops.implementations import check_impl
 
-from .released import propagate_released
+from .official_alignment import propagate_released
 
 Alignment = Literal["image", "released"]
 

@@ -1,6 +1,6 @@
 """The operators: one file a public function, the specification in ``reference``, kernels in ``cpu`` and ``triton``."""
 
-from . import registration as _registration  # noqa: F401  (registers the operators with torch)
+from . import torch_library as _registration  # noqa: F401  (registers the operators with torch)
 from .directions import DIRECTIONS, Direction
 from .implementations import available_impls
 from .line_scan import line_scan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final, Literal, NamedTuple
 
 Direction = Literal["down", "up", "right", "left"]
-"""The way information flows through the picture."""
+"""The way information flows through the image."""
 
 DIRECTIONS: Final[tuple[Direction, ...]] = ("down", "up", "right", "left")
 """The four directions, in the order in which every per-direction tensor of the library is laid out."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checks import autocast_dtype, cast_eligible, check_segment, check_tensor
 from .directions import Direction, scan_axes
 from .implementations import check_impl
-from .registration import apply_line_scan
+from .torch_library import apply_line_scan
+from .validation import autocast_dtype, cast_eligible, check_segment, check_tensor
 
 
 def _check_tensors(x: Tensor, taps: Tensor, lam: Tensor | None) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import autocast_dtype, cast_eligible, check_segment, check_tensor
-from .composition import compose
 from .directions import DIRECTIONS, Direction
 from .implementations import check_impl
-from .registration import apply_line_scan, apply_propagate
+from .torch_library import apply_line_scan, apply_propagate
+from .unfused import compose
+from .validation import autocast_dtype, cast_eligible, check_segment, check_tensor
 
 
 def _check_directions(directions: Sequence[str]) -> None:
@@ -87,7 +87,7 @@ def propagate(
     segment: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    r"""Propagate over the whole picture: scans in four directions with maps predicted from a proxy, gated and merged.
+    r"""Propagate over the whole image: scans in four directions with maps predicted from a proxy, gated and merged.
 
     With :math:`p` the proxy and for each direction :math:`d` the linear maps :math:`T_d` (``tap_proj``),
     :math:`\Lambda_d` (``lam_proj``), :math:`U_d` (``u_proj``) and :math:`S_d` (``skip_proj``) of it, pixel by pixel,

@@ -2,7 +2,7 @@
 
 Nothing here is fast. Each function says in the fewest possible words what its operator computes, and every other
 implementation is tested against it. Products with neighbours that do not exist are left out rather than multiplied by
-zero, so a NaN in a tap that reaches outside the picture, or before the first line, touches nothing.
+zero, so a NaN in a tap that reaches outside the image, or before the first line, touches nothing.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .composition import compose
 from .directions import scan_axes
 from .projections import project, project_taps
 from .stochastic_taps import stochastic_taps
+from .unfused import compose
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

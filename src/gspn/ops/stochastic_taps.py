@@ -23,7 +23,7 @@ def stochastic_taps(logits: Tensor, *, direction: Direction) -> Tensor:
     .. math::
         \mathrm{taps}_{k,i,j} = \frac{\sigma(a_{k,i,j})}{\sum_{k' \text{ exists}} \sigma(a_{k',i,j})}
 
-    and 0 for a neighbour outside the picture: the first tap on the first position of a line, the last tap on the last.
+    and 0 for a neighbour outside the image: the first tap on the first position of a line, the last tap on the last.
     Every step of the scan is then an average, which is the paper's Stability-Context Condition (GSPN, arXiv
     2501.12381, section 3.2). Which positions are first and last depends on the direction alone: columns for ``"down"``
     and ``"up"``, rows for ``"right"`` and ``"left"``.

@@ -35,8 +35,8 @@ def check(
     ``row`` is the length from which a row takes more than one block.
     """
     from gspn.ops import reference
-    from gspn.ops.triton import launch
-    from gspn.ops.triton.plan import Limits
+    from gspn.ops.triton import line_scan as launch
+    from gspn.ops.triton.line_scan_config import Limits
 
     x, taps, lam, grad = tensors
     limits = Limits(row=row)
@@ -137,8 +137,8 @@ def long_rows_in_many_lines() -> None:
 
 
 def taps_that_point_nowhere() -> None:
-    from gspn.ops.triton import launch
-    from gspn.ops.triton.plan import Limits
+    from gspn.ops.triton import line_scan as launch
+    from gspn.ops.triton.line_scan_config import Limits
 
     for direction in gspn.DIRECTIONS:
         for segment, cross, row, value in ((None, 4, None, "nan"), (2, 4, None, "inf"), (2, 36, 32, "nan")):
@@ -177,7 +177,7 @@ def through_the_operator() -> None:
 
 def only_what_is_needed() -> None:
     from gspn.ops import reference
-    from gspn.ops.triton import launch
+    from gspn.ops.triton import line_scan as launch
 
     for direction in ("down", "left"):
         x, taps, lam, grad = make_inputs(1, 2, 3, 4, 1, torch.float32)
@@ -195,7 +195,7 @@ def only_what_is_needed() -> None:
 
 
 def empty() -> None:
-    from gspn.ops.triton import launch
+    from gspn.ops.triton import line_scan as launch
 
     for shape in [(0, 2, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)]:
         x, taps = torch.ones(shape), torch.ones(shape[0], 1, 3, *shape[2:])

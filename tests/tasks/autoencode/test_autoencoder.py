@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gspn.tasks.autoencode import AutoencodeConfig, train
-from gspn.tasks.errors import UsageError
-from gspn.tasks.generate.autoencoder import load_autoencoder
+from gspn.tasks.core.errors import UsageError
+from gspn.tasks.diffusion.autoencoder import load_autoencoder
 from tasks.classify.runs import assert_same, newest_state, rows
 
 TINY = {
@@ -55,11 +55,11 @@ def test_scaled_latents_have_a_deviation_of_one(trained):
     from gspn.data import Digits
 
     vae = load_autoencoder(trained.output / "last")
-    pictures = Digits("train")
-    from gspn.tasks.autoencode.training import picture_transform
+    images = Digits("train")
+    from gspn.tasks.autoencode.training import image_transform
 
-    transform = picture_transform(trained_config().data, training=False)
-    batch = torch.stack([transform(pictures.image(i)) for i in range(512)])
+    transform = image_transform(trained_config().data, training=False)
+    batch = torch.stack([transform(images.image(i)) for i in range(512)])
     torch.manual_seed(0)
     with torch.no_grad():
         drawn = vae.encode(batch).latent_dist.sample() * vae.config.scaling_factor
@@ -115,7 +115,7 @@ def test_resumed_is_the_same_run(tmp_path):
     ("override", "message"),
     [
         ("data.size=9", "multiples of 2"),
-        ("data.crop=16", "no larger than its picture"),
+        ("data.crop=16", "no larger than its image"),
         ("model.block_out_channels=[]", "width of each level"),
         ("model.norm_num_groups=3", "model"),
         ("loss.kl=-1", r"loss\.kl"),

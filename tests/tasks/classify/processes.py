@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from gspn.tasks import checkpoints, devices
 from gspn.tasks.classify import train
+from gspn.tasks.core import checkpoints, devices
 from tasks.classify.runs import tiny
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -61,7 +61,7 @@ def shard_on_cpu() -> None:
             PartialState._shared_state |= {"distributed_type": DistributedType.FSDP}
         return accelerator
 
-    from gspn.tasks.training import loop
+    from gspn.tasks.core import loop
 
     loop.make_accelerator = make_accelerator
 

@@ -13,7 +13,7 @@ from gspn.data import open_dataset
 from gspn.tasks.classify import evaluate, predict, train
 from gspn.tasks.classify.confusion import plot_confusion, save_confusion
 from gspn.tasks.classify.evaluation import Evaluation
-from gspn.tasks.errors import UsageError
+from gspn.tasks.core.errors import UsageError
 from tasks.classify.runs import rows, tiny
 
 
@@ -67,7 +67,7 @@ def many_classes(count: int) -> Evaluation:
 
 
 @pytest.mark.parametrize("count", [1, 10, 100, 1000])
-def test_confusions_as_a_picture(tmp_path, count):
+def test_confusions_as_a_image(tmp_path, count):
     pytest.importorskip("matplotlib")
     figure = plot_confusion(many_classes(count))
     [axes] = figure.axes
@@ -91,7 +91,7 @@ def test_predicts_and_names_what_is_broken(trained, tmp_path):
     dataset = open_dataset("digits", "val")
     for i in range(3):
         dataset[i][0].save(tmp_path / f"{i}.png")
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     names = [tmp_path / name for name in ("0.png", "bad.png", "1.png", "none.png", "2.png")]
     found = predict(names, trained, top=3, batch_size=2)
     assert [one.image for one in found] == [str(name) for name in names]

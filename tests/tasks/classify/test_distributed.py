@@ -29,7 +29,7 @@ def folder(tmp_path_factory) -> Path:
                 image = Image.new("RGB", (10, 12), colour)
                 image.putpixel((dice.randrange(10), dice.randrange(12)), (255, 255, 255))
                 image.save(root / split / name / f"{i:02}.png")
-        (root / split / "green" / "03.png").write_bytes(b"no picture")
+        (root / split / "green" / "03.png").write_bytes(b"no image")
     return root
 
 
@@ -45,7 +45,7 @@ def two_processes(output: Path, folder: Path) -> None:
 
     shard_on_cpu()
     sharded = tiny(output / "fsdp", *settings(folder, "data.batch_size=8", "run.fsdp=true", "run.checkpoint_every_s=0"))
-    from gspn.tasks.training.loop import TrainingRun
+    from gspn.tasks.core.loop import TrainingRun
 
     # Stopped in the second epoch, and resumed.
     plain, calls = TrainingRun._update, []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gspn.tasks.classify import train
-from gspn.tasks.errors import UsageError
+from gspn.tasks.core.errors import UsageError
 from tasks.classify.processes import start
 from tasks.classify.runs import RANDOM, assert_same, newest_state, rows, tiny
 

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 
-from gspn.tasks.classify import TrainConfig, load_config, recipe_names, train
-from gspn.tasks.errors import UsageError
-from gspn.tasks.training.loaders import ShareSampler, UpdateSampler
+from gspn.tasks.classify import TrainConfig, load_config, preset_names, train
+from gspn.tasks.core.errors import UsageError
+from gspn.tasks.core.loaders import ShareSampler, UpdateSampler
 from tasks.classify.runs import RANDOM, assert_same, newest_state, rows, tiny
 
 
@@ -172,9 +172,9 @@ def test_share_sampler_covers_each_image_once(images, processes, batch):
     assert len(batches) == 1  # as many, and as large, in each process
 
 
-def test_recipes_are_complete_and_name_registered_networks():
+def test_presets_are_complete_and_name_registered_networks():
     pytest.importorskip("gspn.models")
-    names = recipe_names()
+    names = preset_names()
     assert {"imagenet_tiny", "imagenet_small", "imagenet_base", "mnist5k_pico", "emoji_nano", "digits_pico"} <= set(
         names
     )

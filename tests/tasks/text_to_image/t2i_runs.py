@@ -1,4 +1,4 @@
-"""Small runs for the tests: a folder of pictures with captions, and a teacher with random weights."""
+"""Small runs for the tests: a folder of images with captions, and a teacher with random weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gspn.tasks.text_to_image import DistillConfig, TextToImageConfig, distill, 
 
 SHARED: dict[str, Any] = {
     "data": {"name": "folder", "size": 32, "batch_size": 4, "encode_batch_size": 8, "workers": 0, "eval_split": "val"},
-    "pictures": {"every": 1, "number": 2, "steps": 2, "guidance": 2.0},
+    "samples": {"every": 1, "number": 2, "steps": 2, "guidance": 2.0},
     "schedule": {"epochs": 2},
     "ema": {"decay": 0.9},
     "run": {"trackers": [], "device": "cpu"},
@@ -29,9 +29,9 @@ def make_folder(root: Path, train: int = 16, val: int = 4) -> Path:
         (root / split).mkdir(parents=True)
         for i in range(count):
             colour = COLOURS[i % len(COLOURS)]
-            picture = Image.new("RGB", (32, 32), "white")
-            picture.paste(Image.new("RGB", (8 + i, 16), colour), (4, 8))
-            picture.save(root / split / f"{i:02d}.png")
+            image = Image.new("RGB", (32, 32), "white")
+            image.paste(Image.new("RGB", (8 + i, 16), colour), (4, 8))
+            image.save(root / split / f"{i:02d}.png")
             (root / split / f"{i:02d}.txt").write_text(f"{colour}\na {colour}\n")
     return root
 

@@ -37,7 +37,7 @@ def make_text_encoder(kind: Any = CLIPTextModel, width: int = TEXT) -> Any:
 
 
 def make_vae(factor: int = 8) -> AutoencoderKL:
-    """One whose pictures have some contrast."""
+    """One whose images have some contrast."""
     torch.manual_seed(2)
     levels = {4: 3, 8: 4}[factor]
     vae = AutoencoderKL(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gspn.tasks.errors import UsageError
+from gspn.tasks.core.errors import UsageError
 from gspn.tasks.text_to_image import load_adapter, load_pipeline, save_pipeline
 from gspn.tasks.text_to_image.conditioning import encode_prompts
 from gspn.tasks.text_to_image.pipelines import minilm
@@ -68,11 +68,11 @@ def test_the_text_encoder_of_a_package_is_not_saved(tmp_path):
     assert not (tmp_path / "saved" / "text_encoder").exists()
     loaded = load_pipeline(tmp_path / "saved")
     loaded.set_progress_bar_config(disable=True)
-    pictures = [
+    images = [
         one("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
         for one in (pipeline, loaded)
     ]
-    assert np.array_equal(*pictures)
+    assert np.array_equal(*images)
     # Padding says nothing: with more of it the words' states are what they were.
     states = encode_prompts(loaded, ["a cat", "a cat " * 3]).states
     assert states.shape == (2, 24, 384)

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from gspn.data import Emoji
-from gspn.tasks.errors import UsageError
+from gspn.tasks.core.errors import UsageError
 from gspn.tasks.text_to_image import load_adapter, load_pipeline, sample, shipped_adapters, shipped_pipelines
 
 PIPELINE, ADAPTER = "gspn_text_to_image.emoji64", "gspn_adapter.emoji64"
@@ -68,8 +68,8 @@ def test_it_draws_what_is_asked_for(adapted, tmp_path):
     assert (nearest == np.arange(len(PROMPTS))).sum() >= 5
 
 
-def _small(picture):
-    return np.asarray(picture.convert("RGB").resize((16, 16), Image.Resampling.BOX)).astype(float)
+def _small(image):
+    return np.asarray(image.convert("RGB").resize((16, 16), Image.Resampling.BOX)).astype(float)
 
 
 def test_a_name_that_is_nearly_right():

@@ -1,4 +1,4 @@
-"""``gspn t2i``: pictures from text."""
+"""``gspn t2i``: images from text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import typer
 
 from .evaluate import evaluate
 from .sample import sample
-from .train import autoencoder, distill, recipe, recipes, train
+from .train import autoencoder, distill, preset, presets, train
 
 app = typer.Typer(help="Text to image with GSPN in the place of self-attention.", no_args_is_help=True)
 app.command()(sample)
@@ -14,5 +14,5 @@ app.command()(distill)
 app.command()(train)
 app.command()(autoencoder)
 app.command()(evaluate)
-app.command()(recipes)
-app.command()(recipe)
+app.command()(presets)
+app.command()(preset)

@@ -19,7 +19,7 @@ def evaluate(
         list[Path], typer.Argument(metavar="SAMPLES...", help="Directories that gspn t2i sample wrote.")
     ],
     reference: Annotated[
-        str, typer.Option(metavar="NAME:SPLIT", help="Pictures with captions that samples are to be like.")
+        str, typer.Option(metavar="NAME:SPLIT", help="Images with captions that samples are to be like.")
     ] = "emoji:train",
     root: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the reference lies.")] = None,
     size: Annotated[
@@ -30,17 +30,17 @@ def evaluate(
         typer.Option(metavar="SPLIT", help="Of the reference's data, whose captions are candidates as well."),
     ] = None,
     features: Annotated[str, typer.Option(metavar="NAME", help="auto, lite0, inception.")] = "auto",
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures at a time.")] = 64,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images at a time.")] = 64,
     device: Device = DeviceName.auto,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="DIR", help="For the figures, as JSON by the samples' names."),
     ] = None,
 ) -> None:
-    """Measure generated pictures: FID and KID against a reference, and how well they fit their prompts.
+    """Measure generated images: FID and KID against a reference, and how well they fit their prompts.
 
-    The text score is the cosine between a picture's features and those that its prompt predicts, by a ridge regression
-    from sentences to features that is fitted on the reference; the rank is the median place of a picture's own prompt
+    The text score is the cosine between an image's features and those that its prompt predicts, by a ridge regression
+    from sentences to features that is fitted on the reference; the rank is the median place of an image's own prompt
     among all of the set.
     """
     with one_line_errors():
@@ -66,7 +66,7 @@ def evaluate(
         table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
         for heading in (
             "",
-            "pictures",
+            "images",
             "FID",
             "KID x 1000",
             "IS",
@@ -93,7 +93,7 @@ def evaluate(
         real = rows[0].real
         if real is not None:
             table.add_row(
-                "[dim]real pictures of the same prompts[/]", *[""] * 6, f"{real.similarity:.3f}",
+                "[dim]real images of the same prompts[/]", *[""] * 6, f"{real.similarity:.3f}",
                 f"{real.rank:g} of {real.candidates}", f"{100 * real.top1:.0f} %",
             )  # fmt: skip
         console.print(table)

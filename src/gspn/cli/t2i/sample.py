@@ -50,11 +50,11 @@ def sample(
     adapter: Annotated[
         str | None, typer.Option("--adapter", "-a", metavar="NAME", help="Likewise; default: the model's attention.")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="For the pictures.")] = Path("samples"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="For the images.")] = Path("samples"),
     size: Annotated[
         str | None, typer.Option(metavar="WxH", help="As 8192x4096, or one side; default: the training's.")
     ] = None,
-    number: Annotated[int, typer.Option("--number", "-n", metavar="N", min=1, help="Pictures of each prompt.")] = 1,
+    number: Annotated[int, typer.Option("--number", "-n", metavar="N", min=1, help="Images of each prompt.")] = 1,
     negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What guidance leads away from.")] = None,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Of the scheduler.")] = 30,
     guidance: Annotated[float, typer.Option(metavar="SCALE", min=0, help="1: none. The paper's is 7.")] = 5.0,
@@ -62,7 +62,7 @@ def sample(
         str, typer.Option(metavar="NAME", help="auto, ddim, ddpm, dpm++, dpm++_sde, unipc, euler, euler_a.")
     ] = "auto",
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the noise.")] = 0,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures at a time.")] = 1,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images at a time.")] = 1,
     ladder: Annotated[
         bool, typer.Option("--ladder", help="In stages from the training's size up; a stopped run goes on.")
     ] = False,
@@ -87,16 +87,16 @@ def sample(
     check: Annotated[bool, typer.Option(help="Estimate first, and refuse what does not fit.")] = True,
     estimate_only: Annotated[bool, typer.Option("--estimate-only", help="Draw nothing.")] = False,
 ) -> None:
-    """Draw pictures from text, each a PNG with its origin in it.
+    """Draw images from text, each a PNG with its origin in it.
 
-    The same seed gives the same pictures whatever the batch size. Before it starts, it says what time and memory it
+    The same seed gives the same images whatever the batch size. Before it starts, it says what time and memory it
     will take.
     """
     with one_line_errors():
         width, height = _sides(size)
-        from gspn.tasks.errors import UsageError
-        from gspn.tasks.text_to_image.ladder import LadderConfig
-        from gspn.tasks.text_to_image.sampling import sample as run
+        from gspn.tasks.core.errors import UsageError
+        from gspn.tasks.text_to_image.sample.progressive_upscaling import LadderConfig
+        from gspn.tasks.text_to_image.sample.sampling import sample as run
 
         if not ladder and (strength or dilated):
             raise UsageError(f"{'--strength' if strength else '--dilated'} is of a ladder; add --ladder.")
@@ -139,7 +139,7 @@ def sample(
             return
         kept = len(found.records) - found.drawn
         console.print(
-            f"[dim]wrote[/] {found.drawn} pictures to {escape(str(found.directory))} in {found.seconds:.1f} s"
+            f"[dim]wrote[/] {found.drawn} images to {escape(str(found.directory))} in {found.seconds:.1f} s"
             + (f"; {kept} were there" if kept else ""),
             highlight=False,
             soft_wrap=True,
@@ -148,7 +148,7 @@ def sample(
 
 def _sides(size: str | None) -> tuple[int | None, int | None]:
     """Width and height."""
-    from gspn.tasks.errors import UsageError
+    from gspn.tasks.core.errors import UsageError
 
     if size is None:
         return None, None

@@ -1,4 +1,4 @@
-"""``gspn t2i train``, ``distill``, ``autoencoder``, ``recipes`` and ``recipe``."""
+"""``gspn t2i train``, ``distill``, ``autoencoder``, ``presets`` and ``preset``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from gspn.tasks.errors import UsageError
-from gspn.tasks.training.config import Configuration
+from gspn.tasks.core.errors import UsageError
+from gspn.tasks.core.sections import Configuration
 
 from ..errors import failed, one_line_errors
-from ..recipes import given_config, print_recipe, print_recipes
+from ..presets import given_config, print_preset, print_presets
 
 Config = Annotated[
-    str | None, typer.Option("--config", "-c", metavar="FILE|RECIPE", help="A YAML file, or a recipe's name.")
+    str | None, typer.Option("--config", "-c", metavar="FILE|PRESET", help="A YAML file, or a preset's name.")
 ]
 Set = Annotated[
     list[str] | None,
@@ -24,7 +24,7 @@ Set = Annotated[
 ]
 Data = Annotated[str | None, typer.Option(metavar="NAME", help="data.name: emoji, folder, wds, hfds/NAME.")]
 Root = Annotated[Path | None, typer.Option(metavar="DIR", help="data.root.")]
-Size = Annotated[int | None, typer.Option(metavar="N", help="data.size: height and width of the pictures.")]
+Size = Annotated[int | None, typer.Option(metavar="N", help="data.size: height and width of the images.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="run.output.")]
 Epochs = Annotated[int | None, typer.Option(metavar="N", help="schedule.epochs.")]
 BatchSize = Annotated[int | None, typer.Option(metavar="N", help="data.batch_size, of each process.")]
@@ -122,7 +122,7 @@ def autoencoder(
     resume: Resume = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Train an autoencoder of pictures, for gspn t2i train --vae and gspn generate latents.
+    """Train an autoencoder of images, for gspn t2i train --vae and gspn class-conditional latents.
 
     Without a perceptual or adversarial loss: for photographs take a published one.
     """
@@ -169,7 +169,7 @@ def _start(
     dry_run: bool,
     then: str,
 ) -> None:
-    from gspn.tasks.configs import write_yaml
+    from gspn.tasks.core.config import write_yaml
 
     with one_line_errors():
         given = given_config(kind, config, overrides, flags, resume=resume)
@@ -197,20 +197,20 @@ def _kinds() -> dict[str, type[Configuration]]:
     return {"autoencoder": AutoencodeConfig, "train": TextToImageConfig, "distill": DistillConfig}
 
 
-def recipes() -> None:
-    """List the recipes for --config, by command."""
+def presets() -> None:
+    """List the presets for --config, by command."""
     for name, kind in _kinds().items():
         Console().print(f"[dim]gspn t2i {name}[/]", highlight=False)
-        print_recipes(kind)
+        print_presets(kind)
 
 
-def recipe(
+def preset(
     command: Annotated[str, typer.Argument(metavar="COMMAND", help="autoencoder, train or distill.")],
     name: Annotated[str, typer.Argument(metavar="NAME")],
 ) -> None:
-    """Print a recipe's YAML, to start a file of your own from."""
+    """Print a preset's YAML, to start a file of your own from."""
     with one_line_errors():
         kinds = _kinds()
         if command not in kinds:
-            raise UsageError(f"{command!r} has no recipes; name one of {', '.join(kinds)}.")
-        print_recipe(kinds[command], name)
+            raise UsageError(f"{command!r} has no presets; name one of {', '.join(kinds)}.")
+        print_preset(kinds[command], name)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .call import LineScanCall, PropagateCall
+from .c_structs import LineScanCall, PropagateCall
 
 _INTERFACE_VERSION = 2
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..directions import scan_axes
-from .call import DTYPE_CODES, LineScanCall, Map, TapMap, as_map, as_tap_map
+from .c_structs import DTYPE_CODES, LineScanCall, Map, TapMap, as_map, as_tap_map
 from .library import load
 
 

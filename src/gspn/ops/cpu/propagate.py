@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..directions import DIRECTIONS
-from .call import DTYPE_CODES, PropagateCall, as_image
+from .c_structs import DTYPE_CODES, PropagateCall, as_image
 from .library import load
 
 # A vector may be read beyond the proxy's last state.

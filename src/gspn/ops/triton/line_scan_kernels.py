@@ -1,7 +1,7 @@
 """The scan and its adjoint, each in one launch: a program for some channels and a run of lines.
 
 Shapes and strides are run-time arguments that never specialise a kernel; what the compiler must know are the constexpr
-arguments, which :mod:`gspn.ops.triton.plan` chooses. Sizes along the axis FAST and all strides count ALIGN elements.
+arguments, which :mod:`.line_scan_config` chooses. Sizes along the axis FAST and all strides count ALIGN elements.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .exchange import neighbour_pairs, neighbours
-from .tile import anchor, integers, load_lines, locate, place, store_lines, stride
+from .addressing import anchor, integers, load_lines, locate, place, store_lines, stride
+from .neighbour_shuffle import neighbour_pairs, neighbours
 
 
 @triton.jit

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from ..directions import scan_axes
-from .launch import limits_of
-from .plan import (
+from .line_scan import limits_of
+from .line_scan_config import (
     CHANNEL,
     CROSS,
     LINE,

@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .exchange import neighbours
-from .tile import anchor, load_lines, locate, place, store_lines, stride
+from .addressing import anchor, load_lines, locate, place, store_lines, stride
+from .neighbour_shuffle import neighbours
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Autoencoders of pictures, whose latents other tasks learn: train one.
+"""Autoencoders of images, whose latents other tasks learn: train one.
 
 Example:
     Train on the emoji of the package::
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from .training import AutoencodeResult, train
 
 load_config = AutoencodeConfig.load
-"""Read a configuration from a YAML file, or from the recipe of that name (:func:`recipe_names`)."""
+"""Read a configuration from a YAML file, or from the preset of that name (:func:`preset_names`)."""
 
-recipe_names = AutoencodeConfig.recipe_names
-"""The names of the recipes that come with the package."""
+preset_names = AutoencodeConfig.preset_names
+"""The names of the presets that come with the package."""
 
 
 def __getattr__(name: str) -> Any:
@@ -42,6 +42,6 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "load_config",
-    "recipe_names",
+    "preset_names",
     "train",
 ]

@@ -1,4 +1,4 @@
-"""The configuration of an autoencoder's training run: what a recipe says, and what is saved beside the weights."""
+"""The configuration of an autoencoder's training run: what a preset says, and what is saved beside the weights."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ..configs import check_range
-from ..errors import UsageError
-from ..training.config import (
+from ..core.config import check_range
+from ..core.errors import UsageError
+from ..core.sections import (
     Configuration,
     EmaConfig,
     OptimConfig,
@@ -29,21 +29,21 @@ class DataConfig:
     """Where the data lie, for those that do not come with the package."""
     train_split: str = "train"
     eval_split: str | None = None
-    """Pictures whose error is measured after every epoch; null for none."""
+    """Images whose error is measured after every epoch; null for none."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of :func:`gspn.data.open_dataset`."""
     size: int = 64
-    """Height and width of a picture; smaller ones are enlarged, others cropped at the middle."""
+    """Height and width of an image; smaller ones are enlarged, others cropped at the middle."""
     crop: int | None = None
-    """Side of the piece of a picture that is learnt at a time, at random places; null: the whole picture."""
+    """Side of the piece of an image that is learnt at a time, at random places; null: the whole image."""
     channels: Literal[1, 3] = 3
-    """1: pictures become grey."""
+    """1: images become grey."""
     hflip: float = 0.5
-    """Probability of mirroring a picture."""
+    """Probability of mirroring an image."""
     batch_size: int = 32
-    """Pictures in one forward pass of one process."""
+    """Images in one forward pass of one process."""
     workers: int = 4
-    """Processes that load pictures, for each training process; 0 loads in the training process."""
+    """Processes that load images, for each training process; 0 loads in the training process."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ResolvedAutoencoder(Resolved):
     """What follows from the rest; computed anew in each run, and never read."""
 
     latent_size: int
-    """Height and width of a picture's latents."""
+    """Height and width of an image's latents."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class AutoencodeConfig(Configuration):
         4
     """
 
-    RECIPES: ClassVar[str] = "gspn.tasks.autoencode.recipes"
+    PRESETS: ClassVar[str] = "gspn.tasks.autoencode.presets"
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -132,7 +132,7 @@ class AutoencodeConfig(Configuration):
                 )
         if data.crop is not None and data.crop > data.size:
             raise UsageError(
-                f"data.crop is {data.crop} and data.size {data.size}; a piece is no larger than its picture."
+                f"data.crop is {data.crop} and data.size {data.size}; a piece is no larger than its image."
             )
         if self.run.fsdp:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""Training an autoencoder of pictures: :func:`train`."""
+"""Training an autoencoder of images: :func:`train`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..errors import UsageError, require
-from ..files import replaced, replaced_directory
-from ..training.config import Resolved
-from ..training.loaders import EvalLoader, open_data, seeded_loader, share_loader
-from ..training.loop import Position, TrainingRun, connected, to_device
-from ..training.records import EpochRow
+from ..core.errors import UsageError, require
+from ..core.files import replaced, replaced_directory
+from ..core.loaders import EvalLoader, open_data, seeded_loader, share_loader
+from ..core.loop import Position, TrainingRun, connected, to_device
+from ..core.records import EpochRow
+from ..core.sections import Resolved
 from .config import AutoencodeConfig, DataConfig, ResolvedAutoencoder
 
-# Pictures that the scale of the latents is measured on.
+# Images that the scale of the latents is measured on.
 _SCALED_BY = 512
 
 
@@ -28,11 +28,11 @@ class AutoencoderRow(EpochRow):
     """One row of ``metrics.csv``; the last three are None after epochs without an evaluation."""
 
     eval_psnr: float | None
-    """Of whole held-out pictures, in dB: the mean over them; of the averaged weights where there are any."""
+    """Of whole held-out images, in dB: the mean over them; of the averaged weights where there are any."""
     eval_l1: float | None
     """Mean error of a number in [-1, 1]."""
     latent_std: float | None
-    """Standard deviation of training pictures' latents; ``scaling_factor`` of the saved autoencoder is its inverse."""
+    """Standard deviation of training images' latents; ``scaling_factor`` of the saved autoencoder is its inverse."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class AutoencodeResult:
     Attributes:
         output: The run's directory: ``config.yaml``, ``metrics.csv``, ``last``, ``samples``, ``checkpoints``.
         last: The last row of the table.
-        broken: Names of training pictures that could not be read, as far as this process met them.
+        broken: Names of training images that could not be read, as far as this process met them.
         is_main: Whether this is the process that writes and prints.
     """
 
@@ -53,7 +53,7 @@ class AutoencodeResult:
 
 
 def train(config: AutoencodeConfig, *, resume: bool = False, console: Console | None = None) -> AutoencodeResult:
-    r"""Train diffusers' ``AutoencoderKL`` on pictures, as a configuration says.
+    r"""Train diffusers' ``AutoencoderKL`` on images, as a configuration says.
 
     The loss is the mean error of a number of the reconstruction, of latents drawn from the posterior, plus the weighted
     mean divergence of the posterior from a unit Gaussian. There is neither a perceptual nor an adversarial term: for
@@ -61,7 +61,7 @@ def train(config: AutoencodeConfig, *, resume: bool = False, console: Console | 
 
     Runs in one process, or in each of several started by ``torchrun`` or ``accelerate launch``; killed and resumed, it
     ends with the weights of the uninterrupted run. The output directory receives ``config.yaml``, ``metrics.csv`` (an
-    :class:`AutoencoderRow` an epoch), ``samples/`` (held-out pictures above their reconstructions) and in ``last/`` the
+    :class:`AutoencoderRow` an epoch), ``samples/`` (held-out images above their reconstructions) and in ``last/`` the
     autoencoder, whose ``scaling_factor`` makes its latents' standard deviation one.
 
     Args:
@@ -90,17 +90,17 @@ class _AutoencoderRun(TrainingRun[AutoencoderRow, Position]):
 
     def _open(self, config: AutoencodeConfig) -> nn.Module:
         data = config.data
-        pictures = open_data(data.name, data.train_split, data.root, **data.options)
-        pictures.transform = picture_transform(data, training=True)
+        images = open_data(data.name, data.train_split, data.root, **data.options)
+        images.transform = image_transform(data, training=True)
         self.train_loader = seeded_loader(
-            pictures,
+            images,
             batch_size=data.batch_size,
             accumulate=config.optim.accumulate,
             seed=config.run.seed,
             workers=data.workers,
             **self.places,
         )
-        # Whole pictures, of which none is used for anything but to measure.
+        # Whole images, of which none is used for anything but to measure.
         self.held_out: EvalLoader | None = None
         if data.eval_split is not None:
             self.held_out = self._whole(config, data.eval_split)
@@ -109,9 +109,9 @@ class _AutoencoderRun(TrainingRun[AutoencoderRow, Position]):
 
     def _whole(self, config: AutoencodeConfig, split: str) -> EvalLoader:
         data = config.data
-        pictures = open_data(data.name, split, data.root, **data.options)
-        pictures.transform = picture_transform(data, training=False)
-        return share_loader(pictures, batch_size=data.batch_size, workers=0, **self.places)
+        images = open_data(data.name, split, data.root, **data.options)
+        images.transform = image_transform(data, training=False)
+        return share_loader(images, batch_size=data.batch_size, workers=0, **self.places)
 
     def _classes(self) -> int:
         return 0
@@ -139,7 +139,7 @@ class _AutoencoderRun(TrainingRun[AutoencoderRow, Position]):
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
         del targets
         loss = self.config.loss
-        # forward() gives the picture alone: the posterior is taken on the way, in the module that DDP wraps.
+        # forward() gives the image alone: the posterior is taken on the way, in the module that DDP wraps.
         found: list[Any] = []
         encoder = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         last = encoder.encoder if encoder.quant_conv is None else encoder.quant_conv
@@ -176,7 +176,7 @@ class _AutoencoderRun(TrainingRun[AutoencoderRow, Position]):
 
     @torch.no_grad()
     def _held_out(self, model: nn.Module) -> tuple[float, float]:
-        """Mean PSNR and mean error over the held-out pictures, of the posterior's mean."""
+        """Mean PSNR and mean error over the held-out images, of the posterior's mean."""
         sums = torch.zeros(3, dtype=torch.float64)
         training = model.training
         model.eval()
@@ -218,7 +218,7 @@ class _AutoencoderRun(TrainingRun[AutoencoderRow, Position]):
 
     @torch.no_grad()
     def _draw(self, vae: Any, epoch: int) -> None:
-        """Some pictures, above what becomes of them."""
+        """Some images, above what becomes of them."""
         from PIL import Image
 
         images = next(iter(self.held_out or self.measured))[0][:12]
@@ -260,14 +260,14 @@ def build_autoencoder(config: AutoencodeConfig) -> Any:
     return network
 
 
-def picture_transform(data: DataConfig, *, training: bool) -> Any:
+def image_transform(data: DataConfig, *, training: bool) -> Any:
     """From a PIL image to ``[channels, size, size]`` in [-1, 1], or a piece of it where pieces are learnt."""
     from torchvision import transforms
 
-    from ..generate.config import DataConfig as Pictures
-    from ..generate.data import picture_transform as whole_picture
+    from ..class_conditional.config import DataConfig as Images
+    from ..class_conditional.data import image_transform as whole_image
 
-    steps = [whole_picture(Pictures(size=data.size, channels=data.channels), training=False)]
+    steps = [whole_image(Images(size=data.size, channels=data.channels), training=False)]
     if training and data.crop is not None:
         steps.append(transforms.RandomCrop(data.crop))
     if training and data.hflip:

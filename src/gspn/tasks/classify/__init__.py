@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ..training.config import EmaConfig, OptimConfig, RunConfig, ScheduleConfig
+from ..core.sections import EmaConfig, OptimConfig, RunConfig, ScheduleConfig
 from .config import (
     AffineConfig,
     AugmentConfig,
@@ -24,7 +24,7 @@ from .config import (
     ModelConfig,
     TrainConfig,
     load_config,
-    recipe_names,
+    preset_names,
 )
 
 if TYPE_CHECKING:
@@ -69,6 +69,6 @@ __all__ = [
     "evaluate",
     "load_config",
     "predict",
-    "recipe_names",
+    "preset_names",
     "train",
 ]

@@ -1,4 +1,4 @@
-"""The configuration of a training run: what a recipe says, and what is saved beside the weights."""
+"""The configuration of a training run: what a preset says, and what is saved beside the weights."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ..configs import check_range
-from ..errors import UsageError
-from ..training.config import Configuration, EmaConfig, OptimConfig, Resolved, RunConfig, ScheduleConfig, check_training
+from ..core.config import check_range
+from ..core.errors import UsageError
+from ..core.sections import Configuration, EmaConfig, OptimConfig, Resolved, RunConfig, ScheduleConfig, check_training
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class TrainConfig(Configuration):
         'digits'
     """
 
-    RECIPES: ClassVar[str] = "gspn.tasks.classify.recipes"
+    PRESETS: ClassVar[str] = "gspn.tasks.classify.presets"
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -186,7 +186,7 @@ class TrainConfig(Configuration):
 
 
 load_config = TrainConfig.load
-"""Read a configuration from a YAML file, or from the recipe of that name (:func:`recipe_names`)."""
+"""Read a configuration from a YAML file, or from the preset of that name (:func:`preset_names`)."""
 
-recipe_names = TrainConfig.recipe_names
-"""The names of the recipes that come with the package."""
+preset_names = TrainConfig.preset_names
+"""The names of the presets that come with the package."""

@@ -1,12 +1,12 @@
-"""The confusion matrix as a picture."""
+"""The confusion matrix as an image."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError, require
-from ..files import replaced
+from ..core.errors import UsageError, require
+from ..core.files import replaced
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,8 +19,8 @@ _MOST_NUMBERS = 25
 _MOST_NAMES = 110
 
 
-def check_picture_path(path: Path) -> None:
-    """Refuse a name that is no picture's, and say if matplotlib is missing, before anything is computed.
+def check_image_path(path: Path) -> None:
+    """Refuse a name that is no image's, and say if matplotlib is missing, before anything is computed.
 
     Raises:
         UsageError: the name ends in nothing that can be written.
@@ -85,7 +85,7 @@ def plot_confusion(evaluation: Evaluation) -> Figure:
     for spine in axes.spines.values():
         spine.set_color(_GRID)
     axes.set_title(
-        # Two lines: the picture of ten classes is narrower than one.
+        # Two lines: the image of ten classes is narrower than one.
         f"{_short_name(evaluation.model)} on {evaluation.data}/{evaluation.split}\n"
         f"top-1 {evaluation.top1:.2f} % of {evaluation.images:,} images",
         loc="left",
@@ -97,13 +97,13 @@ def plot_confusion(evaluation: Evaluation) -> Figure:
 
 
 def save_confusion(evaluation: Evaluation, path: Path, dpi: int = 160) -> None:
-    """Write the picture, replacing the file as a whole.
+    """Write the image, replacing the file as a whole.
 
     Raises:
         UsageError: the name ends in nothing that can be written.
         MissingExtraError: matplotlib is not installed.
     """
-    check_picture_path(path)
+    check_image_path(path)
     figure = plot_confusion(evaluation)
     with replaced(path) as part:
         figure.savefig(part, dpi=dpi, facecolor="white", format=path.suffix[1:].lower())

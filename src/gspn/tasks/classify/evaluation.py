@@ -12,14 +12,14 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..devices import make_accelerator
-from ..errors import UsageError, require
-from ..files import write_text
-from ..progress import progress_bar
-from ..training.loaders import class_names, open_data
-from ..training.records import peak_memory_mib
+from ..core.devices import make_accelerator
+from ..core.errors import UsageError, require
+from ..core.files import write_text
+from ..core.loaders import class_names, open_data
+from ..core.progress import progress_bar
+from ..core.records import peak_memory_mib
 from .loaders import eval_loader
-from .network import count_parameters, label_names, load_model, resolve_preprocessing
+from .model import count_parameters, label_names, load_model, resolve_preprocessing
 from .steps import evaluate_batches
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -101,7 +101,7 @@ def evaluate(
     a share of the images, and each returns the figures of all.
 
     Args:
-        model: What :func:`~gspn.tasks.classify.network.load_model` finds, or a timm model.
+        model: What :func:`~gspn.tasks.classify.model.load_model` finds, or a timm model.
         data: A name that :func:`gspn.data.open_dataset` knows.
         root: Where the data lie, for those that do not come with the package.
         split: Of the data.

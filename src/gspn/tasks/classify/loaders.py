@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import UsageError, require
-from ..training.loaders import EvalLoader, TrainLoader, class_names, open_data, seeded_loader, share_loader
+from ..core.errors import UsageError, require
+from ..core.loaders import EvalLoader, TrainLoader, class_names, open_data, seeded_loader, share_loader
 from .config import AugmentConfig, DataConfig, TrainConfig
-from .network import Preprocessing
+from .model import Preprocessing
 
 
 def open_pair(data: DataConfig) -> tuple[Any, Any]:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..errors import require
-from .network import label_names, load_model, resolve_preprocessing
+from ..core.errors import require
+from .model import label_names, load_model, resolve_preprocessing
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def predict(
 
     Args:
         images: Paths, or PIL images.
-        model: What :func:`~gspn.tasks.classify.network.load_model` finds, or a timm model.
+        model: What :func:`~gspn.tasks.classify.model.load_model` finds, or a timm model.
         top: How many classes of each image to return.
         batch_size: Images in a forward pass.
         device: `auto` takes a GPU if there is one.

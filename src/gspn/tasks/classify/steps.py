@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import require
-from ..training.loop import to_device
+from ..core.errors import require
+from ..core.loop import to_device
 from .config import TrainConfig
 
 if TYPE_CHECKING:

@@ -10,13 +10,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..errors import require
-from ..training.config import Resolved
-from ..training.loop import Position, TrainingRun, connected
-from ..training.records import EpochRow
+from ..core.errors import require
+from ..core.loop import Position, TrainingRun, connected
+from ..core.records import EpochRow
+from ..core.sections import Resolved
 from .config import ResolvedClassifier, TrainConfig
 from .loaders import class_names, eval_batch_size, eval_loader, open_pair, train_loader
-from .network import build_model, resolve_preprocessing, save_config, save_weights
+from .model import build_model, resolve_preprocessing, save_config, save_weights
 from .steps import Figures, evaluate_batches, make_criterion, make_mixup
 
 

@@ -21,40 +21,40 @@ from .config import (
     DistillationConfig,
     DistillConfig,
     NoiseConfig,
-    PicturesConfig,
+    SamplesConfig,
     TextToImageConfig,
     UNetConfig,
 )
 
 if TYPE_CHECKING:
     from .conditioning import Conditioning, encode_prompts
-    from .distillation import DistillResult, distill
-    from .evaluation import TextEvaluation, evaluate
-    from .ladder import LadderConfig
+    from .distill.training import DistillResult, distill
+    from .evaluate.evaluation import TextEvaluation, evaluate
+    from .evaluate.text_scores import TextScorer
     from .pipelines import load_adapter, load_pipeline, save_pipeline, shipped_adapters, shipped_pipelines
-    from .sampling import Pictures, sample
-    from .scores import TextScorer
-    from .training import TextToImageResult, train
+    from .sample.progressive_upscaling import LadderConfig
+    from .sample.sampling import SampleResult, sample
+    from .train.training import TextToImageResult, train
 
 # These need diffusers and accelerate, which reading a configuration does not.
 _LATER = {
     "Conditioning": "conditioning",
-    "DistillResult": "distillation",
-    "LadderConfig": "ladder",
-    "Pictures": "sampling",
-    "TextEvaluation": "evaluation",
-    "TextScorer": "scores",
-    "TextToImageResult": "training",
-    "distill": "distillation",
+    "DistillResult": "distill.training",
+    "LadderConfig": "sample.progressive_upscaling",
+    "SampleResult": "sample.sampling",
+    "TextEvaluation": "evaluate.evaluation",
+    "TextScorer": "evaluate.text_scores",
+    "TextToImageResult": "train.training",
+    "distill": "distill.training",
     "encode_prompts": "conditioning",
-    "evaluate": "evaluation",
+    "evaluate": "evaluate.evaluation",
     "load_adapter": "pipelines",
     "load_pipeline": "pipelines",
-    "sample": "sampling",
+    "sample": "sample.sampling",
     "save_pipeline": "pipelines",
     "shipped_adapters": "pipelines",
     "shipped_pipelines": "pipelines",
-    "train": "training",
+    "train": "train.training",
 }
 
 
@@ -77,8 +77,8 @@ __all__ = [
     "DistillationConfig",
     "LadderConfig",
     "NoiseConfig",
-    "Pictures",
-    "PicturesConfig",
+    "SampleResult",
+    "SamplesConfig",
     "TextEvaluation",
     "TextScorer",
     "TextToImageConfig",

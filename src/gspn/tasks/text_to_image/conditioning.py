@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..core.errors import UsageError
 
 _TEXT_TIME = "text_time"
 
@@ -101,7 +101,7 @@ def _device_of_text(pipeline: Any) -> torch.device:
 
 
 def encode_nothing(pipeline: Any) -> Conditioning:
-    """The conditioning of guidance without a negative prompt, of one picture.
+    """The conditioning of guidance without a negative prompt, of one image.
 
     The empty prompt's; zeros where the pipeline was trained so (``force_zeros_for_empty_prompt``).
     """
@@ -123,7 +123,7 @@ def unet_arguments(unet: Any, text: Conditioning, height: int, width: int) -> di
     Args:
         unet: a ``UNet2DConditionModel``.
         text: ``[B, ...]``.
-        height: of the picture in pixels, which Stable Diffusion XL is told as its original and its target size.
+        height: of the image in pixels, which Stable Diffusion XL is told as its original and its target size.
         width: likewise.
 
     Raises:

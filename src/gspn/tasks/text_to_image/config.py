@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ..configs import check_range
-from ..errors import UsageError
-from ..training.config import (
+from ..core.config import check_range
+from ..core.errors import UsageError
+from ..core.sections import (
     Configuration,
     EmaConfig,
     OptimConfig,
@@ -21,7 +21,7 @@ from ..training.config import (
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is learnt from: pictures with captions, encoded once and kept."""
+    """What is learnt from: images with captions, encoded once and kept."""
 
     name: str = "emoji"
     """`emoji`, `folder`, `wds`, `hfds/NAME`: what :func:`gspn.data.open_captions` opens."""
@@ -29,19 +29,19 @@ class DataConfig:
     """Where the data lie, for those that do not come with the package."""
     train_split: str = "train"
     eval_split: str | None = None
-    """Pictures whose loss is measured after every epoch; null for none."""
+    """Images whose loss is measured after every epoch; null for none."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of :func:`gspn.data.open_captions`."""
     size: int = 512
-    """Height and width of a picture; smaller ones are enlarged, others cropped at the middle."""
+    """Height and width of an image; smaller ones are enlarged, others cropped at the middle."""
     hflip: float = 0.0
-    """Probability of mirroring a picture."""
+    """Probability of mirroring an image."""
     cache: Path | None = None
     """Where latents and encoded captions are kept, for this run and others with the same; null: in the run."""
     batch_size: int = 8
-    """Pictures in one forward pass of one process."""
+    """Images in one forward pass of one process."""
     encode_batch_size: int = 16
-    """Pictures that the autoencoder encodes at a time."""
+    """Images that the autoencoder encodes at a time."""
     workers: int = 4
     """Processes that load, for each training process; 0 loads in the training process."""
 
@@ -79,8 +79,8 @@ class NoiseConfig:
 
 
 @dataclass(frozen=True)
-class PicturesConfig:
-    """The pictures that are drawn as the model learns, always from the same noise."""
+class SamplesConfig:
+    """The images that are drawn as the model learns, always from the same noise."""
 
     every: int = 5
     """Epochs between them; after the last in any case. 0: none."""
@@ -120,12 +120,12 @@ class TextToImageConfig(Configuration):
         64
     """
 
-    RECIPES: ClassVar[str] = "gspn.tasks.text_to_image.recipes.train"
+    PRESETS: ClassVar[str] = "gspn.tasks.text_to_image.train.presets"
 
     data: DataConfig = field(default_factory=DataConfig)
     model: UNetConfig = field(default_factory=UNetConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
-    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, lr_base_batch=None, weight_decay=0.0))
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(epochs=100))
     ema: EmaConfig = field(default_factory=lambda: EmaConfig(decay=0.9999))
@@ -134,7 +134,7 @@ class TextToImageConfig(Configuration):
 
     def __post_init__(self) -> None:
         check_training(self.optim, self.schedule, self.ema, self.run)
-        _check_shared(self.data, self.pictures, self.optim)
+        _check_shared(self.data, self.samples, self.optim)
         model, noise = self.model, self.noise
         check_range("noise.timesteps", noise.timesteps, 2)
         check_range("noise.caption_dropout", noise.caption_dropout, 0, 1)
@@ -214,14 +214,14 @@ class DistillConfig(Configuration):
         0.5
     """
 
-    RECIPES: ClassVar[str] = "gspn.tasks.text_to_image.recipes.distill"
+    PRESETS: ClassVar[str] = "gspn.tasks.text_to_image.distill.presets"
 
     teacher: str = "gspn_text_to_image.emoji64"
     """A text-to-image pipeline, by path, hub id or name."""
     data: DataConfig = field(default_factory=DataConfig)
     model: AdapterConfig = field(default_factory=AdapterConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, lr_base_batch=None, weight_decay=0.0))
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(epochs=20))
     ema: EmaConfig = field(default_factory=lambda: EmaConfig(decay=0.999))
@@ -230,7 +230,7 @@ class DistillConfig(Configuration):
 
     def __post_init__(self) -> None:
         check_training(self.optim, self.schedule, self.ema, self.run)
-        _check_shared(self.data, self.pictures, self.optim)
+        _check_shared(self.data, self.samples, self.optim)
         loss = self.distillation
         for key in ("noise", "teacher", "attention"):
             check_range(f"distillation.{key}", getattr(loss, key), 0)
@@ -260,16 +260,16 @@ class DistillConfig(Configuration):
             )
 
 
-def _check_shared(data: DataConfig, pictures: PicturesConfig, optim: OptimConfig) -> None:
+def _check_shared(data: DataConfig, samples: SamplesConfig, optim: OptimConfig) -> None:
     for place, value, least in (
         ("data.size", data.size, 1),
         ("data.batch_size", data.batch_size, 1),
         ("data.encode_batch_size", data.encode_batch_size, 1),
         ("data.workers", data.workers, 0),
-        ("pictures.every", pictures.every, 0),
-        ("pictures.number", pictures.number, 1),
-        ("pictures.steps", pictures.steps, 1),
-        ("pictures.guidance", pictures.guidance, 0),
+        ("samples.every", samples.every, 0),
+        ("samples.number", samples.number, 1),
+        ("samples.steps", samples.steps, 1),
+        ("samples.guidance", samples.guidance, 0),
     ):
         check_range(place, value, least)
     check_range("data.hflip", data.hflip, 0, 1)

@@ -1,4 +1,4 @@
-"""What text to image learns from: the latents of pictures, and their captions as the text encoders see them."""
+"""What text to image learns from: the latents of images, and their captions as the text encoders see them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..errors import MissingExtraError, UsageError, require
-from ..generate.caching import RecordKeys, encode_data_set
-from ..generate.latents import LatentSet, open_latents, sampled
-from ..training.loaders import EvalLoader, TrainLoader, seeded_loader, share_loader
+from ..core.errors import MissingExtraError, UsageError, require
+from ..core.loaders import EvalLoader, TrainLoader, seeded_loader, share_loader
+from ..diffusion.latent_cache import RecordKeys, encode_data_set
+from ..diffusion.latents import LatentSet, open_latents, sampled
 from .conditioning import Conditioning
 from .config import DataConfig
 from .decoding import shift_and_scale
-from .text import TextTable, cache_text
+from .text_cache import TextTable, cache_text
 
 AGAIN = "start the run again, which makes anew what does not fit"
 """The remedy for damaged latents."""
@@ -30,7 +30,7 @@ class EncodedSplit:
     Attributes:
         latents: Of (posterior, place in the data set).
         text: Captions by that place.
-        captions: The first caption of each picture, as written.
+        captions: The first caption of each image, as written.
     """
 
     latents: LatentSet
@@ -48,7 +48,7 @@ class EncodedData:
         held_out: Whose loss is measured; None without.
         shift: What is taken from the autoencoder's latents, as the pipeline adds it before decoding.
         scale: What they are then divided by.
-        pixels: Pixels of a picture for one of its latent, along a side.
+        pixels: Pixels of an image for one of its latent, along a side.
     """
 
     name: str
@@ -122,10 +122,10 @@ def encode_data(
 def _encode_split(
     data: DataConfig, split: str, pipeline: Any, directory: Path, device: str, console: Console | None
 ) -> EncodedSplit:
-    pictures = open_captioned(data.name, split, data.root, **data.options)
+    images = open_captioned(data.name, split, data.root, **data.options)
     encode_data_set(
         pipeline.vae,
-        pictures,
+        images,
         output=directory / "latents",
         source="vae",
         record=RecordKeys(data.name, split, data.options, data.size),
@@ -138,7 +138,7 @@ def _encode_split(
         console=console,
         elsewhere="data.cache",
     )
-    captions = [pictures.captions(i) for i in range(len(pictures))]
+    captions = [images.captions(i) for i in range(len(images))]
     text = cache_text(pipeline, captions, directory / "text", device=device, console=console)
     # What encoded is not needed any more, and its memory is.
     pipeline.vae.to("cpu")
@@ -146,23 +146,23 @@ def _encode_split(
 
 
 def open_captioned(name: str, split: str, root: Path | None = None, **options: Any) -> Any:
-    """A :class:`gspn.data.CaptionedPictures`.
+    """A :class:`gspn.data.CaptionedImages`.
 
     Raises:
         UsageError: there is none of that name, split or place.
         MissingExtraError: a package is not installed.
     """
     require("PIL", "timm")
-    opening = require("gspn.data.captions")
+    opening = require("gspn.data.captions.emoji")
     try:
-        pictures = opening.open_captions(name, split, root=root, **options)
+        images = opening.open_captions(name, split, root=root, **options)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise UsageError(f"data {name!r}, split {split!r}: {' '.join(str(error).split())}") from None
     except ImportError as error:
         raise MissingExtraError(str(error)) from None
-    if len(pictures) == 0:
-        raise UsageError(f"data {name!r}, split {split!r} has no pictures.")
-    return pictures
+    if len(images) == 0:
+        raise UsageError(f"data {name!r}, split {split!r} has no images.")
+    return images
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Between latents and pixels: a pipeline's VAE, in tiles where a picture is large."""
+"""Between latents and pixels: a pipeline's VAE, in tiles where an image is large."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TILED_FROM = 1536 * 1536
 """Pixels above which ``tiling="auto"`` decodes in tiles."""
 
 MIN_TILE = 512
-"""Pixels of a tile's side at least: a VAE's own tile is its training's picture, which may be tiny."""
+"""Pixels of a tile's side at least: a VAE's own tile is its training's image, which may be tiny."""
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def tile_sides(vae: Any, side: int | None = None) -> tuple[int, int]:
 
 @torch.no_grad()
 def to_pixels(pipeline: Any, latents: Tensor) -> Tensor:
-    """Pictures ``[B, 3, H, W]`` in about [-1, 1], float32, of latents as the UNet has them."""
+    """Images ``[B, 3, H, W]`` in about [-1, 1], float32, of latents as the UNet has them."""
     vae = pipeline.vae
     shift, scale = shift_and_scale(pipeline, latents)
     with _wide_enough(vae):
@@ -67,7 +67,7 @@ def to_pixels(pipeline: Any, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def to_latents(pipeline: Any, pixels: Tensor) -> Tensor:
-    """The latents, as the UNet has them, of pictures: the mode of what the VAE encodes."""
+    """The latents, as the UNet has them, of images: the mode of what the VAE encodes."""
     vae = pipeline.vae
     with _wide_enough(vae):
         found = vae.encode(pixels.to(vae.dtype)).latent_dist.mode().to(pixels.dtype)
@@ -76,7 +76,7 @@ def to_latents(pipeline: Any, pixels: Tensor) -> Tensor:
 
 
 def to_images(pipeline: Any, pixels: Tensor) -> list[Image.Image]:
-    """Pictures as files hold them."""
+    """Images as files hold them."""
     return pipeline.image_processor.postprocess(pixels, output_type="pil", do_denormalize=[True] * len(pixels))
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UsageError, nearest, require
-from ..seeding import derived_seed
+from ..core.errors import UsageError, nearest, require
+from ..core.seeding import derived_seed
 from .conditioning import Conditioning, unet_arguments
 
 SCHEDULERS: dict[str, str] = {
@@ -99,7 +99,7 @@ def fresh(scheduler: Any) -> Any:
 
 @dataclass(frozen=True)
 class Guide:
-    """What pulls on a batch of pictures.
+    """What pulls on a batch of images.
 
     Attributes:
         text: Of their prompts, ``[B, ...]``.
@@ -114,7 +114,7 @@ class Guide:
     split: bool = False
 
     def repeated(self, times: int) -> Guide:
-        """For each picture as many times in a row."""
+        """For each image as many times in a row."""
 
         def more(one: Conditioning) -> Conditioning:
             return one[torch.arange(len(one), device=one.states.device).repeat_interleave(times)]
@@ -132,7 +132,7 @@ def predict(unet: Any, latents: Tensor, t: Any, guide: Guide, *, height: int, wi
         unet: A ``UNet2DConditionModel``.
         latents: ``[B, C, h, w]``, as the scheduler scales its input.
         t: The time.
-        guide: For B pictures.
+        guide: For B images.
         height: That the UNet is told, in pixels.
         width: Likewise.
 
@@ -153,8 +153,8 @@ def predict(unet: Any, latents: Tensor, t: Any, guide: Guide, *, height: int, wi
     return empty + guide.scale * (full - empty)
 
 
-def picture_generators(seed: int, indices: Sequence[int], stage: int = 0) -> list[torch.Generator]:
-    """The randomness of some pictures at one stage, of each from the seed and its own index alone.
+def image_generators(seed: int, indices: Sequence[int], stage: int = 0) -> list[torch.Generator]:
+    """The randomness of some images at one stage, of each from the seed and its own index alone.
 
     On the CPU, so that it is the same wherever the model runs.
     """
@@ -162,7 +162,7 @@ def picture_generators(seed: int, indices: Sequence[int], stage: int = 0) -> lis
 
 
 def draw_noise(generators: Sequence[torch.Generator], shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Normal noise ``[B, *shape]`` in float32, a picture's from its own generator."""
+    """Normal noise ``[B, *shape]`` in float32, an image's from its own generator."""
     return torch.stack([torch.randn(shape, generator=one) for one in generators]).to(device)
 
 
@@ -210,10 +210,10 @@ def denoise(
         unet: A ``UNet2DConditionModel``.
         scheduler: With its timesteps set.
         latents: Noisy, ``[B, C, h, w]``.
-        guide: For B pictures.
+        guide: For B images.
         height: In pixels, which the UNet is told.
         width: Likewise.
-        generators: One a picture, for schedulers that add noise.
+        generators: One an image, for schedulers that add noise.
         begin: The first step.
         blend: What becomes of the latents before each step, given them and the number of the step.
         refine: What becomes of a prediction, given the UNet's input, the prediction and the number of the step.

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..errors import MissingExtraError, UsageError, require
-from ..errors import nearest as hint
+from ..core.errors import MissingExtraError, UsageError, require
+from ..core.errors import nearest as hint
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 """The pipelines of diffusers whose UNet and text are understood here."""

@@ -1,1 +1,0 @@
-"""The commands of ``gspn bench``, one a module."""

@@ -1,0 +1,222 @@
+"""A folder of images with captions beside them."""
+
+from __future__ import annotations
+
+import csv
+import os
+import posixpath
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PureWindowsPath
+from typing import IO, Any
+
+from PIL import Image
+
+from gspn.data.base import Transform
+from gspn.data.captions.emoji import CaptionedImages
+from gspn.data.captions.parsing import (
+    MAX_RECORD,
+    MAX_TEXT,
+    TEXT_COLUMN,
+    CaptionTexts,
+    clean,
+    column,
+    cut,
+    decode,
+    lines_of,
+    record_of,
+    some,
+    split_folder,
+)
+from gspn.data.images import MAX_PIXELS, load_image
+
+_IMAGES = frozenset(
+    (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif")
+)
+_METADATA = ("metadata.jsonl", "metadata.csv")
+_MAX_METADATA = 1 << 30
+
+
+class CaptionedFolder(CaptionedImages):
+    """The images below a folder, in the order of their paths; see ``open_captions`` for where captions are.
+
+    Names that begin with a dot, and linked folders, are left out. All captions are read at once, so that no run ends
+    at a missing one.
+
+    Args:
+        root: the folder that holds the splits, or is one.
+        split: which.
+        caption_column: of ``metadata.jsonl`` and ``metadata.csv``.
+        transform: applied to each image.
+        max_pixels: of an image that is decoded.
+
+    Raises:
+        ValueError: there is no such split, an image has no caption, or a file of captions is damaged, ambiguous or
+            names what is not there.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        split: str = "train",
+        *,
+        caption_column: str = TEXT_COLUMN,
+        transform: Transform | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        super().__init__("folder", transform)
+        self.root = split_folder(Path(root), split)
+        self.max_pixels = max_pixels
+        files = set(_files(self.root))
+        self._paths = sorted(path for path in files if posixpath.splitext(path)[1].lower() in _IMAGES)
+        if not self._paths:
+            raise ValueError(f"root={str(self.root)!r} holds no image ({', '.join(sorted(_IMAGES))}).")
+        self._texts = self._read_captions(files, self._read_metadata(files, Path(root), caption_column))
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def image(self, index: int) -> Image.Image:
+        """Image ``index``, RGB, before the transform.
+
+        Raises:
+            BrokenImageError: it cannot be decoded.
+        """
+        path = self._paths[self._place(index)]
+        return load_image(self.root / path, max_pixels=self.max_pixels, name=path)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of image ``index``."""
+        return self._texts[self._place(index)]
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        """The file of image ``index``, within the folder unless ``absolute``."""
+        path = self._paths[self._place(index)]
+        return posixpath.basename(path) if basename else str(self.root / path) if absolute else path
+
+    def _read_metadata(self, files: set[str], root: Path, caption_column: str) -> dict[str, tuple[str, ...]]:
+        """What all metadata says, by the path of the image."""
+        own = "" if self.root == root else self.root.name + "/"
+        found = [own + path for path in files if posixpath.basename(path) in _METADATA]
+        if own:  # that of all splits may lie above their folders
+            found += [name for name in _METADATA if (root / name).is_file()]
+        folders = Counter(posixpath.dirname(path) for path in found)
+        twice = sorted(str(root / folder) for folder, count in folders.items() if count > 1)
+        if twice:
+            raise ValueError(f"{some(twice)} holds both metadata.jsonl and metadata.csv; remove one.")
+        captions: dict[str, tuple[str, ...]] = {}
+        missing = []
+        images = set(self._paths)
+        for path in sorted(found):
+            for name, value, where in _rows(root / path, caption_column):
+                image = posixpath.normpath(posixpath.join(posixpath.dirname(path), _inside(name, where)))
+                if not image.startswith(own):  # of another split
+                    continue
+                image = image.removeprefix(own)
+                if image in images:
+                    captions[image] = (*captions.get(image, ()), *clean(value, where))
+                else:
+                    missing.append(image)
+        if missing:
+            raise ValueError(
+                f"root={str(self.root)!r} lacks {len(missing):,} images that its metadata names: {some(missing)}. "
+                "Add them, or remove their rows; hidden and linked folders do not count."
+            )
+        return captions
+
+    def _read_captions(self, files: set[str], metadata: dict[str, tuple[str, ...]]) -> CaptionTexts:
+        texts = CaptionTexts()
+        without = []
+        for path in self._paths:
+            beside = posixpath.splitext(path)[0] + ".txt"
+            captions = metadata.get(path, ())
+            if beside in files:
+                if path in metadata:
+                    raise ValueError(f"{path} has captions in {beside} and in metadata; remove one of them.")
+                with (self.root / beside).open("rb") as file:
+                    captions = clean(lines_of(file.read(MAX_TEXT + 1), beside), beside)
+            if not captions:
+                without.append(path)
+            texts.append(captions)
+        if without:
+            raise ValueError(
+                f"root={str(self.root)!r}: {len(without):,} of {len(self):,} images have no caption: {some(without)}."
+                " Write it into a .txt of the same name beside each, one caption a line, or into metadata.jsonl "
+                f'({{"file_name": "...", "{TEXT_COLUMN}": "..."}}) or metadata.csv, or remove the images.'
+            )
+        return texts
+
+
+def _files(root: Path) -> Iterator[str]:
+    """The regular files below a folder, as relative paths with slashes."""
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(root / folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                path = posixpath.join(folder, entry.name)
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(path)
+                elif entry.is_file():  # no pipe, which would wait for a writer
+                    yield path
+
+
+def _inside(name: Any, where: str) -> str:
+    """A ``file_name`` that stays below the folder of its metadata."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{where}: file_name={cut(repr(name))} names no file.")
+    windows = PureWindowsPath(name)  # knows both slashes and drives, as a hostile name may use any
+    if windows.drive or windows.root or ".." in windows.parts:
+        raise ValueError(
+            f"{where}: file_name={cut(repr(name))} leaves the folder; write it relative to the metadata, without '..'."
+        )
+    return name
+
+
+def _rows(file: Path, caption_column: str) -> Iterator[tuple[Any, Any, str]]:
+    """``file_name``, caption and place of each row of metadata."""
+    if file.stat().st_size > _MAX_METADATA:
+        raise ValueError(f"{file} has more than {_MAX_METADATA:,} bytes; divide it, or keep so many images in shards.")
+    with file.open("rb") as opened:
+        if file.suffix == ".jsonl":
+            rows = (
+                (record_of(line, where), where)
+                for number, line in enumerate(_lines(opened, file), start=1)
+                if line.strip()
+                for where in [f"{file}, line {number}"]
+            )
+        else:
+            rows = _csv_rows(opened, file)
+        for record, where in rows:
+            if "file_name" not in record:
+                raise ValueError(f"{where} has no 'file_name'; it has {some(map(repr, record))}.")
+            yield record["file_name"], column(record, caption_column, where), where
+
+
+def _csv_rows(opened: IO[bytes], file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    reader = csv.DictReader(
+        (decode(line, f"{file}, line {number}") for number, line in enumerate(_lines(opened, file), start=1)),
+        strict=True,
+    )
+    try:
+        for record in reader:
+            where = f"{file}, line {reader.line_num}"
+            if None in record or None in record.values():
+                raise ValueError(
+                    f"{where} has not the {len(reader.fieldnames or ())} fields of the first line; put quotes around "
+                    "what contains a comma."
+                )
+            yield record, where
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {reader.line_num} is no CSV: {error}.") from error
+
+
+def _lines(opened: IO[bytes], file: Path) -> Iterator[bytes]:
+    number = 0
+    while line := opened.readline(MAX_RECORD + 1):
+        number += 1
+        if len(line) > MAX_RECORD:
+            raise ValueError(f"{file}, line {number} has more than {MAX_RECORD:,} bytes.")
+        yield line

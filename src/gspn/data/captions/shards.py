@@ -1,0 +1,293 @@
+"""WebDataset shards with captions, opened for random access."""
+
+from __future__ import annotations
+
+import io
+import os
+import posixpath
+import re
+import tarfile
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from PIL import Image
+
+from gspn.data.base import Transform
+from gspn.data.captions.emoji import CaptionedImages
+from gspn.data.captions.parsing import (
+    MAX_RECORD,
+    MAX_TEXT,
+    SPLIT_NAMES,
+    TEXT_COLUMN,
+    CaptionTexts,
+    clean,
+    column,
+    cut,
+    lines_of,
+    record_of,
+    some,
+    split_folder,
+    split_names,
+    undivided,
+)
+from gspn.data.images import MAX_PIXELS, BrokenImageError, load_image
+
+_IMAGES = ("jpg", "jpeg", "png", "webp")
+_COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
+_PACKED_NAMES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+_MAX_FILE = 1 << 29
+_MAX_SHARDS = 100_000
+# Of what follows the end of a tar: writers fill up to 10 KiB.
+_TAIL = 1 << 20
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+class CaptionedShards(CaptionedImages):
+    """The samples of uncompressed tar files: an image and its caption under one name.
+
+    The headers are read once, and all captions with them; images are read where they lie, so that any sample can be
+    had at any time and a run that is resumed finds its place. What is called alike up to the first dot of its file name
+    is a sample: ``0001.jpg`` with ``0001.txt``, or with ``0001.json``. Whatever has no image is left out.
+
+    Args:
+        root: a folder of shards, one shard, or a pattern such as ``data/train-{0000..0003}.tar``, see
+            ``open_captions``.
+        split: which.
+        caption_column: of ``.json``. ``.txt`` goes first, unless another column than ``"text"`` is asked for.
+        transform: applied to each image.
+        max_pixels: of an image that is decoded.
+
+    Attributes:
+        shards: the files, in the order of the samples.
+
+    Raises:
+        ValueError: there is no shard, one is compressed or damaged, or an image has no caption or an ambiguous one.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        split: str = "train",
+        *,
+        caption_column: str = TEXT_COLUMN,
+        transform: Transform | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        super().__init__("wds", transform)
+        self.max_pixels = max_pixels
+        self.shards = _find_shards(os.fspath(root), split)
+        self._base = os.path.commonpath([shard.parent for shard in self.shards])
+        # Arrays, as a list of numbers is copied page by page into each worker that looks at it.
+        self._shard, self._offset, self._size = array("q"), array("q"), array("q")
+        self._members: list[str] = []
+        self._texts = CaptionTexts()
+        without: list[str] = []
+        for number in range(len(self.shards)):
+            self._add(number, caption_column, without)
+        if without:
+            raise ValueError(
+                f"{len(without):,} of {len(self):,} images have no caption: {some(without)}. Each needs a .txt of "
+                f"its name, or a .json with {caption_column!r}; leave the others out when the shards are written."
+            )
+        if not self._members:
+            raise ValueError(
+                f"{some(str(shard) for shard in self.shards)}: no image ({', '.join(_IMAGES)}) in any of "
+                f"{len(self.shards)} shards."
+            )
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def image(self, index: int) -> Image.Image:
+        """Image ``index``, RGB, before the transform.
+
+        Raises:
+            BrokenImageError: it cannot be decoded, or its shard has become shorter.
+        """
+        index = self._place(index)
+        size, name = self._size[index], self.filename(index)
+        if size > _MAX_FILE:
+            raise BrokenImageError(name, f"has {size:,} bytes, more than the {_MAX_FILE:,} that an image may have")
+        # Opened anew each time: no worker shares a position with another, and no limit of open files is met.
+        with self.shards[self._shard[index]].open("rb") as file:
+            data = _read(file, self._offset[index], size)
+        if len(data) < size:
+            raise BrokenImageError(name, "the shard ends within it, and did not when it was opened; open it again")
+        return load_image(io.BytesIO(data), max_pixels=self.max_pixels, name=name)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of image ``index``."""
+        return self._texts[self._place(index)]
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        """The shard, within their common folder unless ``absolute``, and the name inside it of image ``index``."""
+        index = self._place(index)
+        member = self._members[index]
+        shard = self.shards[self._shard[index]]
+        if basename:
+            return posixpath.basename(member)
+        return f"{shard if absolute else Path(os.path.relpath(shard, self._base)).as_posix()}/{member}"
+
+    def _add(self, number: int, caption_column: str, without: list[str]) -> None:
+        shard = self.shards[number]
+        with shard.open("rb") as file:
+            samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+            for member in _members(file, shard):
+                folder, _, base = member.name.rpartition("/")
+                stem, _, extension = base.partition(".")
+                extension = extension.lower()
+                if not stem or extension not in (*_IMAGES, "txt", "json"):
+                    continue
+                if not member.isreg() or member.sparse is not None:
+                    raise ValueError(
+                        f"{shard}: {cut(member.name)} is a link or a sparse file; write it as a plain one."
+                    )
+                if extension in samples.setdefault(f"{folder}/{stem}", {}):
+                    raise ValueError(f"{shard}: {cut(member.name)} is there twice; give each sample a name of its own.")
+                samples[f"{folder}/{stem}"][extension] = member
+            for parts in samples.values():
+                images = [parts[extension] for extension in _IMAGES if extension in parts]
+                if not images:
+                    continue
+                if len(images) > 1:
+                    names = some(member.name for member in images)
+                    raise ValueError(f"{shard}: {names} have one name up to the first dot; a sample has one image.")
+                captions = _captions(file, shard, parts, caption_column)
+                if not captions:
+                    without.append(f"{shard.name}/{images[0].name}")
+                self._shard.append(number)
+                self._offset.append(images[0].offset_data)
+                self._size.append(images[0].size)
+                self._members.append(images[0].name)
+                self._texts.append(captions)
+
+
+def _captions(file: IO[bytes], shard: Path, parts: dict[str, tarfile.TarInfo], caption_column: str) -> tuple[str, ...]:
+    text, record = parts.get("txt"), parts.get("json")
+    if text is not None and caption_column == TEXT_COLUMN:
+        where = f"{shard}: {cut(text.name)}"
+        return clean(lines_of(_read(file, text.offset_data, min(text.size, MAX_TEXT + 1)), where), where)
+    if record is not None:
+        where = f"{shard}: {cut(record.name)}"
+        found = record_of(_read(file, record.offset_data, min(record.size, MAX_RECORD + 1)), where)
+        return clean(column(found, caption_column, where), where)
+    return ()
+
+
+def _read(file: IO[bytes], offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
+
+
+def _members(file: IO[bytes], shard: Path) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar, which ends where it says that it does.
+
+    tarfile takes a damaged header for the end of the archive, and an archive that was cut between two members for a
+    whole one: samples would be missing, and nobody would know.
+    """
+    start = file.read(8)
+    file.seek(0)
+    for magic, remedy in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise ValueError(
+                f"{shard} is compressed, and no sample can be found in it without unpacking all before it; "
+                f"unpack the shard: {remedy}"
+            )
+    try:
+        yield from _walk(file)
+    except MemoryError:
+        raise
+    except Exception as error:  # tarfile raises whatever its parsing meets: ValueError, KeyError, RecursionError, ...
+        raise ValueError(
+            f"{shard} is no tar, or is damaged or cut off ({error or type(error).__name__}); fetch or write it again."
+        ) from error
+
+
+def _walk(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    before = -1
+    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as archive:
+        while (member := archive.next()) is not None:
+            # An older tarfile follows a negative size back, for ever.
+            if member.offset <= before or member.size < 0:
+                raise tarfile.ReadError(f"the header at byte {member.offset:,} leads back")
+            before = member.offset
+            yield member
+        end = archive.offset
+    rest = _read(file, end, _TAIL)
+    if len(rest) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"no mark of the end at byte {end:,}")
+    if rest.count(0) < len(rest):
+        raise tarfile.ReadError(f"neither a header nor the end at byte {end:,}; or two archives in one file")
+
+
+def _find_shards(root: str, split: str) -> list[Path]:
+    if Path(root).is_dir():
+        return _shards_in(Path(root), split)
+    names = split_names(split)
+    if "{split}" in root:
+        root = root.replace("{split}", names[0])
+    else:
+        undivided(split, f"{root=}, without {{split}} in it,")
+    shards = [Path(path) for path in ([root] if Path(root).is_file() else _expand(root))]
+    missing = [str(shard) for shard in shards if not shard.is_file()]
+    if missing:
+        raise ValueError(
+            f"{root=}: {len(missing):,} of {len(shards):,} shards do not exist: {some(missing)}. Pass the folder of "
+            "the shards, or a pattern such as 'data/train-{0000..0003}.tar'."
+        )
+    if len(set(shards)) < len(shards):
+        raise ValueError(f"{root=} names a shard twice.")
+    return shards
+
+
+def _shards_in(root: Path, split: str) -> list[Path]:
+    """The shards of a split: in its folder, or with its name at the beginning of theirs."""
+    wanted = split_names(split)
+    by_name = {
+        path: prefix
+        for path in sorted(root.glob("*.tar"))
+        if (prefix := re.split(r"[-_.]", path.name)[0]) in SPLIT_NAMES or prefix == split
+    }
+    folders = [name for name in (*wanted, *SPLIT_NAMES) if (root / name).is_dir()]
+    if by_name and not folders and split != "all":
+        shards = [path for path, prefix in by_name.items() if prefix in wanted]
+        if not shards:
+            raise ValueError(
+                f"root={str(root)!r} has no shards for {split=}, but for {sorted(set(by_name.values()))}. Pass one of "
+                "these, or split='all' to open all of them."
+            )
+    else:
+        root = split_folder(root, split)
+        shards = sorted(path for path in root.glob("*.tar") if path.is_file() and not path.name.startswith("."))
+    packed = sorted(path.name for path in root.iterdir() if path.name.lower().endswith(_PACKED_NAMES))
+    if packed:
+        raise ValueError(
+            f"root={str(root)!r} holds compressed shards, in which no sample can be found without unpacking all before "
+            f"it: {some(packed)}. Unpack them to .tar, or move them away."
+        )
+    if not shards:
+        raise ValueError(f"root={str(root)!r} holds no *.tar.")
+    return shards
+
+
+def _expand(pattern: str) -> list[str]:
+    """``a-{00..02}.tar`` and ``{a,b}.tar`` as lists."""
+    paths = [pattern]
+    while match := _BRACES.search(paths[0]):  # all have the same braces left
+        inside = match[1]
+        numbers = _RANGE.fullmatch(inside)
+        if numbers:
+            span, width = range(int(numbers[1]), int(numbers[2]) + 1), len(numbers[1])
+        else:
+            span, width = range(inside.count(",") + 1), 0
+        if span.stop - span.start < (1 if numbers else 2):
+            raise ValueError(f"root={pattern!r}: {match[0]} is no pattern; write {{0000..0003}}, upwards, or {{a,b}}.")
+        # Before anything is written out: a range may have more numbers than the memory has room for.
+        if len(paths) * (span.stop - span.start) > _MAX_SHARDS:
+            raise ValueError(f"root={pattern!r} stands for more than {_MAX_SHARDS:,} shards; name fewer.")
+        parts = [f"{number:0{width}}" for number in span] if numbers else inside.split(",")
+        paths = [_BRACES.sub(lambda _, part=part: part, path, count=1) for path in paths for part in parts]
+    return paths

@@ -1,0 +1,171 @@
+"""What a generative model learns from: images in [-1, 1], or an autoencoder's latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import UsageError, require
+from ..core.loaders import EvalLoader, TrainLoader, class_names, open_data, seeded_loader, share_loader
+from ..diffusion.latents import LatentSet, open_latents, sampled
+from .config import DataConfig, GenerateConfig
+
+
+@dataclass
+class GenerateData:
+    """The data of a run.
+
+    Attributes:
+        name: As the data set calls itself.
+        train: Batches of (input, label).
+        held_out: Likewise, whose loss is measured; None without.
+        classes: Names.
+        channels: Of what the denoiser sees.
+        sample_size: Its height and width.
+        prepared: From a batch's input to what the denoiser learns; draws from PyTorch's generators for latents.
+        vae: The autoencoder of latents; None for images.
+        latents: A digest of the latents; None for images.
+    """
+
+    name: str
+    train: TrainLoader
+    held_out: EvalLoader | None
+    classes: list[str]
+    channels: int
+    sample_size: int
+    prepared: Callable[[Tensor], Tensor]
+    vae: Any = None
+    latents: str | None = None
+
+
+def open_data_of(config: GenerateConfig, *, processes: int, process: int, pin: bool) -> GenerateData:
+    """Open the data that a configuration names.
+
+    Raises:
+        UsageError: it cannot be opened.
+    """
+    data = config.data
+    places = {"processes": processes, "process": process, "pin": pin}
+    if data.latents is not None:
+        return _open_latents_of(config, data.latents, places)
+    train = open_data(data.name, data.train_split, data.root, **data.options)
+    train.transform = image_transform(data, training=True)
+    held_out = None
+    if data.eval_split is not None:
+        images = open_data(data.name, data.eval_split, data.root, **data.options)
+        images.transform = image_transform(data, training=False)
+        held_out = share_loader(images, batch_size=data.batch_size, workers=data.workers, **places)
+    return GenerateData(
+        name=data.name,
+        train=_train_loader(config, train, places),
+        held_out=held_out,
+        classes=class_names(train),
+        channels=data.channels,
+        sample_size=data.size,
+        prepared=lambda images: images,
+    )
+
+
+def _train_loader(config: GenerateConfig, dataset: Any, places: dict[str, Any]) -> TrainLoader:
+    return seeded_loader(
+        dataset,
+        batch_size=config.data.batch_size,
+        accumulate=config.optim.accumulate,
+        seed=config.run.seed,
+        workers=config.data.workers,
+        **places,
+    )
+
+
+def _open_latents_of(config: GenerateConfig, directory: Path, places: dict[str, Any]) -> GenerateData:
+    data = config.data
+    train = open_latents(directory)
+    if not train.classes:
+        raise UsageError(f"the latents in {str(directory)!r} are of images with captions and have no classes.")
+    _check_keys(data, train)
+    train.hflip = data.hflip
+    held_out = None
+    if data.eval_split is not None:
+        latents = open_latents(data.eval_split)
+        _check_alike(latents, train)
+        held_out = share_loader(latents, batch_size=data.batch_size, workers=data.workers, **places)
+    vae = train.autoencoder()
+    vae.enable_slicing()  # decodes image by image: a batch that fits the denoiser need not fit the decoder
+    channels, side, _ = train.index.shape
+    return GenerateData(
+        name=f"{train.name} {train.index.data.split}",
+        train=_train_loader(config, train, places),
+        held_out=held_out,
+        classes=train.classes,
+        channels=channels,
+        sample_size=side,
+        prepared=partial(
+            sampled,
+            shift=vae.config.get("shift_factor") or 0.0,
+            factor=vae.config.scaling_factor * config.diffusion.scaling,
+        ),
+        vae=vae,
+        latents=train.digest,
+    )
+
+
+def _check_keys(data: DataConfig, latents: LatentSet) -> None:
+    """Refuse a key that says otherwise than the latents; one at its default says nothing."""
+    index, default = latents.index, DataConfig()
+    facts = {"name": index.data.name, "train_split": index.data.split, "size": index.data.size}
+    for key, fact in facts.items():
+        value = getattr(data, key)
+        if value not in (fact, getattr(default, key)):
+            raise UsageError(
+                f"data.{key} is {value!r}, and the latents in {str(latents.directory)!r} are of {fact!r}; set "
+                f"data.{key}={fact}, or name other latents."
+            )
+    if data.hflip and not index.hflip:
+        raise UsageError(
+            f"data.hflip is {data.hflip:g}, and {str(latents.directory)!r} has no mirrored images; make the latents "
+            "with --hflip, or set data.hflip=0."
+        )
+
+
+def _check_alike(latents: LatentSet, train: LatentSet) -> None:
+    """Refuse held-out latents of another kind than those that are learnt."""
+    for what, own, other in (
+        ("autoencoder", latents.index.vae.weights, train.index.vae.weights),
+        ("autoencoder's configuration", latents.index.vae.config, train.index.vae.config),
+        ("shape", list(latents.index.shape), list(train.index.shape)),
+        ("classes", latents.classes, train.classes),
+    ):
+        if own != other:
+            raise UsageError(
+                f"data.eval_split {str(latents.directory)!r} has another {what} than data.latents "
+                f"{str(train.directory)!r}; make both alike, or set data.eval_split=null."
+            )
+
+
+def image_transform(data: DataConfig, *, training: bool) -> Any:
+    """From a PIL image to ``[channels, size, size]`` in [-1, 1]: the shorter side resized, the middle cut out."""
+    require("torchvision")
+    from torchvision import transforms
+
+    steps: list[Any] = [
+        transforms.Resize(data.size, transforms.InterpolationMode.BICUBIC, antialias=True),
+        transforms.CenterCrop(data.size),
+        transforms.Grayscale() if data.channels == 1 else transforms.Lambda(_coloured),
+    ]
+    if training and data.hflip:
+        steps.append(transforms.RandomHorizontalFlip(data.hflip))
+    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Lambda(_centred)])
+
+
+def _coloured(image: Any) -> Any:
+    return image.convert("RGB")
+
+
+def _centred(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels * 2 - 1

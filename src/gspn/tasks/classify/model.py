@@ -1,0 +1,245 @@
+"""Networks: built from a configuration, saved as timm loads them, found by path or name."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..core.errors import UsageError, nearest, require
+from ..core.files import replaced, write_text
+from .config import ModelConfig
+
+if TYPE_CHECKING:
+    from .config import DataConfig
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+_SOURCE_KEYS = ("url", "file", "hf_hub_id", "hf_hub_filename", "state_dict", "source", "tag", "notes", "label_names")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the network's input."""
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop_pct: float
+
+    def transform(self) -> Any:
+        """The evaluation transform, by timm: PIL image to ``[3, H, W]``."""
+        data = require("timm.data")
+        return data.create_transform(
+            self.input_size,
+            is_training=False,
+            mean=self.mean,
+            std=self.std,
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
+        )
+
+
+def build_model(config: ModelConfig, *, num_classes: int, size: int) -> nn.Module:
+    """The network of a configuration, on the CPU.
+
+    Raises:
+        UsageError: no model has that name, or it does not take these arguments.
+    """
+    timm = import_timm()
+    name = config.name
+    if ":" not in name:
+        check_model_name(name)
+    kwargs = model_kwargs(config, size)
+    if config.drop_path is not None:
+        kwargs["drop_path_rate"] = config.drop_path
+    if config.drop is not None:
+        kwargs["drop_rate"] = config.drop
+    try:
+        model = timm.create_model(name, pretrained=config.pretrained, num_classes=num_classes, **kwargs)
+    except TypeError as error:
+        # A wrong argument is the caller's; a TypeError from deeper down has another message.
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise UsageError(f"{name} does not take what model asks for: {error}.") from None
+    if config.grad_checkpointing:
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise UsageError(f"{name} has no gradient checkpointing; set model.grad_checkpointing=false.")
+        model.set_grad_checkpointing(True)
+    return model
+
+
+def model_kwargs(config: ModelConfig, size: int) -> dict[str, Any]:
+    """What rebuilds the network apart from its name and number of classes."""
+    timm = import_timm()
+    kwargs = dict(config.kwargs)
+    if "img_size" not in kwargs and ":" not in config.name:
+        cfg = timm.models.get_pretrained_cfg(config.name)
+        # Networks with a table of positions are built for one size.
+        if cfg is not None and cfg.fixed_input_size and cfg.input_size[-1] != size:
+            kwargs["img_size"] = size
+    return kwargs
+
+
+def check_model_name(name: str) -> None:
+    """Refuse what is no name in timm's registry, with the nearest one.
+
+    Raises:
+        UsageError: no model has that name.
+    """
+    timm = import_timm()
+    plain = name.partition(".")[0]
+    if not timm.is_model(plain):
+        raise UsageError(
+            f"{name!r} is no model{nearest(plain, timm.list_models()) or '; timm.list_models() has the names.'}"
+        )
+
+
+def import_timm() -> Any:
+    """timm, with the networks of this package in its registry."""
+    timm = require("timm", "timm.models")
+    with contextlib.suppress(ModuleNotFoundError):
+        require("gspn.models")
+    return timm
+
+
+def resolve_preprocessing(model: nn.Module, data: DataConfig | None = None) -> Preprocessing:
+    """What the model states about its input, with what ``data`` says instead."""
+    timm_data = require("timm.data")
+    given: dict[str, Any] = {}
+    if data is not None:
+        given = {"input_size": (3, data.size, data.size)}
+        for key in ("mean", "std", "interpolation", "crop_pct"):
+            if getattr(data, key) is not None:
+                given[key] = getattr(data, key)
+    resolved = timm_data.resolve_data_config(given, model=model)
+    return Preprocessing(
+        input_size=tuple(resolved["input_size"]),
+        mean=tuple(resolved["mean"]),
+        std=tuple(resolved["std"]),
+        interpolation=resolved["interpolation"],
+        crop_pct=resolved["crop_pct"],
+    )
+
+
+def save_config(
+    directory: Path,
+    model: nn.Module,
+    config: ModelConfig,
+    preprocessing: Preprocessing,
+    label_names: Sequence[str],
+) -> None:
+    """Write ``config.json`` as timm's hub and ``local-dir:`` loaders read it."""
+    cfg: dict[str, Any] = {k: v for k, v in pretrained_cfg(model).items() if k not in _SOURCE_KEYS}
+    architecture = cfg.pop("architecture", None) or config.name.partition(".")[0]
+    cfg = {key: value for key, value in cfg.items() if value is not None}
+    cfg |= {
+        "input_size": preprocessing.input_size,
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
+        "interpolation": preprocessing.interpolation,
+        "crop_pct": preprocessing.crop_pct,
+        "num_classes": model.num_classes,
+        "custom_load": False,
+    }
+    for key in ("test_input_size", "test_crop_pct", "pool_size"):
+        cfg.pop(key, None)  # these stated the original's
+    written = {
+        "architecture": architecture,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "label_names": list(label_names),
+        "model_args": model_kwargs(config, preprocessing.input_size[-1]),
+        "pretrained_cfg": cfg,
+    }
+    write_text(directory / CONFIG, json.dumps(written, indent=2))
+
+
+def save_weights(directory: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write ``model.safetensors``, replacing it in one step; the metadata are JSON in its header, under `gspn`."""
+    safetensors = require("safetensors.torch")
+    # Tied tensors would be refused as sharing memory: each is written for itself.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    # One entry: several are written in an order that varies, and equal weights are to be equal files.
+    header = {"gspn": json.dumps(dict(metadata), sort_keys=True)}
+    with replaced(directory / WEIGHTS) as part:
+        safetensors.save_file(tensors, part, metadata=header)
+
+
+def load_model(source: str | Path) -> nn.Module:
+    """A trained network, in evaluation mode on the CPU.
+
+    Args:
+        source: A directory with ``config.json`` and ``model.safetensors`` (a run's ``best``, or the run itself), a timm
+            name with pretrained weights (``gspn_pico.mnist5k``), or an id on the Hugging Face hub
+            (``hf-hub:owner/name``, or ``owner/name``).
+
+    Raises:
+        UsageError: there is no such directory or model, or no weights for it.
+    """
+    timm = import_timm()
+    text = str(source)
+    directory = Path(source)
+    if directory.is_dir():
+        directory = _weights_directory(directory)
+        name = f"local-dir:{directory}"
+        architecture = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("architecture", "")
+        check_model_name(architecture)
+    elif text.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        name = text
+    elif "/" in text or "\\" in text:
+        if text.count("/") != 1 or text.startswith((".", "/", "~")):
+            raise UsageError(f"{text!r} is no directory.")
+        name = f"hf-hub:{text}"
+    else:
+        check_model_name(text)
+        try:
+            cfg = timm.models.get_pretrained_cfg(text, allow_unregistered=False)
+        except RuntimeError:
+            tags = timm.list_pretrained(f"{text.partition('.')[0]}*")
+            have = f"there are {', '.join(tags)}." if tags else "it has none."
+            raise UsageError(f"{text!r} names pretrained weights that do not exist; {have}") from None
+        if cfg is None or not cfg.has_weights:
+            raise UsageError(f"{text!r} has no pretrained weights; name a directory that `gspn classify train` wrote.")
+        name = text
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError) as error:
+        # Of a mismatch PyTorch names every tensor.
+        what = textwrap.shorten(" ".join(str(error).split()), 300)
+        raise UsageError(f"{text!r} cannot be loaded: {what}") from None
+    return model.eval()
+
+
+def label_names(model: nn.Module) -> list[str] | None:
+    """The classes' names that a trained network carries; None without them."""
+    names = pretrained_cfg(model).get("label_names")
+    if isinstance(names, Mapping):
+        return [str(names.get(i, names.get(str(i), i))) for i in range(int(model.num_classes))]  # type: ignore[arg-type]
+    return [str(name) for name in names] if names else None
+
+
+def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
+    """What timm knows of a network's weights and input."""
+    return dict(getattr(model, "pretrained_cfg", None) or {})
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers that are learnt."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _weights_directory(directory: Path) -> Path:
+    for path in (directory, directory / "best", directory / "last"):
+        if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
+            return path
+    raise UsageError(
+        f"{str(directory)!r} has no {CONFIG} and {WEIGHTS}; name a directory that `gspn classify train` wrote."
+    )

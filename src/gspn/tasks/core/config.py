@@ -1,0 +1,263 @@
+"""Configurations: nested dataclasses read from YAML, changed by ``section.key=value``, written as YAML.
+
+A key that no dataclass has, and a value of another type, is refused with its place and the nearest name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from .errors import UsageError, nearest, require
+
+T = TypeVar("T")
+
+# YAML 1.1, which PyYAML follows, takes 1e-3 for a string: a float needs a point there.
+_FLOAT = re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+$")
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Build the dataclass ``cls`` from nested mappings, checking names and types.
+
+    Args:
+        cls: A dataclass whose fields are numbers, strings, paths, ``Literal``, lists, fixed tuples, mappings, other
+            dataclasses, or unions of these.
+        values: What was read; missing keys take the field's default.
+        where: The place of ``values`` in the whole, for messages.
+
+    Raises:
+        UsageError: an unknown key, a missing one without default, or a value of another type.
+
+    Example:
+        >>> @dataclasses.dataclass
+        ... class Optim:
+        ...     lr: float = 1e-3
+        >>> from_mapping(Optim, {"lr": "5e-4"})
+        Optim(lr=0.0005)
+        >>> from_mapping(Optim, {"rl": 5e-4})
+        Traceback (most recent call last):
+        gspn.tasks.core.errors.UsageError: 'rl' is no configuration key; did you mean 'lr'?
+    """
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{where or 'the configuration'} is {values!r}, not a mapping of keys to values.")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(typing.cast("Any", cls))}
+    built = {}
+    for key, value in values.items():
+        place = f"{where}.{key}" if where else str(key)
+        if key not in fields:
+            raise UsageError(f"{place!r} is no configuration key{_nearest_place(str(key), hints, where)}")
+        built[key] = _converted(hints[key], value, place)
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in built:
+            raise UsageError(f"{f'{where}.{name}' if where else name} has to be given.")
+    return cls(**built)
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The nested dataclass as plain mappings, lists, numbers and strings, which YAML and JSON can hold."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        if isinstance(value, Mapping):
+            return {str(key): plain(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(one) for one in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(config)
+
+
+def assigned(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy of nested mappings with ``value`` at the dotted ``key``.
+
+    Example:
+        >>> assigned({"optim": {"lr": 1, "eps": 2}}, "optim.lr", 3)
+        {'optim': {'lr': 3, 'eps': 2}}
+    """
+    name, _, rest = key.partition(".")
+    if rest:
+        inner = values.get(name)
+        value = assigned(inner if isinstance(inner, Mapping) else {}, rest, value)
+    return {**values, name: value}
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """``"optim.lr=1e-3"`` as ``("optim.lr", 0.001)``; the value is read as YAML.
+
+    Raises:
+        UsageError: there is no ``=``, no key before it, or no YAML after it.
+
+    Example:
+        >>> parse_override("augment.scale=[0.8, 1.0]")
+        ('augment.scale', [0.8, 1.0])
+    """
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if not equals or not all(key.split(".")):
+        raise UsageError(f"{text!r} is not of the form section.key=value, such as optim.lr=1e-3.")
+    return key, read_yaml(value, f"the value of {key}")
+
+
+def read_yaml(text: str, what: str) -> Any:
+    """``text`` as YAML, safely, with ``1e-3`` as a number.
+
+    Raises:
+        UsageError: it is no YAML.
+    """
+    yaml = require("yaml")
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+    try:
+        return yaml.load(text, Loader=Loader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{what} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def write_yaml(config: Any) -> str:
+    """The configuration as YAML, in the order of its fields."""
+    yaml = require("yaml")
+    return yaml.safe_dump(to_mapping(config), sort_keys=False, width=100, allow_unicode=True)
+
+
+def flat(mapping: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys.
+
+    Example:
+        >>> flat({"optim": {"lr": 1}})
+        {'optim.lr': 1}
+    """
+    out: dict[str, Any] = {}
+    for key, value in mapping.items():
+        place = f"{where}.{key}" if where else key
+        out.update(flat(value, place) if isinstance(value, Mapping) and value else {place: value})
+    return out
+
+
+def check_choice(place: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse a value that is none of ``choices``.
+
+    Raises:
+        UsageError: with the value, the choices, and the nearest of them.
+    """
+    choices = list(choices)
+    if value not in choices:
+        raise UsageError(f"{place} is {value!r}, not one of {', '.join(choices)}{nearest(str(value), choices)}")
+
+
+def check_range(place: str, value: float | None, least: float, most: float = float("inf")) -> None:
+    """Refuse a number outside ``[least, most]``; None, which leaves a thing out, passes.
+
+    Raises:
+        UsageError: with the value and the range.
+    """
+    if value is not None and not least <= value <= most:  # also refuses nan
+        between = f"at least {least:g}" if most == float("inf") else f"between {least:g} and {most:g}"
+        raise UsageError(f"{place} is {value:g}; it has to be {between}.")
+
+
+# --- One value --------------------------------------------------------------------------------------------------------
+
+
+def _converted(hint: Any, value: Any, place: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        errors = []
+        for one in arguments:
+            if one is type(None):
+                continue
+            try:
+                return _converted(one, value, place)
+            except UsageError as error:
+                errors.append(error)
+        # One alternative: its own message is the more exact one.
+        raise errors[0] if len(errors) == 1 else _wrong(hint, value, place)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        check_choice(place, value, arguments)
+    if dataclasses.is_dataclass(hint):
+        return value if dataclasses.is_dataclass(value) else from_mapping(typing.cast("type", hint), value, place)
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != len(arguments):
+            raise _wrong(hint, value, place)
+        return tuple(_converted(one, v, f"{place}[{i}]") for i, (one, v) in enumerate(zip(arguments, value)))  # noqa: B905
+    if origin is list:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise _wrong(hint, value, place)
+        return [_converted(arguments[0], v, f"{place}[{i}]") for i, v in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise _wrong(hint, value, place)
+        return {str(key): _converted(arguments[1], v, f"{place}.{key}") for key, v in value.items()}
+    return _scalar(hint, value, place)
+
+
+def _scalar(hint: type, value: Any, place: str) -> Any:
+    if hint is Path and isinstance(value, str | Path | int):
+        return Path(str(value))
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    if hint in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise _wrong(hint, value, place) from None
+        if hint is float:
+            return number
+        if number.is_integer():
+            return int(value) if isinstance(value, int) else int(number)
+    raise _wrong(hint, value, place)
+
+
+def _wrong(hint: Any, value: Any, place: str) -> UsageError:
+    return UsageError(f"{place} is {value!r}; it has to be {_spoken(hint)}.")
+
+
+def _spoken(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_spoken(one) for one in arguments)
+    if origin is tuple:
+        return f"a list of {len(arguments)}: {', '.join(_spoken(one) for one in arguments)}"
+    if origin is list:
+        return f"a list of which each is {_spoken(arguments[0])}"
+    if origin is dict or dataclasses.is_dataclass(hint):
+        return "a mapping"
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a string",
+        Path: "a path",
+        type(None): "null",
+    }
+    return words.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _nearest_place(key: str, hints: Mapping[str, Any], where: str) -> str:
+    """The key that was probably meant: here, or (`lr` for `optim.lr`) one section further down."""
+    known = list(hints)
+    for name, hint in hints.items():
+        if dataclasses.is_dataclass(hint):
+            known += [f"{name}.{field.name}" for field in dataclasses.fields(hint)]
+    exact = [name for name in known if name.rpartition(".")[2] == key]
+    if exact:
+        return f"; did you mean {exact[0]!r}?"
+    return nearest(key, known) or f"; {where or 'the configuration'} has {', '.join(hints)}"

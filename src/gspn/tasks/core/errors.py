@@ -1,0 +1,54 @@
+"""What goes wrong through what the user asked for, and what is not installed."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class UsageError(ValueError):
+    """A request that cannot be met; its message is one line with the value and the remedy.
+
+    The command line shows it without a traceback. Whatever else goes wrong is a fault of ours and keeps its own.
+    """
+
+
+class MissingExtraError(ImportError):
+    """A package of an optional extra is not installed; the message is the line that installs it."""
+
+
+def require(*modules: str, extra: str = "train") -> ModuleType:
+    """Import ``modules`` and return the first, or say which extra of gspn brings what is missing.
+
+    Raises:
+        MissingExtraError: one of them is not installed.
+
+    Example:
+        >>> require("json").__name__
+        'json'
+        >>> require("no_such_package")
+        Traceback (most recent call last):
+        gspn.tasks.core.errors.MissingExtraError: this needs no_such_package; pip install 'gspn[train]'
+    """
+    imported = []
+    for name in modules:
+        try:
+            imported.append(importlib.import_module(name))
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != name.partition(".")[0]:
+                raise  # the package is there and itself lacks something: its own message says more
+            raise MissingExtraError(f"this needs {name}; pip install 'gspn[{extra}]'") from None
+    return imported[0]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` where one of ``known`` is close to ``name``, else an empty string.
+
+    Example:
+        >>> nearest("epoch", ["epochs", "name"])
+        "; did you mean 'epochs'?"
+    """
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

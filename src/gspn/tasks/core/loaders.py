@@ -1,0 +1,233 @@
+"""Data in batches: in an order, and with random numbers, that are functions of seed, epoch and index alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .errors import MissingExtraError, UsageError, require
+from .seeding import derived_seed
+
+
+class UpdateSampler(Sampler[list[int]]):
+    """The batches of one process, in the order in which updates need them, from any update of any epoch on.
+
+    Each epoch is a permutation that depends on the seed and the epoch alone. An update takes the next
+    ``batch_size * accumulate * processes`` images of it, whichever process they go to; what is left at the end is less
+    than that and is seen in other epochs.
+
+    Args:
+        images: How many there are.
+        batch_size: Images in a batch.
+        accumulate: Batches of each process in an update.
+        processes: How many there are.
+        process: Which of them this is.
+        seed: Of the run.
+
+    Raises:
+        UsageError: there are fewer images than an update takes.
+
+    Example:
+        >>> whole = UpdateSampler(10, batch_size=4, accumulate=1, processes=1, process=0, seed=0)
+        >>> halves = [UpdateSampler(10, batch_size=2, accumulate=1, processes=2, process=i, seed=0) for i in range(2)]
+        >>> list(whole) == [a + b for a, b in zip(*halves)]
+        True
+    """
+
+    def __init__(
+        self, images: int, *, batch_size: int, accumulate: int, processes: int, process: int, seed: int
+    ) -> None:
+        self.images = images
+        self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.processes = processes
+        self.process = process
+        self.seed = seed
+        self.images_per_update = batch_size * accumulate * processes
+        self.updates = images // self.images_per_update
+        if self.updates == 0:
+            raise UsageError(
+                f"one update takes {self.images_per_update} images (batch size {batch_size}, accumulate {accumulate}, "
+                f"{processes} processes) and there are {images}; lower data.batch_size."
+            )
+        self._epoch = 0
+        self._first = 0
+
+    def start(self, epoch: int, update: int = 0) -> None:
+        """Go to an update of an epoch; no image before it is loaded."""
+        self._epoch, self._first = epoch, update
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", self._epoch))
+        order = torch.randperm(self.images, generator=generator)
+        for update in range(self._first, self.updates):
+            for batch in range(self.accumulate):
+                begin = update * self.images_per_update + (batch * self.processes + self.process) * self.batch_size
+                yield order[begin : begin + self.batch_size].tolist()
+
+    def __len__(self) -> int:
+        return (self.updates - self._first) * self.accumulate
+
+
+class ShareSampler(Sampler[list[int]]):
+    """Every ``processes``-th image once, the same number of batches in each process, in order.
+
+    Where the images do not divide, the last batches of some processes are filled up from the start: those are not
+    ``real``, and whoever counts leaves them out.
+    """
+
+    def __init__(self, images: int, *, batch_size: int, processes: int = 1, process: int = 0) -> None:
+        self.images = images
+        self.batch_size = batch_size
+        self.processes = processes
+        self.process = process
+        self.share = -(-images // processes)
+        self.real = len(range(process, images, processes))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        own = [position % self.images for position in range(self.process, self.share * self.processes, self.processes)]
+        for begin in range(0, self.share, self.batch_size):
+            yield own[begin : begin + self.batch_size]
+
+    def __len__(self) -> int:
+        return -(-self.share // self.batch_size)
+
+
+@dataclass
+class TrainLoader:
+    """Training batches from any update on."""
+
+    loader: DataLoader[Any]
+    sampler: UpdateSampler
+    seeded: Any
+    broken: Any
+    """The record of images that could not be read, a :class:`gspn.data.BrokenImages`."""
+
+    def batches(self, epoch: int, update: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The batches of this process from an update of an epoch on."""
+        self.sampler.start(epoch, update)
+        self.seeded.set_epoch(epoch)
+        for images, targets, broken in self.loader:
+            self.broken.add(broken)
+            yield images, targets
+
+
+@dataclass
+class EvalLoader:
+    """Evaluation batches; targets that do not count are -1."""
+
+    loader: DataLoader[Any]
+    sampler: ShareSampler
+    broken: Any
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        seen = 0
+        for images, targets, broken in self.loader:
+            left = max(self.sampler.real - seen, 0)
+            seen += len(targets)
+            targets[left:] = -1
+            self.broken.add(broken[:left])
+            yield images, targets
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+def seeded_loader(
+    dataset: Any,
+    *,
+    batch_size: int,
+    accumulate: int,
+    seed: int,
+    workers: int,
+    processes: int,
+    process: int,
+    pin: bool,
+) -> TrainLoader:
+    """The batches that a process trains on.
+
+    Args:
+        dataset: Of (input, target); what its transform draws depends on seed, epoch and index alone, and another image
+            takes the place of one that cannot be read.
+        batch_size: Images in a batch.
+        accumulate: Batches of each process in an update.
+        seed: Of the run.
+        workers: Processes that load.
+        processes: That train.
+        process: Which of them this is.
+        pin: Pin the memory of batches.
+    """
+    data = require("gspn.data")
+    seeded = data.Seeded(data.SkipBroken(dataset, training=True), derived_seed(seed, "augment"))
+    sampler = UpdateSampler(
+        len(dataset),
+        batch_size=batch_size,
+        accumulate=accumulate,
+        processes=processes,
+        process=process,
+        seed=seed,
+    )
+    return TrainLoader(make_loader(seeded, sampler, workers, pin), sampler, seeded, data.BrokenImages(seeded))
+
+
+def share_loader(
+    dataset: Any, *, batch_size: int, workers: int, processes: int = 1, process: int = 0, pin: bool = False
+) -> EvalLoader:
+    """The batches of a process that goes once through its share of the data, in order."""
+    data = require("gspn.data")
+    sampler = ShareSampler(len(dataset), batch_size=batch_size, processes=processes, process=process)
+    whole = data.SkipBroken(dataset, training=False)
+    return EvalLoader(make_loader(whole, sampler, workers, pin), sampler, data.BrokenImages(whole))
+
+
+def open_data(name: str, split: str, root: Any = None, **options: Any) -> Any:
+    """A data set of (PIL image, class index) with ``classes``.
+
+    Raises:
+        UsageError: there is none of that name, split or place.
+    """
+    require("PIL", "timm")
+    data = require("gspn.data")
+    try:
+        dataset = data.open_dataset(name, split, root=root, **options)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        raise UsageError(f"data {name!r}, split {split!r}: {' '.join(str(error).split())}") from None
+    except ImportError as error:
+        raise MissingExtraError(str(error)) from None
+    if hasattr(dataset, "__iter__") or not hasattr(dataset, "__len__"):
+        raise UsageError(
+            f"data {name!r} is a stream, in which no place can be found again; open it as files (data.name=folder) "
+            "or as hfds/NAME."
+        )
+    if len(dataset) == 0:
+        raise UsageError(f"data {name!r}, split {split!r} has no images.")
+    return dataset
+
+
+def class_names(dataset: Any) -> list[str]:
+    """The names of the classes; numbers where the data set has none.
+
+    Raises:
+        UsageError: the data set does not say how many there are.
+    """
+    names = getattr(dataset, "classes", None)
+    if not names:
+        raise UsageError(f"{getattr(dataset, 'name', dataset)!r} does not name its classes.")
+    return [str(one) for one in names]
+
+
+def make_loader(dataset: Dataset[Any], sampler: Sampler[list[int]], workers: int, pin: bool) -> DataLoader[Any]:
+    """Batches of (images, targets, broken ones), in the order of the sampler."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        pin_memory=pin,
+        collate_fn=require("gspn.data").collate,
+        # The epoch reaches workers that are running; starting them anew costs seconds an epoch.
+        persistent_workers=workers > 0,
+    )

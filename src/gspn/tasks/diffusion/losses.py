@@ -1,0 +1,112 @@
+"""What a denoiser is trained to do: noise on an image, the prediction, and how wrong it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..class_conditional.config import DiffusionConfig
+
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(noisy ``[B, C, H, W]``, timestep ``[B]``, labels ``[B]``) to the prediction."""
+
+
+class DenoisingLoss:
+    r"""The loss of a batch, a mean over it.
+
+    On DDPM's chain, with t uniform and :math:`x_t = a x_0 + b\,\epsilon`, :math:`a^2 = \bar\alpha_t = 1 - b^2`, the
+    squared error of :math:`\epsilon`, or of :math:`v = a\,\epsilon - b\,x_0`. With a learned sigma, plus the term of
+    the variational bound at t in bits a number, through which the variance alone learns (arXiv 2102.09672, equation 16,
+    whose weight 0.001 and sum over 1000 steps make 1 for a single one). For a flow, with
+    :math:`x_\sigma = (1 - \sigma) x_0 + \sigma\,\epsilon`, the squared error of :math:`\epsilon - x_0`.
+
+    Args:
+        config: The run's section.
+        scheduler: :func:`~gspn.tasks.diffusion.schedulers.training_scheduler` of it.
+    """
+
+    def __init__(self, config: DiffusionConfig, scheduler: Any) -> None:
+        self.config = config
+        self.scheduler = scheduler
+        if config.objective != "flow":
+            alphas = scheduler.alphas_cumprod.double()
+            before = torch.cat([alphas.new_ones(1), alphas[:-1]])
+            betas = 1 - alphas / before
+            posterior = betas * (1 - before) / (1 - alphas)
+            # The first step has no variance of its own; the next one's stands in for it, as where bounds are taken.
+            self.log_smallest = torch.cat([posterior[1:2], posterior[1:]]).log()
+            self.log_largest = betas.log()
+            self.mean_of_start = betas * before.sqrt() / (1 - alphas)
+            self.mean_of_noisy = (1 - before) * (1 - betas).sqrt() / (1 - alphas)
+            self.alphas = alphas
+
+    def __call__(self, predict: Predict, start: Tensor, labels: Tensor) -> Tensor:
+        """The loss of clean images or latents ``[B, C, H, W]`` with their labels ``[B]``.
+
+        Times and noise are drawn from PyTorch's global generators.
+        """
+        return self.each(predict, start, labels).mean()
+
+    def each(self, predict: Predict, start: Tensor, labels: Tensor) -> Tensor:
+        """Likewise, the loss of each image ``[B]``."""
+        if self.config.objective == "flow":
+            return self._flow(predict, start, labels)
+        steps = self.config.timesteps
+        # On the CPU, so that the same are drawn wherever the model runs.
+        t = torch.randint(0, steps, (len(start),)).to(start.device)
+        noise = torch.randn_like(start)
+        noisy = self.scheduler.add_noise(start, noise, t)
+        predicted = predict(noisy, t, labels).float()  # [B, C or 2 C, H, W]
+        if self.config.objective == "v_prediction":
+            return _mean((predicted - self.scheduler.get_velocity(start, noise, t)).square())
+        if not self.config.learned_sigma:
+            return _mean((predicted - noise).square())
+        predicted, variance = predicted.chunk(2, dim=1)
+        bound = self._bound(start, noisy, predicted.detach(), variance, t)
+        return _mean((predicted - noise).square()) + bound
+
+    def _flow(self, predict: Predict, start: Tensor, labels: Tensor) -> Tensor:
+        drawn = torch.randn(len(start)).sigmoid() if self.config.sampling == "logit_normal" else torch.rand(len(start))
+        sigma = drawn.to(start)
+        noise = torch.randn_like(start)
+        at = sigma[:, None, None, None]
+        noisy = (1 - at) * start + at * noise
+        predicted = predict(noisy, sigma * self.config.timesteps, labels).float()
+        return _mean((predicted - (noise - start)).square())
+
+    def _bound(self, start: Tensor, noisy: Tensor, noise: Tensor, variance: Tensor, t: Tensor) -> Tensor:
+        """The bound's term at t in bits a number, ``[B]``; ``noise`` as predicted, ``variance`` in about [-1, 1]."""
+
+        def at(values: Tensor) -> Tensor:
+            return values.to(start.device)[t].to(start.dtype)[:, None, None, None]
+
+        alpha = at(self.alphas)
+        guess = (noisy - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+        true_mean = at(self.mean_of_start) * start + at(self.mean_of_noisy) * noisy
+        mean = at(self.mean_of_start) * guess + at(self.mean_of_noisy) * noisy
+        smallest, largest = at(self.log_smallest), at(self.log_largest)
+        part = (variance + 1) / 2
+        log_variance = part * largest + (1 - part) * smallest
+        ratio, apart = smallest - log_variance, (true_mean - mean).square()
+        divergence = 0.5 * (ratio.exp() - ratio - 1 + apart / log_variance.exp())
+        # The last step makes numbers of 256 levels: their likelihood, and not that of a density.
+        likelihood = -_log_likelihood(start, mean, 0.5 * log_variance)
+        return _mean(torch.where((t == 0)[:, None, None, None], likelihood, divergence)) / math.log(2)
+
+
+def _log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """The logarithm of a Gaussian's weight on the level of x, of 256 in [-1, 1], whose ends take what is beyond."""
+    inverse = (-log_std).exp()
+    upper = torch.special.ndtr((x + 1 / 255 - mean) * inverse)
+    lower = torch.special.ndtr((x - 1 / 255 - mean) * inverse)
+    upper = torch.where(x > 0.999, torch.ones_like(upper), upper)
+    lower = torch.where(x < -0.999, torch.zeros_like(lower), lower)
+    return (upper - lower).clamp(min=1e-12).log()
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.flatten(1).mean(1)

@@ -1,0 +1,131 @@
+"""How alike two sets of images are, by their features; torchmetrics' where it has them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import UsageError, require
+
+
+def frechet_distance(real: Tensor, fake: Tensor) -> float:
+    r"""The Fréchet distance between Gaussians fitted to two sets of features (FID; sFID for spatial features).
+
+    .. math:: \|\mu_1 - \mu_2\|^2 + \mathrm{tr}(\Sigma_1 + \Sigma_2 - 2 (\Sigma_1 \Sigma_2)^{1/2})
+
+    Args:
+        real: ``[N, D]``.
+        fake: ``[M, D]``; both at least 2.
+
+    Example:
+        >>> x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        >>> round(frechet_distance(x, x + torch.tensor([2.0, 0, 0])), 6)
+        4.0
+    """
+    _check(real, fake)
+    metric = require("torchmetrics.image.fid").FrechetInceptionDistance(feature=_Identity(real.shape[1]))
+    metric.set_dtype(torch.float64)
+    metric.update(real.double(), real=True)
+    metric.update(fake.double(), real=False)
+    return max(float(metric.compute()), 0.0)  # rounding may leave the distance of a set to itself below zero
+
+
+def kernel_distance(
+    real: Tensor, fake: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """The kernel distance (KID): the unbiased squared MMD with a cubic kernel, mean and deviation over random subsets.
+
+    Args:
+        real: ``[N, D]``.
+        fake: ``[M, D]``.
+        subsets: How many.
+        subset_size: At most; fewer where there are fewer images.
+        seed: Of the subsets.
+    """
+    _check(real, fake)
+    size = min(subset_size, len(real), len(fake))
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # that features are kept in memory, where they are already
+        torch.manual_seed(seed)
+        metric = require("torchmetrics.image.kid").KernelInceptionDistance(
+            feature=_Identity(real.shape[1]), subsets=subsets, subset_size=size
+        )
+        metric.update(real.double(), real=True)
+        metric.update(fake.double(), real=False)
+        mean, deviation = metric.compute()
+    return float(mean), float(deviation)
+
+
+def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> tuple[float, float]:
+    """The inception score (IS), mean and deviation over parts: how sure a classifier is, and of how many classes.
+
+    Args:
+        logits: ``[N, K]``.
+        splits: Parts, at most as many as there are images.
+        seed: Of the order in which they are cut.
+    """
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        metric = require("torchmetrics.image.inception").InceptionScore(
+            feature=_Identity(logits.shape[1]), splits=min(splits, len(logits))
+        )
+        metric.update(logits.double())
+        mean, deviation = metric.compute()
+    return float(mean), float(torch.nan_to_num(deviation))
+
+
+def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3, chunk: int = 2048) -> tuple[float, float]:
+    """Improved precision and recall (arXiv 1904.06991): the share of each set that lies in the other's manifold.
+
+    A set's manifold is the union of the balls around its images that reach to their ``k``-th nearest neighbour.
+
+    Args:
+        real: ``[N, D]``, N above ``k``.
+        fake: ``[M, D]``, M above ``k``.
+        k: The neighbour that sets a ball's radius.
+        chunk: Rows of the distances at a time.
+
+    Returns:
+        Precision: how much of ``fake`` is like ``real``; recall: how much of ``real`` is like some of ``fake``.
+
+    Example:
+        >>> x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+        >>> precision_recall(x, x), precision_recall(x, x + 100)
+        ((1.0, 1.0), (0.0, 0.0))
+    """
+    if min(len(real), len(fake)) <= k:
+        raise UsageError(f"precision and recall need more than {k} images; there are {len(real)} and {len(fake)}.")
+    real, fake = real.double(), fake.double()
+
+    def covered(points: Tensor, manifold: Tensor) -> float:
+        radii = torch.cat([torch.cdist(part, manifold).kthvalue(k + 1).values for part in manifold.split(chunk)])
+        inside = [(torch.cdist(part, manifold) <= radii).any(1) for part in points.split(chunk)]
+        return float(torch.cat(inside).double().mean())
+
+    return covered(fake, real), covered(real, fake)
+
+
+def nearest(points: Tensor, among: Tensor, *, k: int, chunk: int = 2048) -> tuple[Tensor, Tensor]:
+    """The ``k`` nearest of ``among [N, D]`` to each of ``points [M, D]``: distances and indices ``[M, k]``."""
+    found = [torch.cdist(part.double(), among.double()).topk(k, largest=False) for part in points.split(chunk)]
+    return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
+
+
+class _Identity(nn.Module):
+    """torchmetrics takes a network of images; these are features already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Any) -> Any:
+        return features
+
+
+def _check(real: Tensor, fake: Tensor) -> None:
+    if min(len(real), len(fake)) < 2:
+        raise UsageError(f"a distance needs two images of each set at least; there are {len(real)} and {len(fake)}.")

@@ -1,0 +1,47 @@
+"""The rule that refuses a wrong implementation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gspn.bench.accuracy_check import compare
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def figure(result: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor):
+    (one,) = compare({"h": result}, {"h": plain}, {"h": exact})
+    return one
+
+
+def test_accepts_twice_the_plain_error_and_not_more():
+    exact = torch.ones(5, dtype=torch.float64)
+    plain = torch.full((5,), 1.001)
+    assert figure(torch.full((5,), 1.0019), plain, exact).ok
+    assert not figure(torch.full((5,), 1.0021), plain, exact).ok
+    assert figure(torch.full((5,), 0.9981), plain, exact).ok
+
+
+def test_accepts_a_few_roundings_where_plain_is_exact():
+    exact = torch.tensor([1.0, 0.01], dtype=torch.float64)
+    plain = exact.float()
+    assert figure(torch.tensor([1.0 + 3 * EPS, 0.01]), exact.float().double().float(), exact).ok
+    assert not figure(torch.tensor([1.0 + 8 * EPS, 0.01]), plain, exact).ok
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused(bad):
+    exact = torch.ones(3, dtype=torch.float64)
+    assert not figure(torch.tensor([1.0, bad, 1.0]), exact.float(), exact).ok
+
+
+def test_float64_is_held_against_itself():
+    exact = torch.ones(3, dtype=torch.float64)
+    eps = torch.finfo(torch.float64).eps
+    assert figure(exact + 20 * eps, exact, exact).ok
+    assert not figure(exact + 50 * eps, exact, exact).ok
+
+
+def test_nothing_to_compare_is_accepted():
+    assert figure(torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.float64)).ok

@@ -1,0 +1,256 @@
+"""The authors' released checkpoints: the same arithmetic, read by timm's own loaders."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.models import load_checkpoint
+
+from gspn.models import GSPN
+from gspn.models.official_checkpoint import checkpoint_filter_fn
+from official_support import random_released, released_logits, released_shapes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DIMS, DEPTHS, STATE, CLASSES = (8, 16), (1, 2), 3, 5
+SHAPES = released_shapes(DIMS, DEPTHS, state=STATE, classes=CLASSES)
+
+# What makes gspn_tiny the small network of these tests.
+SMALL = dict(dims=DIMS, depths=DEPTHS, segment=2, proxy_dim=STATE, num_classes=CLASSES, alignment="released")
+
+
+def small(segment: Any = None, alignment: str = "released", **options: Any) -> GSPN:
+    scan = dict(proxy_dim=STATE, alignment=alignment)
+    options = dict(dims=DIMS, depths=DEPTHS, num_classes=CLASSES, dtype=torch.float64) | options
+    return GSPN(segment=segment, scan=scan, **options).eval()
+
+
+@pytest.mark.parametrize("size", [32, 25, 4])
+@pytest.mark.parametrize("segment", [None, 2, 3, (2, (None, 1))], ids=str)
+def test_the_arithmetic_is_the_releases(segment, size) -> None:
+    state = random_released(SHAPES)
+    model = small(segment)
+    model.load_state_dict(checkpoint_filter_fn(state, model))
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    chunks = [[segment], [segment] * 2] if segment is None or isinstance(segment, int) else [[2], [None, 1]]
+    expected = released_logits(state, x, chunks)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+    assert expected.std() > 0.1  # or the tolerance would say nothing
+
+
+def test_the_directions_differ_in_the_weights_of_these_tests() -> None:
+    # Each direction's maps matter: the same weights in another order of directions give other logits.
+    state = random_released(SHAPES)
+    model = small()
+    model.load_state_dict(checkpoint_filter_fn(state, model))
+    x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    before = model(x)
+    for name in ("tap_proj", "lam_proj", "u_proj", "skip_proj", "merge"):
+        other = small()
+        other.load_state_dict(checkpoint_filter_fn(state, other))
+        with torch.no_grad():
+            parameter = other.get_parameter(f"stages.1.blocks.0.mixer.gspn.{name}")
+            parameter.copy_(parameter[[1, 0, 2, 3]])
+        assert (other(x) - before).abs().max() > 1e-5, name
+
+
+@pytest.mark.parametrize("wrapper", ["model", "model_ema", "state_dict", "state_dict_ema"])
+def test_wrapped_state_dicts(wrapper) -> None:
+    state = random_released(SHAPES)
+    model = small()
+    plain = checkpoint_filter_fn(state, model)
+    wrapped = checkpoint_filter_fn({wrapper: state, "epoch": 3}, model)
+    assert plain.keys() == wrapped.keys()
+    assert all(torch.equal(plain[name], wrapped[name]) for name in plain)
+
+
+def test_the_averaged_weights_go_first() -> None:
+    first, second = random_released(SHAPES, seed=1), random_released(SHAPES, seed=2)
+    result = checkpoint_filter_fn({"model": first, "model_ema": second}, small())
+    assert torch.equal(result["head.fc.weight"], second["classifier.head.weight"])
+
+
+def test_our_own_state_dicts_stay_as_they_are() -> None:
+    model = small(alignment="image")
+    state = model.state_dict()
+    result = checkpoint_filter_fn(state, model)
+    assert result.keys() == state.keys()
+    assert all(result[name] is value for name, value in state.items())
+
+
+def test_nothing_given_is_written_to() -> None:
+    state = random_released(SHAPES)
+    before = {name: value.clone() for name, value in state.items()}
+    model = small()
+    model.load_state_dict(checkpoint_filter_fn(state, model))
+    torch.nn.init.zeros_(model.get_parameter("stages.0.blocks.0.mixer.gspn.tap_proj"))
+    assert state.keys() == before.keys()
+    assert all(torch.equal(state[name], value) for name, value in before.items())
+
+
+def test_linear_weights_may_come_as_convolutions() -> None:
+    state = random_released(SHAPES)
+    model = small()
+    plain = checkpoint_filter_fn(state, model)
+    for name, value in state.items():
+        if name.endswith(("in_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight")):
+            state[name] = value[:, :, None, None]
+    other = checkpoint_filter_fn(state, model)
+    assert all(torch.equal(plain[name], other[name]) for name in plain)
+
+
+def test_a_model_of_the_papers_alignment_refuses_them() -> None:
+    with pytest.raises(ValueError, match=r"alignment='image'; create the model with alignment='released'"):
+        checkpoint_filter_fn(random_released(SHAPES), small(alignment="image"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.0.blocks.0.op.dt_projs.weight", "layers.0.blocks.0.op.conv2d.scale.weight", "pos_embed", "head.weight",
+        "layers.0.downsample.2.weight", "layers.0.blocks.0.ls.gamma",
+    ],
+)  # fmt: skip
+def test_a_name_that_is_not_the_releases_is_named(name) -> None:
+    state = random_released(SHAPES) | {name: torch.zeros(3, 4)}
+    with pytest.raises(ValueError, match=rf"unknown parameter '{name}' \(3, 4\)"):
+        checkpoint_filter_fn(state, small())
+
+
+def test_weights_of_another_size_do_not_load() -> None:
+    state = random_released(released_shapes(DIMS, DEPTHS, state=STATE, ratio=1.25, classes=CLASSES))
+    model = small()
+    with pytest.raises(RuntimeError, match=r"size mismatch for stages\.0\.blocks\.0\.mixer\.in_proj\.weight"):
+        model.load_state_dict(checkpoint_filter_fn(state, model))
+
+
+def test_it_needs_squares() -> None:
+    with pytest.raises(ValueError, match=r"needs H == W; use square inputs"):
+        small()(torch.randn(1, 3, 32, 40, dtype=torch.float64))
+
+
+FULL = {
+    "gspn_tiny": ((96, 192, 384, 768), (2, 2, 7, 2), 8, 31_510_268),
+    "gspn_small": ((108, 216, 432, 864), (5, 5, 10, 2), 16, 50_773_346),
+    "gspn_base": ((120, 240, 480, 960), (4, 4, 15, 4), 8, 93_061_108),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_every_parameter_of_the_full_sizes_has_its_place(name) -> None:
+    dims, depths, state_dim, parameters = FULL[name]
+    with torch.device("meta"):
+        state = {key: torch.empty(shape) for key, shape in released_shapes(dims, depths, state=state_dim).items()}
+        model = timm.create_model(name, alignment="released")
+    assert sum(value.numel() for value in state.values()) == parameters
+    model.load_state_dict(checkpoint_filter_fn(state, model), strict=True, assign=True)
+
+
+# Which blocks are global in the authors' configurations, where a scan runs as many columns as the stage has at 224.
+SEGMENTS = {
+    "gspn_tiny": [[2] * 2, [2] * 2, [None] * 7, [None] * 2],
+    "gspn_small": [[2] * 5, [2] * 5, [2] * 10, [None] * 2],
+    "gspn_base": [[2] * 4, [2] * 4, [None] * 7 + [2] * 6 + [None, 2], [None] * 4],
+}
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_the_segments_of_the_full_sizes(name) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert [[block.mixer.gspn.segment for block in stage.blocks] for stage in model.stages] == SEGMENTS[name]
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def averaged() -> dict[str, torch.Tensor]:
+    return {name: value.float() for name, value in random_released(SHAPES, seed=2).items()}
+
+
+@pytest.fixture
+def training_file(tmp_path, averaged, monkeypatch) -> Path:
+    """What the authors' training writes: both sets of weights, and the configuration as an object of yacs."""
+    package, module = types.ModuleType("yacs"), types.ModuleType("yacs.config")
+
+    class CfgNode(dict):
+        def __init__(self, values: Mapping[str, Any]) -> None:
+            super().__init__(values)
+            self.__dict__["__immutable__"] = True
+
+    CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
+    package.config, module.CfgNode = module, CfgNode  # type: ignore[attr-defined]
+    path = tmp_path / "ckpt_epoch_3.pth"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "yacs", package)
+        patch.setitem(sys.modules, "yacs.config", module)
+        config = CfgNode({"MODEL": CfgNode({"NAME": "gspn_tiny", "DEPTHS": list(DEPTHS)}), "TAG": "default"})
+        raw = {name: value.float() for name, value in random_released(SHAPES, seed=1).items()}
+        torch.save({"model": raw, "model_ema": averaged, "config": config, "epoch": 3, "max_accuracy": 8.25}, path)
+    assert "yacs" not in sys.modules
+    return path
+
+
+def test_a_training_file_through_timm(training_file, averaged, images) -> None:
+    model = timm.create_model(
+        "gspn_tiny", pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(training_file), num_classes=CLASSES), **SMALL,
+    )  # fmt: skip
+    expected = released_logits({k: v.double() for k, v in averaged.items()}, images.double(), [[2], [2, 2]])
+    torch.testing.assert_close(model.eval()(images), expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["pth", "safetensors", "url", "url of a training file", "load_checkpoint"])
+def test_other_sources(how, tmp_path, training_file, averaged, images) -> None:
+    model = timm.create_model("gspn_tiny", **SMALL)
+    model.load_state_dict(checkpoint_filter_fn(averaged, model))
+    expected = model.eval()(images)
+    cfg: dict[str, Any] = dict(num_classes=CLASSES)
+    cache = tmp_path / "cache"
+    if how == "safetensors":
+        safetensors.torch.save_file(averaged, tmp_path / "weights.safetensors")
+        cfg["file"] = str(tmp_path / "weights.safetensors")
+    elif how == "url of a training file":
+        cfg["url"] = training_file.as_uri()
+    else:
+        torch.save(averaged, tmp_path / "weights.pth")
+        cfg["url" if how == "url" else "file"] = (
+            (tmp_path / "weights.pth").as_uri() if how == "url" else str(tmp_path / "weights.pth")
+        )
+    if how == "load_checkpoint":
+        loaded = timm.create_model("gspn_tiny", **SMALL)
+        load_checkpoint(loaded, cfg["file"], filter_fn=checkpoint_filter_fn)
+    else:
+        loaded = timm.create_model("gspn_tiny", pretrained=True, pretrained_cfg_overlay=cfg, cache_dir=cache, **SMALL)
+    assert torch.equal(loaded.eval()(images), expected)
+
+
+def test_fine_tuning_from_a_release(training_file, averaged) -> None:
+    options = {**SMALL, "num_classes": 3}
+    cfg = dict(file=str(training_file), num_classes=CLASSES)
+    model = timm.create_model("gspn_tiny", pretrained=True, pretrained_cfg_overlay=cfg, in_chans=1, **options)
+    assert model(torch.randn(2, 1, 16, 16)).shape == (2, 3)
+    torch.testing.assert_close(model.get_parameter("stem.conv1.weight")[:, 0], averaged["patch_embed.0.weight"].sum(1))
+    assert torch.equal(model.get_parameter("stem.conv2.weight"), averaged["patch_embed.5.weight"])
+    features = timm.create_model("gspn_tiny", pretrained=True, pretrained_cfg_overlay=cfg, features_only=True, **{
+        k: v for k, v in SMALL.items() if k != "num_classes"
+    })  # fmt: skip
+    assert [f.shape for f in features(torch.randn(1, 3, 16, 16))] == [(1, 8, 4, 4), (1, 16, 2, 2)]
+
+
+def test_a_release_does_not_load_into_the_default_alignment(training_file) -> None:
+    options = {name: value for name, value in SMALL.items() if name != "alignment"}
+    with pytest.raises(ValueError, match="create the model with alignment='released'"):
+        timm.create_model("gspn_tiny", pretrained=True, pretrained_cfg_overlay=dict(file=str(training_file)), **options)

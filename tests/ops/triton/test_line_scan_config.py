@@ -1,0 +1,122 @@
+"""The rules that size a launch, which need neither a GPU nor triton."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from gspn.ops.directions import DIRECTIONS, scan_axes
+from gspn.ops.triton.line_scan_config import CHANNEL, CROSS, LINE, LaunchPlan, Limits, Sizes, Strides, plan
+from support import LAYOUTS, laid_out
+
+
+def planned(
+    shape: tuple[int, int, int, int],
+    groups: int,
+    direction: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    layout: str = "contiguous",
+    segment: int | None = None,
+    backward: bool = False,
+    memory: int = 227 * 1024,
+) -> LaunchPlan:
+    batch, channels, height, width = shape
+    axes = scan_axes(direction)
+
+    def empty(*size: int) -> torch.Tensor:
+        if layout == "sliced":
+            big = torch.empty([2 * n + 1 for n in size], dtype=dtype, device="meta")
+            return big[tuple(slice(1, 2 * n + 1, 2) for n in size)]
+        return laid_out(torch.empty(size, dtype=dtype, device="meta"), layout)
+
+    x, taps = empty(*shape), empty(batch, groups, 3, height, width)
+
+    def strides(t: torch.Tensor) -> Strides:
+        tap = t.stride(2) if t.dim() == 5 else 0
+        return Strides(t.stride(0), t.stride(1), t.stride(axes.cross), t.stride(axes.line), tap)
+
+    names = ("grad", "h", "x", "taps", "lam", "dx", "dtaps", "dlam") if backward else ("x", "taps", "lam", "h")
+    return plan(
+        Sizes(batch, channels, groups, shape[axes.cross], shape[axes.line]),
+        tuple((name, strides(taps if "taps" in name else x)) for name in names),
+        x.element_size(),
+        reverse=axes.reverse,
+        segment=segment,
+        backward=backward,
+        has_lam=True,
+        need_taps=backward,
+        need_lam=backward,
+        limits=Limits(memory),
+    )
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_plan_covers_its_work(direction, layout, backward) -> None:
+    sizes, segments, memory = (1, 2, 7, 32, 56, 300, 1100, 5000), (None, 1, 7, 64), (99 * 1024, 227 * 1024)
+    for cross, lines, segment, limit in itertools.product(sizes, (1, 3, 64, 200), segments, memory):
+        for channels, groups in ((1, 1), (5, 5), (12, 4), (96, 1)):
+            shape = (cross, lines) if direction in ("right", "left") else (lines, cross)
+            if layout != "contiguous" and cross * lines > 20000:
+                continue
+            chosen = planned(
+                (2, channels, *shape), groups, direction, layout=layout, segment=segment, backward=backward,
+                memory=limit,
+            )  # fmt: skip
+            c, i = chosen.constants, chosen.integers
+            unit = {axis: c["ALIGN"] if c["FAST"] == axis else 1 for axis in (CHANNEL, CROSS, LINE)}
+            assert i["width"] * unit[CROSS] == cross
+            assert i["lines"] * unit[LINE] == lines
+            assert i["channels"] * unit[CHANNEL] * i["groups"] == channels
+            run = i["chunk"] * unit[LINE]
+            assert i["chunks"] == math.ceil(lines / run)
+            restart = min(segment or lines, lines)
+            assert i["chunks"] == 1 or run % restart == 0, "a program starts at a restart"
+            assert chosen.programs == 2 * i["groups"] * i["chunks"] * chosen.blocks
+            assert chosen.blocks * c["BLOCK_C"] >= i["channels"] * unit[CHANNEL]
+            assert c["HALO"] == 0 or c["BLOCK_N"] > 2 * c["HALO"] >= 2 * c["LINES"]
+            assert c["HALO"] > 0 or c["BLOCK_N"] >= cross
+            assert c["HALO"] % c["LINES"] == 0
+            assert c["LINES"] % c["GROUP"] == 0
+            for name in ("BLOCK_C", "BLOCK_N", "LINES", "VECTOR", "ALIGN"):
+                assert c[name] & (c[name] - 1) == 0, name
+            assert chosen.num_warps in (1, 2, 4, 8, 16)
+            assert chosen.shared_memory <= limit
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backward", [False, True])
+def test_enough_bytes_in_flight(direction, dtype, backward) -> None:
+    # 128 planes on a card of 108 or more multiprocessors: each program has to fill one's share of the memory's latency.
+    chosen = planned((16, 8, 1024, 1024), 8, direction, dtype, backward=backward)
+    c = chosen.constants
+    tile = (7 if backward else 5) * c["BLOCK_C"] * c["BLOCK_N"] * c["LINES"] * dtype.itemsize
+    assert (c["STAGES"] - 1) * tile >= 48 * 1024
+    along = c["LINES"] if direction in ("right", "left") else c["BLOCK_N"]
+    assert along * dtype.itemsize >= 32, "a full sector of memory"
+
+
+def test_channels_last_is_walked_along_the_channels() -> None:
+    for direction in DIRECTIONS:
+        chosen = planned((8, 96, 56, 56), 96, direction, layout="channels_last")
+        assert chosen.constants["FAST"] == CHANNEL
+        assert chosen.constants["ALIGN"] == 4
+        assert chosen.constants["BLOCK_C"] >= 4
+
+
+def test_constants_do_not_follow_sizes() -> None:
+    first = planned((16, 8, 1024, 1024), 8, "down")
+    other = planned((3, 7, 1000, 996), 7, "down")
+    assert first.constants == other.constants
+    assert first.num_warps == other.num_warps
+
+
+def test_large_tensors_are_addressed_in_64_bits() -> None:
+    assert not planned((1, 8, 1024, 1024), 8, "down").constants["WIDE"]
+    assert planned((1, 64, 300, 40_000_000), 64, "right", layout="contiguous").constants["WIDE"]

@@ -1,0 +1,47 @@
+"""Every sampler walks back to the image when the prediction is right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gspn.diffusers.class_conditional import takes_variance
+from gspn.tasks.class_conditional import DiffusionConfig
+from gspn.tasks.core.errors import UsageError
+from gspn.tasks.diffusion.schedulers import SAMPLERS, sampler, training_scheduler
+
+FLOW = ("flow", "flow-heun")
+
+
+@pytest.mark.parametrize("objective", ["epsilon", "v_prediction", "flow"])
+@pytest.mark.parametrize("name", [*SAMPLERS, "auto"])
+def test_a_right_prediction_leads_to_the_image(name, objective):
+    config = DiffusionConfig(objective=objective, learned_sigma=objective == "epsilon")
+    trained = training_scheduler(config, pixels=True)
+    if name != "auto" and (name in FLOW) != (objective == "flow"):
+        with pytest.raises(UsageError, match="does not fit a model"):
+            sampler(name, trained)
+        return
+    scheduler = sampler(name, trained)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.rand(1, 1, 4, 4, generator=generator) - 0.5
+    scheduler.set_timesteps(40)
+    x = torch.randn(1, 1, 4, 4, generator=generator) * getattr(scheduler, "init_noise_sigma", 1.0)
+    alphas = getattr(trained, "alphas_cumprod", None)
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        if alphas is None:
+            predicted = (scaled - start) / (t / 1000)
+        else:
+            a = alphas[round(t.item())]
+            noise = (scaled - a.sqrt() * start) / (1 - a).sqrt()
+            predicted = noise if objective == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * start
+            if takes_variance(scheduler):
+                predicted = torch.cat([predicted, torch.zeros_like(predicted)], dim=1)
+        x = scheduler.step(predicted, t, x).prev_sample
+    torch.testing.assert_close(x, start, atol=0.02, rtol=0)
+
+
+def test_a_name_that_does_not_exist():
+    with pytest.raises(UsageError, match="did you mean 'ddim'"):
+        sampler("dim", training_scheduler(DiffusionConfig(), pixels=True))

@@ -1,0 +1,238 @@
+"""Distillation runs: they learn, write what they say, and end the same after a kill."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from safetensors.torch import load_file, save_file
+
+from gspn.diffusers import GSPNAdapter
+from gspn.tasks.core.errors import UsageError
+from gspn.tasks.text_to_image import distill, load_adapter, load_pipeline, sample
+from gspn.tasks.text_to_image.config import DistillConfig
+from tasks.classify.processes import start_many
+from tasks.classify.runs import assert_same, newest_state, rows
+from tasks.text_to_image.t2i_runs import make_folder, start, tiny_distill
+from tasks.text_to_image.t2i_support import make_sd, make_sdxl
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A teacher and a data set."""
+    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("distill")
+    make_folder(place / "images")
+    make_sd(place, factor=4).save_pretrained(place / "teacher")
+    return place
+
+
+@pytest.fixture(scope="module")
+def trained(place):
+    # From where there is most to learn.
+    settings = ["schedule.epochs=8", "samples.every=4", "distillation.relative=true", "model.initialize=copy"]
+    return distill(tiny_distill(place / "teacher", place / "images", place / "run", *settings))
+
+
+def test_it_learns_and_writes(trained):
+    table = rows(trained.output)
+    assert len(table) == 8
+    assert float(table[-1]["eval_attention"]) < 0.8 * float(table[0]["eval_attention"])
+    assert float(table[-1]["eval_teacher"]) < float(table[0]["eval_teacher"])
+    last = trained.last
+    whole = last.eval_noise + 0.5 * last.eval_teacher + 0.5 * last.eval_attention
+    assert last.ema_loss == pytest.approx(whole, rel=1e-6)
+    assert [path.name for path in sorted((trained.output / "samples").iterdir())] == [
+        "epoch-00004.png",
+        "epoch-00008.png",
+    ]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_perfect_prediction_gives_back_the_latents(prediction):
+    from types import SimpleNamespace
+
+    from gspn.tasks.text_to_image.distill.training import _DistillRun
+    from tasks.text_to_image.t2i_support import make_scheduler
+
+    scheduler = DDPMScheduler.from_config(make_scheduler(prediction).config)
+    start = torch.randn(64, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+    noisy, t, aim = _DistillRun._noised(SimpleNamespace(noise=scheduler), start)
+    assert t.max() > 800 and t.min() < 200
+    a = scheduler.alphas_cumprod[t].sqrt()[:, None, None, None]
+    b = (1 - a.square()).sqrt()
+    back = (noisy - b * aim) / a if prediction == "epsilon" else a * noisy - b * aim
+    torch.testing.assert_close(back, start, atol=1e-4, rtol=1e-3)
+
+
+def test_the_adapter_is_the_average_and_draws(trained, place, tmp_path):
+    adapter = load_adapter(trained.output)
+    state = newest_state(trained.output)
+    average = {key.removeprefix("average.module.adapter."): value for key, value in state.items() if "average" in key}
+    assert_same(adapter.state_dict(), average)
+    found = sample(
+        str(place / "teacher"), "red", adapter=str(trained.output), output=tmp_path / "drawn", steps=2, device="cpu"
+    )
+    assert found.drawn == 1
+    pipeline = load_pipeline(place / "teacher")
+    adapter.mount(pipeline.unet)
+
+
+def test_killed_and_resumed_is_the_same_run(place, tmp_path):
+    settings = ["run.checkpoint_every_s=0", "data.hflip=0.5", "distillation.block_epochs=1"]
+    runs = [tiny_distill(place / "teacher", place / "images", tmp_path / one, *settings) for one in ("whole", "killed")]
+    distill(runs[0])
+    process = start(runs[1])
+    killed = tmp_path / "killed"
+    wanted = random.Random().randint(1, 6)
+    deadline = time.monotonic() + 120
+    while process.is_alive() and time.monotonic() < deadline:
+        if any(int(path.name[5:]) >= wanted for path in (killed / "checkpoints").glob("step-*")):
+            break
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    distill(runs[1], resume=True)
+    assert_same(newest_state(killed), newest_state(tmp_path / "whole"))
+    assert rows(killed) == rows(tmp_path / "whole")
+    name = "last/diffusion_pytorch_model.safetensors"
+    assert_same(load_file(killed / name), load_file(tmp_path / "whole" / name))
+
+
+def share(teacher, root, output, *settings):
+    from gspn.tasks.text_to_image.distill import training as distillation
+
+    class Run(distillation._DistillRun):
+        def fit(self):
+            result = super().fit()
+            state = {key: value.contiguous() for key, value in self.network.state_dict().items()}
+            save_file(state, f"{output}-{self.accelerator.process_index}.safetensors")
+            return result
+
+    distillation._DistillRun = Run
+    distill(tiny_distill(teacher, root, output, *settings), console=None)
+
+
+def test_two_processes_share_the_work(place, tmp_path):
+    settings = ["schedule.epochs=3", "samples.every=0", "ema.decay=null", "model.initialize=copy"]
+    sources = (place / "teacher", place / "images")
+    start_many(2, tmp_path / "printed", share, *sources, tmp_path / "two", *settings, "data.batch_size=2")
+    distill(tiny_distill(*sources, tmp_path / "one", *settings))
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert [row["step"] for row in one] == [row["step"] for row in two] == ["4", "8", "12"]
+    # Noise and times are drawn by each process: the same data, not the same loss to the last digit.
+    assert float(two[-1]["eval_attention"]) == pytest.approx(float(one[-1]["eval_attention"]), rel=0.2)
+    # The gradients of both reached both.
+    mine, theirs = (load_file(tmp_path / f"two-{i}.safetensors") for i in range(2))
+    assert_same(mine, theirs)
+    saved = load_file(tmp_path / "two" / "last" / "diffusion_pytorch_model.safetensors")
+    assert_same(saved, {key.removeprefix("adapter."): value for key, value in mine.items()})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["model.initialize=copy", "model.proxy_bias=false", "model.groups=1"],
+        ["model.initialize=random", "model.segments={down: 2, up: 4}", "model.layers=[down, up]"],
+        ["model.grad_checkpointing=true", "optim.accumulate=2", "data.batch_size=2", "data.workers=1"],
+        ["model.weights=bf16", "run.precision=bf16", "distillation.block_epochs=1"],
+    ],
+)
+def test_options(place, tmp_path, settings):
+    settings = [*settings, "schedule.epochs=1", "samples.every=0"]
+    result = distill(tiny_distill(place / "teacher", place / "images", tmp_path / "run", *settings))
+    assert 0 < result.last.eval_loss < 10
+    adapter = GSPNAdapter.from_pretrained(tmp_path / "run" / "last")
+    assert all(parameter.dtype == torch.float32 for parameter in adapter.parameters())
+    if "model.layers=[down, up]" in settings:
+        assert {mixer.scan.segment for mixer in adapter.mixers.values()} == {2, 4}
+
+
+def test_stable_diffusion_xl(place, tmp_path):
+    make_sdxl(tmp_path).save_pretrained(tmp_path / "teacher")
+    settings = ["schedule.epochs=1", "samples.prompts=[red]"]
+    result = distill(tiny_distill(tmp_path / "teacher", place / "images", tmp_path / "run", *settings))
+    assert 0 < result.last.eval_loss < 10
+
+
+def test_it_goes_on_from_an_adapter(place, trained, tmp_path):
+    first = load_adapter(trained.output)
+    settings = [
+        f"model.resume_from={trained.output}",
+        "schedule.epochs=1",
+        "optim.lr=0",
+        "samples.every=0",
+        "ema.decay=null",
+    ]
+    distill(tiny_distill(place / "teacher", place / "images", tmp_path / "run", *settings))
+    assert_same(load_adapter(tmp_path / "run").state_dict(), first.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("teacher=nowhere", "no model_index.json"),
+        ("model.layers=[sideways]", "sideways"),
+        ("model.proxy_bias=false", "constant gates need it"),
+        ("model.resume_from=nowhere", "no config.json"),
+        ("distillation.block_epochs=9", "the former are among the latter"),
+        ("distillation.attention=-1", "distillation.attention"),
+        ("data.name=nothing", "nothing"),
+        ("data.size=33", "no multiple of 4"),
+        ("run.fsdp=true", "fsdp"),
+        ("model.weights=bf16", "needs autocast"),
+    ],
+)
+def test_what_cannot_be_met(place, tmp_path, override, message):
+    with pytest.raises(UsageError, match=message):
+        distill(tiny_distill(place / "teacher", place / "images", tmp_path / "run", "ema.decay=null", override))
+
+
+def test_a_wrong_request_is_refused_before_anything_is_encoded(place, trained, tmp_path, monkeypatch):
+    from gspn.tasks.text_to_image.distill import training as distillation
+
+    def encode_data(*_args, **_kwargs):
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr(distillation, "encode_data", encode_data)
+    sources = (place / "teacher", place / "images")
+    with pytest.raises(UsageError, match="holds a run already"):
+        distill(tiny_distill(*sources, trained.output))
+    with pytest.raises(UsageError, match="sideways"):
+        distill(tiny_distill(*sources, tmp_path / "run", "model.layers=[sideways]"))
+    with pytest.raises(AssertionError, match="encoded"):
+        distill(tiny_distill(*sources, tmp_path / "run"))
+
+
+def test_another_teacher_does_not_resume(place, tmp_path):
+    pipeline = make_sd(tmp_path, factor=4)
+    pipeline.save_pretrained(tmp_path / "teacher")
+    config = tiny_distill(
+        tmp_path / "teacher", place / "images", tmp_path / "run", "schedule.epochs=1", "samples.every=0"
+    )
+    distill(config)
+    with torch.no_grad():
+        pipeline.unet.conv_in.weight.mul_(2)
+    pipeline.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(UsageError, match=r"resolved\.unet"):
+        distill(config, resume=True)
+
+
+def test_reading_in_half_precision_loses_nothing_of_an_adapter(place):
+    from gspn.tasks.text_to_image.distill.attention_matching import Distiller
+
+    pipeline = load_pipeline(place / "teacher", dtype=torch.bfloat16)
+    adapter = GSPNAdapter.from_model(pipeline.unet).float()
+    before = {name: value.clone() for name, value in adapter.state_dict().items()}
+    Distiller(pipeline.unet, adapter, 32, 32)
+    assert_same(adapter.state_dict(), before)
+
+
+def test_presets():
+    for name in DistillConfig.preset_names():
+        assert isinstance(DistillConfig.load(name), DistillConfig) and DistillConfig.preset_title(name)

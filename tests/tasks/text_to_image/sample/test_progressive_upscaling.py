@@ -1,0 +1,337 @@
+"""The ladder: its stages, the formulas of its options against plain ones, and going on after a stop."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from gspn.tasks.core.errors import UsageError
+from gspn.tasks.text_to_image.conditioning import encode_nothing, encode_prompts
+from gspn.tasks.text_to_image.denoising import Guide, begin_of, named_scheduler, noise_level, predict
+from gspn.tasks.text_to_image.sample import stage_runner as drawing
+from gspn.tasks.text_to_image.sample.progressive_upscaling import (
+    Dilated,
+    LadderConfig,
+    gaussian_blur,
+    plan_stages,
+    skip_residual,
+    sub_map_groups,
+)
+from gspn.tasks.text_to_image.sample.sampling import sample
+from tasks.text_to_image.t2i_support import make_adapter, make_sd
+
+QUIET = Console(quiet=True)
+LADDER = {"ladder": True, "steps": 6, "console": QUIET, "check": False}
+
+
+def sizes(stages):
+    return [(stage.width, stage.height) for stage in stages]
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+@pytest.mark.parametrize("multiple", [4, 8])
+@pytest.mark.parametrize("area", [64 * 64, 512 * 512, 1024 * 1024])
+@pytest.mark.parametrize("sides", [(8192, 4096), (8192, 8192), (1032, 520), (3000, 1000), (1080, 1920), (5000, 4992)])
+def test_stages(sides, area, multiple):
+    width, height = sides
+    if width % multiple or height % multiple:
+        with pytest.raises(UsageError, match="no multiple of"):
+            plan_stages(height, width, area=area, multiple=multiple, steps=30, ladder=LadderConfig())
+        return
+    stages = plan_stages(height, width, area=area, multiple=multiple, steps=30, ladder=LadderConfig())
+    assert sizes(stages)[-1] == sides
+    assert stages[0].height * stages[0].width < 1.3 * area
+    assert len(stages) == 1 or stages[0].height * stages[0].width > 0.75 * area
+    assert stages[0].strength is None and stages[0].steps == 30
+    for before, after in itertools.pairwise(stages):
+        assert before.height < after.height <= 2 * before.height
+        assert before.width < after.width <= 2 * before.width
+    for stage in stages:
+        assert stage.height % multiple == stage.width % multiple == 0
+        assert abs(stage.width / stage.height / (width / height) - 1) < 2.1 * multiple / min(stage.width, stage.height)
+    assert [stage.strength for stage in stages[1:]] == [0.42, 0.32, 0.32, 0.28, 0.28, 0.28, 0.28][: len(stages) - 1]
+
+
+def test_stages_of_the_paper():
+    stages = plan_stages(8192, 8192, area=512 * 512, multiple=8, steps=50, ladder=LadderConfig())
+    assert sizes(stages) == [(side, side) for side in (512, 1024, 2048, 4096, 8192)]
+    assert [stage.steps for stage in stages] == [50, 21, 16, 16, 14]
+    assert [stage.dilation for stage in stages] == [1, 2, 4, 8, 16]
+
+
+def test_no_stage_below_the_size_of_the_training():
+    stages = plan_stages(256, 512, area=512 * 512, multiple=8, steps=30, ladder=LadderConfig())
+    assert sizes(stages) == [(512, 256)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strengths": ()}, "one at least"),
+        ({"strengths": (0.4, 1.5)}, "up to 1"),
+        ({"skip_power": 0.0}, "skip_power=0.0"),
+        ({"upscale": "bilinear"}, "'bilinear'.*latents, pixels"),
+    ],
+)
+def test_what_a_ladder_cannot_be(options, message):
+    with pytest.raises(UsageError, match=message):
+        LadderConfig(**options)
+
+
+def test_a_strength_without_a_step():
+    with pytest.raises(UsageError, match=r"strength 0.1 of 6 steps leaves stage 2"):
+        plan_stages(64, 64, area=32 * 32, multiple=8, steps=6, ladder=LadderConfig(strengths=(0.1,)))
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "euler_a", "unipc", "ddpm"])
+def test_skip_residual_is_its_formula(sd, name):
+    scheduler = named_scheduler(name, sd.scheduler)
+    scheduler.set_timesteps(10)
+    begin = begin_of(10, 0.5)
+    scheduler.set_begin_index(begin) if hasattr(scheduler, "set_begin_index") else None
+    generator = torch.Generator().manual_seed(0)
+    clean, noise, latents = (torch.randn(2, 4, 6, 10, generator=generator) for _ in range(3))
+    blend = skip_residual(scheduler, clean, noise, begin, 3.0)
+    assert torch.equal(blend(latents, begin), latents)
+    kept = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+    for step in range(begin, 10):
+        if step > begin:
+            c = ((1 + math.cos(math.pi * (step - begin) / 5)) / 2) ** 3
+            ratio = torch.sqrt(1 / kept[int(scheduler.timesteps[step].round())] - 1).float()
+            scale = 1.0 if name.startswith("euler") else 1 / torch.sqrt(1 + ratio**2)
+            expected = c * scale * (clean + ratio * noise) + (1 - c) * latents
+            torch.testing.assert_close(blend(latents, step), expected, rtol=2e-3, atol=2e-3)
+        scheduler.step(torch.zeros_like(latents), scheduler.timesteps[step], latents)
+
+
+@pytest.mark.parametrize("size", [(12, 20), (13, 19), (3, 5), (1, 7)])
+@pytest.mark.parametrize("stride", [2, 3, 4])
+def test_sub_maps_are_each_place_once(size, stride):
+    seen = torch.zeros(size)
+    for group in sub_map_groups(*size, stride):
+        shapes = set()
+        for i, j in group:
+            seen[i::stride, j::stride] += 1
+            shapes.add(tuple(seen[i::stride, j::stride].shape))
+        assert len(shapes) == 1
+    assert torch.equal(seen, torch.ones(size))
+
+
+def test_blur_keeps_mean_and_deviation_and_ends_as_identity():
+    x = torch.randn(2, 4, 13, 19, generator=torch.Generator().manual_seed(0)) + 1
+    y = gaussian_blur(x, 1.0, 5)
+    torch.testing.assert_close(y.mean((-2, -1)), x.mean((-2, -1)))
+    torch.testing.assert_close(y.std((-2, -1)), x.std((-2, -1)))
+    assert (y.diff(dim=-1).abs().mean() / x.diff(dim=-1).abs().mean()) < 0.8
+    torch.testing.assert_close(gaussian_blur(x, 0.01, 13), x)
+    # Against a plain sum over the window, up to the restored mean and deviation.
+    row = torch.arange(-2, 3).float()
+    kernel = torch.exp(-(row[:, None] ** 2 + row**2) / 2)
+    inner = (x[0, 0, 4:9, 4:9] * kernel).sum() / kernel.sum()
+    plain = torch.nn.functional.conv2d(
+        torch.nn.functional.pad(x[:1, :1], (2,) * 4, mode="replicate"), kernel[None, None] / kernel.sum()
+    )
+    torch.testing.assert_close(plain[0, 0, 6, 6], inner)
+    whitened = (plain - plain.mean()) / plain.std(correction=0) * x[0, 0].std(correction=0) + x[0, 0].mean()
+    torch.testing.assert_close(y[:1, :1], whitened)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", ["ddim", "euler"])
+def test_dilated_is_its_formula(tmp_path, prediction, name):
+    """Sub-map by sub-map, one image at a time, and mixed as estimates of the clean map."""
+    pipeline = make_sd(tmp_path, prediction=prediction)
+    scheduler = named_scheduler(name, pipeline.scheduler)
+    scheduler.set_timesteps(10)
+    begin, stride, step = 4, 3, 6
+    text = encode_prompts(pipeline, ["cat", "dog"])
+    guide = Guide(text, encode_nothing(pipeline)[torch.zeros(2, dtype=torch.long)], 3.0)
+    x = torch.randn(2, 4, 13, 20, generator=torch.Generator().manual_seed(0))
+    t = scheduler.timesteps[step]
+    config = LadderConfig(dilated=True, dilated_power=2.0, blur=1.5, blur_power=0.5)
+    with torch.no_grad():
+        plain = predict(pipeline.unet, x, t, guide, height=104, width=160)
+        dilated = Dilated(pipeline.unet, scheduler, guide, stride=stride, factor=8, begin=begin, config=config)
+        got = dilated(x, plain, step)
+        cosine = (1 + math.cos(math.pi * (step - begin) / (10 - begin))) / 2
+        blurred = gaussian_blur(x, 0.01 + 1.49 * cosine**0.5, 4 * stride - 3)
+        found = torch.zeros_like(x)
+        for row in range(2):
+            own = Guide(guide.text[[row]], guide.negative[[row]], 3.0)
+            for i in range(stride):
+                for j in range(stride):
+                    part = blurred[row : row + 1, :, i::stride, j::stride]
+                    size = {"height": part.shape[2] * 8, "width": part.shape[3] * 8}
+                    found[row : row + 1, :, i::stride, j::stride] = predict(pipeline.unet, part, t, own, **size)
+    alpha, sigma = noise_level(scheduler, step)
+    assert alpha**2 + sigma**2 == pytest.approx(1)
+
+    def clean(map_, predicted):
+        return {
+            "epsilon": lambda: (map_ - sigma * predicted) / alpha,
+            "v_prediction": lambda: alpha * map_ - sigma * predicted,
+            "sample": lambda: predicted,
+        }[prediction]()
+
+    c = cosine**2
+    expected = c * clean(blurred, found) + (1 - c) * clean(x, plain)
+    torch.testing.assert_close(clean(x, got), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got, plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("dilated", [False, True])
+def test_four_times_the_size(request, kind, dilated, tmp_path):
+    """All components, random weights, GSPN mounted, up to four times the sides of the training, not square."""
+    pipeline = request.getfixturevalue(kind)
+    adapter = make_adapter(pipeline)
+    side = 8 * pipeline.vae_scale_factor
+    found = sample(
+        pipeline, "a cat", adapter=adapter, output=tmp_path, width=side * 6, height=side * 8 // 3 // 8 * 8,
+        scheduler="euler_a", ladder=LadderConfig(dilated=dilated), steps=6, console=QUIET,
+    )  # fmt: skip
+    assert adapter.mounted_on is None
+    with Image.open(tmp_path / "00000.png") as image:
+        assert image.size == (side * 6, side * 8 // 3 // 8 * 8)
+        record = json.loads(image.text["gspn"])
+    assert len(record["stages"]) == 3 and record["stages"][-1]["width"] == side * 6
+    assert record["ladder"]["dilated"] is dilated and record["prompt"] == "a cat"
+    assert found.estimate.fits and len(found.estimate.stages) == 4
+    assert pixels(tmp_path / "00000.png").std() > 5
+    assert sorted(path.name for path in (tmp_path / "ladder").iterdir()) == [
+        "00000-stage1.safetensors", "00000-stage2.safetensors", "00000-stage3.safetensors", "settings.json",
+    ]  # fmt: skip
+
+
+def test_every_option_changes_the_image(sd, tmp_path):
+    changes = [
+        {}, {"skip_residual": False}, {"dilated": True}, {"upscale": "pixels"}, {"strengths": (0.9,)},
+        {"skip_power": 0.5}, {"dilated": True, "blur": 3.0}, {"dilated": True, "dilated_power": 5.0},
+    ]  # fmt: skip
+    found = []
+    for number, options in enumerate(changes):
+        ladder = LadderConfig(**{"strengths": (0.7,), **options})
+        sample(sd, "cat", output=tmp_path / str(number), width=128, height=128, **{**LADDER, "ladder": ladder})
+        found.append(pixels(tmp_path / str(number) / "00000.png"))
+    for i, one in enumerate(found):
+        assert all(np.abs(one - other).max() > 1 for other in found[:i])
+
+
+@pytest.mark.parametrize("scheduler", ["dpm++", "euler_a"])
+def test_goes_on_after_a_stop(sd, tmp_path, monkeypatch, scheduler):
+    options = {
+        **LADDER, "adapter": make_adapter(sd), "width": 256, "height": 128, "number": 3, "batch_size": 2,
+        "scheduler": scheduler,
+    }  # fmt: skip
+    sample(sd, "cat", output=tmp_path / "whole", **options)
+    whole, draw_stage, calls = drawing.denoise, drawing.Drawing._draw_stage, []
+
+    def stops(unet, chain, latents, *args, on_step, **kwargs):
+        def on_step_or_stop():
+            on_step()
+            calls.append(latents.shape[-1])
+            if len(calls) == 6 + 1:  # in the second stage, of two steps
+                raise KeyboardInterrupt
+
+        return whole(unet, chain, latents, *args, on_step=on_step_or_stop, **kwargs)
+
+    monkeypatch.setattr(drawing, "denoise", stops)
+    with pytest.raises(KeyboardInterrupt):
+        sample(sd, "cat", output=tmp_path / "stopped", **options)
+    monkeypatch.setattr(drawing, "denoise", whole)
+    assert options["adapter"].mounted_on is None
+    kept = sorted(path.name for path in (tmp_path / "stopped/ladder").glob("*.safetensors"))
+    assert kept == ["00000-stage1.safetensors", "00001-stage1.safetensors"]
+
+    stages = []
+
+    def counted(self, number, before, indices, *args):
+        stages.append((number, tuple(indices)))
+        return draw_stage(self, number, before, indices, *args)
+
+    monkeypatch.setattr(drawing.Drawing, "_draw_stage", counted)
+    found = sample(sd, "cat", output=tmp_path / "stopped", **options)
+    assert stages == [(1, (0, 1)), (2, (0, 1)), (0, (2,)), (1, (2,)), (2, (2,))]
+    assert found.drawn == 3
+    for name in ("00000", "00001", "00002"):
+        for path in (f"{name}.png", *(f"ladder/{name}-stage{stage}.safetensors" for stage in (1, 2, 3))):
+            assert (tmp_path / "whole" / path).read_bytes() == (tmp_path / "stopped" / path).read_bytes(), path
+
+    # Nothing is left to do; then what is damaged is made again, and no more than that.
+    stages.clear()
+    assert sample(sd, "cat", output=tmp_path / "stopped", **options).drawn == 0 and not stages
+    expected = (tmp_path / "stopped/00001.png").read_bytes()
+    (tmp_path / "stopped/00001.png").write_bytes(expected[:500])
+    content = bytearray((tmp_path / "stopped/ladder/00000-stage3.safetensors").read_bytes())
+    content[-5] ^= 1
+    (tmp_path / "stopped/ladder/00000-stage3.safetensors").write_bytes(content)
+    (tmp_path / "stopped/ladder/00001-stage2.safetensors").write_bytes(b"broken")
+    assert sample(sd, "cat", output=tmp_path / "stopped", **options).drawn == 1
+    assert stages == [(1, (0, 1)), (2, (0, 1))]
+    assert (tmp_path / "stopped/00001.png").read_bytes() == expected
+    stages.clear()
+    with Image.open(tmp_path / "stopped/00001.png") as image:
+        image.save(tmp_path / "stopped/00001.png", pnginfo=None)  # whole, and of no one knows what
+    assert sample(sd, "cat", output=tmp_path / "stopped", **options).drawn == 1 and not stages
+    assert (tmp_path / "stopped/00001.png").read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 7}, "steps=6, and this run has 7"),
+        ({"seed": 1}, "seed=0, and this run has 1"),
+        ({"width": 120}, "width=128, and this run has 120"),
+        ({"guidance": 2.0}, "guidance=5.0"),
+        ({"negative": "dog"}, "negative=None"),
+        ({"scheduler": "euler"}, "scheduler='DDIMScheduler'"),
+        ({"ladder": LadderConfig(strengths=(0.5,))}, "strengths="),
+        ({"ladder": LadderConfig(skip_residual=False)}, "skip_residual=True"),
+        ({"ladder": False}, "holds a ladder's images; give another output"),
+        ({"adapter": "other weights"}, "adapter=None"),
+        ({"pipeline": "other weights"}, "weights="),
+    ],
+)
+def test_other_settings_are_refused(sd, tmp_path, changes, message):
+    options = {**LADDER, "width": 128, "height": 64}
+    sample(sd, "cat", output=tmp_path / "images", **options)
+    pipeline, adapter = sd, None
+    if "adapter" in changes:
+        adapter = make_adapter(sd)
+    if changes.pop("pipeline", None):
+        pipeline = make_sd(tmp_path)
+        pipeline.unet.conv_in.weight.data += 1e-3
+    changes = {**options, **changes, "adapter": adapter}
+    with pytest.raises(UsageError, match=message):
+        sample(pipeline, "cat", output=tmp_path / "images", **changes)
+    with pytest.raises(UsageError, match="prompts="):
+        sample(sd, "dog", output=tmp_path / "images", **options)
+
+
+def test_retrained_adapters_are_noticed(sd, tmp_path):
+    options = {**LADDER, "width": 128, "height": 64, "output": tmp_path}
+    adapter = make_adapter(sd)
+    sample(sd, "cat", adapter=adapter, **options)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(1e-3)
+    with pytest.raises(UsageError, match="weights="):
+        sample(sd, "cat", adapter=adapter, **options)
+
+
+def test_damaged_settings(sd, tmp_path):
+    options = {**LADDER, "width": 128, "height": 64, "output": tmp_path}
+    sample(sd, "cat", **options)
+    (tmp_path / "ladder/settings.json").write_text("{")
+    with pytest.raises(UsageError, match="is damaged; remove"):
+        sample(sd, "cat", **options)

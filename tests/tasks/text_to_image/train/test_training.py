@@ -1,0 +1,116 @@
+"""Training a UNet: from nothing and further, and the pipeline that comes of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gspn.tasks.core.errors import UsageError
+from gspn.tasks.text_to_image import TextToImageConfig, load_pipeline, sample, train
+from tasks.classify.runs import assert_same, newest_state, rows
+from tasks.text_to_image.t2i_runs import make_folder, tiny_train
+from tasks.text_to_image.t2i_support import make_sd, make_vae
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """An autoencoder, text encoders and a data set."""
+    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("unet")
+    make_folder(place / "images")
+    make_vae(4).save_pretrained(place / "vae")
+    make_sd(place, factor=4).save_pretrained(place / "text")
+    return place
+
+
+@pytest.fixture(scope="module")
+def trained(place):
+    settings = ["schedule.epochs=30", "samples.every=30", "noise.objective=v_prediction"]
+    return train(tiny_train(place / "vae", place / "text", place / "images", place / "run", *settings))
+
+
+def test_it_learns_and_writes_a_pipeline(trained, place, tmp_path):
+    table = rows(trained.output)
+    assert float(table[-1]["train_loss"]) < 0.8 * float(table[0]["train_loss"])
+    assert [path.name for path in (trained.output / "samples").iterdir()] == ["epoch-00030.png"]
+    pipeline = load_pipeline(trained.output)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    state = newest_state(trained.output)
+    average = {key.removeprefix("average.module."): value for key, value in state.items() if "average" in key}
+    assert_same(pipeline.unet.state_dict(), average)
+    assert sample(str(trained.output), ["red", "blue"], output=tmp_path / "drawn", steps=2, device="cpu").drawn == 2
+
+
+def test_further_training_resumes_and_keeps_the_rest(trained, place, tmp_path):
+    config = TextToImageConfig.from_values(
+        {
+            "data": {"name": "folder", "root": str(place / "images"), "size": 32, "batch_size": 4, "workers": 0},
+            "model": {"pipeline": str(trained.output)},
+            "noise": {"objective": "v_prediction"},
+            "samples": {"every": 0},
+            "schedule": {"epochs": 2},
+            "ema": {"decay": None},
+            "run": {"trackers": [], "device": "cpu", "output": str(tmp_path / "further")},
+        }
+    )
+    first = train(config)
+    assert first.last.train_loss < float(rows(trained.output)[0]["train_loss"])
+    vae = "last/vae/diffusion_pytorch_model.safetensors"
+    assert_same(load_file(tmp_path / "further" / vae), load_file(trained.output / vae))
+    again = train(config, resume=True)
+    assert again.last == first.last
+    with pytest.raises(UsageError, match=r"noise\.objective"):
+        train(config.changed("noise.objective=epsilon", **{"run.output": tmp_path / "other"}))
+
+
+@pytest.mark.parametrize("kind", ["shift_factor", "latents_mean"])
+def test_what_is_learnt_is_what_is_decoded(kind, place, tmp_path, request):
+    """Latents as the UNet learns them, through the pipeline's own way back, are the images."""
+    from gspn.tasks.text_to_image.config import DataConfig
+    from gspn.tasks.text_to_image.data import encode_data
+    from gspn.tasks.text_to_image.decoding import to_latents
+
+    pipeline = request.getfixturevalue("sd" if kind == "shift_factor" else "sdxl")
+    told = {
+        "shift_factor": {"shift_factor": 0.5},
+        "latents_mean": {"latents_mean": [1.0] * 4, "latents_std": [3.0] * 4},
+    }
+    before = {key: pipeline.vae.config.get(key) for key in told[kind]}
+    pipeline.vae.register_to_config(**told[kind])
+    try:
+        data = DataConfig(name="folder", root=place / "images", size=32, batch_size=4, workers=0)
+        found = encode_data(data, pipeline, tmp_path / "cache", device="cpu")
+        mean = found.train.latents[3][0].chunk(2)[0][None]
+        start = found.start(torch.cat([mean, torch.zeros_like(mean)], dim=1))
+        from gspn.data import open_captions
+        from gspn.tasks.class_conditional.config import DataConfig as Images
+        from gspn.tasks.class_conditional.data import image_transform
+
+        image = open_captions("folder", "train", root=place / "images").image(3)
+        pixels = image_transform(Images(size=32), training=False)(image)[None]
+        assert torch.allclose(start, to_latents(pipeline, pixels), atol=5e-3)
+    finally:
+        pipeline.vae.register_to_config(**before)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.vae=null", "gspn t2i autoencoder"),
+        ("model.options.colour=red", "colour"),
+        ("model.pipeline=x", "leave model.vae"),
+        ("noise.beta_end=0.0001", "have to rise"),
+        ("noise.caption_dropout=2", "noise.caption_dropout"),
+        ("samples.steps=0", "samples.steps"),
+        ("optim.label_smoothing=0.1", "no labels"),
+    ],
+)
+def test_what_cannot_be_met(place, tmp_path, override, message):
+    with pytest.raises(UsageError, match=message):
+        train(tiny_train(place / "vae", place / "text", place / "images", tmp_path / "run", override))
+
+
+def test_presets():
+    for name in TextToImageConfig.preset_names():
+        assert isinstance(TextToImageConfig.load(name), TextToImageConfig) and TextToImageConfig.preset_title(name)
