@@ -9,7 +9,7 @@ import pytest
 import torch
 
 # Folders whose tests all run on one thread.
-_ON_ONE_THREAD = [
+_ON_ONE_THREAD = [Path(__file__).parent / name for name in ("diffusers", "nn", "tasks")]
     Path(__file__).parent / name
     for name in ("diffusers", "nn", "tasks/classify", "tasks/class_conditional", "tasks/diffusion")
 ]

@@ -8,8 +8,7 @@ import typer
 
 import gspn
 
-from . import bench, classify, t2i
-from . import class_conditional as generate
+from . import bench, class_conditional, classify, t2i
 from .explain import explain
 from .info import info
 from .models import models
