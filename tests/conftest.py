@@ -10,9 +10,6 @@ import torch
 
 # Folders whose tests all run on one thread.
 _ON_ONE_THREAD = [Path(__file__).parent / name for name in ("diffusers", "nn", "tasks")]
-    Path(__file__).parent / name
-    for name in ("diffusers", "nn", "tasks/classify", "tasks/class_conditional", "tasks/diffusion")
-]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
