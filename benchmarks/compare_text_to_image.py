@@ -73,7 +73,9 @@ def run(
     entries: Annotated[list[str] | None, typer.Option("--entry", metavar="NAME", help="Repeatable.")] = None,
 ) -> None:
     """Draw with both, and measure what they draw."""
-    from gspn.tasks.text_to_image import evaluate, load_adapter, load_pipeline, sample
+    from gspn.tasks.text_to_image.evaluate import evaluate
+    from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
+    from gspn.tasks.text_to_image.sample import sample
 
     console = Console()
     pipeline = load_pipeline(teacher)
@@ -213,7 +215,7 @@ def speed(
     from gspn.bench.timing import Candidate, time_interleaved
     from gspn.bench.unet import PassThrough
     from gspn.diffusers.mounting import self_attention_blocks
-    from gspn.tasks.text_to_image import load_adapter, load_pipeline
+    from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
 
     device = torch.device("cpu")
     whole = load_pipeline(teacher).unet.to(memory_format=torch.channels_last)
@@ -275,7 +277,8 @@ def starts(
     output: Annotated[Path | None, typer.Option(metavar="CSV", help="One row an epoch of each.")] = None,
 ) -> None:
     """Distil for a few epochs from nothing, from the attention's projections, from fitted gates, and layer by layer."""
-    from gspn.tasks.text_to_image import DistillConfig, distill
+    from gspn.tasks.text_to_image.config import DistillConfig
+    from gspn.tasks.text_to_image.distill import distill
 
     settings = {
         "random": ["model.initialize=random"],

@@ -26,8 +26,7 @@ import yaml
 
 import gspn
 from gspn.tasks.core.files import replaced_directory, write_text
-from gspn.tasks.text_to_image import load_adapter, load_pipeline, save_pipeline
-from gspn.tasks.text_to_image.pipelines import weights_directory
+from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline, save_pipeline, weights_directory
 
 PIPELINE, ADAPTER = "gspn_text_to_image.emoji64", "gspn_adapter.emoji64"
 MOST_BYTES = 12_000_000
@@ -180,7 +179,7 @@ gspn t2i sample "grinning cat" --model {PIPELINE} --adapter {ADAPTER} --steps 25
 ```
 
 ```python
-from gspn.tasks.text_to_image import load_adapter, load_pipeline
+from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
 
 pipeline = load_pipeline("{PIPELINE}")
 load_adapter("{ADAPTER}").mount(pipeline.unet)

@@ -32,8 +32,9 @@ from gspn.tasks.classify import evaluate, load_config, predict, train
 from gspn.tasks.classify.confusion import save_confusion
 from gspn.tasks.core.files import replaced
 from gspn.tasks.diffusion.image_grid import draw_sheet
-from gspn.tasks.text_to_image import LadderConfig, load_adapter, load_pipeline
-from gspn.tasks.text_to_image import sample as sample_text
+from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
+from gspn.tasks.text_to_image.sample import LadderConfig
+from gspn.tasks.text_to_image.sample import sample as sample_text
 
 EPOCHS = 4
 POINT = (305, 238)  # under the temple's eaves

@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from gspn.data import Emoji
 from gspn.tasks.core.errors import UsageError
-from gspn.tasks.text_to_image import load_adapter, load_pipeline, sample, shipped_adapters, shipped_pipelines
+from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline, shipped_adapters, shipped_pipelines
+from gspn.tasks.text_to_image.sample import sample
 
 PIPELINE, ADAPTER = "gspn_text_to_image.emoji64", "gspn_adapter.emoji64"
 PROMPTS = ["orange circle", "flag: Japan", "flag: Sweden", "red heart", "green book", "grinning face"]

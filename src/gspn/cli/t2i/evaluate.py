@@ -44,7 +44,7 @@ def evaluate(
     among all of the set.
     """
     with one_line_errors():
-        from gspn.tasks.text_to_image import evaluate as run
+        from gspn.tasks.text_to_image.evaluate import evaluate as run
 
         console = Console()
         rows = []

@@ -65,7 +65,7 @@ def train(
     Each option overrides --set, which overrides --config. Without --config, --resume takes the configuration of the
     run in --output. Starts in one process; for several GPUs start it with torchrun or accelerate launch.
     """
-    from gspn.tasks.text_to_image import TextToImageConfig
+    from gspn.tasks.text_to_image.config import TextToImageConfig
 
     flags = _shared(data, root, size, cache, output, epochs, batch_size, lr, seed, workers)
     flags |= {"model.pipeline": pipeline, "model.vae": vae}
@@ -99,7 +99,7 @@ def distill(
     Each option overrides --set, which overrides --config. Without --config, --resume takes the configuration of the
     run in --output. Starts in one process; for several GPUs start it with torchrun or accelerate launch.
     """
-    from gspn.tasks.text_to_image import DistillConfig
+    from gspn.tasks.text_to_image.config import DistillConfig
 
     flags = _shared(data, root, size, cache, output, epochs, batch_size, lr, seed, workers)
     flags |= {"teacher": teacher, "distillation.block_epochs": block_epochs}
@@ -176,10 +176,10 @@ def _start(
         if dry_run:
             typer.echo(write_yaml(given), nl=False)
             return
-        from gspn.tasks import autoencode, text_to_image
+        from gspn.tasks import autoencode
+        from gspn.tasks.text_to_image import distill, train
 
-        run = {"train": "train", "distill": "distill"}.get(name)
-        start = autoencode.train if run is None else getattr(text_to_image, run)
+        start = {"train": train.train, "distill": distill.distill}.get(name, autoencode.train)
         console = Console()
         try:
             result = start(given, resume=resume, console=console)
@@ -192,7 +192,7 @@ def _start(
 
 def _kinds() -> dict[str, type[Configuration]]:
     from gspn.tasks.autoencode import AutoencodeConfig
-    from gspn.tasks.text_to_image import DistillConfig, TextToImageConfig
+    from gspn.tasks.text_to_image.config import DistillConfig, TextToImageConfig
 
     return {"autoencoder": AutoencodeConfig, "train": TextToImageConfig, "distill": DistillConfig}
 

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from gspn.diffusers import GSPNAdapter
 from gspn.tasks.core.errors import UsageError
-from gspn.tasks.text_to_image import distill, load_adapter, load_pipeline, sample
 from gspn.tasks.text_to_image.config import DistillConfig
+from gspn.tasks.text_to_image.distill import distill
+from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
+from gspn.tasks.text_to_image.sample import sample
 from tasks.classify.processes import start_many
 from tasks.classify.runs import assert_same, newest_state, rows
 from tasks.text_to_image.t2i_runs import make_folder, start, tiny_distill

@@ -69,7 +69,8 @@ def test_the_same_text_again_is_one_candidate():
 @pytest.mark.skipif(any(importlib.util.find_spec(one) is None for one in NEEDS), reason=f"needs {' and '.join(NEEDS)}")
 def test_real_images_evaluated(sd, tmp_path):
     from gspn.data import Emoji
-    from gspn.tasks.text_to_image import evaluate, sample
+    from gspn.tasks.text_to_image.evaluate import evaluate
+    from gspn.tasks.text_to_image.sample import sample
 
     names = ["flag: Norway", "flag: Japan", "grinning face", "red heart"]
     emoji = Emoji("all")

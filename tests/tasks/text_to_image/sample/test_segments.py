@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gspn.tasks.text_to_image import LadderConfig, sample
 from gspn.tasks.text_to_image.conditioning import encode_prompts
+from gspn.tasks.text_to_image.sample import LadderConfig, sample
 from gspn.tasks.text_to_image.sample.segments import lines_of, restarting
 from tasks.text_to_image.t2i_support import make_adapter
 

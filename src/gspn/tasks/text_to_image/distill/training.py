@@ -95,7 +95,8 @@ def distill(config: DistillConfig, *, resume: bool = False, console: Console | N
         MissingExtraError: diffusers, accelerate or another package is not installed.
 
     Example:
-        >>> from gspn.tasks.text_to_image import DistillConfig, distill
+        >>> from gspn.tasks.text_to_image.config import DistillConfig
+        >>> from gspn.tasks.text_to_image.distill import distill
         >>> distill(DistillConfig.load("emoji64").changed("schedule.epochs=1"))  # doctest: +SKIP
     """
     require("accelerate", "timm", "torchvision", "safetensors", "yaml")

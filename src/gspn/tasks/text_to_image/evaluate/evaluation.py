@@ -98,7 +98,7 @@ def evaluate(
         MissingExtraError: a package is not installed.
 
     Example:
-        >>> from gspn.tasks.text_to_image import evaluate
+        >>> from gspn.tasks.text_to_image.evaluate import evaluate
         >>> evaluate("samples", "emoji:train").text.rank  # doctest: +SKIP
     """
     console = console or Console()

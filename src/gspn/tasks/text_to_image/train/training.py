@@ -62,7 +62,8 @@ def train(config: TextToImageConfig, *, resume: bool = False, console: Console |
         MissingExtraError: diffusers, accelerate or another package is not installed.
 
     Example:
-        >>> from gspn.tasks.text_to_image import TextToImageConfig, train
+        >>> from gspn.tasks.text_to_image.config import TextToImageConfig
+        >>> from gspn.tasks.text_to_image.train import train
         >>> train(TextToImageConfig.load("emoji64").changed("model.vae=runs/vae/last"))  # doctest: +SKIP
     """
     require("accelerate", "timm", "torchvision", "safetensors", "yaml")
