@@ -44,7 +44,7 @@ def test_confusions_add_up(evaluation):
     for i, row in enumerate(evaluation.confusion):
         assert evaluation.per_class[i] == pytest.approx(100 * row[i] / sum(row))
     assert evaluation.worst_classes(1)[0][1] == min(evaluation.per_class)
-    assert evaluation.images_per_second > 0 and evaluation.network_images_per_second > 0
+    assert evaluation.images_per_second > 0 and evaluation.model_images_per_second > 0
     assert evaluation.parameters > 0 and evaluation.peak_memory_mib > 0
 
 
@@ -61,7 +61,7 @@ def many_classes(count: int) -> Evaluation:
     return Evaluation(
         model="runs/some/best", data="sets", split="val", images=4 * count, top1=75.0, top5=100.0, loss=1.0,
         classes=tuple(f"class with the number {i}" for i in range(count)), per_class=(75.0,) * count,
-        confusion=confusion, images_per_second=1.0, network_images_per_second=1.0, peak_memory_mib=1.0, parameters=1,
+        confusion=confusion, images_per_second=1.0, model_images_per_second=1.0, peak_memory_mib=1.0, parameters=1,
         device="cpu", precision="fp32", batch_size=1,
     )  # fmt: skip
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from gspn.tasks.text_to_image.config import DistillConfig, TextToImageConfig
-from gspn.tasks.text_to_image.distill import distill
-from gspn.tasks.text_to_image.train import train
+from gspn.tasks.text_to_image.distill import DistillConfig, distill
+from gspn.tasks.text_to_image.train import TextToImageConfig, train
 
 SHARED: dict[str, Any] = {
     "data": {"name": "folder", "size": 32, "batch_size": 4, "encode_batch_size": 8, "workers": 0, "eval_split": "val"},

@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..core.errors import UsageError, require
+from ..core.errors import UsageError
 from ..core.loaders import EvalLoader, TrainLoader, class_names, open_data, seeded_loader, share_loader
 from ..diffusion.latents import LatentSet, open_latents, sampled
+from ..diffusion.transforms import image_transform
 from .config import DataConfig, GenerateConfig
 
 
@@ -55,11 +55,11 @@ def open_data_of(config: GenerateConfig, *, processes: int, process: int, pin: b
     if data.latents is not None:
         return _open_latents_of(config, data.latents, places)
     train = open_data(data.name, data.train_split, data.root, **data.options)
-    train.transform = image_transform(data, training=True)
+    train.transform = image_transform(data.size, data.channels, hflip=data.hflip)
     held_out = None
     if data.eval_split is not None:
         images = open_data(data.name, data.eval_split, data.root, **data.options)
-        images.transform = image_transform(data, training=False)
+        images.transform = image_transform(data.size, data.channels)
         held_out = share_loader(images, batch_size=data.batch_size, workers=data.workers, **places)
     return GenerateData(
         name=data.name,
@@ -146,26 +146,3 @@ def _check_alike(latents: LatentSet, train: LatentSet) -> None:
                 f"data.eval_split {str(latents.directory)!r} has another {what} than data.latents "
                 f"{str(train.directory)!r}; make both alike, or set data.eval_split=null."
             )
-
-
-def image_transform(data: DataConfig, *, training: bool) -> Any:
-    """From a PIL image to ``[channels, size, size]`` in [-1, 1]: the shorter side resized, the middle cut out."""
-    require("torchvision")
-    from torchvision import transforms
-
-    steps: list[Any] = [
-        transforms.Resize(data.size, transforms.InterpolationMode.BICUBIC, antialias=True),
-        transforms.CenterCrop(data.size),
-        transforms.Grayscale() if data.channels == 1 else transforms.Lambda(_coloured),
-    ]
-    if training and data.hflip:
-        steps.append(transforms.RandomHorizontalFlip(data.hflip))
-    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Lambda(_centred)])
-
-
-def _coloured(image: Any) -> Any:
-    return image.convert("RGB")
-
-
-def _centred(pixels: torch.Tensor) -> torch.Tensor:
-    return pixels * 2 - 1

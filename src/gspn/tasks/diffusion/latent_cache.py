@@ -13,14 +13,11 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from ..class_conditional.config import DataConfig
-from ..class_conditional.data import image_transform
 from ..core.config import flat, from_mapping, to_mapping
-from ..core.devices import make_accelerator
+from ..core.devices import distributed_context, make_accelerator
 from ..core.errors import UsageError, require
 from ..core.files import replaced, replaced_directory, write_text
 from ..core.loaders import class_names, open_data
-from ..core.loop import connected
 from ..core.progress import progress_bar
 from .autoencoder import config_of, load_autoencoder, pixels_per_latent, weights_digest
 from .latents import (
@@ -36,6 +33,7 @@ from .latents import (
     read_index,
 )
 from .shard_encoder import ShardEncoder
+from .transforms import image_transform
 
 # Of so many images, evenly spread, the names are kept: enough to know another folder by, at no cost.
 _NAMED = 64
@@ -201,11 +199,10 @@ def encode_data_set(
         shard_size=shard_size,
         shape=_latent_shape(autoencoder, record.size),
     )
-    images.transform = image_transform(
-        DataConfig(size=record.size, channels=autoencoder.config.in_channels), training=False
-    )
+    images.transform = image_transform(record.size, autoencoder.config.in_channels)
     work = _Caching(Path(output), asked, autoencoder, images, batch_size, workers, console or Console(), elsewhere)
-    return connected(lambda: work.run(precision, device))
+    with distributed_context():
+        return work.run(precision, device)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..class_conditional.config import DiffusionConfig
+from .config import DiffusionConfig
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(noisy ``[B, C, H, W]``, timestep ``[B]``, labels ``[B]``) to the prediction."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from ..class_conditional.config import DiffusionConfig
 from ..core.errors import UsageError, nearest, require
+from .config import DiffusionConfig
 
 SAMPLERS: dict[str, str] = {
     "ddpm": "DDPMScheduler",

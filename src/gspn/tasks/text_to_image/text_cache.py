@@ -24,10 +24,9 @@ from rich.console import Console
 from torch import Tensor
 
 from ..core.config import from_mapping, to_mapping
-from ..core.devices import make_accelerator
+from ..core.devices import distributed_context, make_accelerator
 from ..core.errors import UsageError, require
 from ..core.files import replaced, write_text
-from ..core.loop import connected
 from ..core.progress import progress_bar
 from ..diffusion.autoencoder import weights_digest
 from ..diffusion.latents import file_digest
@@ -150,9 +149,8 @@ def cache_text(
         rows=len(texts),
         shard_size=shard_size,
     )
-    return connected(
-        lambda: _cache(pipeline, texts, [len(some) for some in captions], directory, asked, device, console)
-    )
+    with distributed_context():
+        return _cache(pipeline, texts, [len(some) for some in captions], directory, asked, device, console)
 
 
 def _cache(
