@@ -21,7 +21,7 @@ from gspn.tasks.class_conditional.data import image_transform
 from gspn.tasks.core.errors import UsageError
 from gspn.tasks.diffusion.autoencoder import load_autoencoder, weights_digest
 from tasks.class_conditional.latent_runs import autoencoder, cache_mirrored, cached, files, start_caching
-from tasks.classify.processes import start_many
+from tasks.processes import start_many
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from gspn.tasks.core.errors import UsageError
-from gspn.tasks.text_to_image.config import TextToImageConfig
 from gspn.tasks.text_to_image.pipelines import load_pipeline
 from gspn.tasks.text_to_image.sample import sample
-from gspn.tasks.text_to_image.train import train
-from tasks.classify.runs import assert_same, newest_state, rows
+from gspn.tasks.text_to_image.train import TextToImageConfig, train
+from tasks.runs import assert_same, newest_state, rows
 from tasks.text_to_image.t2i_runs import make_folder, tiny_train
 from tasks.text_to_image.t2i_support import make_sd, make_vae
 
@@ -87,11 +86,10 @@ def test_what_is_learnt_is_what_is_decoded(kind, place, tmp_path, request):
         mean = found.train.latents[3][0].chunk(2)[0][None]
         start = found.start(torch.cat([mean, torch.zeros_like(mean)], dim=1))
         from gspn.data import open_captions
-        from gspn.tasks.class_conditional.config import DataConfig as Images
-        from gspn.tasks.class_conditional.data import image_transform
+        from gspn.tasks.diffusion.transforms import image_transform
 
         image = open_captions("folder", "train", root=place / "images").image(3)
-        pixels = image_transform(Images(size=32), training=False)(image)[None]
+        pixels = image_transform(32)(image)[None]
         assert torch.allclose(start, to_latents(pipeline, pixels), atol=5e-3)
     finally:
         pipeline.vae.register_to_config(**before)
