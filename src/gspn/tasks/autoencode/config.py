@@ -87,6 +87,8 @@ class AutoencodeConfig(Configuration):
     resolved: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.run.fsdp:
+            raise UsageError("FSDP is not supported for autoencoders; set run.fsdp=false (DDP).")
         super().__post_init__()
         data, model = self.data, self.model
         if not model.block_out_channels:
@@ -99,5 +101,3 @@ class AutoencodeConfig(Configuration):
                 )
         if data.crop is not None and data.crop > data.size:
             raise UsageError(f"data.crop is {data.crop} and data.size {data.size}; a crop cannot exceed its image.")
-        if self.run.fsdp:
-            raise UsageError("FSDP is not supported for autoencoders; set run.fsdp=false (DDP).")

@@ -89,6 +89,8 @@ class DistillConfig(Configuration):
     resolved: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.run.fsdp:
+            raise UsageError("FSDP is not supported for distillation; set run.fsdp=false (DDP).")
         super().__post_init__()
         model, loss = self.model, self.distillation
         if loss.noise == loss.teacher == loss.attention == 0:
@@ -112,5 +114,3 @@ class DistillConfig(Configuration):
             raise UsageError(
                 f"model.segment is {model.segment} and model.segments {model.segments}; set only one of them."
             )
-        if self.run.fsdp:
-            raise UsageError("FSDP is not supported for distillation; set run.fsdp=false (DDP).")
