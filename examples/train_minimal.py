@@ -1,6 +1,6 @@
 """A whole training run from top to bottom in plain PyTorch: a small GSPN classifier on handwritten digits.
 
-    python examples/train_minimal.py --epochs 6 --output runs/minimal.pt
+    python examples/train_minimal.py --epochs 4 --output runs/minimal.pt
 
 Each step stands here once, without the loop of ``gspn.tasks``. That loop adds what longer runs need: augmentation,
 exact resuming, several GPUs, mixed precision, trackers. See ``gspn classify train``.
@@ -45,7 +45,7 @@ def accuracy(model: nn.Module, data: DataLoader[tuple[Tensor, ...]]) -> float:
 def main(arguments: Sequence[str] | None = None) -> float:
     """Train, print a line per epoch, save the weights, and return the accuracy on unseen digits in percent."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=6, help="passes over the training images")
+    parser.add_argument("--epochs", type=int, default=4, help="passes over the training images")
     parser.add_argument("--size", type=int, default=16, help="height and width of the images in pixels")
     parser.add_argument("--batch-size", type=int, default=32, help="images per update")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")

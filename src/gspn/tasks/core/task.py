@@ -42,7 +42,7 @@ class Setup:
     """The held-out images, if there are any; broken ones among them are reported."""
     num_classes: int = 0
     resolved: Mapping[str, Any] = field(default_factory=dict)
-    """Further values that follow from the configuration; saved under ``resolved``. A resumed run has to have the same."""
+    """Further values that follow from the configuration; saved under ``resolved``. A resumed run must have the same."""
 
 
 @dataclass(frozen=True)
