@@ -11,7 +11,7 @@ from gspn.analysis import count_cost, gspn2d_macs
 from gspn.analysis.scans import find_scans, visit_scans
 from gspn.nn import GSPN2d
 
-# Millions of parameters, billions of multiply-adds at 224 x 224. Those of GSPN are counted from the authors' released
+# Millions of parameters, billions of multiply-adds at 224 x 224. Those of GSPN are counted from the authors' official
 # configurations; their paper (arXiv 2501.12381) says 30 / 5.3, 50 / 9.0 and 89 / 15.9, and the small one differs most.
 GSPN = {"gspn_tiny": (31.5, 5.3), "gspn_small": (50.8, 12.0), "gspn_base": (93.1, 15.9)}
 # Of GSPN-2 (arXiv 2512.07884) the paper's own: widths and depths are not published, and ours do no more than this.
@@ -25,7 +25,7 @@ def on_meta(name: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", GSPN)
-def test_the_sizes_of_gspn_are_those_of_the_released_configurations(name):
+def test_the_sizes_of_gspn_are_those_of_the_official_configurations(name):
     cost = count_cost(on_meta(name))
     params, macs = GSPN[name]
     assert cost.params / 1e6 == pytest.approx(params, rel=0.05)
@@ -52,7 +52,7 @@ def test_the_small_networks(name):
         {"groups": 1, "proxy_dim": 2},
         {"groups": 4, "segment": 2, "skip": False},
         {"directions": ("left", "up")},
-        {"alignment": "released"},
+        {"alignment": "official"},
     ],
 )
 def test_the_closed_form_is_the_count(options):

@@ -93,7 +93,7 @@ def test_errors_show_the_value(tmp_path):
     with pytest.raises(ValueError, match="one image"):
         explain(network(), torch.rand(1, 8, 9), (0, 0))
     with pytest.raises(ValueError, match="H == W"):
-        explain(network(scan={"alignment": "released"}), torch.rand(3, 8, 9), (0, 0))
+        explain(network(scan={"alignment": "official"}), torch.rand(3, 8, 9), (0, 0))
     with pytest.raises(ValueError, match="did you mean 'gspn_tiny'"):
         open_network("gspn_tiney")
     with pytest.raises(ValueError, match=r"imagenet99.*Leave the tag out"):

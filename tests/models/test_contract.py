@@ -348,7 +348,7 @@ def test_options_reach_the_scans(name) -> None:
             assert (scan.proxy_dim, scan.groups, scan.segment) == (3, 2, 3)
             assert (scan.skip_proj, scan.directions, scan.impl) == (None, ("up", "left"), "reference")
         assert model(image(16)).shape == (2, 7)
-    assert {scan.alignment for scan in scans(slim(name, alignment="released"))} == {"released"}
+    assert {scan.alignment for scan in scans(slim(name, alignment="official"))} == {"official"}
     # timm leaves out options that are None, so global scans and taps for each channel are asked for like this.
     model = slim(name, segment=(None,) * STAGES[name], scan=dict(groups=None))
     assert {(scan.segment, scan.groups == scan.dim) for scan in scans(model)} == {(None, True)}
@@ -379,12 +379,12 @@ def test_segments_by_stage_and_block() -> None:
     [
         (dict(window=7), TypeError, "window"),
         (dict(scan=dict(window=7)), ValueError, r"unknown options \['window'\].*proxy_dim"),
-        (dict(segment=(2, 2)), ValueError, r"2 entries for 3 stages; give one for each, or one for all"),
+        (dict(segment=(2, 2)), ValueError, r"2 entries for 3 stages; pass one for each, or one for all"),
         (dict(segment=(2, 2, (1, 2))), ValueError, r"2 entries for the 4 blocks of stage 2"),
         (dict(segment=0), ValueError, "segment=0"),
         (dict(dims=(8, 16)), ValueError, r"dims=\(8, 16\) and depths=\(1, 1, 4\).*one width"),
         (dict(dims=(), depths=()), ValueError, r"dims=\(\)"),
-        (dict(dims=(8, 8, 16)), ValueError, r"stages 0 and 1 have one width"),
+        (dict(dims=(8, 8, 16)), ValueError, r"stages 0 and 1 have the same width"),
         (dict(stem_stride=3), ValueError, r"stride=3.*by 2 or by 4"),
         (dict(groups=5), ValueError, r"groups=5 does not divide"),
         (dict(alignment="theirs"), ValueError, r"alignment='theirs'"),

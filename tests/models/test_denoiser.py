@@ -98,7 +98,7 @@ def test_a_scalar_timestep_and_labels_beyond_the_classes():
 def test_models_without_classes():
     model, noisy = small(num_class_embeds=None), torch.randn(1, 3, 4, 4)
     assert model(noisy, timestep=3).sample.shape == noisy.shape
-    with pytest.raises(ValueError, match="without classes"):
+    with pytest.raises(ValueError, match="no classes"):
         model(noisy, timestep=3, class_labels=torch.tensor([0]))
     with pytest.raises(ValueError, match="class_dropout_prob=0"):
         small(class_dropout_prob=0.0)(noisy, timestep=3)
@@ -163,9 +163,9 @@ def test_options_are_checked(options):
 
 
 def test_options_reach_the_scans():
-    model = small(scan={"groups": 1, "segment": 2, "skip": True, "alignment": "released"}, proxy_dim=3)
+    model = small(scan={"groups": 1, "segment": 2, "skip": True, "alignment": "official"}, proxy_dim=3)
     mixer = model.blocks[2].mixer
-    assert (mixer.groups, mixer.segment, mixer.alignment, mixer.proxy_dim) == (1, 2, "released", 3)
+    assert (mixer.groups, mixer.segment, mixer.alignment, mixer.proxy_dim) == (1, 2, "official", 3)
     assert mixer.skip_proj is not None
 
 

@@ -94,7 +94,7 @@ def gspn2d_macs(module: GSPN2d, height: int, width: int) -> int:
         \underbrace{C S}_{\text{proxy}} + D \bigl( \underbrace{3 G S}_{\text{taps}} + \underbrace{2 C S}_{\lambda, u}
         + \underbrace{4 C}_{\text{scan}} \bigr) + \underbrace{C S}_{\text{skip}}
 
-    linear in the number of pixels, whatever the segment. With ``alignment="released"`` the skip is projected for each
+    linear in the number of pixels, whatever the segment. With ``alignment="official"`` the skip is projected for each
     direction.
 
     Args:
@@ -113,6 +113,6 @@ def gspn2d_macs(module: GSPN2d, height: int, width: int) -> int:
     """
     options: Any = module
     channels, proxy, groups, directions = options.dim, options.proxy_dim, options.groups, len(options.directions)
-    skips = 0 if options.skip_proj is None else directions if options.alignment == "released" else 1
+    skips = 0 if options.skip_proj is None else directions if options.alignment == "official" else 1
     pixel = channels * proxy + directions * (3 * groups * proxy + 2 * channels * proxy + 4 * channels)
     return (pixel + skips * channels * proxy) * height * width

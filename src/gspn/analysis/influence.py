@@ -195,8 +195,8 @@ def _check(module: GSPN2d, x: Tensor, query: tuple[int, int]) -> None:
         raise ValueError(f"{x.shape=}: pass the input of one image, [1, {module.dim}, H, W].")
     if not (0 <= query[0] < x.shape[2] and 0 <= query[1] < x.shape[3]):
         raise ValueError(f"{query=} lies outside the map of {x.shape[2]} x {x.shape[3]}; it is (row, column), from 0.")
-    if module.alignment == "released" and x.shape[2] != x.shape[3]:
-        raise ValueError(f"{x.shape=}: alignment='released' needs H == W.")
+    if module.alignment == "official" and x.shape[2] != x.shape[3]:
+        raise ValueError(f"{x.shape=}: alignment='official' needs H == W.")
 
 
 def _one_pixel(map_: Tensor, query: tuple[int, int]) -> Tensor:

@@ -23,7 +23,7 @@ class Scan:
     direction: Direction
     """The module's name of it."""
     along: Direction
-    """The direction in which ``line_scan`` runs; differs from ``direction`` with ``alignment="released"`` alone."""
+    """The direction in which ``line_scan`` runs; differs from ``direction`` with ``alignment="official"`` alone."""
     taps: Tensor
     """``[B, G, 3, H, W]``."""
     lam: Tensor
@@ -67,7 +67,7 @@ def _scans_of(module: Any, x: Tensor) -> Iterator[Scan]:
     wide = torch.promote_types(x.dtype, torch.float32)
     proxy = module.proxy(x)
     for d, direction in enumerate(module.directions):
-        along: Direction = "right" if module.alignment == "released" else direction
+        along: Direction = "right" if module.alignment == "official" else direction
         logits = project_taps(proxy, module.tap_proj[d])
         merge = module.merge[d].to(wide)
         yield Scan(
