@@ -380,7 +380,7 @@ def test_segments_by_stage_and_block() -> None:
         (dict(window=7), TypeError, "window"),
         (dict(scan=dict(window=7)), ValueError, r"unknown options \['window'\].*proxy_dim"),
         (dict(segment=(2, 2)), ValueError, r"2 entries for 3 stages; pass one for each, or one for all"),
-        (dict(segment=(2, 2, (1, 2))), ValueError, r"2 entries for the 4 blocks of stage 2"),
+        (dict(segment=(2, 2, (1, 2))), ValueError, r"2 entries for 4 blocks in stage 2"),
         (dict(segment=0), ValueError, "segment=0"),
         (dict(dims=(8, 16)), ValueError, r"dims=\(8, 16\) and depths=\(1, 1, 4\).*one width"),
         (dict(dims=(), depths=()), ValueError, r"dims=\(\)"),
