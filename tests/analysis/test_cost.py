@@ -41,7 +41,7 @@ def test_the_sizes_of_gspn2_are_the_papers(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_small_networks(name):
+def test_the_small_models(name):
     assert count_cost(on_meta(name)).params / 1e6 == pytest.approx(SMALL[name], rel=0.1)
 
 
@@ -61,7 +61,7 @@ def test_the_closed_form_is_the_count(options):
     assert count_cost(module, (12, height, width)).macs == gspn2d_macs(module, height, width)
 
 
-def test_the_closed_form_is_the_count_inside_a_network():
+def test_the_closed_form_is_the_count_inside_a_model():
     model = timm.create_model("gspn_pico")
     cost = count_cost(model, (3, 37, 50))
     sizes = {}
@@ -72,7 +72,7 @@ def test_the_closed_form_is_the_count_inside_a_network():
     assert sum(cost.by_module[part] for part in parts) == cost.macs
 
 
-def test_the_network_stays_as_it_is():
+def test_the_model_stays_as_it_is():
     model = timm.create_model("gspn_pico").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     count_cost(model)
@@ -108,7 +108,7 @@ def test_fvcore_counts_the_same():
 
 
 def test_the_size_must_be_known():
-    with pytest.raises(ValueError, match="GSPN2d states no input size"):
+    with pytest.raises(ValueError, match="GSPN2d has no input size"):
         count_cost(GSPN2d(4))
     with pytest.raises(ValueError, match=r"input_size=\(4, 4\)"):
         count_cost(GSPN2d(4), (4, 4))

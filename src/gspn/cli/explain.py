@@ -62,10 +62,10 @@ def explain(
     where = (width // 2, height // 2) if point is None else _point(point, width, height)
 
     from gspn.analysis.explain import explain as run
-    from gspn.analysis.networks import open_network
+    from gspn.analysis.loading import load_model
 
     try:
-        network = open_network(model, seed=seed)
+        network = load_model(model, seed=seed)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from None
     except OSError as error:
@@ -82,7 +82,7 @@ def explain(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
-    console.print(_table(explanation.stability, explanation.found.name, f"{network.name} on {image.name}"))
+    console.print(_table(explanation.stability, explanation.affinity.name, f"{network.name} on {image.name}"))
     if output is not None:
         from gspn._figures import save_figure
         from gspn.analysis.drawing import draw_explanation
