@@ -16,7 +16,7 @@ from timm.models import load_checkpoint
 
 from gspn.models import GSPN
 from gspn.models.official_checkpoint import checkpoint_filter_fn
-from official_support import random_official_state, official_logits, official_shapes
+from official_support import official_logits, official_shapes, random_official_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
