@@ -13,10 +13,10 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
+from ..._files import replaced, replaced_directory, write_text
 from ..core.config import flat, from_mapping, to_mapping
 from ..core.devices import distributed_context, make_accelerator
 from ..core.errors import UsageError, require
-from ..core.files import replaced, replaced_directory, write_text
 from ..core.loaders import class_names, open_data
 from ..core.progress import progress_bar
 from .autoencoder import config_of, load_autoencoder, pixels_per_latent, weights_digest
