@@ -185,7 +185,7 @@ class _DistillRun(CaptionRun):
         for some in picked.split(_FITTED_AT_ONCE):
             posterior, places = zip(*(latents[i] for i in some.tolist()), strict=True)
             start = to_device(torch.stack(posterior), device, config.model.channels_last)
-            rows = text.drawn(torch.tensor(places), config.distillation.caption_dropout)
+            rows = text.sample_rows(torch.tensor(places), config.distillation.caption_dropout)
             noisy, t, _ = self._noised(self.data.start(start))
             yield noisy, t, read_text(text, rows, device)
 
