@@ -123,7 +123,8 @@ def sample(
         seed=seed,
         steps=steps,
         guidance=guidance,
-        size=tuple(pipeline.default_size if side is None else side for side in (height, width)),
+        height=height,
+        width=width,
         model=Path(model).name if Path(model).is_dir() else str(model),
     )
     directory = Path(output)
@@ -157,10 +158,12 @@ def sample_records(
     seed: int,
     steps: int,
     guidance: float,
-    size: tuple[int, int],
+    height: int | None = None,
+    width: int | None = None,
     model: str = "",
 ) -> tuple[SampleRecord, ...]:
-    """The records of images to sample: classes taken in turn, ``total`` images of height and width ``size``."""
+    """The records of ``total`` images to sample, with classes taken in turn; by default of the training's size."""
+    side = pipeline.default_size
     names = {number: name for name, number in pipeline.labels.items()}
     return tuple(
         SampleRecord(
@@ -171,8 +174,8 @@ def sample_records(
             scheduler=type(pipeline.scheduler).__name__,
             steps=steps,
             guidance=guidance,
-            height=size[0],
-            width=size[1],
+            height=side if height is None else height,
+            width=side if width is None else width,
             model=model,
         )
         for i in range(total)

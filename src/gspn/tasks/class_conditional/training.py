@@ -195,7 +195,6 @@ class _GeneratorRun(TrainingRun[GeneratorRow, Position]):
             seed=self.config.run.seed,
             steps=samples.steps,
             guidance=samples.guidance,
-            size=(pipeline.default_size, pipeline.default_size),
         )
         images: list[Any] = []
         size = self.config.data.batch_size

@@ -24,9 +24,10 @@ def digest(parts: Iterable[Any]) -> str:
     found = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
-            found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        else:
-            found.update(part if isinstance(part, bytes) else json.dumps(part).encode())
+            part = memoryview(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif not isinstance(part, bytes):
+            part = json.dumps(part).encode()
+        found.update(part)
     return found.hexdigest()
 
 

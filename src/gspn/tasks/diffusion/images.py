@@ -56,17 +56,11 @@ def save_png(path: Path, image: Image.Image, record: ImageRecord | None = None) 
         image.save(part, format="PNG", pnginfo=info)
 
 
-def read_record(path: Path, *, whole: bool = False) -> dict[str, Any]:
-    """The record of a PNG; empty if there is none.
-
-    Args:
-        path: Of any file.
-        whole: Read the pixels too, so that a damaged file has no record.
-    """
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of a PNG; empty if there is none, or the file is damaged."""
     try:
         with Image.open(path) as image:
-            if whole:
-                image.load()
+            image.load()
             record = json.loads(getattr(image, "text", {}).get(METADATA, "{}"))
     except (OSError, ValueError, SyntaxError):  # Pillow's errors for damaged files
         return {}
@@ -75,7 +69,7 @@ def read_record(path: Path, *, whole: bool = False) -> dict[str, Any]:
 
 def is_sampled(directory: Path, record: ImageRecord) -> bool:
     """Whether the image of a record is in the directory, whole."""
-    return read_record(record.path(directory), whole=True) == json.loads(json.dumps(asdict(record)))
+    return read_record(record.path(directory)) == json.loads(json.dumps(asdict(record)))
 
 
 # --- Sets of images ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.errors import MissingExtraError, UsageError, require
 from ..core.loaders import EvalLoader, TrainLoader, seeded_loader, share_loader
-from ..diffusion.latent_cache import encode_images, images_record
+from ..diffusion.latent_cache import cache_latents
 from ..diffusion.latents import LatentSet, open_latents, sample_posterior
 from .conditioning import Conditioning
 from .config import DataConfig
@@ -122,18 +122,20 @@ def _encode_split(
     data: DataConfig, split: str, pipeline: Any, directory: Path, device: str, console: Console | None
 ) -> EncodedSplit:
     images = open_captioned(data.name, split, data.root, **data.options)
-    encode_images(
+    cache_latents(
         pipeline.vae,
-        images,
-        images_record(images, data.name, split, data.options, data.size),
+        data=data.name,
+        split=split,
+        images=images,
         output=directory / "latents",
-        source="vae",
+        size=data.size,
         hflip=data.hflip > 0,
         batch_size=data.encode_batch_size,
         device=device,
         workers=data.workers,
         console=console,
         option="data.cache",
+        **data.options,
     )
     captions = [images.captions(i) for i in range(len(images))]
     text = cache_text(pipeline, captions, directory / "text", device=device, console=console)

@@ -87,7 +87,6 @@ def test_what_is_learnt_is_what_is_decoded(kind, place, tmp_path, request):
         mean = found.train.latents[3][0].chunk(2)[0][None]
         start = found.start(torch.cat([mean, torch.zeros_like(mean)], dim=1))
         from gspn.data import open_captions
-        from gspn.tasks.class_conditional.config import DataConfig as Images
         from gspn.tasks.diffusion.transforms import image_transform
 
         image = open_captions("folder", "train", root=place / "images").image(3)
