@@ -92,10 +92,10 @@ def test_guidance_is_what_it_says():
     found = pipeline(class_dropout_prob=0.1)
     found.scheduler.set_timesteps(10)
     x, labels, t = torch.randn(2, 3, 8, 8), torch.tensor([0, 2]), torch.tensor(50)
-    given, free = found._predict(x, t, labels, 1.0), found._predict(x, t, labels, 0.0)
+    conditional, free = found._predict(x, t, labels, 1.0), found._predict(x, t, labels, 0.0)
     guided = found._predict(x, t, labels, 3.0)
-    torch.testing.assert_close(guided[:, :3], free[:, :3] + 3 * (given[:, :3] - free[:, :3]))
-    torch.testing.assert_close(guided[:, 3:], given[:, 3:])
+    torch.testing.assert_close(guided[:, :3], free[:, :3] + 3 * (conditional[:, :3] - free[:, :3]))
+    torch.testing.assert_close(guided[:, 3:], conditional[:, 3:])
     model = found.transformer
     torch.testing.assert_close(free, model(x, t, torch.tensor([3, 3])).sample)
 

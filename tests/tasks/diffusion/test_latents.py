@@ -1,4 +1,4 @@
-"""Cached latents: what is written, again after a kill, and what is refused."""
+"""Cached latents: what is written, written again after a kill, and refused."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def test_they_are_the_posteriors_of_the_images(vae, whole):
     assert len(latents) == len(images) == whole.index.images and not whole.broken
     assert whole.index.shape == (4, 4, 4) and whole.index.data.classes == [str(i) for i in range(10)]
     assert [shard.dtype for shard in whole.index.shards] == ["float16"] * len(whole.index.shards)
-    network = load_autoencoder(vae)
+    model = load_autoencoder(vae)
     for i in (0, 249, 250, len(images) - 1):
         image, label = images[i]
         for hflip, view in ((0.0, image), (1.0, image.flip(-1))):
             latents.hflip = hflip
-            posterior = network.encode(view[None]).latent_dist
+            posterior = model.encode(view[None]).latent_dist
             stored, own = latents[i]
             assert own == label and stored.dtype == torch.float32
             expected = torch.cat([posterior.mean, posterior.std], dim=1)[0]
             torch.testing.assert_close(stored, expected, rtol=2**-10, atol=2**-14)
 
 
-def test_the_mirror_image_is_drawn_from_pythons_generator(whole):
+def test_the_mirror_image_is_sampled_by_pythons_generator(whole):
     latents = open_latents(whole.directory)
     latents.hflip = 0.5
     plain, mirrored = (load_file(whole.directory / "latents-00000.safetensors")["mean"][3, view] for view in (0, 1))
@@ -115,7 +115,7 @@ def test_damaged_labels_are_named_and_encoded_again(vae, whole, copy):
     assert files(copy) == files(whole.directory)
 
 
-def test_a_damaged_autoencoder_is_named_and_copied_anew(vae, whole, copy):
+def test_a_damaged_autoencoder_is_named_and_copied_again(vae, whole, copy):
     weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     save_file({name: value + 1 for name, value in tensors.items()}, weights)
@@ -136,12 +136,12 @@ def test_a_damaged_autoencoder_is_named_and_copied_anew(vae, whole, copy):
         ({"data": "mnist5k"}, r"data\.name is 'mnist5k'"),
     ],
 )
-def test_other_arguments_do_not_go_on(vae, whole, options, message):
+def test_other_arguments_are_refused(vae, whole, options, message):
     with pytest.raises(UsageError, match=message):
         cached(vae, whole.directory, **{"hflip": True, **options})
 
 
-def test_another_autoencoder_does_not_go_on_and_the_same_elsewhere_does(vae, whole, tmp_path):
+def test_another_autoencoder_is_refused_and_the_same_elsewhere_is_not(vae, whole, tmp_path):
     shutil.copytree(vae, tmp_path / "pipeline" / "vae")
     before = files(whole.directory)
     assert cached(tmp_path / "pipeline", whole.directory, hflip=True).made == 0
@@ -244,17 +244,17 @@ def test_grey_autoencoders_take_grey_images(tmp_path):
 
 
 def test_a_digest_is_of_names_and_numbers(vae):
-    network = load_autoencoder(vae)
-    digest = weights_digest(network)
+    model = load_autoencoder(vae)
+    digest = weights_digest(model)
     assert digest == weights_digest(autoencoder())
     with torch.no_grad():
-        network.encoder.conv_in.bias[0] += 1e-6
-    assert weights_digest(network) != digest
+        model.encoder.conv_in.bias[0] += 1e-6
+    assert weights_digest(model) != digest
 
 
 def test_the_command(vae, tmp_path):
     run, output = CliRunner().invoke, str(tmp_path / "out")
-    given = [
+    arguments = [
         "class-conditional",
         "latents",
         "--vae",
@@ -267,11 +267,11 @@ def test_the_command(vae, tmp_path):
         output,
     ]
     further = ["--size", "8", "--shard-size", "200", "--workers", "0", "--device", "cpu"]
-    result = run(app, [*given, *further])
+    result = run(app, [*arguments, *further])
     assert result.exit_code == 0, result.output
     assert "latents of 4 x 4 x 4" in result.output and "(2 of 2 files" in result.output
-    result = run(app, [*given, *further])
+    result = run(app, [*arguments, *further])
     assert result.exit_code == 0 and "(0 of 2 files" in result.output
-    result = run(app, [*given, *further, "--hflip"])
+    result = run(app, [*arguments, *further, "--hflip"])
     assert result.exit_code == 2 and "hflip" in result.output
     assert json.loads((tmp_path / "out" / "index.json").read_text())["data"]["split"] == "val"

@@ -89,8 +89,8 @@ def test_damaged_files_are_made_again_and_others_refused(sd, tmp_path, monkeypat
 
 def test_what_a_unet_is_told(sd, sdxl):
     text = encode_prompts(sdxl, ["red", "blue"])
-    given = unet_arguments(sdxl.unet, text, 24, 40)
-    assert given["added_cond_kwargs"]["time_ids"].tolist() == [[24, 40, 0, 0, 24, 40]] * 2
+    arguments = unet_arguments(sdxl.unet, text, 24, 40)
+    assert arguments["added_cond_kwargs"]["time_ids"].tolist() == [[24, 40, 0, 0, 24, 40]] * 2
     with pytest.raises(UsageError, match="pooled"):
         unet_arguments(sdxl.unet, Conditioning(text.states), 24, 40)
     assert list(unet_arguments(sd.unet, text, 24, 40)) == ["encoder_hidden_states"]

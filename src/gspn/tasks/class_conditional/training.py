@@ -188,14 +188,8 @@ class _GeneratorRun(TrainingRun[GeneratorRow, Position]):
         pipeline.scheduler = named_scheduler(samples.sampler, self.scheduler_of_noise)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(self.accelerator.device)
-        records = sample_records(
-            pipeline,
-            labels,
-            shown * samples.columns,
-            seed=self.config.run.seed,
-            steps=samples.steps,
-            guidance=samples.guidance,
-        )
+        common = {"seed": self.config.run.seed, "steps": samples.steps, "guidance": samples.guidance, "model": ""}
+        records = sample_records(pipeline, labels, shown * samples.columns, **common)
         images: list[Any] = []
         size = self.config.data.batch_size
         with self.accelerator.autocast():

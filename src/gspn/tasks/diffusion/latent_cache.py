@@ -154,7 +154,7 @@ def cache_latents(
                 autoencoder.save_pretrained(part, safe_serialization=True)
 
     encoder = _Encoder(request, autoencoder, images, batch_size, workers)
-    # The same autoencoder may lie elsewhere.
+    # The same autoencoder may be in another directory.
     writer = CacheWriter(directory, request, encoder.encode, "encoding", option, ("vae.source",), save_autoencoder)
     index, made, is_main = writer.write(precision=precision, device=device, console=console or Console())
     broken = tuple(name for shard in index.shards for name in shard.broken)
@@ -195,7 +195,7 @@ class _Encoder:
         safe = require("gspn.data").SkipBroken(self.images, training=False)
         loaded = iter(make_loader(safe, order, self.workers, accelerator.device.type == "cuda"))
         for number, parts in zip(numbers, batches, strict=True):
-            found: list[dict[str, Tensor]] = []
+            encoded: list[dict[str, Tensor]] = []
             broken: list[str] = []
             for rows in parts:
                 pixels, labels, unread = self._next(loaded)
@@ -203,10 +203,10 @@ class _Encoder:
                 mean, std = self._posteriors(pixels, accelerator)  # [B, V, C, h, w] each
                 batch = {"mean": mean, "std": std, "label": labels, "index": torch.tensor(rows)}
                 # An unread image is replaced by another one, which has a row of its own.
-                found.append({name: value[unread < 0] for name, value in batch.items()})
-                self._check(found[-1])
+                encoded.append({name: value[unread < 0] for name, value in batch.items()})
+                self._check(encoded[-1])
                 advance(len(rows))
-            yield number, {name: torch.cat([part[name] for part in found]) for name in found[0]}, broken
+            yield number, {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}, broken
 
     def _next(self, loaded: Iterator[Any]) -> Any:
         try:

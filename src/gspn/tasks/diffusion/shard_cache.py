@@ -96,21 +96,18 @@ class CacheIndex:
         path = directory / INDEX
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            version = values["format"]
-            values = cls.converted(values) if version == 1 else values
+            if values["format"] == 1:
+                values = cls.converted(values)
+            elif values["format"] != FORMAT:
+                raise UsageError(
+                    f"it has format {values['format']!r}, and this version of gspn reads 1 to {FORMAT}; remove the "
+                    "directory and encode the data again"
+                )
+            return from_mapping(cls, values)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{str(path)!r} cannot be read as an index of {cls.NAME}: {error!r}.") from None
-        if version not in (1, FORMAT):
-            raise UsageError(
-                f"{str(path)!r} has format {version!r}, and this version of gspn reads 1 to {FORMAT}; remove the "
-                "directory and encode the data again."
-            )
-        try:
-            return from_mapping(cls, values)
-        except UsageError as error:
-            raise UsageError(f"{str(path)!r}: {error}") from None
+            raise UsageError(f"{str(path)!r} cannot be read as an index of {cls.NAME}: {error}.") from None
 
 
 Index = TypeVar("Index", bound=CacheIndex)
@@ -167,10 +164,10 @@ class ShardReader(Generic[Index]):
                 size = (self.directory / shard.file).stat().st_size
                 if size != (shard.bytes or size):
                     raise self.damaged(number, f"has {size:,} bytes and not {shard.bytes:,}")
-                found = {name: self.opened(number).get_slice(name).get_shape() for name in shapes}
+                actual = {name: self.opened(number).get_slice(name).get_shape() for name in shapes}
             except (OSError, SafetensorError) as error:
                 raise self.damaged(number, f"cannot be read ({error})") from None
-            if found != {name: [shard.rows, *shape] for name, shape in shapes.items()}:
+            if actual != {name: [shard.rows, *shape] for name, shape in shapes.items()}:
                 raise self.damaged(number)
             if checksums and not shard.is_whole(self.directory):
                 raise self.damaged(number, "does not have its checksum")
