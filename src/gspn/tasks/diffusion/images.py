@@ -211,7 +211,7 @@ def _from_folder(path: Path, size: tuple[int, int] | None, limit: int | None) ->
     folders = sorted({file.parent.name for file in files if file.parent != path})
 
     def read(file: Path) -> tuple[Image.Image, int]:
-        label = read_record(file).get("label")
+        label = read_record(file).get("label") if file.suffix.lower() == ".png" else None
         if not isinstance(label, int) or isinstance(label, bool):
             label = -1 if file.parent == path else folders.index(file.parent.name)
         return data.load_image(file), label
