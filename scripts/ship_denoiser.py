@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 import gspn
 import gspn.diffusers
+from gspn.cli.class_conditional.evaluate import load_classifier
 from gspn.tasks.class_conditional import Evaluation, evaluate, load_pipeline, sample
 from gspn.tasks.core.files import replaced_directory
 
@@ -69,7 +70,7 @@ def main(
             drawn,
             f"{data}:{config['data']['train_split']}",
             features="lite0",
-            classifier=classifier,
+            classifier=load_classifier(classifier),
             neighbours=drawn / "neighbours.png",
         )
     floor = evaluate(
