@@ -22,10 +22,9 @@ from rich.console import Console
 from torch import Tensor
 
 from ..core.config import flat, from_mapping, to_mapping
-from ..core.devices import make_accelerator
+from ..core.devices import distributed_context, make_accelerator
 from ..core.errors import UsageError, require
 from ..core.files import replaced, write_text
-from ..core.loop import connected
 from ..core.progress import progress_bar
 from .digests import file_digest
 
@@ -219,7 +218,8 @@ class CacheWriter(Generic[Index]):
         Raises:
             UsageError: The directory belongs to another request or holds something else, or nothing can be read.
         """
-        return connected(lambda: self._write(make_accelerator(precision=precision, device=device), console))
+        with distributed_context():
+            return self._write(make_accelerator(precision=precision, device=device), console)
 
     def _write(self, accelerator: Any, console: Console | None) -> tuple[Index, int, bool]:
         main = accelerator.is_main_process
