@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Console
 
 from ...core.errors import UsageError
+from ...core.loaders import open_data
 from ...diffusion.evaluation import ImageMetrics, compare_images
 from ...diffusion.images import ImageSet, open_images, read_images, read_record
-from ..data import open_captioned
 from .text_scores import TextScorer, TextScores, embed_sentences
 
 
@@ -77,7 +77,7 @@ def evaluate(
     scorer = TextScorer(embed_sentences([text for _, text in pairs]), real.pooled[[i for i, _ in pairs]])
     further = None
     if distractors is not None:
-        other = open_captioned(reference.rpartition(":")[0], distractors, None if root is None else Path(root))
+        other = open_data(reference.rpartition(":")[0], distractors, root, captions=True)
         further = embed_sentences([other.captions(i)[0] for i in range(len(other))])
     text = scorer.score(fake.pooled, embed_sentences(prompts), further)
     places = {some[0]: i for i, some in enumerate(captions)}
@@ -105,7 +105,7 @@ def _captioned(source: str, root: str | Path | None, size: tuple[int, int]) -> t
     name, _, split = source.rpartition(":")
     if not name:
         raise UsageError(f"{source!r} is not a data set with its split; name one as emoji:train.")
-    images = open_captioned(name, split, None if root is None else Path(root))
+    images = open_data(name, split, root, captions=True)
     items = [(images.filename(i), i) for i in range(len(images))]
     found, kept = read_images(source, items, lambda i: (images.image(i), -1), size)
     return found, [images.captions(i) for i in kept]
