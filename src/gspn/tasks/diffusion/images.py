@@ -170,6 +170,7 @@ def read_images(
         except (data.BrokenImageError, OSError) as error:
             broken.append(f"{own}: {error}")
             continue
+        image = image.convert("RGB")
         height, width = size or (tuple(tensors[0].shape[1:]) if tensors else (image.height, image.width))
         if (image.height, image.width) != (height, width):
             if size is None:
@@ -178,7 +179,7 @@ def read_images(
                     "a set have one size."
                 )
             image = _resized(image, height, width)
-        tensors.append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+        tensors.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         labels.append(int(label))
         names.append(own)
         kept.append(item)
