@@ -17,6 +17,7 @@ from ..core.sections import (
     RunConfig,
     ScheduleConfig,
 )
+from ..diffusion.autoencoder import vae_scale_factor
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class ModelConfig(ModelExecution):
     @property
     def factor(self) -> int:
         """Pixels per latent, along a side."""
-        return 2 ** (len(self.block_out_channels) - 1)
+        return vae_scale_factor(self.block_out_channels)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a generative model learns from: images in [-1, 1], or an autoencoder's latents."""
+"""The data of a class-conditional model: images in [-1, 1], or an autoencoder's latents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.errors import UsageError
 from ..core.loaders import EvalLoader, TrainLoader, class_names, open_data, seeded_loader, share_loader
-from ..diffusion.latents import LatentSet, open_latents, sampled
+from ..diffusion.latents import LatentSet, open_latents, sample_posterior
 from ..diffusion.transforms import image_transform
 from .config import DataConfig, GenerateConfig
 
@@ -22,13 +22,13 @@ class GenerateData:
     """The data of a run.
 
     Attributes:
-        name: As the data set calls itself.
+        name: Of the data set.
         train: Batches of (input, label).
-        held_out: Likewise, whose loss is measured; None without.
-        classes: Names.
-        channels: Of what the denoiser sees.
-        sample_size: Its height and width.
-        prepared: From a batch's input to what the denoiser learns; draws from PyTorch's generators for latents.
+        held_out: Batches of (input, label) whose loss is measured; None without.
+        classes: Names of the classes.
+        channels: Of the denoiser's input.
+        sample_size: Height and width of the denoiser's input.
+        prepared: From a batch's input to what the denoiser learns; samples latents by PyTorch's generators.
         vae: The autoencoder of latents; None for images.
         latents: A digest of the latents; None for images.
     """
@@ -39,84 +39,66 @@ class GenerateData:
     classes: list[str]
     channels: int
     sample_size: int
-    prepared: Callable[[Tensor], Tensor]
+    prepared: Callable[[Tensor], Tensor] = lambda images: images
     vae: Any = None
     latents: str | None = None
 
 
-def open_data_of(config: GenerateConfig, *, processes: int, process: int, pin: bool) -> GenerateData:
-    """Open the data that a configuration names.
+def open_data_of(config: GenerateConfig, **process_info: Any) -> GenerateData:
+    """Open the data of a configuration.
+
+    Args:
+        config: Of the run.
+        **process_info: Processes that train, which of them this is, and whether to pin memory, as loaders take them.
 
     Raises:
-        UsageError: it cannot be opened.
+        UsageError: The data cannot be opened.
     """
-    data = config.data
-    places = {"processes": processes, "process": process, "pin": pin}
+    data, held_out = config.data, None
     if data.latents is not None:
-        return _open_latents_of(config, data.latents, places)
-    train = open_data(data.name, data.train_split, data.root, **data.options)
-    train.transform = image_transform(data.size, data.channels, hflip=data.hflip)
-    held_out = None
-    if data.eval_split is not None:
-        images = open_data(data.name, data.eval_split, data.root, **data.options)
-        images.transform = image_transform(data.size, data.channels)
-        held_out = share_loader(images, batch_size=data.batch_size, workers=data.workers, **places)
+        train, held_out, facts = _open_latents_of(config, data.latents)
+    else:
+        train = open_data(data.name, data.train_split, data.root, **data.options)
+        train.transform = image_transform(data.size, data.channels, hflip=data.hflip)
+        if data.eval_split is not None:
+            held_out = open_data(data.name, data.eval_split, data.root, **data.options)
+            held_out.transform = image_transform(data.size, data.channels)
+        facts = {"name": data.name, "classes": class_names(train), "channels": data.channels, "sample_size": data.size}
+    loading = {"batch_size": data.batch_size, "workers": data.workers, **process_info}
     return GenerateData(
-        name=data.name,
-        train=_train_loader(config, train, places),
-        held_out=held_out,
-        classes=class_names(train),
-        channels=data.channels,
-        sample_size=data.size,
-        prepared=lambda images: images,
+        train=seeded_loader(train, accumulate=config.optim.accumulate, seed=config.run.seed, **loading),
+        held_out=None if held_out is None else share_loader(held_out, **loading),
+        **facts,
     )
 
 
-def _train_loader(config: GenerateConfig, dataset: Any, places: dict[str, Any]) -> TrainLoader:
-    return seeded_loader(
-        dataset,
-        batch_size=config.data.batch_size,
-        accumulate=config.optim.accumulate,
-        seed=config.run.seed,
-        workers=config.data.workers,
-        **places,
-    )
-
-
-def _open_latents_of(config: GenerateConfig, directory: Path, places: dict[str, Any]) -> GenerateData:
+def _open_latents_of(config: GenerateConfig, directory: Path) -> tuple[LatentSet, LatentSet | None, dict[str, Any]]:
+    """The latents to train on, those that are held out, and the facts of a :class:`GenerateData`."""
     data = config.data
     train = open_latents(directory)
     if not train.classes:
-        raise UsageError(f"the latents in {str(directory)!r} are of images with captions and have no classes.")
+        raise UsageError(
+            f"the latents in {str(directory)!r} have captions and no classes; name latents of images with classes."
+        )
     _check_keys(data, train)
     train.hflip = data.hflip
-    held_out = None
-    if data.eval_split is not None:
-        latents = open_latents(data.eval_split)
-        _check_alike(latents, train)
-        held_out = share_loader(latents, batch_size=data.batch_size, workers=data.workers, **places)
+    held_out = None if data.eval_split is None else open_latents(data.eval_split)
+    if held_out is not None:
+        _check_matching(held_out, train)
     vae = train.autoencoder()
-    vae.enable_slicing()  # decodes image by image: a batch that fits the denoiser need not fit the decoder
+    vae.enable_slicing()  # image by image: a batch that fits the denoiser may not fit the decoder
     channels, side, _ = train.index.shape
-    return GenerateData(
-        name=f"{train.name} {train.index.data.split}",
-        train=_train_loader(config, train, places),
-        held_out=held_out,
-        classes=train.classes,
-        channels=channels,
-        sample_size=side,
-        prepared=partial(
-            sampled,
-            shift=vae.config.get("shift_factor") or 0.0,
-            factor=vae.config.scaling_factor * config.diffusion.scaling,
-        ),
-        vae=vae,
-        latents=train.digest,
-    )
+    shift, factor = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor * config.diffusion.scaling
+    facts = {
+        "name": f"{train.name} {train.index.data.split}", "classes": train.classes, "channels": channels,
+        "sample_size": side, "prepared": partial(sample_posterior, shift=shift, factor=factor), "vae": vae,
+        "latents": train.digest,
+    }  # fmt: skip
+    return train, held_out, facts
 
 
 def _check_keys(data: DataConfig, latents: LatentSet) -> None:
-    """Refuse a key that says otherwise than the latents; one at its default says nothing."""
+    """Refuse a key that contradicts the latents; a key at its default does not."""
     index, default = latents.index, DataConfig()
     facts = {"name": index.data.name, "train_split": index.data.split, "size": index.data.size}
     for key, fact in facts.items():
@@ -133,8 +115,8 @@ def _check_keys(data: DataConfig, latents: LatentSet) -> None:
         )
 
 
-def _check_alike(latents: LatentSet, train: LatentSet) -> None:
-    """Refuse held-out latents of another kind than those that are learnt."""
+def _check_matching(latents: LatentSet, train: LatentSet) -> None:
+    """Refuse held-out latents that do not match those of the training."""
     for what, own, other in (
         ("autoencoder", latents.index.vae.weights, train.index.vae.weights),
         ("autoencoder's configuration", latents.index.vae.config, train.index.vae.config),
@@ -144,5 +126,5 @@ def _check_alike(latents: LatentSet, train: LatentSet) -> None:
         if own != other:
             raise UsageError(
                 f"data.eval_split {str(latents.directory)!r} has another {what} than data.latents "
-                f"{str(train.directory)!r}; make both alike, or set data.eval_split=null."
+                f"{str(train.directory)!r}; encode both alike, or set data.eval_split=null."
             )

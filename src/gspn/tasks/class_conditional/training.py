@@ -18,11 +18,11 @@ from ..core.metrics_table import EpochRow, metric
 from ..core.seeding import random_state_kept
 from ..core.task import Context, Models, Setup, Task, TrainingResult, Weights
 from ..diffusion.losses import DenoisingLoss
-from ..diffusion.schedulers import sampler, training_scheduler
+from ..diffusion.schedulers import named_scheduler, training_scheduler
 from .config import GenerateConfig
 from .data import open_data_of
-from .model import build_network
-from .sampling import SampleRecord, draw, draw_grid
+from .model import build_denoiser
+from .sampling import draw_classes, sample_batch, sample_records
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class ClassConditionalDenoising(Task[GenerateConfig, GeneratorRow]):
 
     def _build_model(self) -> Any:
         data = self.data
-        return build_network(
+        return build_denoiser(
             self.config, num_classes=len(data.classes), channels=data.channels, sample_size=data.sample_size
         )
 
@@ -153,23 +153,17 @@ class ClassConditionalDenoising(Task[GenerateConfig, GeneratorRow]):
         samples, classes = self.config.samples, self.data.classes
         shown = min(samples.classes, len(classes))
         labels = [i * len(classes) // shown for i in range(shown)]
-        pipeline.scheduler = sampler(samples.scheduler, self.scheduler)
+        pipeline.scheduler = named_scheduler(samples.scheduler, self.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(context.accelerator.device)
-        side = pipeline.default_size
-        records = [
-            SampleRecord(
-                i, labels[i % shown], classes[labels[i % shown]], self.config.run.seed,
-                type(pipeline.scheduler).__name__, samples.steps, samples.guidance, side, side, "",
-            )
-            for i in range(shown * samples.columns)
-        ]  # fmt: skip
+        common = {"seed": self.config.run.seed, "steps": samples.steps, "guidance": samples.guidance, "model": ""}
+        records = sample_records(pipeline, labels, shown * samples.columns, **common)
         images: list[Any] = []
         size = self.config.data.batch_size
         with context.accelerator.autocast():
             for begin in range(0, len(records), size):
-                images += draw(pipeline, records[begin : begin + size])
-        return draw_grid(images, records, shown)
+                images += sample_batch(pipeline, records[begin : begin + size])
+        return draw_classes(images, records, shown)
 
 
 def _predictor(model: Any) -> Any:

@@ -184,8 +184,8 @@ def share_loader(
     return EvalLoader(make_loader(whole, sampler, workers, pin), sampler, data.BrokenImages(whole))
 
 
-def open_data(name: str, split: str, root: Any = None, **options: Any) -> Any:
-    """A data set of (PIL image, class index) with ``classes``.
+def open_data(name: str, split: str, root: Any = None, *, captions: bool = False, **options: Any) -> Any:
+    """A data set of (PIL image, class index) with ``classes``, or a :class:`gspn.data.CaptionedImages`.
 
     Raises:
         UsageError: there is no data set of that name, split or directory.
@@ -193,7 +193,8 @@ def open_data(name: str, split: str, root: Any = None, **options: Any) -> Any:
     require("PIL", "timm")
     data = require("gspn.data")
     try:
-        dataset = data.open_dataset(name, split, root=root, **options)
+        opened = data.open_captions if captions else data.open_dataset
+        dataset = opened(name, split, root=root, **options)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise UsageError(f"data {name!r}, split {split!r}: {' '.join(str(error).split())}") from None
     except ImportError as error:

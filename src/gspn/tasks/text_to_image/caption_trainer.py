@@ -18,11 +18,11 @@ from ..core.loop import fit, refuse_existing
 from ..core.metrics_table import EpochRow, metric
 from ..core.seeding import derived_seed, random_state_kept
 from ..core.task import Config, Context, Models, Setup, Task, TrainingResult, Weights
-from ..diffusion.image_grid import draw_sheet
+from ..diffusion.digests import fingerprint
+from ..diffusion.image_grid import draw_prompts
 from .conditioning import Conditioning
 from .data import encode_data, read_text
 from .denoising import check_chain
-from .sample.stage_cache import fingerprint
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class CaptionTask(Task[Config, Row]):
 
     def loss(self, model: nn.Module, images: Tensor, targets: Tensor, epoch: int) -> Tensor:
         """The mean loss of a batch of posteriors, with some captions dropped."""
-        rows = self.data.train.text.drawn(targets, self.caption_dropout)
+        rows = self.data.train.text.sample_rows(targets, self.caption_dropout)
         text = read_text(self.data.train.text, rows, images.device)
         return self.losses(model, self.data.start(images), text, epoch=epoch)["loss"].mean()
 
@@ -164,7 +164,7 @@ class CaptionTask(Task[Config, Row]):
             return None
         context.reporter.doing("drawing")
         with random_state_kept():
-            return draw_sheet(self.draw(weights.averaged, context), self.prompts())
+            return draw_prompts(self.draw(weights.averaged, context), self.prompts())
 
     # --- Images -------------------------------------------------------------------------------------------------------
 

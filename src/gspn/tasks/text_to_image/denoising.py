@@ -10,86 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import UsageError, nearest, require
 from ..core.seeding import derived_seed
+from ..diffusion import schedulers
+from ..diffusion.schedulers import check_chain
 from .conditioning import Conditioning, unet_arguments
-
-SCHEDULERS: dict[str, str] = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "dpm++_sde": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-}
-"""Names of schedulers, and the classes of diffusers that they are: those with one call of the UNet a step."""
-
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-"""What a UNet may predict."""
-
-_FALLBACK = "dpm++"
-
-
-def check_chain(trained: Any, predictions: Sequence[str]) -> str:
-    """What models of a scheduler predict.
-
-    Args:
-        trained: The pipeline's scheduler.
-        predictions: What is known.
-
-    Raises:
-        UsageError: it is no chain of noise, or something else is predicted.
-    """
-    prediction, name = trained.config.get("prediction_type", "epsilon"), type(trained).__name__
-    # Their configurations can be read as those of a chain, and are not.
-    if name.startswith(("FlowMatch", "EDM")) or prediction not in predictions:
-        raise UsageError(
-            f"this pipeline's scheduler is a {name} with prediction_type={prediction!r}; known are chains of noise "
-            f"that predict one of {', '.join(predictions)}. Use the pipeline of diffusers itself."
-        )
-    return prediction
 
 
 def named_scheduler(name: str, trained: Any) -> Any:
-    """A fresh scheduler for a pipeline, from the configuration of its own.
-
-    Args:
-        name: One of :data:`SCHEDULERS`, or ``"auto"``: the pipeline's own, and DPM-Solver++ where that is PNDM, which
-            cannot start in the middle, or DDPM, which needs hundreds of steps.
-        trained: The pipeline's.
-
-    Returns:
-        One that has taken no step.
-
-    Raises:
-        UsageError: there is none of that name, or it is not for models of this kind.
-
-    Example:
-        >>> from diffusers import PNDMScheduler
-        >>> type(named_scheduler("euler", PNDMScheduler())).__name__
-        'EulerDiscreteScheduler'
-    """
-    diffusers = require("diffusers", extra="diffusers")
-    prediction = check_chain(trained, PREDICTIONS)
-    if name == "auto":
-        own = {kind: one for one, kind in reversed(SCHEDULERS.items())}.get(type(trained).__name__, _FALLBACK)
-        if own not in ("ddpm", _FALLBACK):
-            return type(trained).from_config(trained.config)
-        # DPM-Solver++ may be configured as one of its kin, which its own configuration says.
-        is_own = type(trained).__name__ == SCHEDULERS[_FALLBACK]
-        return type(trained).from_config(trained.config) if is_own else named_scheduler(_FALLBACK, trained)
-    if name not in SCHEDULERS:
-        raise UsageError(
-            f"{name!r} is no scheduler; use one of auto, {', '.join(SCHEDULERS)}{nearest(name, SCHEDULERS)}"
-        )
-    if name == "euler_a" and prediction == "sample":
-        raise UsageError(f"scheduler {name!r} does not run models that predict the sample; use ddim, dpm++ or euler.")
-    kind = getattr(diffusers, SCHEDULERS[name])
-    changes: dict[str, Any] = {}
-    if name.startswith("dpm++"):
-        changes = {"algorithm_type": "sde-dpmsolver++" if name == "dpm++_sde" else "dpmsolver++", "variance_type": None}
-    return kind.from_config(trained.config, **changes)
+    """A scheduler for a pipeline of a chain of noise; see :func:`gspn.tasks.diffusion.schedulers.named_scheduler`."""
+    check_chain(trained)
+    return schedulers.named_scheduler(name, trained, auto="dpm++")
 
 
 def fresh(scheduler: Any) -> Any:

@@ -246,7 +246,7 @@ def test_schedulers_by_name(sd):
     [
         ({"width": 100}, "width 100 is no multiple of 8, the VAE's factor; take 96"),
         ({"height": 3}, "height 3 is no multiple of 8, the VAE's factor; take 8"),
-        ({"scheduler": "dpmpp"}, "'dpmpp' is no scheduler; use one of auto, ddim"),
+        ({"scheduler": "dpmpp"}, "scheduler 'dpmpp' is unknown; use one of auto, ddpm"),
         ({"steps": 0}, "at least 1"),
         ({"steps": 1001}, "1001 steps are more than the 1000"),
         ({"number": 0}, "at least 1"),

@@ -130,7 +130,7 @@ class Distillation(CaptionTask[DistillConfig, DistillRow]):
         for some in chosen.split(_FITTED_AT_ONCE):
             posterior, indices = zip(*(latents[i] for i in some.tolist()), strict=True)
             start = context.to_device(torch.stack(posterior))
-            rows = text.drawn(torch.tensor(indices), self.caption_dropout)
+            rows = text.sample_rows(torch.tensor(indices), self.caption_dropout)
             noisy, t, _ = self.noised(self.data.start(start))
             yield noisy, t, read_text(text, rows, start.device)
 

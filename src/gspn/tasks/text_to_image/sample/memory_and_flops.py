@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ...diffusion.autoencoder import vae_scale_factor
 from ..conditioning import Conditioning, unet_arguments
 from ..decoding import tile_sides
 from .offload import offloaded_skips
@@ -165,7 +166,7 @@ def unet_usage(
 
 def decoder_usage(vae: Any, *, height: int, width: int, tiled: bool, device: torch.device) -> Usage:
     """What decoding one image would take: whole, or of its tiles, of which all results are kept until the last."""
-    latent_channels, factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    latent_channels, factor = vae.config.latent_channels, vae_scale_factor(vae.config.block_out_channels)
     dtype = torch.float32 if vae.dtype == torch.float16 and vae.config.force_upcast else vae.dtype
 
     def whole(h: int, w: int) -> Usage:

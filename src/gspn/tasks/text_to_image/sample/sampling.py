@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 
 from ...core.errors import UsageError
-from ...diffusion.image_records import ImageRecord, is_drawn, save_image
+from ...diffusion.digests import fingerprint
+from ...diffusion.images import ImageRecord, is_sampled, save_png
 from ..conditioning import Conditioning, encode_nothing, encode_prompts
 from ..decoding import TILED_FROM, tiles
 from ..denoising import Guide, named_scheduler
@@ -32,7 +33,7 @@ from .offload import (
 )
 from .progressive_upscaling import LadderConfig, plan_stages, trained_area
 from .segments import lines_of
-from .stage_cache import LadderState, fingerprint, read_settings
+from .stage_cache import LadderState, read_settings
 from .stage_runner import Drawing, RunProgress
 
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,6 +41,20 @@ PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloa
 
 TILINGS = ("auto", "on", "off")
 """Whether the VAE works in tiles; auto: above :data:`~gspn.tasks.text_to_image.decoding.TILED_FROM` pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionRecord(ImageRecord):
+    """How an image was sampled from its prompt; written into its file."""
+
+    prompt: str
+    negative: str | None
+    pipeline: str
+    adapter: str | None
+    precision: str
+    stages: tuple[dict[str, Any], ...]
+    ladder: dict[str, Any] | None
+    tiled: bool
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,7 @@ class SampleResult:
     """
 
     directory: Path
-    records: tuple[ImageRecord, ...]
+    records: tuple[CaptionRecord, ...]
     drawn: int
     seconds: float
     estimate: Estimate | None
@@ -214,7 +229,7 @@ def sample(
             stack.enter_context(offloaded_skips(pipeline.unet, storage="cpu"))
         drawing = Drawing(pipeline, chain, stages, config, where, steps=steps, seed=seed, state=state, lines=lines)
         records = tuple(
-            ImageRecord(
+            CaptionRecord(
                 index=i, prompt=prompts[i % len(prompts)], negative=negative, seed=seed, width=width, height=height,
                 steps=steps, guidance=guidance, scheduler=type(chain).__name__, **names, precision=precision,
                 stages=tuple(asdict(stage) for stage in stages),
@@ -234,14 +249,14 @@ def sample(
 
 
 def _draw_missing(
-    drawing: Drawing, directory: Path, records: Sequence[ImageRecord], guide: Guide, batch_size: int, console: Console
+    drawing: Drawing, directory: Path, records: Sequence[CaptionRecord], guide: Guide, batch_size: int, console: Console
 ) -> int:
     """Draw what is not there; ``guide`` is of all prompts. Returns how many were drawn."""
     prompts, drawn = len(guide.text), 0
     with RunProgress(console, drawing.stages, drawing.steps * math.ceil(len(records) / batch_size)) as progress:
         for begin in range(0, len(records), batch_size):
             batch = records[begin : begin + batch_size]
-            missing = [one for one in batch if not drawing.resumes or not is_drawn(directory, one)]
+            missing = [one for one in batch if not drawing.resumes or not is_sampled(directory, one)]
             if not missing:
                 progress.passed(drawing.steps)
                 continue
@@ -253,7 +268,7 @@ def _draw_missing(
             latents = drawing.draw([one.index for one in batch], own, progress)
             for one in missing:
                 progress.told(f"image {one.index}: decoding")
-                save_image(directory, drawing.decode(latents[one.index - begin]), one)
+                save_png(one.path(directory), drawing.decode(latents[one.index - begin]), one)
                 drawn += 1
     return drawn
 

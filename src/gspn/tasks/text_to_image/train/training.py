@@ -14,7 +14,7 @@ from ...._files import replaced_directory
 from ...core.errors import UsageError, require
 from ...core.seeding import derived_seed, random_state_kept
 from ...core.task import Context, TrainingResult
-from ...diffusion.autoencoder import load_autoencoder
+from ...diffusion.autoencoder import load_autoencoder, vae_scale_factor
 from ...diffusion.config import DiffusionConfig
 from ...diffusion.losses import DenoisingLoss
 from ..caption_trainer import CaptionRow, CaptionTask
@@ -136,7 +136,7 @@ def open_pipeline(config: TextToImageConfig) -> Any:
     options = {
         "in_channels": vae.config.latent_channels,
         "out_channels": vae.config.latent_channels,
-        "sample_size": config.data.size // 2 ** (len(vae.config.block_out_channels) - 1),
+        "sample_size": config.data.size // vae_scale_factor(vae.config.block_out_channels),
         "cross_attention_dim": encoder.config.hidden_size,
         **model.options,
     }
