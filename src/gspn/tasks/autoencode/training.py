@@ -67,7 +67,7 @@ def train(
 
     Example:
         >>> from gspn.tasks.autoencode import AutoencodeConfig, train
-        >>> config = AutoencodeConfig.load("emoji64").changed("schedule.epochs=1", "run.output=/tmp/vae")
+        >>> config = AutoencodeConfig.load("emoji64").changed("schedule.epochs=3", "run.output=/tmp/vae")
         >>> train(config)  # doctest: +SKIP
     """
     require("diffusers", extra="diffusers")

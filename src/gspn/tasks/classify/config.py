@@ -108,9 +108,9 @@ class TrainConfig(Configuration):
         UsageError: a value out of range, or two that exclude each other.
 
     Example:
-        >>> config = TrainConfig(data=DataConfig(name="digits", size=16), schedule=ScheduleConfig(epochs=3))
+        >>> config = TrainConfig(data=DataConfig(name="digits", size=16))
         >>> config.schedule.epochs, config.optim.name
-        (3, 'adamw')
+        (300, 'adamw')
         >>> config.changed("optim.lr=1e-3").optim.lr
         0.001
         >>> TrainConfig.load("digits_pico").data.name
