@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..reasons import NotInstalled
-from .library import load
+from .library import instruction_set, instruction_sets, load
+
+__all__ = ["instruction_set", "instruction_sets", "why_not"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
