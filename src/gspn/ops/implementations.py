@@ -46,7 +46,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     impl.name: impl
     for impl in (
         # The fastest first: "auto" takes the first that can run.
-        Implementation("triton", {"line_scan": ".triton.launch", "propagate": ".triton.propagate"}, triton.why_not),
+        Implementation("triton", {"line_scan": ".triton.line_scan", "propagate": ".triton.propagate"}, triton.why_not),
         Implementation("cpu", {"line_scan": ".cpu.line_scan", "propagate": ".cpu.propagate"}, cpu.why_not),
         Implementation("reference", dict.fromkeys(OPS, ".reference"), _reference_why_not),
     )

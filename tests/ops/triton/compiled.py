@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from gspn.ops.triton.line_scan import Launch, prepare_backward, prepare_forward
-from gspn.ops.triton.line_scan_config import Limits
+from gspn.ops.triton.planner import Limits
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

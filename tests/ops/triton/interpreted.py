@@ -36,7 +36,7 @@ def check(
     """
     from gspn.ops import reference
     from gspn.ops.triton import line_scan as launch
-    from gspn.ops.triton.line_scan_config import Limits
+    from gspn.ops.triton.planner import Limits
 
     x, taps, lam, grad = tensors
     limits = Limits(row=row)
@@ -138,7 +138,7 @@ def long_rows_in_many_lines() -> None:
 
 def taps_that_point_nowhere() -> None:
     from gspn.ops.triton import line_scan as launch
-    from gspn.ops.triton.line_scan_config import Limits
+    from gspn.ops.triton.planner import Limits
 
     for direction in gspn.DIRECTIONS:
         for segment, cross, row, value in ((None, 4, None, "nan"), (2, 4, None, "inf"), (2, 36, 32, "nan")):

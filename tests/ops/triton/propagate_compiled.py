@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from compiled import SHARED_MEMORY, build, resources
 
-from gspn.ops.triton.line_scan_config import Limits
+from gspn.ops.triton.planner import Limits
 from gspn.ops.triton.propagate import Launch, Projections, prepare_gradients, prepare_scan
 
 

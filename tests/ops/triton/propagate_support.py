@@ -88,7 +88,7 @@ def check(grad: Tensor, *arguments: Any, row: int | None = None) -> None:
     """
     from gspn.ops import reference
     from gspn.ops.triton import propagate
-    from gspn.ops.triton.line_scan import limits_of
+    from gspn.ops.triton.launch import limits_of
 
     limits = limits_of(grad.device)._replace(row=row)
     actual = _results(grad, arguments, propagate, limits=limits)

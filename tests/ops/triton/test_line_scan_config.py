@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gspn.ops.directions import DIRECTIONS, scan_axes
-from gspn.ops.triton.line_scan_config import CHANNEL, CROSS, LINE, LaunchPlan, Limits, Sizes, Strides, plan
+from gspn.ops.triton.planner import CHANNEL, CROSS, LINE, LaunchPlan, Limits, Sizes, Strides, plan
 from support import LAYOUTS, laid_out
 
 
