@@ -122,14 +122,12 @@ def load_lines(v, m, LINES: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def store_lines(
-    v, I_LINE: tl.constexpr, lines, m, GROUP: tl.constexpr, REVERSE: tl.constexpr, SUM: tl.constexpr = False
-):
-    """Store GROUP lines from line I_LINE of the tile at a view on, or the SUM of their channels."""
+def store_lines(v, i_line, lines, m, GROUP: tl.constexpr, REVERSE: tl.constexpr, SUM: tl.constexpr = False):
+    """Store GROUP lines from line ``i_line`` of the tile at a view on, or the SUM of their channels."""
     b = join_lines(_scan_order(lines, GROUP, REVERSE), GROUP)
     if SUM:
         b = tl.sum(b, axis=0, keep_dims=True)
-    p = v.p + I_LINE * v.s_line + v.o
+    p = v.p + i_line * v.s_line + v.o
     tl.store(p, b.to(p.dtype.element_ty), mask=m)
 
 

@@ -46,11 +46,11 @@ def _scan_tile(
                 b_state *= b_lam[i].to(tl.float32)
             b_state += b_carried
             b_states = b_states + (b_state,)
-        I_FIRST: tl.constexpr = LINES - GROUP - i_group * GROUP if REVERSE else i_group * GROUP
+        i_first = LINES - GROUP - i_group * GROUP if REVERSE else i_group * GROUP
         m = m_owned
         if MAY_OVERRUN:
-            m = m_owned & (i_line + I_FIRST + o_group >= mine.i_low) & (i_line + I_FIRST + o_group < mine.i_high)
-        store_lines(h, I_FIRST, b_states, m, GROUP, REVERSE)
+            m = m_owned & (i_line + i_first + o_group >= mine.i_low) & (i_line + i_first + o_group < mine.i_high)
+        store_lines(h, i_first, b_states, m, GROUP, REVERSE)
     return b_state
 
 
@@ -204,18 +204,18 @@ def _adjoint_tile(
             b_carried += tl.where(m_has_left, b_from_left, 0.0)
             b_carried += tl.where(m_has_right, b_from_right, 0.0)
             b_carried = tl.where(m_follows, b_carried, 0.0)
-        I_FIRST: tl.constexpr = i_group * GROUP if REVERSE else LINES - GROUP - i_group * GROUP
+        i_first = i_group * GROUP if REVERSE else LINES - GROUP - i_group * GROUP
         m, m_taps = m_owned, m_taps_owned
         if MAY_OVERRUN:
-            m = m & (i_line + I_FIRST + o_group >= mine.i_low) & (i_line + I_FIRST + o_group < mine.i_high)
-            m_taps = m_taps & (i_line + I_FIRST + o_group >= mine.i_low) & (i_line + I_FIRST + o_group < mine.i_high)
-        store_lines(dx, I_FIRST, b_dx, m, GROUP, REVERSE)
+            m = m & (i_line + i_first + o_group >= mine.i_low) & (i_line + i_first + o_group < mine.i_high)
+            m_taps = m_taps & (i_line + i_first + o_group >= mine.i_low) & (i_line + i_first + o_group < mine.i_high)
+        store_lines(dx, i_first, b_dx, m, GROUP, REVERSE)
         if NEED_LAM:
-            store_lines(dlam, I_FIRST, b_dlam, m, GROUP, REVERSE)
+            store_lines(dlam, i_first, b_dlam, m, GROUP, REVERSE)
         if NEED_TAPS:
-            store_lines(dtaps, I_FIRST, b_dbefore, m_taps, GROUP, REVERSE, SHARED)
-            store_lines(tap(dtaps, s_dtaps_tap, 1, TAPS_ALIGN), I_FIRST, b_dhere, m_taps, GROUP, REVERSE, SHARED)
-            store_lines(tap(dtaps, s_dtaps_tap, 2, TAPS_ALIGN), I_FIRST, b_dafter, m_taps, GROUP, REVERSE, SHARED)
+            store_lines(dtaps, i_first, b_dbefore, m_taps, GROUP, REVERSE, SHARED)
+            store_lines(tap(dtaps, s_dtaps_tap, 1, TAPS_ALIGN), i_first, b_dhere, m_taps, GROUP, REVERSE, SHARED)
+            store_lines(tap(dtaps, s_dtaps_tap, 2, TAPS_ALIGN), i_first, b_dafter, m_taps, GROUP, REVERSE, SHARED)
     return b_carried
 
 

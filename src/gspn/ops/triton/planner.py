@@ -121,7 +121,7 @@ class _Layout:
         self.tensors = {name: None if s is None else self._without_ones(name, s) for name, s in tensors}
         present = {name: s for name, s in self.tensors.items() if s is not None}
         units = {name: self._unit_axes(name, s) for name, s in present.items()}
-        votes = dict.fromkeys((CROSS, CHANNEL, LINE), 0)
+        votes: dict[int, int] = dict.fromkeys((CROSS, CHANNEL, LINE), 0)
         for name, axes in units.items():
             for axis in axes:
                 votes[axis] += 1 if "taps" not in name else 0 if self.shared else 3
@@ -140,8 +140,9 @@ class _Layout:
         """An axis of one element may have any stride: call it 0."""
         sizes = self.sizes
         channels = self.groups if self.shared and "taps" in name else sizes.channels
-        of_axes = ((s.batch, sizes.batch), (s.channel, channels), (s.cross, sizes.cross), (s.line, sizes.lines))
-        return Strides(*(stride if size > 1 else 0 for stride, size in of_axes), s.tap)
+        extents = (sizes.batch, channels, sizes.cross, sizes.lines)
+        batch, channel, cross, line = (stride if n > 1 else 0 for stride, n in zip(s[:4], extents, strict=True))
+        return Strides(batch, channel, cross, line, s.tap)
 
     def _unit_axes(self, name: str, s: Strides) -> tuple[int, ...]:
         """The axes along which a tensor is contiguous; taps shared by the channels have no channel axis."""
