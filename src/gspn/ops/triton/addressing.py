@@ -59,7 +59,10 @@ class View(NamedTuple):
 
 @triton.jit
 def share(n_blocks, n_groups, n_lines, n_run, n_runs, REVERSE: tl.constexpr):
-    """The :class:`Share` of a program. Programs of a group follow each other: they read the same taps."""
+    """The :class:`Share` of a program. Programs of a group follow each other: they read the same taps.
+
+    ``n_groups`` is None where one program's channels may be of any group.
+    """
     i_program = tl.program_id(0)
     i_block = i_program % n_blocks
     i_program //= n_blocks
@@ -67,7 +70,10 @@ def share(n_blocks, n_groups, n_lines, n_run, n_runs, REVERSE: tl.constexpr):
     i_program //= n_runs
     n = tl.minimum(n_run, n_lines - i_start)
     i_low = n_lines - i_start - n if REVERSE else i_start
-    i_group, i_batch = (i_program % n_groups).to(tl.int64), (i_program // n_groups).to(tl.int64)
+    if n_groups is None:
+        i_group, i_batch = tl.full([], 0, tl.int64), i_program.to(tl.int64)
+    else:
+        i_group, i_batch = (i_program % n_groups).to(tl.int64), (i_program // n_groups).to(tl.int64)
     return Share(i_block, i_group, i_batch, i_start, i_low, i_low + n)
 
 

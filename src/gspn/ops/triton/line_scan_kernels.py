@@ -66,7 +66,7 @@ def forward_kernel(
     LINES: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr,
     REVERSE: tl.constexpr, SEGMENTED: tl.constexpr, SHARED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``h`` for ``n_channels`` of each group (one group of all unless taps are SHARED), ``n_run`` lines a program."""
+    """``h`` for ``n_channels`` of each group (of all, and ``n_groups`` None, unless taps are SHARED), ``n_run`` lines a program."""
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     HAS_LAM: tl.constexpr = p_lam is not None
     if FAST == 0:

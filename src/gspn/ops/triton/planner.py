@@ -178,7 +178,7 @@ class _Layout:
         """The plan with these blocks and threads, and the constants of one operator alone."""
         sizes, align, run, programs = self.sizes, self.align, self.run(blocks), self.programs(blocks)
         integers: dict[str, int | None] = {
-            "n_groups": self.groups,
+            "n_groups": self.groups if self.shared else None,
             "n_channels": self.channels // align if self.fast == CHANNEL else self.channels,
             "n_cross": sizes.cross // align if self.fast == CROSS else sizes.cross,
             "n_lines": sizes.lines // align if self.fast == LINE else sizes.lines,

@@ -120,8 +120,8 @@ def scan_kernel(
     """A scan of ``gate * in``: its states, or ``out_gate * state`` if there is an output gate, plus ``skip * in``.
 
     The sum is added to ``before``, which has the strides of ``out``, if there is one. With ADJOINT the scan runs
-    against its direction by the transposed taps. ``proxy`` is ``[B, S, lines, cross]``, contiguous. ``n_groups`` is 1:
-    a block's channels may be of several groups of ``n_per_group`` channels, unless taps are SHARED.
+    against its direction by the transposed taps. ``proxy`` is ``[B, S, lines, cross]``, contiguous. A block's
+    channels may be of several groups of ``n_per_group`` channels, unless taps are SHARED.
     """
     if FAST == 0:
         n_channels *= ALIGN
