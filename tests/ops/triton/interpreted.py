@@ -180,7 +180,14 @@ def _prepare_language_once() -> None:
     """Prepare Triton's language when a kernel starts, not again for each function: that is half of the time."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)  # type: ignore[method-assign]
+    call = InterpretedFunction.__call__
+
+    def call_prepared(self: InterpretedFunction, *args: object, **kwargs: object) -> object:
+        # Triton's own functions see its language by other names.
+        prepared = self.fn.__module__.startswith("gspn.")
+        return self.rewrite()(*args, **kwargs) if prepared else call(self, *args, **kwargs)
+
+    InterpretedFunction.__call__ = call_prepared  # type: ignore[method-assign]
 
 
 def run(functions: list[Callable[[], None]]) -> None:

@@ -78,6 +78,19 @@ def share(n_blocks, n_groups, n_lines, n_run, n_runs, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def in_elements(n_channels, n_cross, n_lines, n_run, FAST: tl.constexpr, ALIGN: tl.constexpr):
+    """The sizes of a scan, those along FAST no longer in units of ALIGN elements."""
+    if FAST == 0:
+        n_channels *= ALIGN
+    elif FAST == 1:
+        n_cross *= ALIGN
+    else:
+        n_lines *= ALIGN
+        n_run *= ALIGN
+    return n_channels, n_cross, n_lines, n_run
+
+
+@triton.jit
 def _along(i, s, ALIGN: tl.constexpr):
     """The offset of index ``i`` along an axis of stride ``s``."""
     return i if s is None else i * s * ALIGN
@@ -142,7 +155,24 @@ def store_lines(v, i_line, lines, m, GROUP: tl.constexpr, REVERSE: tl.constexpr,
 # With HALO 0 a row is one block and the state stays in registers. Else a program takes HALO lines of one block of the
 # row after the other: a round. The blocks overlap by HALO on each side, where each line leaves one more pixel out of
 # date, and only the pixels between are stored. The states after those lines are in ``p_states [programs, 2, BLOCK_C,
-# n_cross]`` (FAST 0: channels last) until the next round.
+# n_cross]`` (FAST 0: channels last) until the next round. ``p_states`` is None if HALO is 0.
+
+
+class States(NamedTuple):
+    """Where a program's states are between two rounds."""
+
+    p: Any
+    o: Any
+
+
+@triton.jit
+def states(p_states, i_channel, i_cross, n_cross, BLOCK_C: tl.constexpr, FAST: tl.constexpr):
+    """The :class:`States` of a program, for a block that begins at the first position."""
+    if p_states is None:
+        return States(None, None)
+    else:
+        o = i_cross * BLOCK_C + i_channel if FAST == 0 else i_channel * n_cross + i_cross
+        return States(p_states + tl.program_id(0).to(tl.int64) * 2 * BLOCK_C * n_cross, o)
 
 
 @triton.jit
@@ -165,23 +195,27 @@ def tile(
 
 @triton.jit
 def load_state(
-    b_state, p_states, o_states, i_round, i_visit, i_first, i_cross, n_cross,
+    b_state, between, i_round, i_visit, i_first, i_cross, n_cross,
     BLOCK_C: tl.constexpr, TILES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """At the first tile of a block, the state that the last round left there; else ``b_state``."""
-    arrives = i_visit % TILES == 0
-    n_reached = tl.where(arrives, tl.where(i_round > 0, n_cross, 0), 0)
-    p = p_states + (i_round % 2) * BLOCK_C * n_cross + i_first * (BLOCK_C if FAST == 0 else 1)
-    b_left = tl.load(p + o_states, mask=(i_cross >= 0) & (i_cross < n_reached), other=0.0)
-    return tl.where(arrives, b_left, b_state)
+    if between.p is None:
+        return b_state
+    else:
+        arrives = i_visit % TILES == 0
+        n_reached = tl.where(arrives, tl.where(i_round > 0, n_cross, 0), 0)
+        p = between.p + (i_round % 2) * BLOCK_C * n_cross + i_first * (BLOCK_C if FAST == 0 else 1)
+        b_left = tl.load(p + between.o, mask=(i_cross >= 0) & (i_cross < n_reached), other=0.0)
+        return tl.where(arrives, b_left, b_state)
 
 
 @triton.jit
 def store_state(
-    b_state, p_states, o_states, i_round, i_visit, i_first, i_cross, n_cross, m_owned,
+    b_state, between, i_round, i_visit, i_first, i_cross, n_cross, m_kept,
     BLOCK_C: tl.constexpr, TILES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """After the last tile of a block, leave the state for the next round."""
-    n_reached = tl.where(i_visit % TILES == TILES - 1, n_cross, 0)
-    p = p_states + ((i_round + 1) % 2) * BLOCK_C * n_cross + i_first * (BLOCK_C if FAST == 0 else 1)
-    tl.store(p + o_states, b_state, mask=m_owned & (i_cross < n_reached))
+    if between.p is not None:
+        n_reached = tl.where(i_visit % TILES == TILES - 1, n_cross, 0)
+        p = between.p + ((i_round + 1) % 2) * BLOCK_C * n_cross + i_first * (BLOCK_C if FAST == 0 else 1)
+        tl.store(p + between.o, b_state, mask=m_kept & (i_cross < n_reached))

@@ -9,7 +9,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .addressing import integers, load_lines, load_state, move, share, store_lines, store_state, tap, tile, view
+from .addressing import (
+    in_elements,
+    integers,
+    load_lines,
+    load_state,
+    move,
+    share,
+    states,
+    store_lines,
+    store_state,
+    tap,
+    tile,
+    view,
+)  # fmt: skip
 from .neighbour_shuffle import neighbour_pairs, neighbours
 
 
@@ -66,16 +79,13 @@ def forward_kernel(
     LINES: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr,
     REVERSE: tl.constexpr, SEGMENTED: tl.constexpr, SHARED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``h`` for ``n_channels`` of each group (of all, and ``n_groups`` None, unless taps are SHARED), ``n_run`` lines a program."""
+    """``h``, for ``n_run`` lines a program and ``n_channels`` of each of ``n_groups`` groups, or of all if it is None.
+
+    Taps are SHARED by the channels of a group.
+    """
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     HAS_LAM: tl.constexpr = p_lam is not None
-    if FAST == 0:
-        n_channels *= ALIGN
-    elif FAST == 1:
-        n_cross *= ALIGN
-    else:
-        n_lines *= ALIGN
-        n_run *= ALIGN
+    n_channels, n_cross, n_lines, n_run = in_elements(n_channels, n_cross, n_lines, n_run, FAST, ALIGN)
     if UNIFORM:
         # Registers that hold offsets are dear: where all images agree in their strides, they share them.
         s_lam_channel, s_lam_cross, s_lam_line = s_x_channel, s_x_cross, s_x_line
@@ -107,11 +117,8 @@ def forward_kernel(
     b_state = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
     TILES: tl.constexpr = HALO // LINES if HALO > 0 else 1
     MAY_OVERRUN: tl.constexpr = TILES * LINES > 1
-    n_visits = TILES
-    if HALO > 0:
-        n_visits = tl.cdiv(n_cross, BLOCK_N - 2 * HALO) * TILES
-        p_states += tl.program_id(0).to(tl.int64) * 2 * BLOCK_C * n_cross
-        o_states = cross * BLOCK_C + channel if FAST == 0 else channel * n_cross + cross
+    n_visits = tl.cdiv(n_cross, BLOCK_N - 2 * HALO) * TILES if HALO > 0 else TILES
+    between = states(p_states, channel, cross, n_cross, BLOCK_C, FAST)
     n_rounds = tl.cdiv(mine.i_high - mine.i_low, TILES * LINES)
 
     for i_round in tl.range(0, n_rounds, num_stages=STAGES):
@@ -136,20 +143,13 @@ def forward_kernel(
             b_before = load_lines(w, m_taps, LINES, REVERSE)
             b_here = load_lines(tap(w, s_taps_tap, 1, TAPS_ALIGN), m_taps, LINES, REVERSE)
             b_after = load_lines(tap(w, s_taps_tap, 2, TAPS_ALIGN), m_taps, LINES, REVERSE)
-            if HALO > 0:
-                b_state = load_state(
-                    b_state, p_states, o_states, i_round, i_visit, i_first, i_cross, n_cross, BLOCK_C, TILES, FAST
-                )
+            b_state = load_state(b_state, between, i_round, i_visit, i_first, i_cross, n_cross, BLOCK_C, TILES, FAST)
             b_state = _scan_tile(
                 b_x, b_lam, b_before, b_here, b_after, b_state, move(h, i_line, i_first),
                 m_owned, i_cross > 0, i_cross < n_cross - 1, i_line, mine, i_step, n_segment,
                 LINES, GROUP, VECTOR, MAY_OVERRUN, REVERSE, SEGMENTED, HAS_LAM,
             )  # fmt: skip
-            if HALO > 0:
-                store_state(
-                    b_state, p_states, o_states, i_round, i_visit, i_first, i_cross, n_cross, m_kept,
-                    BLOCK_C, TILES, FAST,
-                )  # fmt: skip
+            store_state(b_state, between, i_round, i_visit, i_first, i_cross, n_cross, m_kept, BLOCK_C, TILES, FAST)
         if HALO > 0:
             # The next round's states come from other threads.
             tl.debug_barrier()
@@ -243,13 +243,7 @@ def backward_kernel(
     HAS_LAM: tl.constexpr = p_lam is not None
     NEED_TAPS: tl.constexpr = p_dtaps is not None
     NEED_LAM: tl.constexpr = p_dlam is not None
-    if FAST == 0:
-        n_channels *= ALIGN
-    elif FAST == 1:
-        n_cross *= ALIGN
-    else:
-        n_lines *= ALIGN
-        n_run *= ALIGN
+    n_channels, n_cross, n_lines, n_run = in_elements(n_channels, n_cross, n_lines, n_run, FAST, ALIGN)
     if UNIFORM:
         s_h_channel, s_h_cross, s_h_line = s_grad_channel, s_grad_cross, s_grad_line
         s_x_channel, s_x_cross, s_x_line = s_grad_channel, s_grad_cross, s_grad_line
@@ -293,11 +287,8 @@ def backward_kernel(
     b_carried = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
     TILES: tl.constexpr = HALO // LINES if HALO > 0 else 1
     MAY_OVERRUN: tl.constexpr = TILES * LINES > 1
-    n_visits = TILES
-    if HALO > 0:
-        n_visits = tl.cdiv(n_cross, BLOCK_N - 2 * HALO) * TILES
-        p_states += tl.program_id(0).to(tl.int64) * 2 * BLOCK_C * n_cross
-        o_states = cross * BLOCK_C + channel if FAST == 0 else channel * n_cross + cross
+    n_visits = tl.cdiv(n_cross, BLOCK_N - 2 * HALO) * TILES if HALO > 0 else TILES
+    between = states(p_states, channel, cross, n_cross, BLOCK_C, FAST)
     n_rounds = tl.cdiv(mine.i_high - mine.i_low, TILES * LINES)
 
     for i_round in tl.range(0, n_rounds, num_stages=STAGES):
@@ -341,10 +332,9 @@ def backward_kernel(
             b_before = load_lines(w, m_taps, LINES, REVERSE)
             b_here = load_lines(tap(w, s_taps_tap, 1, TAPS_ALIGN), m_taps, LINES, REVERSE)
             b_after = load_lines(tap(w, s_taps_tap, 2, TAPS_ALIGN), m_taps, LINES, REVERSE)
-            if HALO > 0:
-                b_carried = load_state(
-                    b_carried, p_states, o_states, i_round, i_visit, i_first, i_cross, n_cross, BLOCK_C, TILES, FAST
-                )
+            b_carried = load_state(
+                b_carried, between, i_round, i_visit, i_first, i_cross, n_cross, BLOCK_C, TILES, FAST
+            )
             b_carried = _adjoint_tile(
                 b_grad, b_previous, b_x, b_lam, b_before, b_here, b_after, b_carried,
                 move(dx, i_line, i_first), move(dlam, i_line, i_first), move(dtaps, i_line, i_first), s_dtaps_tap,
@@ -352,11 +342,7 @@ def backward_kernel(
                 TAPS_ALIGN, LINES, GROUP, VECTOR, MAY_OVERRUN, REVERSE, SEGMENTED, SHARED,
                 HAS_LAM, NEED_TAPS, NEED_LAM,
             )  # fmt: skip
-            if HALO > 0:
-                store_state(
-                    b_carried, p_states, o_states, i_round, i_visit, i_first, i_cross, n_cross, m_kept,
-                    BLOCK_C, TILES, FAST,
-                )  # fmt: skip
+            store_state(b_carried, between, i_round, i_visit, i_first, i_cross, n_cross, m_kept, BLOCK_C, TILES, FAST)
         if HALO > 0:
             # The next round's states come from other threads.
             tl.debug_barrier()

@@ -21,7 +21,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .addressing import integers, load_lines, load_state, move, share, store_lines, store_state, tile, view
+from .addressing import (
+    in_elements,
+    integers,
+    load_lines,
+    load_state,
+    move,
+    share,
+    states,
+    store_lines,
+    store_state,
+    tile,
+    view,
+)  # fmt: skip
 from .neighbour_shuffle import neighbours
 
 # --- The maps of a pixel ----------------------------------------------------------------------------------------------
@@ -123,13 +135,7 @@ def scan_kernel(
     against its direction by the transposed taps. ``proxy`` is ``[B, S, lines, cross]``, contiguous. A block's
     channels may be of several groups of ``n_per_group`` channels, unless taps are SHARED.
     """
-    if FAST == 0:
-        n_channels *= ALIGN
-    elif FAST == 1:
-        n_cross *= ALIGN
-    else:
-        n_lines *= ALIGN
-        n_run *= ALIGN
+    n_channels, n_cross, n_lines, n_run = in_elements(n_channels, n_cross, n_lines, n_run, FAST, ALIGN)
     mine = share(tl.cdiv(n_channels, BLOCK_C), n_groups, n_lines, n_run, n_runs, REVERSE)
     c, n = tl.arange(0, BLOCK_C)[:, None, None], tl.arange(0, BLOCK_N)[None, :, None]
     t = tl.arange(0, LINES)[None, None, :]
@@ -165,11 +171,8 @@ def scan_kernel(
     b_state = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
     TILES: tl.constexpr = HALO // LINES if HALO > 0 else 1
     MAY_OVERRUN: tl.constexpr = TILES * LINES > 1
-    n_visits = TILES
-    if HALO > 0:
-        n_visits = tl.cdiv(n_cross, BLOCK_N - 2 * HALO) * TILES
-        p_states += tl.program_id(0).to(tl.int64) * 2 * BLOCK_C * n_cross
-        o_states = cross * BLOCK_C + channel if FAST == 0 else channel * n_cross + cross
+    n_visits = tl.cdiv(n_cross, BLOCK_N - 2 * HALO) * TILES if HALO > 0 else TILES
+    between = states(p_states, channel, cross, n_cross, BLOCK_C, FAST)
     n_rounds = tl.cdiv(mine.i_high - mine.i_low, TILES * LINES)
 
     for i_round in tl.range(0, n_rounds, num_stages=STAGES):
@@ -187,10 +190,7 @@ def scan_kernel(
                 b_added = load_lines(move(before, i_line, i_first), m_owned, LINES, REVERSE)
             i_cross = i_first + cross
             m_has_left, m_has_right = i_cross > 0, i_cross < n_cross - 1
-            if HALO > 0:
-                b_state = load_state(
-                    b_state, p_states, o_states, i_round, i_visit, i_first, i_cross, n_cross, BLOCK_C, TILES, FAST
-                )
+            b_state = load_state(b_state, between, i_round, i_visit, i_first, i_cross, n_cross, BLOCK_C, TILES, FAST)
 
             b_out = ()
             # Numbered in the order of the scan, which an adjoint takes backwards.
@@ -232,11 +232,7 @@ def scan_kernel(
                 else:
                     b_out = b_out + (b,)
             store_lines(move(out, i_line, i_first), 0, b_out, m_owned, LINES, REVERSE)
-            if HALO > 0:
-                store_state(
-                    b_state, p_states, o_states, i_round, i_visit, i_first, i_cross, n_cross, m_kept,
-                    BLOCK_C, TILES, FAST,
-                )  # fmt: skip
+            store_state(b_state, between, i_round, i_visit, i_first, i_cross, n_cross, m_kept, BLOCK_C, TILES, FAST)
         if HALO > 0:
             # The next round's states come from other threads.
             tl.debug_barrier()
