@@ -117,9 +117,9 @@ def move(v, i_line, i_cross):
 
 
 @triton.jit
-def tap(v, s_tap, K: tl.constexpr, ALIGN: tl.constexpr):
-    """The view of tap K of a tensor of taps."""
-    return View(v.p + K * (s_tap.to(tl.int64) * ALIGN), v.o, v.s_line, v.s_cross) if K > 0 else v
+def tap(v, s_tap, K: tl.constexpr):
+    """The view of tap K of a tensor of taps; ``s_tap`` is int64 and counts elements."""
+    return View(v.p + K * s_tap, v.o, v.s_line, v.s_cross)
 
 
 @triton.jit

@@ -100,14 +100,9 @@ def forward_kernel(
     o_read, o_stored, o_taps = (o_c, o_n, o_t), (o_c, o_n, o_g), (o_tap_c, o_n, o_t)
     x = view(p_x, mine.i_batch, i_channel, o_read, (s_x_batch, s_x_channel, s_x_cross, s_x_line), ALIGN)
     h = view(p_h, mine.i_batch, i_channel, o_stored, (s_h_batch, s_h_channel, s_h_cross, s_h_line), ALIGN)
-    taps = view(
-        p_taps,
-        mine.i_batch,
-        i_tap_channel,
-        o_taps,
-        (s_taps_batch, s_taps_channel, s_taps_cross, s_taps_line),
-        TAPS_ALIGN,
-    )
+    s_taps = (s_taps_batch, s_taps_channel, s_taps_cross, s_taps_line)
+    taps = view(p_taps, mine.i_batch, i_tap_channel, o_taps, s_taps, TAPS_ALIGN)
+    s_taps_tap = s_taps_tap.to(tl.int64) * TAPS_ALIGN
     lam = x
     if HAS_LAM:
         lam = view(p_lam, mine.i_batch, i_channel, o_read, (s_lam_batch, s_lam_channel, s_lam_cross, s_lam_line), ALIGN)
@@ -141,8 +136,8 @@ def forward_kernel(
                 b_lam = load_lines(move(lam, i_line, i_first), m, LINES, REVERSE)
             w = move(taps, i_line, i_first)
             b_before = load_lines(w, m_taps, LINES, REVERSE)
-            b_here = load_lines(tap(w, s_taps_tap, 1, TAPS_ALIGN), m_taps, LINES, REVERSE)
-            b_after = load_lines(tap(w, s_taps_tap, 2, TAPS_ALIGN), m_taps, LINES, REVERSE)
+            b_here = load_lines(tap(w, s_taps_tap, 1), m_taps, LINES, REVERSE)
+            b_after = load_lines(tap(w, s_taps_tap, 2), m_taps, LINES, REVERSE)
             b_state = load_state(b_state, between, i_round, i_visit, i_first, i_cross, n_cross, BLOCK_C, TILES, FAST)
             b_state = _scan_tile(
                 b_x, b_lam, b_before, b_here, b_after, b_state, move(h, i_line, i_first),
@@ -159,7 +154,6 @@ def forward_kernel(
 def _adjoint_tile(
     b_grad, b_previous, b_x, b_lam, b_before, b_here, b_after, b_carried, dx, dlam, dtaps, s_dtaps_tap,
     m_channels, m_owned, m_taps_owned, m_has_left, m_has_right, i_line, mine, i_step, n_segment,
-    TAPS_ALIGN: tl.constexpr,
     LINES: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr, MAY_OVERRUN: tl.constexpr,
     REVERSE: tl.constexpr, SEGMENTED: tl.constexpr, SHARED: tl.constexpr,
     HAS_LAM: tl.constexpr, NEED_TAPS: tl.constexpr, NEED_LAM: tl.constexpr,
@@ -214,8 +208,8 @@ def _adjoint_tile(
             store_lines(dlam, i_first, b_dlam, m, GROUP, REVERSE)
         if NEED_TAPS:
             store_lines(dtaps, i_first, b_dbefore, m_taps, GROUP, REVERSE, SHARED)
-            store_lines(tap(dtaps, s_dtaps_tap, 1, TAPS_ALIGN), i_first, b_dhere, m_taps, GROUP, REVERSE, SHARED)
-            store_lines(tap(dtaps, s_dtaps_tap, 2, TAPS_ALIGN), i_first, b_dafter, m_taps, GROUP, REVERSE, SHARED)
+            store_lines(tap(dtaps, s_dtaps_tap, 1), i_first, b_dhere, m_taps, GROUP, REVERSE, SHARED)
+            store_lines(tap(dtaps, s_dtaps_tap, 2), i_first, b_dafter, m_taps, GROUP, REVERSE, SHARED)
     return b_carried
 
 
@@ -263,9 +257,9 @@ def backward_kernel(
     o_taps, o_dtaps = (o_tap_c, o_n, o_t), (o_tap_c, o_n, o_g)
 
     grad = view(p_grad, i_batch, i_channel, o_read, (s_grad_batch, s_grad_channel, s_grad_cross, s_grad_line), ALIGN)
-    taps = view(
-        p_taps, i_batch, i_tap_channel, o_taps, (s_taps_batch, s_taps_channel, s_taps_cross, s_taps_line), TAPS_ALIGN
-    )
+    s_taps = (s_taps_batch, s_taps_channel, s_taps_cross, s_taps_line)
+    taps = view(p_taps, i_batch, i_tap_channel, o_taps, s_taps, TAPS_ALIGN)
+    s_taps_tap = s_taps_tap.to(tl.int64) * TAPS_ALIGN
     dx = view(p_dx, i_batch, i_channel, o_stored, (s_dx_batch, s_dx_channel, s_dx_cross, s_dx_line), ALIGN)
     lam, x, h, edge, dlam, dtaps = grad, grad, grad, grad, dx, dx
     if HAS_LAM:
@@ -281,6 +275,7 @@ def backward_kernel(
         edge = view(p_h, i_batch, i_channel, (channel.to(OFFSET), cross.to(OFFSET), 0), s_h, ALIGN)
         p_dtaps += mine.i_block.to(tl.int64) * s_dtaps_block * TAPS_ALIGN
         s_dtaps = (s_dtaps_batch, s_dtaps_channel, s_dtaps_cross, s_dtaps_line)
+        s_dtaps_tap = s_dtaps_tap.to(tl.int64) * TAPS_ALIGN
         dtaps = view(p_dtaps, i_batch, i_tap_channel, o_dtaps, s_dtaps, TAPS_ALIGN)
 
     m_kept = m_rows & (cross >= HALO) & (cross < BLOCK_N - HALO)
@@ -330,8 +325,8 @@ def backward_kernel(
                     b_previous = load_lines(move(h, i_previous, i_first), m_previous, LINES, REVERSE)
             w = move(taps, i_line, i_first)
             b_before = load_lines(w, m_taps, LINES, REVERSE)
-            b_here = load_lines(tap(w, s_taps_tap, 1, TAPS_ALIGN), m_taps, LINES, REVERSE)
-            b_after = load_lines(tap(w, s_taps_tap, 2, TAPS_ALIGN), m_taps, LINES, REVERSE)
+            b_here = load_lines(tap(w, s_taps_tap, 1), m_taps, LINES, REVERSE)
+            b_after = load_lines(tap(w, s_taps_tap, 2), m_taps, LINES, REVERSE)
             b_carried = load_state(
                 b_carried, between, i_round, i_visit, i_first, i_cross, n_cross, BLOCK_C, TILES, FAST
             )
@@ -339,7 +334,7 @@ def backward_kernel(
                 b_grad, b_previous, b_x, b_lam, b_before, b_here, b_after, b_carried,
                 move(dx, i_line, i_first), move(dlam, i_line, i_first), move(dtaps, i_line, i_first), s_dtaps_tap,
                 m_pixels, m_owned, m_taps_owned, i_cross > 0, i_cross < n_cross - 1, i_line, mine, i_step, n_segment,
-                TAPS_ALIGN, LINES, GROUP, VECTOR, MAY_OVERRUN, REVERSE, SEGMENTED, SHARED,
+                LINES, GROUP, VECTOR, MAY_OVERRUN, REVERSE, SEGMENTED, SHARED,
                 HAS_LAM, NEED_TAPS, NEED_LAM,
             )  # fmt: skip
             store_state(b_carried, between, i_round, i_visit, i_first, i_cross, n_cross, m_kept, BLOCK_C, TILES, FAST)
