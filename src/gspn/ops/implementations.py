@@ -1,6 +1,6 @@
 """Which backends exist, which of them can run a call here, and which one ``impl="auto"`` takes.
 
-A new backend is a folder with the functions of :mod:`gspn.ops.backend`, and an entry in :data:`IMPLEMENTATIONS`.
+A new backend is a folder with the functions of :mod:`gspn.ops.backend`, and an entry in :data:`BACKENDS`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .backend import Backend, NotInstalled
 OPS: tuple[str, ...] = ("propagate", "line_scan")
 """Operators that have implementations to choose from."""
 
-# The fastest first: "auto" takes the first that can run. The last one runs everywhere.
-_BACKENDS: tuple[Backend, ...] = (triton, cpu, reference)
+BACKENDS: tuple[Backend, ...] = (triton, cpu, reference)
+"""The fastest first: ``"auto"`` takes the first that can run. The last one runs everywhere."""
 
-IMPLEMENTATIONS: dict[str, Backend] = {backend.__name__.rpartition(".")[2]: backend for backend in _BACKENDS}
-"""Every backend by name, the fastest first."""
+IMPLEMENTATIONS: dict[str, Backend] = {backend.__name__.rpartition(".")[2]: backend for backend in BACKENDS}
+"""The backends by name, which is what ``impl`` names."""
 
 # "auto" must not ask the backends again on every call: they look for compilers, libraries and devices.
 _auto_choice: dict[tuple[str, str, torch.dtype], Backend] = {}
