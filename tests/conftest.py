@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -14,12 +14,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
-TESTS = Path(__file__).parent
-
-# Folders and files of which each test takes seconds: they train, compile, interpret kernels or start processes.
-SLOW = (
-    "tasks",
-    "ops/triton",
+# What `make test-fast` leaves out beside tests that are marked themselves: they train, compile, interpret kernels, build
+# large models or start processes.
+SLOW = re.compile(
+    r"tests/tasks/|tests/ops/triton/|tests/ops/cpu/.*environment|tests/diffusers/test_(mounted|adapter)|tests/bench/"
+    r"|tests/cli/test_(bench|classify|explain|models|spread)|analysis/.*cost|tests/test_packaging"
+    r"|tests/models/(test_denoiser|test_learning|test_weights|test_contract.*(tiny|small|base))"
 )
 
 
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "cuda" in item.keywords and not cuda:
             item.add_marker(skip)
-        if any((TESTS / name) in (item.path, *item.path.parents) for name in SLOW):
+        if SLOW.search(item.nodeid):
             item.add_marker("slow")
         if group := _shared_by(item):
             item.add_marker(pytest.mark.xdist_group(group))

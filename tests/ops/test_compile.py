@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from support import run_python
 
 
+@pytest.mark.slow
 def test_operators_compile_before_their_first_call() -> None:
     # Every case in one process, which imports PyTorch's compilers once. A failure's traceback names its case.
     run_python("""

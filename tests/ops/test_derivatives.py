@@ -29,6 +29,7 @@ def test_gradcheck_and_gradgradcheck(impl, direction, segment, shape_groups, wit
     assert gradgradcheck(scan, inputs, fast_mode=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", CPU_IMPLS)
 def test_third_derivative(impl) -> None:
     x, taps, lam, _ = (t.requires_grad_() for t in make_inputs(1, 2, 3, 3, 1, torch.float64))

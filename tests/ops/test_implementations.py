@@ -70,6 +70,7 @@ def test_an_explicit_request_never_falls_back() -> None:
         gspn.line_scan(x, taps, direction="down", impl="cpu")
 
 
+@pytest.mark.slow
 def test_the_kernels_run_on_pytorch_threads() -> None:
     # A second OpenMP runtime in the process would keep a second team of threads on the same cores.
     run_python(
@@ -98,6 +99,7 @@ assert threads() == count, (threads(), count)
     )
 
 
+@pytest.mark.slow
 def test_runs_inside_a_forked_data_loader_worker() -> None:
     # The parent's OpenMP threads do not survive a fork; a worker of torch.utils.data runs on one thread.
     run_python(

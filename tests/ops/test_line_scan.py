@@ -47,6 +47,7 @@ def test_more_lines_than_a_tile(direction, segment, kind) -> None:
     check_line_scan(make_inputs(1, 2, 150, 150, groups, dtype), direction, segment)
 
 
+@pytest.mark.slow
 @every_pair(direction=gspn.DIRECTIONS, width=[512, 509])
 def test_maps_beyond_the_caches(direction, width) -> None:
     # Large outputs are written around the caches; an odd width puts every line at another alignment.

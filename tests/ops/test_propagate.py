@@ -63,6 +63,7 @@ def test_subsets_and_orders_of_directions(directions, skip) -> None:
     check(*make_arguments(1, 20, 8, 9, 4, 20, torch.float32, directions=count, skip=skip), 3, directions)
 
 
+@pytest.mark.slow
 @every_pair(
     layout=["contiguous", "channels_last"],
     dtype=[torch.float32, torch.bfloat16],
@@ -248,6 +249,7 @@ def test_a_nan_goes_where_the_scan_takes_it_and_nowhere_else() -> None:
     assert y.isnan().any() and not y[:, :3].isnan().any()
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     st.integers(1, 3), st.integers(1, 35), st.integers(1, 20), st.integers(1, 20), st.integers(1, 17),

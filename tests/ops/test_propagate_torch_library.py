@@ -32,6 +32,7 @@ def test_opcheck(impl, layout, skip) -> None:
     torch.library.opcheck(torch.ops.gspn.propagate_backward, arguments, test_utils=utilities)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", CPU_IMPLS)
 @pytest.mark.parametrize("skip", [True, False])
 def test_gradcheck_and_gradgradcheck(impl, skip) -> None:
