@@ -14,7 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
-# What `make test-fast` leaves out beside tests that are marked themselves: they train, compile, interpret kernels, build
+# `make test-fast` leaves these out, and tests that are marked themselves: they train, compile, interpret kernels, build
 # large models or start processes.
 SLOW = re.compile(
     r"tests/tasks/|tests/ops/triton/|tests/ops/cpu/.*environment|tests/diffusers/test_(mounted|adapter)|tests/bench/"
