@@ -1,6 +1,6 @@
 """Turn a run of ``gspn class-conditional train`` into a pipeline of the package: float16 weights and a model card.
 
-    python scripts/ship_denoiser.py runs/generate_mnist5k gspn_denoiser.mnist5k --command ... --commit ...
+    python scripts/ship_denoiser.py runs/class_conditional_mnist5k gspn_denoiser.mnist5k --command ... --commit ...
 
 The card states the command, seed, versions and what the shipped weights, not the run's, draw.
 """

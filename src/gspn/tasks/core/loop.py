@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from .checkpoints import CheckpointStore
-from .config import read_yaml, write_yaml
+from .config import read_yaml, to_mapping, write_yaml
 from .devices import distributed_context, make_accelerator, peak_memory_mib
 from .errors import UsageError, require
 from .files import replaced, write_text
@@ -118,7 +118,7 @@ class _Run(Generic[Row]):
         self.setup = task.setup(self.context)
         self.updates = self.setup.train.sampler.updates
         self.resolved = self._resolve(config, self.setup)
-        self.config = replace(config, resolved={**asdict(self.resolved), **self.setup.resolved})
+        self.config = config
         self._save_config(resume)
         self._prepare()
 
@@ -158,10 +158,10 @@ class _Run(Generic[Row]):
         )
 
     def _save_config(self, resume: bool) -> None:
-        path = self.output / _CONFIG
+        path, resolved = self.output / _CONFIG, {**asdict(self.resolved), **self.setup.resolved}
         if resume and path.is_file():
             saved = read_yaml(path.read_text(encoding="utf-8"), str(path))
-            for key, (old, new) in self.config.differences(saved).items():
+            for key, (old, new) in self.config.differences(saved, resolved).items():
                 raise UsageError(
                     f"{key} is {new!r}, and the run in {str(self.output)!r} has {old!r}; a resumed run keeps it. "
                     "Leave it out, or start another run with --output."
@@ -169,7 +169,7 @@ class _Run(Generic[Row]):
         self.accelerator.wait_for_everyone()
         if self.main:
             self.output.mkdir(parents=True, exist_ok=True)
-            write_text(path, write_yaml(self.config))
+            write_text(path, write_yaml({**to_mapping(self.config), "resolved": resolved}))
 
     def _prepare(self) -> None:
         config, model = self.config, self.setup.model
