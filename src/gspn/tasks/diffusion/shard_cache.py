@@ -31,7 +31,7 @@ from .digests import file_digest
 INDEX = "index.json"
 
 FORMAT = 2
-"""Of the index that is written; format 1, of gspn 0.1.0, is read as well."""
+"""The format of an index that is written. Format 1, of gspn 0.1.0, is read as well."""
 
 
 @dataclass(frozen=True)
