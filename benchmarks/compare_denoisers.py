@@ -60,7 +60,7 @@ def _chain(entry: Entry, seed: int, root: Path) -> list[Step]:
     run = directory(root, PRESET, entry.label, seed)
     values = {
         "schedule.epochs": EPOCHS,
-        "model.network": entry.network,
+        "model.name": entry.network,
         "model.options": entry.options,
         "run.seed": seed,
     }
@@ -255,7 +255,7 @@ def _calls(entry: Entry, size: int, batch: int) -> dict[str, Any]:
     from gspn.tasks.class_conditional import GenerateConfig
     from gspn.tasks.class_conditional.model import build_denoiser
 
-    config = GenerateConfig.load(PRESET).changed(**{"model.network": entry.network, "model.options": entry.options})
+    config = GenerateConfig.load(PRESET).changed(**{"model.name": entry.network, "model.options": entry.options})
     network = build_denoiser(config, num_classes=10, channels=1, sample_size=28).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     noisy = torch.randn(batch, 1, size, size)

@@ -126,6 +126,7 @@ def test_a_run_of_version_0_1_0_is_read_under_the_present_names(tmp_path):
         DistillConfig.from_values(saved)  # a file of one's own has the present names
     generate = {**to_mapping(GenerateConfig()), "resolved": {}}
     generate["samples"]["sampler"] = generate["samples"].pop("scheduler")
+    generate["model"]["network"] = generate["model"].pop("name")
     assert GenerateConfig().differences(generate, {}) == {}
     generate["samples"]["sampler"] = "ddim"
     assert GenerateConfig().differences(generate, {}) == {"samples.scheduler": ("ddim", "auto")}

@@ -21,7 +21,7 @@ from ..core.sections import (
 )
 from ..diffusion.config import DiffusionConfig
 
-Network = Literal["gspn", "attention", "dit"]
+DenoiserName = Literal["gspn", "attention", "dit"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class DataConfig(ImageData):
 class ModelConfig(ModelExecution):
     """The denoiser."""
 
-    network: Network = "gspn"
+    name: DenoiserName = "gspn"
     """`gspn`: :class:`gspn.models.GSPNDenoiser2DModel`; `attention`: the same with self-attention; `dit`: diffusers'
     ``DiTTransformer2DModel``."""
     size: str = "T/2"
@@ -84,7 +84,7 @@ class GenerateConfig(Configuration):
     """
 
     PRESETS: ClassVar[str] = "gspn.tasks.class_conditional.presets"
-    RENAMED: ClassVar[Mapping[str, str]] = {"samples.sampler": "samples.scheduler"}
+    RENAMED: ClassVar[Mapping[str, str]] = {"model.network": "model.name", "samples.sampler": "samples.scheduler"}
 
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

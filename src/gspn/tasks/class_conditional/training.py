@@ -86,13 +86,13 @@ class ClassConditionalDenoising(Task[GenerateConfig, GeneratorRow]):
                 module.dropout_prob = 0.0
         self.scheduler = training_scheduler(self.config.diffusion, pixels=self.data.vae is None)
         self.denoising = DenoisingLoss(self.config.diffusion, self.scheduler)
-        images, side = self.data.train.sampler.images, self.data.sample_size
+        images, side = self.data.train.order.images, self.data.sample_size
         kind = "pixels" if self.data.vae is None else "latents"
         return Setup(
             model=model,
             train=self.data.train,
             evaluation=self.data.held_out,
-            model_title=f"{model_config.network} {model_config.size}",
+            model_title=f"{model_config.name} {model_config.size}",
             data_title=f"{self.data.name}: {images:,} images, {len(self.data.classes)} classes, "
             f"{self.data.channels} x {side} x {side} {kind}",
             num_classes=len(self.data.classes),

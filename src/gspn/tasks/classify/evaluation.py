@@ -199,7 +199,7 @@ def evaluate(
 def _model_speed(model: nn.Module, loader: Any, accelerator: Any, channels_last: bool) -> float:
     """Images per second through the model alone, all processes together, on one batch repeatedly."""
     size = resolve_preprocessing(model).input_size
-    batch = min(loader.sampler.batch_size, len(loader.loader.dataset))
+    batch = min(loader.share.batch_size, len(loader.loader.dataset))
     images = torch.zeros(batch, *size, device=accelerator.device)
     if channels_last:
         images = images.contiguous(memory_format=torch.channels_last)

@@ -116,7 +116,7 @@ class _Run(Generic[Row]):
 
         seed_everything(derived_seed(config.run.seed, "weights"))
         self.setup = task.setup(self.context)
-        self.updates = self.setup.train.sampler.updates
+        self.updates = self.setup.train.order.updates
         self.resolved = self._resolve(config, self.setup)
         self.config = config
         self._save_config(resume)
@@ -143,18 +143,18 @@ class _Run(Generic[Row]):
         self.accelerator.wait_for_everyone()
 
     def _resolve(self, config: Any, setup: Setup) -> Resolved:
-        sampler, base = setup.train.sampler, config.optim.lr_base_batch
-        scale = 1.0 if base is None else sampler.images_per_update / base
+        order, base = setup.train.order, config.optim.lr_base_batch
+        scale = 1.0 if base is None else order.images_per_update / base
         return Resolved(
             processes=self.accelerator.num_processes,
-            images_per_update=sampler.images_per_update,
-            updates_per_epoch=sampler.updates,
+            images_per_update=order.images_per_update,
+            updates_per_epoch=order.updates,
             lr=config.optim.lr * scale,
             min_lr=config.schedule.min_lr * scale,
             warmup_lr=config.schedule.warmup_lr * scale,
             parameters=sum(one.numel() for one in setup.model.parameters() if one.requires_grad),
             num_classes=setup.num_classes,
-            train_images=sampler.images,
+            train_images=order.images,
         )
 
     def _save_config(self, resume: bool) -> None:
