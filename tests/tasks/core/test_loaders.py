@@ -35,11 +35,11 @@ def test_update_batches_split_each_update_over_processes():
 def test_share_batches_cover_each_image_once(images, processes, batch):
     real, batches = [], set()
     for process in range(processes):
-        batches = ShareBatches(images, batch_size=batch, processes=processes, process=process)
-        own = [i for one in batches for i in one]
-        assert len(list(batches)) == len(batches)
-        real += own[: batches.real]
-        batches.add(tuple(len(one) for one in batches))
+        share = ShareBatches(images, batch_size=batch, processes=processes, process=process)
+        own = [i for one in share for i in one]
+        assert len(list(share)) == len(share)
+        real += own[: share.real]
+        batches.add(tuple(len(one) for one in share))
     assert sorted(real) == list(range(images))
     assert len(batches) == 1  # as many, and as large, in each process
 

@@ -28,7 +28,7 @@ CLASSES = 4
 
 
 class Points(Dataset):
-    """Noisy one-pixel images of 16 channels; the noise is drawn anew for each sample, as augmentations are."""
+    """Noisy one-pixel images of 16 channels; each sample has its own noise, as augmented images do."""
 
     def __init__(self, count: int, broken: int = -1) -> None:
         self.count = count
