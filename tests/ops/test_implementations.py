@@ -25,8 +25,8 @@ def test_lists_every_implementation_with_a_reason() -> None:
 
 def test_every_implementation_has_every_operator() -> None:
     for op in implementations.OPS:
-        for implementation in (implementations.IMPLEMENTATIONS[name] for name in ("cpu", "reference")):
-            module = implementation.load(op)
+        for name in ("cpu", "reference"):
+            module = implementations.resolve(name, torch.zeros(1), op)
             assert callable(getattr(module, op))
             assert callable(getattr(module, f"{op}_backward"))
 
