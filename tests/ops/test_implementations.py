@@ -47,7 +47,7 @@ def test_auto_chooses_for_each_operator_device_and_dtype() -> None:
     for other in (torch.zeros(1, dtype=torch.float8_e5m2), torch.zeros(1, device="meta")):
         with pytest.warns(RuntimeWarning, match="slow PyTorch loop"):
             module = implementations.resolve("auto", other, "line_scan")
-        assert module.__name__ == "gspn.ops.reference"
+        assert module.__name__ == "gspn.ops.reference.line_scan"
 
 
 def test_reasons_name_the_dtype_and_device() -> None:
