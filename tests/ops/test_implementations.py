@@ -25,8 +25,8 @@ def test_lists_every_implementation_with_a_reason() -> None:
 
 def test_every_implementation_has_every_operator() -> None:
     for op in implementations.OPS:
-        for implementation in (implementations.IMPLEMENTATIONS[name] for name in ("cpu", "reference")):
-            module = implementation.load(op)
+        for name in ("cpu", "reference"):
+            module = implementations.resolve(name, torch.zeros(1), op)
             assert callable(getattr(module, op))
             assert callable(getattr(module, f"{op}_backward"))
 
@@ -39,6 +39,15 @@ def test_the_operator_asked_about_is_propagate_unless_named() -> None:
 
 def test_auto_takes_the_compiled_kernels_on_cpu() -> None:
     assert implementations.resolve("auto", torch.zeros(1), "line_scan").__name__ == "gspn.ops.cpu.line_scan"
+
+
+def test_auto_chooses_for_each_operator_device_and_dtype() -> None:
+    assert implementations.resolve("auto", torch.zeros(1), "line_scan").__name__ == "gspn.ops.cpu.line_scan"
+    assert implementations.resolve("auto", torch.zeros(1), "propagate").__name__ == "gspn.ops.cpu.propagate"
+    for other in (torch.zeros(1, dtype=torch.float8_e5m2), torch.zeros(1, device="meta")):
+        with pytest.warns(RuntimeWarning, match="slow PyTorch loop"):
+            module = implementations.resolve("auto", other, "line_scan")
+        assert module.__name__ == "gspn.ops.reference.line_scan"
 
 
 def test_reasons_name_the_dtype_and_device() -> None:
@@ -70,10 +79,13 @@ def test_an_explicit_request_never_falls_back() -> None:
         gspn.line_scan(x, taps, direction="down", impl="cpu")
 
 
+@pytest.mark.slow
 def test_the_kernels_run_on_pytorch_threads() -> None:
     # A second OpenMP runtime in the process would keep a second team of threads on the same cores.
-    run_python("""
+    run_python(
+        """
 import torch, gspn
+torch.set_num_threads(2)
 def runtimes():
     with open("/proc/self/maps") as maps:
         return {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line or "libiomp" in line}
@@ -89,14 +101,20 @@ count = threads()
 for direction in gspn.DIRECTIONS:
     gspn.line_scan(x, torch.rand(8, 8, 3, 64, 64), direction=direction, impl="cpu")
 assert runtimes() == before, (runtimes(), before)
+assert count > 1
 assert threads() == count, (threads(), count)
-""")
+""",
+        OMP_NUM_THREADS="2",
+    )
 
 
+@pytest.mark.slow
 def test_runs_inside_a_forked_data_loader_worker() -> None:
     # The parent's OpenMP threads do not survive a fork; a worker of torch.utils.data runs on one thread.
-    run_python("""
+    run_python(
+        """
 import torch, gspn
+torch.set_num_threads(2)
 
 class Data(torch.utils.data.Dataset):
     def __len__(self):
@@ -107,4 +125,6 @@ class Data(torch.utils.data.Dataset):
 first = Data()[0]
 loader = torch.utils.data.DataLoader(Data(), batch_size=2, num_workers=2, multiprocessing_context="fork")
 assert all(torch.equal(batch[0], first) for batch in loader)
-""")
+""",
+        OMP_NUM_THREADS="2",
+    )
