@@ -82,7 +82,7 @@ def test_a_saved_folder(tmp_path, prefix):
     assert opened.weights == f"from {tmp_path}"
     assert opened.name == "gspn_pico"
     assert torch.equal(opened.model.stem.conv1.weight, saved.stem.conv1.weight)
-    assert opened.normalised(torch.rand(3, 5, 6)).shape == (1, opened.input_size[0], 5, 6)
+    assert opened.normalize(torch.rand(3, 5, 6)).shape == (1, opened.input_size[0], 5, 6)
 
 
 def test_errors_show_the_value(tmp_path):

@@ -60,25 +60,25 @@ def scans_of(module: GSPN2d, x: Tensor) -> list[Scan]:
     Returns:
         A scan for each direction.
     """
-    options: Any = module
+    options: Any = module  # whose attributes torch types as Tensor | Module
     wide = torch.promote_types(x.dtype, torch.float32)
-    proxy = module.proxy(x)
+    proxy = options.proxy(x)
     scans = []
-    for d, direction in enumerate(module.directions):
-        scan_direction: Direction = "right" if module.alignment == "official" else direction
-        logits = project_taps(proxy, module.tap_proj[d])
-        merge = module.merge[d].to(wide)
+    for d, direction in enumerate(options.directions):
+        scan_direction: Direction = "right" if options.alignment == "official" else direction
+        logits = project_taps(proxy, options.tap_proj[d])
+        merge = options.merge[d].to(wide)
         skip = None if options.skip_proj is None else project(proxy, options.skip_proj[d]).to(wide) * merge
         scans.append(
             Scan(
                 direction=direction,
                 scan_direction=scan_direction,
                 taps=stochastic_taps(logits.to(wide), direction=scan_direction),
-                lam=project(proxy, module.lam_proj[d]).to(wide),
-                u=project(proxy, module.u_proj[d]).to(wide) * merge,
+                lam=project(proxy, options.lam_proj[d]).to(wide),
+                u=project(proxy, options.u_proj[d]).to(wide) * merge,
                 skip=skip,
-                segment=module.segment,
-                impl=module.impl,
+                segment=options.segment,
+                impl=options.impl,
             )
         )
     return scans

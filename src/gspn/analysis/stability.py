@@ -130,7 +130,7 @@ def write_stability(path: Path, report: Sequence[ScanStability]) -> None:
 
 @torch.no_grad()
 def _measured(name: str, scan: Scan, x: Tensor) -> ScanStability:
-    axes = scan_axes(scan.along)
+    axes = scan_axes(scan.scan_direction)
     states = scan.states(x)
     # The taps of neighbours that do not exist are left out, whatever they hold.
     taps = scan.taps.movedim(axes.cross, -1)  # [B, G, 3, lines, n]

@@ -85,8 +85,9 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
     Patches of the noisy image or latent become pixels of a map, and the embedding of time and class is added to each of
     them. ``2 (num_layers // 2) + 1`` blocks follow, with long skips as in U-ViT: each block of the second half projects
     the concatenation of its input and the output of the mirrored block of the first half. Only the last norm is
-    modulated by the embedding unless ``ada_norm`` is set. The model is called as :class:`diffusers.DiTTransformer2DModel` is, so
-    that :class:`diffusers.DiTPipeline` runs it. It takes any height and width that the patch divides.
+    modulated by the embedding unless ``ada_norm`` is set. The model is called as
+    :class:`diffusers.DiTTransformer2DModel` is, so that :class:`diffusers.DiTPipeline` runs it. It takes any height and
+    width that the patch divides.
 
     Args:
         sample_size: default height and width of the samples that pipelines draw; the model does not depend on it.
