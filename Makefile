@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-KERNELS := $(wildcard src/gspn/ops/cpu/kernels/*)
+KERNELS := $(shell find src/gspn/ops/cpu/kernels -type f)
 
 .PHONY: help install test demo lint format bench clean
 
@@ -30,12 +30,14 @@ demo: $(INSTALLED) ## Train, evaluate, classify, draw, look inside, time: minute
 lint: $(INSTALLED) ## Check style, types and the arrows between the packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(KERNELS)
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
 
 format: $(INSTALLED) ## Format the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(KERNELS)
 
 bench: $(INSTALLED) ## Measure line_scan on this machine; writes runs/bench/
 	$(BIN)/gspn bench line-scan --output runs/bench/line_scan.csv --plot runs/bench/line_scan.png
