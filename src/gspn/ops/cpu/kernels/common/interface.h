@@ -1,4 +1,4 @@
-// What both operators' C interfaces share. No Python, no torch: one binary serves every version of both.
+// The part of the C interface that both operators share. No Python, no torch: one binary serves every version of both.
 #pragma once
 
 #include <cstddef>
@@ -10,8 +10,8 @@
 #define GSPN_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// What is compiled for several instruction sets has to be inlined, or live in the namespace of one: of several copies
-// of a function the linker would be free to keep the AVX-512 one for the baseline as well.
+// Functions that are compiled for several instruction sets have to be inlined, or live in the namespace of one: of
+// several copies of a function the linker would be free to keep the AVX-512 one for the baseline as well.
 #define GSPN_INLINE inline __attribute__((always_inline))
 
 namespace gspn {
@@ -32,7 +32,7 @@ struct LineScanPlan;
 struct PropagateCall;
 struct PropagatePlan;
 
-// What the threads run: items of work, each on its own.
+// A function that the threads run for every item of work, each on its own.
 template <class Call, class Plan>
 struct Kernel {
   void (*run)(const Call&, const Plan&, int64_t item, char* scratch);
@@ -45,12 +45,12 @@ using PropagateKernel = Kernel<PropagateCall, PropagatePlan>;
 struct Kernels {
   const char* isa;
   int64_t vector_bytes;
-  const LineScanKernel& line_scan_forward;            // of the plan
-  const LineScanKernel& line_scan_backward;           // of the plan
+  const LineScanKernel& line_scan_forward;            // an item of the plan
+  const LineScanKernel& line_scan_backward;           // an item of the plan
   const LineScanKernel& line_scan_merge_taps;         // (batch, group): adds up the partial tap gradients
   const PropagateKernel& propagate_pack;              // block: its projections in the order in which they are read
-  const PropagateKernel& propagate_forward;           // of the plan
-  const PropagateKernel& propagate_backward;          // of the plan
+  const PropagateKernel& propagate_forward;           // an item of the plan
+  const PropagateKernel& propagate_backward;          // an item of the plan
   const PropagateKernel& propagate_merge_directions;  // (batch, block): adds up directions computed separately
   const PropagateKernel& propagate_merge_proxy;       // batch: adds up the parts of the proxy's gradient
   const PropagateKernel& propagate_merge_weights;     // one for all: adds up the parts of the projections' gradients

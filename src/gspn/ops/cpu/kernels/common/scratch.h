@@ -25,7 +25,7 @@ class Scratch {
   size_t used_ = 0;
 };
 
-// What a layout with these arguments takes.
+// The bytes that a layout with these arguments takes.
 template <class Layout, class... Arguments>
 size_t scratch_bytes(const Arguments&... arguments) {
   Scratch measure;

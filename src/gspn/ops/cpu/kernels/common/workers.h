@@ -1,4 +1,4 @@
-// What both operators' entry points share: the threads, their scratch, and the memory of outputs.
+// The threads of both operators, their scratch, and the memory of outputs.
 #pragma once
 
 #include <atomic>
@@ -105,7 +105,7 @@ bool run(const Kernel<Call, Plan>& kernel, const Call& call, const Plan& plan, i
   return !team.failed;
 }
 
-// Memory for the length of a call; null, which is no error, where none is asked for.
+// Memory for the length of a call; null where none is asked for, which is not a failure.
 class Memory {
  public:
   explicit Memory(int64_t bytes)

@@ -45,7 +45,7 @@ struct Rows {
   GSPN_INLINE T* at(int64_t r) const { return data + r * row; }
 };
 
-// What is multiplied with the adjoint state of a range of columns, and where the products go.
+// The factors of the adjoint state of a range of columns, and where their products go.
 template <class T, class P, class A = typename StateOf<T>::type>
 struct Products {
   Rows<T> x, lam, h;  // x, h: null if dlam, dtaps are not computed

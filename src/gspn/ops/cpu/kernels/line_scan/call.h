@@ -28,7 +28,8 @@ struct LineScanCall {
 };
 
 // How a call is cut into independent items of work. It depends on the shapes and, through `spans`, on the number of
-// threads; sums are always taken within an item and over `partials` in a fixed order, so the bits depend on neither.
+// threads; sums are always taken within an item and over `partials` in a fixed order, so the bits do not depend on the
+// cut.
 struct LineScanPlan {
   bool interleaved;  // channels are the fastest axis: vectors run over channels, not over the line
   bool columns;      // lines are dense across, in every tensor: the lines are columns of images whose rows are dense

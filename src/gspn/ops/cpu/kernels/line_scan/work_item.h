@@ -1,4 +1,4 @@
-// What both sweeps share: an item of work, its taps, and the loop over the elements of a line.
+// An item of work, its taps, and the loop over the elements of a line, for both sweeps.
 //
 // A kernel's view of a line is [cross][m]: m channels that lie side by side in memory (channels_last), or m = 1. The
 // neighbour at cross offset -1 or +1 is then m elements away. What can be walked in place is; anything else (half
@@ -158,7 +158,7 @@ struct TapLines {
   TapLine<A> at(int64_t l) const { return {{tap[0].at(l), tap[1].at(l), tap[2].at(l)}, tap[0].cross}; }
 };
 
-// What the line before takes over: carry[p] = q0[p+1] + q1[p] + q2[p-1], the q padded by zeros.
+// The sum that the line before takes over: carry[p] = q0[p+1] + q1[p] + q2[p-1], the q padded by zeros.
 template <class A>
 void gather_carry(int64_t n, int64_t m, A* const q[3], A* carry) {
   for_each_element<A>(n, [&](auto lane, int64_t i) __attribute__((always_inline)) {

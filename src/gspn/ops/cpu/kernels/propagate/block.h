@@ -1,4 +1,4 @@
-// What the forward and the backward of one block of channels share: the packed projections, the walk over lines, the
+// A block of channels, for the forward and the backward: the packed projections, the walk over lines, the
 // projection of the proxy, the taps of a line that all channels share.
 //
 // Twelve tap maps, four lam, four u and a skip are functions of a proxy of a few channels. A block of as many channels

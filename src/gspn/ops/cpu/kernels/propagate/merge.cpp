@@ -1,4 +1,4 @@
-// What stands before and after the items of a call: the order of the projections, and the sums over parts.
+// Before and after the items of a call: the projections in the order in which they are read, and the sums over parts.
 #include "block.h"
 
 namespace gspn::GSPN_ISA {
