@@ -33,32 +33,51 @@ struct BackwardLine {
 
 // `count` elements that lie side by side in every tensor.
 template <class A, bool kHasLam, bool kNeedLam, bool kNeedTaps, bool kHasPrev, bool kAdd>
-GSPN_INLINE void backward_run(const BackwardLine<A> line, int64_t count) {
+GSPN_INLINE void backward_run(const BackwardLine<A>& line, int64_t count) {
+  const int64_t m = line.m;
+  const A *grad = line.grad.data, *x = line.x.data, *lam = line.lam.data, *carry = line.carry, *prev = line.prev;
+  const A *t0 = line.taps.tap[0], *t1 = line.taps.tap[1], *t2 = line.taps.tap[2];
+  A *dx = line.dx.data, *dlam = line.dlam.data;
+  A *dt0 = line.dtaps[0].data, *dt1 = line.dtaps[1].data, *dt2 = line.dtaps[2].data;
+  A *q0 = line.q[0], *q1 = line.q[1], *q2 = line.q[2];
   for_each_element<A>(count, [&](auto lane, int64_t i) __attribute__((always_inline)) {
     using L = decltype(lane);
     if constexpr (L::is_vector) {
-      __builtin_prefetch(line.grad.data + i + line.grad.line);
-      if constexpr (kNeedLam) __builtin_prefetch(line.x.data + i + line.x.line);
-      if constexpr (kHasLam) __builtin_prefetch(line.lam.data + i + line.lam.line);
-#pragma GCC unroll 3
-      for (int k = 0; k < 3 && kHasPrev; ++k) __builtin_prefetch(line.taps.tap[k] + i + line.next_taps);
+      __builtin_prefetch(grad + i + line.grad.line);
+      if constexpr (kNeedLam) __builtin_prefetch(x + i + line.x.line);
+      if constexpr (kHasLam) __builtin_prefetch(lam + i + line.lam.line);
+      if constexpr (kHasPrev) {
+        __builtin_prefetch(t0 + i + line.next_taps);
+        __builtin_prefetch(t1 + i + line.next_taps);
+        __builtin_prefetch(t2 + i + line.next_taps);
+      }
     }
-    const auto g = L::get(line.grad.data + i) + L::get(line.carry + i);
+    auto g = L::get(grad + i) + L::get(carry + i);
     if constexpr (kHasLam) {
-      L::set(line.dx.data + i, L::get(line.lam.data + i) * g);
+      L::set(dx + i, L::get(lam + i) * g);
     } else {
-      L::set(line.dx.data + i, g);
+      L::set(dx + i, g);
     }
-    if constexpr (kNeedLam) L::set(line.dlam.data + i, L::get(line.x.data + i) * g);
-    if constexpr (kHasPrev && kNeedTaps) {
-      typename L::type d[3];
-#pragma GCC unroll 3
-      for (int k = 0; k < 3; ++k) d[k] = g * L::get(line.prev + i + (k - 1) * line.m);
-#pragma GCC unroll 3
-      for (int k = 0; k < 3; ++k) L::set(line.dtaps[k].data + i, kAdd ? L::get(line.dtaps[k].data + i) + d[k] : d[k]);
+    if constexpr (kNeedLam) L::set(dlam + i, L::get(x + i) * g);
+    if constexpr (kHasPrev) {
+      if constexpr (kNeedTaps) {
+        auto d0 = g * L::get(prev + i - m);
+        auto d1 = g * L::get(prev + i);
+        auto d2 = g * L::get(prev + i + m);
+        if constexpr (kAdd) {
+          L::set(dt0 + i, L::get(dt0 + i) + d0);
+          L::set(dt1 + i, L::get(dt1 + i) + d1);
+          L::set(dt2 + i, L::get(dt2 + i) + d2);
+        } else {
+          L::set(dt0 + i, d0);
+          L::set(dt1 + i, d1);
+          L::set(dt2 + i, d2);
+        }
+      }
+      L::set(q0 + i, L::get(t0 + i) * g);
+      L::set(q1 + i, L::get(t1 + i) * g);
+      L::set(q2 + i, L::get(t2 + i) * g);
     }
-#pragma GCC unroll 3
-    for (int k = 0; k < 3 && kHasPrev; ++k) L::set(line.q[k] + i, L::get(line.taps.tap[k] + i) * g);
   });
 }
 
@@ -71,36 +90,51 @@ GSPN_INLINE A sum_lanes(typename VectorOf<A>::type v) {
 
 // One pixel of m channels that share its taps.
 template <class A, bool kHasLam, bool kNeedLam, bool kNeedTaps, bool kHasPrev>
-GSPN_INLINE void backward_pixel(const BackwardLine<A> line) {
-  typename VectorOf<A>::type vector_sums[3] = {};
-  A scalar_sums[3] = {}, tap[3] = {};
-#pragma GCC unroll 3
-  for (int k = 0; k < 3 && kHasPrev; ++k) tap[k] = *line.taps.tap[k];
-  for_each_element<A>(line.m, [&](auto lane, int64_t i) __attribute__((always_inline)) {
-    using L = decltype(lane);
-    const auto g = L::get(line.grad.data + i) + L::get(line.carry + i);
-    if constexpr (kHasLam) {
-      L::set(line.dx.data + i, L::get(line.lam.data + i) * g);
-    } else {
-      L::set(line.dx.data + i, g);
-    }
-    if constexpr (kNeedLam) L::set(line.dlam.data + i, L::get(line.x.data + i) * g);
-#pragma GCC unroll 3
-    for (int k = 0; k < 3 && kHasPrev; ++k) {
+GSPN_INLINE void backward_pixel(const BackwardLine<A>& line) {
+  const int64_t m = line.m;
+  const A *grad = line.grad.data, *x = line.x.data, *lam = line.lam.data, *carry = line.carry, *prev = line.prev;
+  A *dx = line.dx.data, *dlam = line.dlam.data;
+  A *q0 = line.q[0], *q1 = line.q[1], *q2 = line.q[2];
+  A t0 = 0, t1 = 0, t2 = 0;
+  if constexpr (kHasPrev) t0 = *line.taps.tap[0], t1 = *line.taps.tap[1], t2 = *line.taps.tap[2];
+  using V = typename VectorOf<A>::type;
+  V d0{}, d1{}, d2{};
+  A s0 = 0, s1 = 0, s2 = 0;
+  int64_t i = 0;
+  for (; i + kLanes<A> <= m; i += kLanes<A>) {
+    const V g = load(grad + i) + load(carry + i);
+    store(dx + i, kHasLam ? load(lam + i) * g : g);
+    if constexpr (kNeedLam) store(dlam + i, load(x + i) * g);
+    if constexpr (kHasPrev) {
       if constexpr (kNeedTaps) {
-        const auto before = L::get(line.prev + i + (k - 1) * line.m);
-        if constexpr (L::is_vector) {
-          vector_sums[k] += g * before;
-        } else {
-          scalar_sums[k] += g * before;
-        }
+        d0 += g * load(prev + i - m);
+        d1 += g * load(prev + i);
+        d2 += g * load(prev + i + m);
       }
-      L::set(line.q[k] + i, tap[k] * g);
+      store(q0 + i, t0 * g);
+      store(q1 + i, t1 * g);
+      store(q2 + i, t2 * g);
     }
-  });
-#pragma GCC unroll 3
-  for (int k = 0; k < 3 && kHasPrev && kNeedTaps; ++k) {
-    *line.dtaps[k].data = scalar_sums[k] + sum_lanes<A>(vector_sums[k]);
+  }
+  for (; i < m; ++i) {
+    const A g = grad[i] + carry[i];
+    dx[i] = kHasLam ? lam[i] * g : g;
+    if constexpr (kNeedLam) dlam[i] = x[i] * g;
+    if constexpr (kHasPrev) {
+      if constexpr (kNeedTaps) {
+        s0 += g * prev[i - m];
+        s1 += g * prev[i];
+        s2 += g * prev[i + m];
+      }
+      q0[i] = t0 * g;
+      q1[i] = t1 * g;
+      q2[i] = t2 * g;
+    }
+  }
+  if constexpr (kHasPrev && kNeedTaps) {
+    *line.dtaps[0].data = s0 + sum_lanes<A>(d0);
+    *line.dtaps[1].data = s1 + sum_lanes<A>(d1);
+    *line.dtaps[2].data = s2 + sum_lanes<A>(d2);
   }
 }
 
@@ -133,7 +167,10 @@ void clear_taps_without_neighbour(const BackwardLine<A>& line) {
     clear(line.dtaps[2].data + (line.cross - 1) * line.dtaps[2].cross, width);
   } else if (!line.add_dtaps) {
     for (const Lines<A>& dtap : line.dtaps) {
-      for (int64_t p = 0; p < line.cross; ++p) clear(dtap.data + p * dtap.cross, width);
+      const bool dense = dtap.cross == width;
+      for (int64_t p = 0; p < (dense ? 1 : line.cross); ++p) {
+        clear(dtap.data + p * dtap.cross, dense ? line.cross * width : width);
+      }
     }
   }
 }

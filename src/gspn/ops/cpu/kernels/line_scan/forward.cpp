@@ -26,22 +26,28 @@ struct ForwardLine {
 
 // `count` elements that lie side by side in every tensor.
 template <class A, bool kHasLam, bool kHasPrev, bool kScalarTaps>
-GSPN_INLINE void forward_run(const ForwardLine<A> line, int64_t count) {
+GSPN_INLINE void forward_run(const ForwardLine<A>& line, int64_t count) {
+  const int64_t m = line.m;
+  const A *x = line.x.data, *lam = line.lam.data, *prev = line.prev;
+  const A *t0 = line.taps.tap[0], *t1 = line.taps.tap[1], *t2 = line.taps.tap[2];
+  A *next = line.next, *h = line.h.data;
   for_each_element<A>(count, [&](auto lane, int64_t i) __attribute__((always_inline)) {
     using L = decltype(lane);
-    auto h = L::get(line.x.data + i);
-    if constexpr (kHasLam) h = h * L::get(line.lam.data + i);
-#pragma GCC unroll 3
-    for (int k = 0; k < 3 && kHasPrev; ++k) {
-      const auto before = L::get(line.prev + i + (k - 1) * line.m);
+    auto v = L::get(x + i);
+    if constexpr (kHasLam) v = v * L::get(lam + i);
+    if constexpr (kHasPrev) {
       if constexpr (kScalarTaps) {
-        h += *line.taps.tap[k] * before;
+        v += *t0 * L::get(prev + i - m);
+        v += *t1 * L::get(prev + i);
+        v += *t2 * L::get(prev + i + m);
       } else {
-        h += L::get(line.taps.tap[k] + i) * before;
+        v += L::get(t0 + i) * L::get(prev + i - m);
+        v += L::get(t1 + i) * L::get(prev + i);
+        v += L::get(t2 + i) * L::get(prev + i + m);
       }
     }
-    L::set(line.next + i, h);
-    L::set(line.h.data + i, h);
+    L::set(next + i, v);
+    L::set(h + i, v);
   });
 }
 

@@ -89,7 +89,7 @@ GSPN_INLINE void maps_to_proxy(const ProductRun<A>& run, int64_t p, int64_t prox
 
 // Both products of a run.
 template <class A, int S, int O>
-__attribute__((noinline)) void add_products(const ProductRun<A>& run) {
+__attribute__((noinline)) void add_products(const ProductRun<A> run) {
   using V = typename VectorOf<A>::type;
   constexpr int L = kLanes<A>, P = kPixels, SB = GSPN_VECTOR_BYTES == 64 && O > 1 ? 4 : 2;
   const int64_t channels = S ? S : run.proxy.channels, count = run.count;
