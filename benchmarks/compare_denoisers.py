@@ -1,4 +1,4 @@
-"""Denoisers side by side: the same digits, preset, parameters within 10 % and steps; and GSPN as released.
+"""Denoisers side by side: the same digits, preset, parameters within 10 % and steps; and GSPN with the official alignment.
 
     python benchmarks/compare_denoisers.py run [--jobs 2]
     python benchmarks/compare_denoisers.py table [--output CSV]
@@ -47,7 +47,7 @@ ENTRIES = (
     Entry("GSPN", options={**_SMALL, "scan": {"skip": True}}),
     Entry("DiT", "dit", {"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 34}),
     Entry("attention in GSPN's place", "attention", {"dim": 88, "num_layers": 6}),
-    Entry("GSPN, merged as released", options={**_SMALL, "scan": {"skip": True, "alignment": "released"}}),
+    Entry("GSPN, merged as released", options={**_SMALL, "scan": {"skip": True, "alignment": "official"}}),
     Entry("GSPN, segments of 2", options={**_SMALL, "scan": {"skip": True, "segment": 2}}),
     Entry("GSPN, adaLN in each block", options={**_SMALL, "scan": {"skip": True}, "ada_norm": True}, seeds=(0,)),
 )

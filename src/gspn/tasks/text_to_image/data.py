@@ -153,9 +153,9 @@ def open_captioned(name: str, split: str, root: Path | None = None, **options: A
         MissingExtraError: a package is not installed.
     """
     require("PIL", "timm")
-    opening = require("gspn.data.captions.emoji")
+    data = require("gspn.data")
     try:
-        images = opening.open_captions(name, split, root=root, **options)
+        images = data.open_captions(name, split, root=root, **options)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise UsageError(f"data {name!r}, split {split!r}: {' '.join(str(error).split())}") from None
     except ImportError as error:
