@@ -8,7 +8,7 @@ WORKERS ?= logical
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadgroup
 # Dozens of processes import torch: without its bytecode each of them takes ten seconds longer.
 unexport PYTHONDONTWRITEBYTECODE
-KERNELS := $(wildcard src/gspn/ops/cpu/kernels/*)
+KERNELS := $(shell find src/gspn/ops/cpu/kernels -type f)
 
 .PHONY: help install test test-fast demo lint format bench clean
 
@@ -38,6 +38,7 @@ demo: $(INSTALLED) ## Train, evaluate, classify, draw, look inside, time: minute
 lint: $(INSTALLED) ## Check style, types, the arrows between the packages, and words that are no longer used
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(KERNELS)
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python scripts/retired_words.py
@@ -45,6 +46,7 @@ lint: $(INSTALLED) ## Check style, types, the arrows between the packages, and w
 format: $(INSTALLED) ## Format the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(KERNELS)
 
 bench: $(INSTALLED) ## Measure line_scan on this machine; writes runs/bench/
 	$(BIN)/gspn bench line-scan --output runs/bench/line_scan.csv --plot runs/bench/line_scan.png

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
+from gspn.ops.cpu import instruction_set, instruction_sets
 from gspn.ops.cpu.library import load
 
 
@@ -19,6 +21,13 @@ def exp2(x: np.ndarray) -> np.ndarray:
     return y
 
 
+@pytest.fixture(params=instruction_sets())
+def isa(request) -> Iterator[None]:
+    with instruction_set(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize(("dtype", "most"), [(np.float32, 125), (np.float64, 1000)])
 def test_error_below_two_units_in_the_last_place(dtype, most) -> None:
     if np.finfo(np.longdouble).eps >= np.finfo(dtype).eps:
@@ -31,6 +40,7 @@ def test_error_below_two_units_in_the_last_place(dtype, most) -> None:
     assert error.max() < 2
 
 
+@pytest.mark.usefixtures("isa")
 def test_the_ends_of_the_range() -> None:
     x = np.array([-1e30, -np.inf, -2000, 0, 1, np.nan], dtype=np.float32)
     y = exp2(x)

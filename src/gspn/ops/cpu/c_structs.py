@@ -1,4 +1,4 @@
-"""The C structs of ``kernels/line_scan.h`` and ``kernels/propagate.h``, field by field, and how tensors fill them."""
+"""The C structs of ``kernels/*/call.h``, field by field, and how tensors fill them."""
 
 from __future__ import annotations
 
@@ -10,29 +10,24 @@ from torch import Tensor
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-class Map(ctypes.Structure):
-    """A tensor ``[batch, channel, line, cross]``; null data: absent."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("channel", ctypes.c_int64),
-        ("line", ctypes.c_int64),
-        ("cross", ctypes.c_int64),
-    )
+def _integers(*names: str) -> tuple[tuple[str, type[ctypes.c_int64]], ...]:
+    return tuple((name, ctypes.c_int64) for name in names)
 
 
-class TapMap(ctypes.Structure):
-    """A tensor ``[batch, group, tap, line, cross]``; null data: absent."""
+def _pointers(*names: str) -> tuple[tuple[str, type[ctypes.c_void_p]], ...]:
+    return tuple((name, ctypes.c_void_p) for name in names)
 
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-        ("tap", ctypes.c_int64),
-        ("line", ctypes.c_int64),
-        ("cross", ctypes.c_int64),
-    )
+
+class Image(ctypes.Structure):
+    """A tensor ``[batch, channel, row, column]`` and its strides; null data: absent."""
+
+    _fields_ = (*_pointers("data"), *_integers("batch", "channel", "row", "column"))
+
+
+class Taps(ctypes.Structure):
+    """A tensor ``[batch, group, tap, row, column]``: an image of groups for each of the three taps."""
+
+    _fields_ = (("image", Image), *_integers("tap"))
 
 
 class LineScanCall(ctypes.Structure):
@@ -41,32 +36,15 @@ class LineScanCall(ctypes.Structure):
     _fields_ = (
         ("dtype", ctypes.c_int32),
         ("reverse", ctypes.c_int32),
-        ("batch", ctypes.c_int64),
-        ("channels", ctypes.c_int64),
-        ("groups", ctypes.c_int64),
-        ("lines", ctypes.c_int64),
-        ("cross", ctypes.c_int64),
-        ("segment", ctypes.c_int64),
-        ("x", Map),
-        ("lam", Map),
-        ("h", Map),
-        ("taps", TapMap),
-        ("grad", Map),
-        ("dx", Map),
-        ("dlam", Map),
-        ("dtaps", TapMap),
-    )
-
-
-class Image(ctypes.Structure):
-    """A tensor ``[batch, channel, row, column]``; null data: absent."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("channel", ctypes.c_int64),
-        ("row", ctypes.c_int64),
-        ("column", ctypes.c_int64),
+        *_integers("batch", "channels", "groups", "lines", "cross", "segment"),
+        ("x", Image),
+        ("lam", Image),
+        ("h", Image),
+        ("taps", Taps),
+        ("grad", Image),
+        ("dx", Image),
+        ("dlam", Image),
+        ("dtaps", Taps),
     )
 
 
@@ -75,51 +53,28 @@ class PropagateCall(ctypes.Structure):
 
     _fields_ = (
         ("dtype", ctypes.c_int32),
-        ("directions", ctypes.c_int32),
-        ("towards", ctypes.c_int32 * 4),
-        ("batch", ctypes.c_int64),
-        ("channels", ctypes.c_int64),
-        ("groups", ctypes.c_int64),
-        ("states", ctypes.c_int64),
-        ("height", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("proxy_row", ctypes.c_int64),
-        ("segment", ctypes.c_int64),
+        ("direction_count", ctypes.c_int32),
+        ("directions", ctypes.c_int32 * 4),
+        *_integers("batch", "channels", "groups", "proxy_channels", "height", "width", "proxy_row", "segment"),
         ("x", Image),
         ("y", Image),
-        ("proxy", ctypes.c_void_p),
-        ("tap_proj", ctypes.c_void_p),
-        ("lam_proj", ctypes.c_void_p),
-        ("u_proj", ctypes.c_void_p),
-        ("skip_proj", ctypes.c_void_p),
+        *_pointers("proxy", "tap_proj", "lam_proj", "u_proj", "skip_proj"),
         ("grad", Image),
         ("dx", Image),
-        ("dproxy", ctypes.c_void_p),
-        ("dtap_proj", ctypes.c_void_p),
-        ("dlam_proj", ctypes.c_void_p),
-        ("du_proj", ctypes.c_void_p),
-        ("dskip_proj", ctypes.c_void_p),
+        *_pointers("dproxy", "dtap_proj", "dlam_proj", "du_proj", "dskip_proj"),
     )
 
 
-def as_image(tensor: Tensor) -> Image:
-    """``tensor`` as ``propagate``'s kernels see it."""
-    return Image(tensor.data_ptr(), *tensor.stride())
+def _image(tensor: Tensor, columns_as_rows: bool) -> Image:
+    batch, channel, *_, row, column = tensor.stride()
+    return Image(tensor.data_ptr(), batch, channel, *((column, row) if columns_as_rows else (row, column)))
 
 
-def as_map(tensor: Tensor | None, columns: bool) -> Map:
-    """``tensor`` as the kernels see it; with ``columns``, columns are the lines."""
-    if tensor is None:
-        return Map()
-    batch, channel, height, width = tensor.stride()
-    line, cross = (width, height) if columns else (height, width)
-    return Map(tensor.data_ptr(), batch, channel, line, cross)
+def as_image(tensor: Tensor | None, columns_as_rows: bool = False) -> Image:
+    """``tensor`` as the kernels see it; None as absent."""
+    return Image() if tensor is None else _image(tensor, columns_as_rows)
 
 
-def as_tap_map(tensor: Tensor | None, columns: bool) -> TapMap:
-    """``tensor`` as the kernels see it; with ``columns``, columns are the lines."""
-    if tensor is None:
-        return TapMap()
-    batch, group, tap, height, width = tensor.stride()
-    line, cross = (width, height) if columns else (height, width)
-    return TapMap(tensor.data_ptr(), batch, group, tap, line, cross)
+def as_taps(tensor: Tensor | None, columns_as_rows: bool = False) -> Taps:
+    """``tensor`` as the kernels see it; None as absent."""
+    return Taps() if tensor is None else Taps(_image(tensor, columns_as_rows), tensor.stride(2))

@@ -14,7 +14,7 @@ import torch
 
 from .c_structs import LineScanCall, PropagateCall
 
-_INTERFACE_VERSION = 3
+_INTERFACE_VERSION = 4
 
 
 def _path() -> Path:
@@ -54,10 +54,10 @@ def load() -> ctypes.CDLL:
         ValueError: ``GSPN_ISA`` names an instruction set that does not run here.
     """
     library = ctypes.CDLL(str(_path()))
-    found = library.gspn_interface_version()
-    if found != _INTERFACE_VERSION:
+    version = library.gspn_interface_version()
+    if version != _INTERFACE_VERSION:
         raise OSError(
-            f"{_path()} has interface version {found}, not {_INTERFACE_VERSION}: it was built from other sources."
+            f"{_path()} has interface version {version}, not {_INTERFACE_VERSION}: it was built from other sources."
         )
     for function, call in (
         (library.gspn_line_scan, LineScanCall),

@@ -9,30 +9,45 @@ import torch
 from torch import Tensor
 
 from ..directions import scan_axes
-from .c_structs import DTYPE_CODES, LineScanCall, Map, TapMap, as_map, as_tap_map
+from .c_structs import DTYPE_CODES, Image, LineScanCall, as_image, as_taps
 from .library import load
 
 
-def _run(function: Callable[..., int], call: LineScanCall) -> None:
+def _run(
+    function: Callable[..., int],
+    direction: str,
+    segment: int | None,
+    *,
+    x: Tensor | None,
+    taps: Tensor,
+    lam: Tensor | None,
+    h: Tensor,
+    dtaps: Tensor | None = None,
+    **gradients: Tensor | None,
+) -> None:
+    axes = scan_axes(direction)
+    columns = axes.line == -1
+    batch, channels, *_ = h.shape
+    lines, cross = h.shape[axes.line], h.shape[axes.cross]
+
+    def image(tensor: Tensor | None) -> Image:
+        return as_image(tensor, columns)
+
+    call = LineScanCall(
+        dtype=DTYPE_CODES[h.dtype], reverse=axes.reverse, batch=batch, channels=channels, groups=taps.shape[1],
+        lines=lines, cross=cross, segment=lines if segment is None else min(segment, lines),
+        x=image(x), lam=image(lam), h=image(h), taps=as_taps(taps, columns), dtaps=as_taps(dtaps, columns),
+        **{name: image(gradient) for name, gradient in gradients.items()},
+    )  # fmt: skip
     if function(ctypes.byref(call), torch.get_num_threads()):
-        raise MemoryError(f"line_scan over {call.lines} lines of {call.cross} positions ran out of scratch memory.")
+        raise MemoryError(f"line_scan over {lines} lines of {cross} positions ran out of scratch memory.")
 
 
 def line_scan(x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None) -> Tensor:
     """The forward scan; see :func:`gspn.line_scan`."""
     h = torch.empty_like(x)
-    if h.numel() == 0:
-        return h
-    axes = scan_axes(direction)
-    columns = axes.line == -1
-    batch, channels, *_ = x.shape
-    lines, cross = x.shape[axes.line], x.shape[axes.cross]
-    call = LineScanCall(
-        DTYPE_CODES[x.dtype], axes.reverse, batch, channels, taps.shape[1], lines, cross,
-        lines if segment is None else min(segment, lines),
-        as_map(x, columns), as_map(lam, columns), as_map(h, columns), as_tap_map(taps, columns),
-    )  # fmt: skip
-    _run(load().gspn_line_scan, call)
+    if h.numel():
+        _run(load().gspn_line_scan, direction, segment, x=x, taps=taps, lam=lam, h=h)
     return h
 
 
@@ -51,19 +66,11 @@ def line_scan_backward(
     dx = torch.empty_like(h if x is None else x)
     dtaps = torch.empty_like(taps) if need_taps else None
     dlam = torch.empty_like(lam) if need_lam and lam is not None else None
-    if dx.numel() == 0:
-        return dx, None if dtaps is None else dtaps.zero_(), dlam
-    axes = scan_axes(direction)
-    columns = axes.line == -1
-    batch, channels, *_ = h.shape
-    lines, cross = h.shape[axes.line], h.shape[axes.cross]
-    call = LineScanCall(
-        DTYPE_CODES[h.dtype], axes.reverse, batch, channels, taps.shape[1], lines, cross,
-        lines if segment is None else min(segment, lines),
-        as_map(x, columns) if dlam is not None else Map(), as_map(lam, columns), as_map(h, columns),
-        as_tap_map(taps, columns),
-        as_map(grad, columns), as_map(dx, columns), as_map(dlam, columns),
-        TapMap() if dtaps is None else as_tap_map(dtaps, columns),
-    )  # fmt: skip
-    _run(load().gspn_line_scan_backward, call)
+    if dx.numel():
+        _run(
+            load().gspn_line_scan_backward, direction, segment, x=None if dlam is None else x, taps=taps, lam=lam, h=h,
+            grad=grad, dx=dx, dtaps=dtaps, dlam=dlam,
+        )  # fmt: skip
+    elif dtaps is not None:
+        dtaps.zero_()
     return dx, dtaps, dlam

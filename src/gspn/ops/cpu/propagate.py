@@ -9,51 +9,56 @@ import torch
 from torch import Tensor
 
 from ..directions import DIRECTIONS
-from .c_structs import DTYPE_CODES, PropagateCall, as_image
+from .c_structs import DTYPE_CODES, Image, PropagateCall, as_image
 from .library import load
 
-# A vector may be read beyond the proxy's last state.
+# A vector may be read beyond the proxy's last channel.
 _VECTOR = 64
 
 
-def _run(function: Callable[..., int], call: PropagateCall) -> None:
-    if function(ctypes.byref(call), torch.get_num_threads()):
-        raise MemoryError(
-            f"propagate over {call.batch} x {call.channels} maps of {call.height} x {call.width} ran out of memory."
-        )
-
-
-def _states_last(batch: int, states: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """A fresh ``[B, H, W, S]``: all states of a pixel side by side.
+def _channels_last(batch: int, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """A fresh ``[B, H, W, S]`` for a proxy: all channels of a pixel side by side.
 
     Rows begin an odd number of cache lines apart. Were it a power of two, the pixels of a column would meet in one set
     of the cache.
     """
     line = 64 // dtype.itemsize
-    lines = -(-width * states // line)
+    lines = -(-width * channels // line)
     row = (lines + 1 - lines % 2) * line
     size = batch * height * row + _VECTOR
     memory = torch.empty(size, dtype=dtype)
     load().gspn_expect_first_touch(memory.data_ptr(), size * dtype.itemsize)
     memory[size - _VECTOR :].zero_()
-    return memory.as_strided((batch, height, width, states), (height * row, row, states, 1))
+    return memory.as_strided((batch, height, width, channels), (height * row, row, channels, 1))
 
 
-def _call(
-    x: Tensor, proxy: Tensor, projections: tuple[Tensor, ...], directions: tuple[str, ...], segment: int | None
-) -> PropagateCall:
-    """All that forward and backward share; ``projections`` are dense, with the skip if there is one."""
+def _run(
+    function: Callable[..., int],
+    x: Tensor,
+    proxy: Tensor,
+    tap_proj: Tensor,
+    lam_proj: Tensor,
+    u_proj: Tensor,
+    skip_proj: Tensor | None,
+    directions: tuple[str, ...],
+    segment: int | None,
+    **outputs: Image | int | None,
+) -> None:
     batch, channels, height, width = x.shape
-    tap_proj, lam_proj, u_proj, *skip_proj = projections
+    tap_proj, lam_proj, u_proj = tap_proj.contiguous(), lam_proj.contiguous(), u_proj.contiguous()
+    skip_proj = None if skip_proj is None else skip_proj.contiguous()
+    channels_last = _channels_last(*proxy.shape, dtype=tap_proj.dtype).copy_(proxy.permute(0, 2, 3, 1))
     longest = max(height, width)
-    towards = (ctypes.c_int32 * 4)(*(DIRECTIONS.index(d) for d in directions))  # type: ignore[arg-type]
-    return PropagateCall(
-        dtype=DTYPE_CODES[x.dtype], directions=len(directions), towards=towards, batch=batch, channels=channels,
-        groups=tap_proj.shape[1], states=proxy.shape[-1], height=height, width=width, proxy_row=proxy.stride(1),
-        segment=longest if segment is None else min(segment, longest), x=as_image(x), proxy=proxy.data_ptr(),
-        tap_proj=tap_proj.data_ptr(), lam_proj=lam_proj.data_ptr(), u_proj=u_proj.data_ptr(),
-        skip_proj=skip_proj[0].data_ptr() if skip_proj else None,
+    codes = (DIRECTIONS.index(d) for d in directions)  # type: ignore[arg-type]
+    call = PropagateCall(
+        dtype=DTYPE_CODES[x.dtype], direction_count=len(directions), directions=(ctypes.c_int32 * 4)(*codes),
+        batch=batch, channels=channels, groups=tap_proj.shape[1], proxy_channels=proxy.shape[1], height=height,
+        width=width, proxy_row=channels_last.stride(1), segment=longest if segment is None else min(segment, longest),
+        x=as_image(x), proxy=channels_last.data_ptr(), tap_proj=tap_proj.data_ptr(), lam_proj=lam_proj.data_ptr(),
+        u_proj=u_proj.data_ptr(), skip_proj=None if skip_proj is None else skip_proj.data_ptr(), **outputs,
     )  # fmt: skip
+    if function(ctypes.byref(call), torch.get_num_threads()):
+        raise MemoryError(f"propagate over {batch} x {channels} maps of {height} x {width} ran out of memory.")
 
 
 def propagate(
@@ -68,14 +73,9 @@ def propagate(
 ) -> Tensor:
     """The forward; see :func:`gspn.propagate`."""
     y = torch.empty_like(x)
-    if y.numel() == 0:
-        return y
-    batch, count, height, width = proxy.shape
-    states = _states_last(batch, count, height, width, tap_proj.dtype).copy_(proxy.permute(0, 2, 3, 1))
-    projections = tuple(p.contiguous() for p in (tap_proj, lam_proj, u_proj, skip_proj) if p is not None)
-    call = _call(x, states, projections, directions, segment)
-    call.y = as_image(y)
-    _run(load().gspn_propagate, call)
+    if y.numel():
+        projections = (tap_proj, lam_proj, u_proj, skip_proj)
+        _run(load().gspn_propagate, x, proxy, *projections, directions, segment, y=as_image(y))
     return y
 
 
@@ -92,22 +92,19 @@ def propagate_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """All gradients; see :func:`gspn.ops.reference.propagate_backward`."""
     dx, dproxy = torch.empty_like(x), torch.empty_like(proxy)
-    given = [p for p in (tap_proj, lam_proj, u_proj, skip_proj) if p is not None]
-    grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in given]
-    if x.numel() == 0:
-        dproxy.zero_()
-        for g in grads:
-            g.zero_()
+    projections = (tap_proj, lam_proj, u_proj, skip_proj)
+    dtap, dlam, du = (torch.empty_like(p, memory_format=torch.contiguous_format) for p in (tap_proj, lam_proj, u_proj))
+    dskip = None if skip_proj is None else torch.empty_like(skip_proj, memory_format=torch.contiguous_format)
+    if x.numel():
+        channels_last = _channels_last(*proxy.shape, dtype=tap_proj.dtype)
+        _run(
+            load().gspn_propagate_backward, x, proxy, *projections, directions, segment, grad=as_image(grad),
+            dx=as_image(dx), dproxy=channels_last.data_ptr(), dtap_proj=dtap.data_ptr(), dlam_proj=dlam.data_ptr(),
+            du_proj=du.data_ptr(), dskip_proj=None if dskip is None else dskip.data_ptr(),
+        )  # fmt: skip
+        dproxy.copy_(channels_last.permute(0, 3, 1, 2))
     else:
-        batch, count, height, width = proxy.shape
-        states = _states_last(batch, count, height, width, tap_proj.dtype).copy_(proxy.permute(0, 2, 3, 1))
-        dstates = _states_last(batch, count, height, width, tap_proj.dtype)
-        projections = tuple(p.contiguous() for p in given)
-        call = _call(x, states, projections, directions, segment)
-        call.grad, call.dx, call.dproxy = as_image(grad), as_image(dx), dstates.data_ptr()
-        call.dtap_proj, call.dlam_proj, call.du_proj = (g.data_ptr() for g in grads[:3])
-        if skip_proj is not None:
-            call.dskip_proj = grads[3].data_ptr()
-        _run(load().gspn_propagate_backward, call)
-        dproxy.copy_(dstates.permute(0, 3, 1, 2))
-    return dx, dproxy, grads[0], grads[1], grads[2], None if skip_proj is None else grads[3]
+        for gradient in (dproxy, dtap, dlam, du, dskip):
+            if gradient is not None:
+                gradient.zero_()
+    return dx, dproxy, dtap, dlam, du, dskip

@@ -19,7 +19,8 @@ extern const Kernels kernels;
 
 namespace {
 
-// Those that this library was built with and this processor runs, the fastest first. `visit` returns whether to go on.
+// Those that this library was built with and this processor runs, the fastest first. `visit` returns whether to
+// continue.
 template <class Visit>
 void for_each_instruction_set(Visit visit) {
 #if defined(GSPN_HAS_AVX512)

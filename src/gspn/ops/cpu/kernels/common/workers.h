@@ -1,4 +1,4 @@
-// What both operators' entry points share: the threads, their scratch, and the memory of outputs.
+// The threads of both operators, their scratch, and the memory of outputs.
 #pragma once
 
 #include <atomic>
@@ -14,9 +14,10 @@
 
 namespace gspn {
 
-// Outputs are fresh memory. Where they are large, ask for huge pages before the first touch: 512 times fewer page faults,
-// which otherwise take longer than the scan itself.
-inline void expect_first_touch(void* data, size_t bytes) {
+// Outputs are fresh memory. Where they are large, ask for huge pages before the first touch: 512 times fewer page
+// faults, which otherwise take longer than the scan itself.
+inline void expect_first_touch(void* data, int64_t size) {
+  const auto bytes = static_cast<size_t>(size);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t huge = uintptr_t{2} << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + huge - 1) / huge * huge;
@@ -42,7 +43,7 @@ class WorkerScratch {
       size_ = (bytes + 4095) / 4096 * 4096;
       memory_ = static_cast<char*>(std::aligned_alloc(4096, size_));
       if (!memory_) size_ = 0;
-      expect_first_touch(memory_, size_);
+      expect_first_touch(memory_, static_cast<int64_t>(size_));
     }
     return memory_;
   }
@@ -62,9 +63,11 @@ class WorkerScratch {
 
 inline thread_local WorkerScratch worker_scratch;
 
-template <class Body>
+template <class Call, class Plan>
 struct Team {
-  Body& body;
+  const Kernel<Call, Plan>& kernel;
+  const Call& call;
+  const Plan& plan;
   int64_t items;
   size_t scratch_bytes;
   std::atomic<int64_t> next{0};
@@ -77,32 +80,50 @@ struct Team {
       team.failed = true;
       return;
     }
-    for (int64_t i; (i = team.next.fetch_add(1, std::memory_order_relaxed)) < team.items;) team.body(i, scratch);
+    for (int64_t i; (i = team.next.fetch_add(1, std::memory_order_relaxed)) < team.items;) {
+      team.kernel.run(team.call, team.plan, i, scratch);
+    }
     worker_scratch.trim();
   }
 };
 
-// Runs body(item, scratch) for every item; false if memory ran out.
-template <class Body>
-bool run(int64_t items, size_t scratch_bytes, int64_t threads, Body body) {
-  Team<Body> team{body, items, scratch_bytes};
+// Runs the kernel for every item; false if memory ran out.
+template <class Call, class Plan>
+bool run(const Kernel<Call, Plan>& kernel, const Call& call, const Plan& plan, int64_t items, int64_t threads) {
+  Team<Call, Plan> team{kernel, call, plan, items, kernel.scratch_bytes ? kernel.scratch_bytes(call, plan) : 0};
   if (threads > items) threads = items;
   if (threads <= 1) {
-    Team<Body>::work(&team);
+    team.work(&team);
   } else if (const ParallelRegion region = parallel_region.load()) {
-    region(&Team<Body>::work, &team, static_cast<unsigned>(threads), 0);
+    region(&team.work, &team, static_cast<unsigned>(threads), 0);
   } else {
     std::vector<std::thread> others;
-    for (int64_t t = 1; t < threads; ++t) others.emplace_back(&Team<Body>::work, &team);
-    Team<Body>::work(&team);
+    for (int64_t t = 1; t < threads; ++t) others.emplace_back(&team.work, &team);
+    team.work(&team);
     for (auto& thread : others) thread.join();
   }
   return !team.failed;
 }
 
+// Memory for the length of a call; null where none is asked for, which is not a failure.
+class Memory {
+ public:
+  explicit Memory(int64_t bytes)
+      : data_(bytes ? std::malloc(static_cast<size_t>(bytes)) : nullptr), failed_(bytes && !data_) {}
+  ~Memory() { std::free(data_); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  void* get() const { return data_; }
+  bool failed() const { return failed_; }
+
+ private:
+  void* data_;
+  bool failed_;
+};
+
 inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
-inline size_t size_of(int32_t dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
-inline size_t size_of_state(int32_t dtype) { return dtype == kFloat64 ? 8 : 4; }
+inline int64_t size_of(int32_t dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+inline int64_t size_of_state(int32_t dtype) { return dtype == kFloat64 ? 8 : 4; }
 
 }  // namespace gspn

@@ -1,12 +1,13 @@
 // Vectors of one instruction set: loads and stores that convert, transposes.
 //
 // Included by translation units that are compiled once for each instruction set. Everything lives in a namespace named
-// after it, and nothing of the C++ library is instantiated here: the linker would be free to keep the AVX-512 copy of a
-// shared template for the baseline as well.
+// after it, and nothing of the C++ library is instantiated here: see GSPN_INLINE.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#include "interface.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -20,10 +21,7 @@
 #define GSPN_VECTOR_BYTES 16
 #endif
 
-#define GSPN_INLINE inline __attribute__((always_inline))
-
-namespace gspn {
-namespace GSPN_ISA {
+namespace gspn::GSPN_ISA {
 
 struct bf16 {
   uint16_t bits;
@@ -75,7 +73,31 @@ GSPN_INLINE To bit_cast(const From& from) {
   return to;
 }
 
-// --- One element -------------------------------------------------------------------------------------------------------
+GSPN_INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class A>
+GSPN_INLINE void clear(A* p, int64_t count) {
+  memset(p, 0, static_cast<size_t>(count) * sizeof(A));
+}
+
+// Calls run with a value of the element type that `dtype` names.
+template <class Run>
+GSPN_INLINE auto dispatch_on_dtype(int32_t dtype, Run run) {
+  switch (dtype) {
+    case kFloat32: return run(float{});
+    case kFloat64: return run(double{});
+    case kBFloat16: return run(bf16{});
+    default: return run(f16{});
+  }
+}
+
+// The same with a value of the state's type.
+template <class Run>
+GSPN_INLINE auto dispatch_on_state(int32_t dtype, Run run) {
+  return dtype == kFloat64 ? run(double{}) : run(float{});
+}
+
+// --- One element ---
 
 GSPN_INLINE float widen(float v) { return v; }
 GSPN_INLINE double widen(double v) { return v; }
@@ -123,7 +145,7 @@ GSPN_INLINE f16 narrow<f16>(float v) {
   return {static_cast<uint16_t>(sign | half)};
 }
 
-// --- One vector --------------------------------------------------------------------------------------------------------
+// --- One vector ---
 
 template <class A>
 GSPN_INLINE typename VectorOf<A>::type load(const A* p) {
@@ -193,7 +215,7 @@ GSPN_INLINE void store_some(T* p, typename VectorOf<A>::type v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
 
-// --- Transposes --------------------------------------------------------------------------------------------------------
+// --- Transposes ---
 
 // Lane numbers for one round of a transpose, the second operand's lanes counted from n. A table at compile time: built
 // from a loop at run time, the numbers would cost more than the shuffles.
@@ -208,12 +230,27 @@ struct SwapLanes {
   }
 };
 
+// low takes from a and b the lanes whose number has no bit s, side by side; high takes those that have it.
+template <class A, int s>
+GSPN_INLINE void exchange_lanes(typename VectorOf<A>::type a, typename VectorOf<A>::type b,
+                                typename VectorOf<A>::type& low, typename VectorOf<A>::type& high) {
+  constexpr int n = kLanes<A>;
+#if defined(__clang__)
+  for (int l = 0; l < n; ++l) {
+    low[l] = (l & s) ? b[l ^ s] : a[l];
+    high[l] = (l & s) ? b[l] : a[l ^ s];
+  }
+#else
+  using I = typename VectorOf<A>::index;
+  static constexpr SwapLanes<typename VectorOf<A>::index_element, n, s> lanes;
+  low = __builtin_shuffle(a, b, bit_cast<I>(lanes.low));
+  high = __builtin_shuffle(a, b, bit_cast<I>(lanes.high));
+#endif
+}
+
 // Swaps the off-diagonal squares of side s within squares of side 2 s, and so on down to single elements.
 template <class A, int s>
 GSPN_INLINE void swap_squares(typename VectorOf<A>::type* rows) {
-  using V = typename VectorOf<A>::type;
-  using I = typename VectorOf<A>::index;
-  using Index = typename VectorOf<A>::index_element;
   constexpr int n = kLanes<A>;
 #if defined(__clang__)
 #pragma clang loop unroll(full)
@@ -221,21 +258,7 @@ GSPN_INLINE void swap_squares(typename VectorOf<A>::type* rows) {
 #pragma GCC unroll 16
 #endif
   for (int i = 0; i < n; ++i) {
-    if (i & s) continue;
-    const V a = rows[i], b = rows[i + s];
-#if defined(__clang__)
-    V x, y;
-    for (int l = 0; l < n; ++l) {
-      x[l] = (l & s) ? b[l ^ s] : a[l];
-      y[l] = (l & s) ? b[l] : a[l ^ s];
-    }
-    rows[i] = x;
-    rows[i + s] = y;
-#else
-    static constexpr SwapLanes<Index, n, s> lanes;
-    rows[i] = __builtin_shuffle(a, b, bit_cast<I>(lanes.low));
-    rows[i + s] = __builtin_shuffle(a, b, bit_cast<I>(lanes.high));
-#endif
+    if (!(i & s)) exchange_lanes<A, s>(rows[i], rows[i + s], rows[i], rows[i + s]);
   }
   if constexpr (s > 1) swap_squares<A, s / 2>(rows);
 }
@@ -246,5 +269,21 @@ GSPN_INLINE void transpose(typename VectorOf<A>::type* rows) {
   swap_squares<A, kLanes<A> / 2>(rows);
 }
 
-}  // namespace GSPN_ISA
-}  // namespace gspn
+// lane l: the sum of the lanes of rows[l], for as many rows as a vector has lanes. Squares are folded onto each other,
+// from half a vector down to single lanes. Destroys rows.
+template <class A, int s = kLanes<A> / 2>
+GSPN_INLINE typename VectorOf<A>::type sums_of_rows(typename VectorOf<A>::type* rows) {
+#pragma GCC unroll 8
+  for (int i = 0; i < s; ++i) {
+    typename VectorOf<A>::type low, high;
+    exchange_lanes<A, s>(rows[i], rows[i + s], low, high);
+    rows[i] = low + high;
+  }
+  if constexpr (s > 1) {
+    return sums_of_rows<A, s / 2>(rows);
+  } else {
+    return rows[0];
+  }
+}
+
+}  // namespace gspn::GSPN_ISA

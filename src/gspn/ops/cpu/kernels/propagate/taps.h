@@ -1,17 +1,17 @@
 // Taps from logits in registers: w_k = sigmoid(a_k) / (sum over existing neighbours of sigmoid(a_j)).
 //
-// With e_k = exp(-a_k) and d_k = 1 + e_k the sigmoids are 1 / d_k, and w_0 : w_1 : w_2 = d_1 d_2 : d_0 d_2 : d_0 d_1. One
-// division serves all three. The kernels hand over t_k = -a_k log2(e), the factor being part of the packed projection.
+// With e_k = exp(-a_k) and d_k = 1 + e_k the sigmoids are 1 / d_k, and w_0 : w_1 : w_2 = d_1 d_2 : d_0 d_2 : d_0 d_1.
+// One division serves all three. The kernels hand over t_k = -a_k log2(e), the factor being part of the packed
+// projection.
 //
-// The products overflow for logits of about -44 and below (float). That shows in their sum, and the pixels concerned are
-// computed again by `settle`, which uses that the ratios of sigmoids of very negative logits do not change when all of
-// them are moved by the same amount.
+// The products overflow for logits of about -44 and below (float). That shows in their sum, and the pixels concerned
+// are computed again by `shift_into_range`, which uses that the ratios of sigmoids of very negative logits do not
+// change when all of them are moved by the same amount.
 #pragma once
 
 #include "exp2.h"
 
-namespace gspn {
-namespace GSPN_ISA {
+namespace gspn::GSPN_ISA {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
@@ -52,8 +52,8 @@ GSPN_INLINE bool any_beyond(typename VectorOf<A>::type v, A limit) {
 
 // Moves logits whose products would overflow. `has` are all ones in lanes where the outer neighbours exist.
 template <class A>
-GSPN_INLINE void settle(typename VectorOf<A>::type* t, typename VectorOf<A>::index has_before,
-                        typename VectorOf<A>::index has_after) {
+GSPN_INLINE void shift_into_range(typename VectorOf<A>::type* t, typename VectorOf<A>::index has_before,
+                                  typename VectorOf<A>::index has_after) {
   using V = typename VectorOf<A>::type;
   using R = TapRange<A>;
   const V zero{}, most = V{} + R::most;
@@ -71,11 +71,11 @@ GSPN_INLINE void settle(typename VectorOf<A>::type* t, typename VectorOf<A>::ind
   t[2] = has_after ? t[2] : zero;
 }
 
-// Weights up to a common factor, and d_0 d_1 d_2 where it is wanted.
+// Weights up to a common factor, and their product d_0 d_1 d_2.
 template <class A>
 struct Weights {
   using V = typename VectorOf<A>::type;
-  V w[3], e[3];
+  V w[3], e[3], product;
 
   GSPN_INLINE explicit Weights(const V* t) {
     V d[3];
@@ -90,9 +90,7 @@ struct Weights {
     product = d[0] * w[0];
   }
   GSPN_INLINE V sum() const { return w[0] + w[1] + w[2]; }
-  V product;
 };
 
 }  // namespace
-}  // namespace GSPN_ISA
-}  // namespace gspn
+}  // namespace gspn::GSPN_ISA

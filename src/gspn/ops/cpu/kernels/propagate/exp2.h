@@ -1,14 +1,13 @@
 // Powers of two of a vector, below 2 units in the last place (measured: 1.4 in float, 1.0 in double).
 //
-// 2^t = 2^floor(t) 2^r with r = t - floor(t), which is exact; the second factor by the polynomial of least relative error
-// on [0, 1]: 1.9e-9 of degree 6 in float, 4.5e-18 of degree 11 in double. The logarithm's base is folded into what
-// computes t, so that no product with log2(e) and no correction of r is left.
+// 2^t = 2^floor(t) 2^r with r = t - floor(t), which is exact; the second factor by the polynomial of least relative
+// error on [0, 1]: 1.9e-9 of degree 6 in float, 4.5e-18 of degree 11 in double. The logarithm's base is folded into
+// what computes t, so that no product with log2(e) and no correction of r is left.
 #pragma once
 
-#include "simd.h"
+#include "../common/simd.h"
 
-namespace gspn {
-namespace GSPN_ISA {
+namespace gspn::GSPN_ISA {
 namespace {
 
 template <class A>
@@ -70,5 +69,4 @@ GSPN_INLINE typename VectorOf<A>::type exp2_of(typename VectorOf<A>::type t) {
 }
 
 }  // namespace
-}  // namespace GSPN_ISA
-}  // namespace gspn
+}  // namespace gspn::GSPN_ISA

@@ -1,0 +1,512 @@
+// The backward of one block of channels. Nothing but the arguments is kept from the forward: for each direction the
+// states are computed again, into scratch, then the lines are walked the other way with the maps computed once more.
+//
+// With g the adjoint state, c = sum_k w_k h_{i-1}[j+k-1] and t_k = -log2(e) a_k (taps.h):
+//
+//   g_i = u_i grad_i + sum_k (w_k g)_{i+1}[j-k+1]      du = grad h      dlam = x g      dx += lam g
+//   dt_k = -ln(2) (1 - sigmoid(a_k)) w_k g (h_{i-1}[j+k-1] - c)
+//
+// and every map m = P p gives sum over its channels of P dm to the proxy and sum over pixels of dm p to P. Both
+// products are taken for a few pixels at a time, while the maps' gradients are in the first-level cache.
+#include "forward_line.h"
+
+namespace gspn::GSPN_ISA {
+namespace {
+
+constexpr double kLn2 = 0.6931471805599453;
+
+// Pixels whose maps' gradients are gathered before the two products are taken.
+template <class A>
+constexpr int kRun = kLanes<A>;
+
+// --- Products of the maps' gradients ---
+
+// The gradients of the maps of a run of at most kRun pixels, and what they are multiplied with and added to.
+template <class A>
+struct ProductRun {
+  const A* maps;  // [output][kRun][lane]
+  int64_t count;
+  ProxyLine<A> proxy;
+  A* dproxy;
+  const A* weights;  // [proxy channel][output][lane], of which the maps are those from `from` on
+  A* gradients;
+  int outputs, from;
+  typename VectorOf<A>::type* rows;  // kRun * proxy channels and a vector
+};
+
+// gradients[s][from + o] += sum over pixels of maps[o][pixel] proxy[pixel][s], for SB proxy channels from s on.
+template <class A, int O, int SB>
+GSPN_INLINE void add_to_weights(const ProductRun<A>& run, int64_t s) {
+  using V = typename VectorOf<A>::type;
+  constexpr int L = kLanes<A>;
+  V acc[SB][O];
+#pragma GCC unroll 8
+  for (int i = 0; i < SB; ++i) {
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) acc[i][o] = load(run.gradients + ((s + i) * run.outputs + run.from + o) * L);
+  }
+  for (int64_t p = 0; p < run.count; ++p) {
+    V map[O];
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) map[o] = load(run.maps + (o * kRun<A> + p) * L);
+#pragma GCC unroll 8
+    for (int i = 0; i < SB; ++i) {
+      const A value = run.proxy.at(p).data[s + i];
+#pragma GCC unroll 8
+      for (int o = 0; o < O; ++o) acc[i][o] += map[o] * value;
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < SB; ++i) {
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) store(run.gradients + ((s + i) * run.outputs + run.from + o) * L, acc[i][o]);
+  }
+}
+
+// rows[pixel * proxy channels + s] = sum_o maps[o][pixel] weights[s][from + o], a vector that is still to be summed.
+template <class A, int O, int P>
+GSPN_INLINE void maps_to_proxy(const ProductRun<A>& run, int64_t p, int64_t proxy_channels) {
+  using V = typename VectorOf<A>::type;
+  constexpr int L = kLanes<A>;
+  V map[O][P];
+#pragma GCC unroll 8
+  for (int o = 0; o < O; ++o) {
+#pragma GCC unroll 8
+    for (int q = 0; q < P; ++q) map[o][q] = load(run.maps + (o * kRun<A> + p + q) * L);
+  }
+  for (int64_t s = 0; s < proxy_channels; ++s) {
+    V acc[P];
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) {
+      const V weight = load(run.weights + (s * run.outputs + run.from + o) * L);
+#pragma GCC unroll 8
+      for (int q = 0; q < P; ++q) acc[q] = o ? acc[q] + map[o][q] * weight : map[o][q] * weight;
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < P; ++q) run.rows[(p + q) * proxy_channels + s] = acc[q];
+  }
+}
+
+// Both products of a run.
+template <class A, int S, int O>
+__attribute__((noinline)) void add_products(const ProductRun<A> run) {
+  using V = typename VectorOf<A>::type;
+  constexpr int L = kLanes<A>, P = kPixels, SB = GSPN_VECTOR_BYTES == 64 && O > 1 ? 4 : 2;
+  const int64_t channels = S ? S : run.proxy.channels, count = run.count;
+  int64_t s = 0;
+  for (; s + SB <= channels; s += SB) add_to_weights<A, O, SB>(run, s);
+  for (; s < channels; ++s) add_to_weights<A, O, 1>(run, s);
+
+  int64_t p = 0;
+  for (; p + P <= count; p += P) maps_to_proxy<A, O, P>(run, p, channels);
+  for (; p < count; ++p) maps_to_proxy<A, O, 1>(run, p, channels);
+  const int64_t values = count * channels;
+  for (int64_t i = values; i < (values + L - 1) / L * L; ++i) run.rows[i] = V{};
+  alignas(64) A sums[L];
+  int64_t pixel = 0, channel = 0;
+  for (int64_t i = 0; i < values; i += L) {
+    store(sums, sums_of_rows<A>(run.rows + i));
+    if constexpr (S != 0 && L % (S ? S : 1) == 0) {
+      for (int64_t j = 0; j < L / S && pixel < count; ++j, ++pixel) {
+        A* to = run.dproxy + pixel * run.proxy.cross;
+        for (int k = 0; k < S; ++k) to[k] += sums[j * S + k];
+      }
+    } else {
+      for (int64_t j = 0; j < L && pixel < count; ++j) {
+        run.dproxy[pixel * run.proxy.cross + channel] += sums[j];
+        if (++channel == channels) channel = 0, ++pixel;
+      }
+    }
+  }
+}
+
+// --- The adjoint line ---
+
+template <class A>
+struct BackwardLine {
+  int64_t cross;
+  const A *x, *grad;
+  A* dx;
+  int64_t stride;  // of x, grad and dx along the line
+  ProxyLine<A> proxy;
+  A* dproxy;
+  const A* weights;
+  A* gradients;
+  const A* taps;  // shared: [3][tap_pitch]
+  int64_t tap_pitch;
+  const A* tap_weights;   // shared: [3][proxy channel]
+  A* tap_gradients;       // shared: [3][proxy channel][lane]
+  const A *prev, *state;  // [cross][lane], padded
+  const A* from_next[3];  // w_k g of the line scanned next, padded; null where it starts a segment
+  A* to_prev[3];          // the same of this line, written; unused on a segment's first line
+  A* maps;                // [output][kRun][lane]
+  A* tap_maps;            // shared: [3][kRun][lane]
+  typename VectorOf<A>::type* rows;
+};
+
+// P pixels from p on, numbers `at` and following of their run. False, with nothing written, if their logits need the
+// safe way.
+template <class A, int S, int P, bool kShared, bool kPrev, bool kSafe>
+GSPN_INLINE bool backward_pixels(const BackwardLine<A>& line, int64_t p, int64_t at) {
+  using V = typename VectorOf<A>::type;
+  constexpr int L = kLanes<A>, outputs = kShared ? 2 : 5, from = !kShared && !kPrev ? 3 : 0, O = outputs - from;
+  V acc[O][P];
+  project<A, S, O, P>(line.weights, outputs, from, line.proxy.at(p), acc);
+  V w[3][P], slope[3][P];
+  if constexpr (kPrev && !kShared) {
+    V worst{};
+#pragma GCC unroll 8
+    for (int q = 0; q < P; ++q) {
+      const bool first = p + q == 0, last = p + q == line.cross - 1;
+      V t[3] = {acc[0][q], acc[1][q], acc[2][q]};
+      if constexpr (kSafe) shift_into_range<A>(t, lanes_where<A>(!first), lanes_where<A>(!last));
+      Weights<A> weights(t);
+      worst += weights.product;
+      // 1 - sigmoid(a_k) = e_k / d_k, by one division for all three where their product does not overflow.
+      const V all = kSafe ? V{} : A(1) / weights.product;
+#pragma GCC unroll 3
+      for (int k = 0; k < 3; ++k) {
+        slope[k][q] = kSafe ? weights.e[k] / (weights.e[k] + A(1)) : weights.e[k] * weights.w[k] * all;
+      }
+      if (__builtin_expect(first, 0)) weights.w[0] = V{};
+      if (__builtin_expect(last, 0)) weights.w[2] = V{};
+      const V inverse = A(1) / weights.sum();
+#pragma GCC unroll 3
+      for (int k = 0; k < 3; ++k) w[k][q] = weights.w[k] * inverse;
+    }
+    if constexpr (!kSafe) {
+      if (__builtin_expect(any_beyond<A>(worst, TapRange<A>::overflow), 0)) return false;
+    }
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < P; ++q) {
+    const int64_t pixel = p + q;
+    const V grad = load(line.grad + pixel * line.stride);
+    V g = acc[O - 1][q] * grad;
+    if (line.from_next[0]) {
+      g += load(line.from_next[0] + (pixel + 1) * L) + load(line.from_next[1] + pixel * L) +
+           load(line.from_next[2] + (pixel - 1) * L);
+    }
+    A* maps = line.maps + (at + q) * L;
+    store(maps + (O - 1) * kRun<A> * L, grad * load(line.state + pixel * L));
+    store(maps + (O - 2) * kRun<A> * L, load(line.x + pixel * line.stride) * g);
+    A* dx = line.dx + pixel * line.stride;
+    store(dx, load(dx) + rounded(acc[O - 2][q] * g));
+    if constexpr (kPrev) {
+      const A* prev = line.prev + pixel * L;
+      const V before[3] = {load(prev - L), load(prev), load(prev + L)};
+      if constexpr (kShared) {
+#pragma GCC unroll 3
+        for (int k = 0; k < 3; ++k) {
+          store(line.to_prev[k] + pixel * L, g * line.taps[k * line.tap_pitch + pixel]);
+          store(line.tap_maps + (k * kRun<A> + at + q) * L, g * before[k]);
+        }
+      } else {
+        // before_k - c from differences: the taps sum to one but for a rounding, and a single neighbour has no
+        // gradient.
+        const V down = before[0] - before[1], up = before[1] - before[2], across = before[0] - before[2];
+        const V deviation[3] = {w[1][q] * down + w[2][q] * across, w[2][q] * up - w[0][q] * down,
+                                V{} - (w[0][q] * across + w[1][q] * up)};
+#pragma GCC unroll 3
+        for (int k = 0; k < 3; ++k) {
+          const V part = w[k][q] * g;
+          store(line.to_prev[k] + pixel * L, part);
+          store(maps + k * kRun<A> * L, part * slope[k][q] * deviation[k] * static_cast<A>(-kLn2));
+        }
+      }
+    }
+  }
+  return true;
+}
+
+template <class A>
+__attribute__((noinline)) void backward_pixels_safely(const BackwardLine<A>& line, int64_t p, int64_t at, int count) {
+  for (int q = 0; q < count; ++q) backward_pixels<A, 0, 1, false, true, true>(line, p + q, at + q);
+}
+
+// The gradients of taps that all channels share, for a run of pixels from p on: one lane a pixel.
+template <class A, int S>
+void shared_tap_gradients(const BackwardLine<A>& line, int64_t p, int64_t count) {
+  using V = typename VectorOf<A>::type;
+  constexpr int L = kLanes<A>;
+  const int64_t proxy_channels = S ? S : line.proxy.channels;
+  V t[3];
+  shared_logits<A, S>(line.proxy, p, line.cross, line.tap_weights, t);
+  const Weights<A> shared = shared_weights<A>(t, p, line.cross);
+  const V inverse = A(1) / shared.sum();
+  V dw[3], w[3];
+  for (int k = 0; k < 3; ++k) {
+    V rows[L];
+    for (int64_t i = 0; i < L; ++i) rows[i] = i < count ? load(line.tap_maps + (k * kRun<A> + i) * L) : V{};
+    dw[k] = sums_of_rows<A>(rows);
+    w[k] = shared.w[k] * inverse;
+  }
+  A lanes[L];
+  for (int i = 0; i < L; ++i) lanes[i] = i < count ? static_cast<A>(-kLn2) : A(0);
+  const V scale = load(lanes);
+  const V down = dw[0] - dw[1], up = dw[1] - dw[2], across = dw[0] - dw[2];
+  const V deviation[3] = {w[1] * down + w[2] * across, w[2] * up - w[0] * down, V{} - (w[0] * across + w[1] * up)};
+  V dt[3];
+  for (int k = 0; k < 3; ++k) {
+    dt[k] = scale * w[k] * (shared.e[k] / (shared.e[k] + A(1))) * deviation[k];
+  }
+  for (int64_t from = 0; from < proxy_channels; from += L) {
+    V values[L];
+    const int64_t some = minimum(L, proxy_channels - from);
+    transpose_proxy(line.proxy, p, line.cross, from, some, values);
+    for (int64_t s = 0; s < some; ++s) {
+      V to_proxy{};
+      for (int k = 0; k < 3; ++k) {
+        A* gradient = line.tap_gradients + (k * proxy_channels + from + s) * L;
+        store(gradient, load(gradient) + dt[k] * values[s]);
+        to_proxy += dt[k] * line.tap_weights[k * proxy_channels + from + s];
+      }
+      for (int64_t i = 0; i < count; ++i) line.dproxy[(p + i) * line.proxy.cross + from + s] += to_proxy[i];
+    }
+  }
+}
+
+template <class A, int S, bool kShared, bool kPrev>
+void backward_line(const BackwardLine<A>& line) {
+  constexpr int outputs = kShared ? 2 : 5, from = !kShared && !kPrev ? 3 : 0;
+  for (int64_t p = 0; p < line.cross; p += kRun<A>) {
+    const int64_t count = minimum(kRun<A>, line.cross - p);
+    const auto some = [&](auto number, int64_t i) __attribute__((always_inline)) {
+      constexpr int P = decltype(number)::value;
+      const bool done = backward_pixels<A, S, P, kShared, kPrev, false>(line, p + i, i);
+      if constexpr (kPrev && !kShared) {
+        if (!done) backward_pixels_safely<A>(line, p + i, i, P);
+      }
+    };
+    int64_t i = 0;
+    for (; i + kPixels <= count; i += kPixels) some(Number<kPixels>{}, i);
+    for (; i < count; ++i) some(Number<1>{}, i);
+    const ProductRun<A> run{line.maps,    count,          line.proxy.at(p), line.dproxy + p * line.proxy.cross,
+                            line.weights, line.gradients, outputs,          from,
+                            line.rows};
+    add_products<A, S, outputs - from>(run);
+    if constexpr (kShared && kPrev) shared_tap_gradients<A, S>(line, p, count);
+  }
+}
+
+// --- A block ---
+
+template <class A>
+struct BackwardScratch {
+  A *x, *grad, *dx;  // images of the block
+  A* states;         // of each step, with a position of zeros before and after
+  A* lines[2][3];    // w_k g of this line and of the one scanned next, padded
+  A *taps, *maps, *tap_maps;
+  A* sums;  // of one line: added to the whole image's at its end, which keeps roundings few
+  A* tap_sums;
+  typename VectorOf<A>::type* rows;
+
+  BackwardScratch(Scratch& scratch, const PropagateCall& call) {
+    constexpr int L = kLanes<A>;
+    const int64_t longest = call.longest(), padding = 2 * longest;
+    x = scratch.take<A>(call.pixels() * L);
+    grad = scratch.take<A>(call.pixels() * L);
+    dx = scratch.take<A>(call.pixels() * L);
+    states = scratch.take<A>((call.pixels() + padding) * L);
+    for (auto& parity : lines) {
+      for (A*& line : parity) line = scratch.take<A>((longest + 2) * L);
+    }
+    taps = scratch.take<A>(3 * (longest + L));
+    maps = scratch.take<A>(5 * kRun<A> * L);
+    tap_maps = scratch.take<A>(3 * kRun<A> * L);
+    sums = scratch.take<A>(5 * call.proxy_channels * L);
+    tap_sums = scratch.take<A>(3 * call.proxy_channels * L);
+    rows = scratch.take<typename VectorOf<A>::type>(kRun<A> * call.proxy_channels + L);
+  }
+};
+
+// Adds a line's sums to the image's and clears them.
+template <class A>
+GSPN_INLINE void add_up(A* sums, int64_t count, A* total) {
+  using V = typename VectorOf<A>::type;
+  for (int64_t i = 0; i < count; i += kLanes<A>) {
+    store(total + i, load(total + i) + load(sums + i));
+    store(sums + i, V{});
+  }
+}
+
+// One block of one batch entry.
+template <class T, class A = typename StateOf<T>::type>
+struct Backward {
+  const PropagateCall& call;
+  const PropagatePlan& plan;
+  Channels channels;
+  Packed<A> packed, gradients;
+  A* dproxy;
+  BackwardScratch<A> scratch;
+  static constexpr int L = kLanes<A>;
+
+  Backward(const PropagateCall& call, const PropagatePlan& plan, int64_t batch, int64_t block, A* dproxy,
+           const BackwardScratch<A>& scratch)
+      : call(call),
+        plan(plan),
+        channels(call, batch, block, L),
+        packed(call, plan, block),
+        gradients(Packed<A>::gradients(call, plan, batch, block)),
+        dproxy(dproxy),
+        scratch(scratch) {}
+
+  TileLines<A> lines_of(A* data, const Walk& walk) const { return {tile_of(data), walk.columns}; }
+  Tile<A> tile_of(A* data) const { return Tile<A>::by_rows(data, {0, call.height, 0, call.width}); }
+  A* state_of(int64_t step, int64_t pitch) const { return scratch.states + step * pitch + L; }
+
+  // Directions [first, last), and with the first of them the skip. Separate directions leave dx as a part.
+  void run(int64_t first, int64_t last) const {
+    read_block<T>(call.x, channels, tile_of(scratch.x));
+    read_block<T>(call.grad, channels, tile_of(scratch.grad));
+    if (plan.separate) {
+      clear(scratch.dx, call.pixels() * L);
+    } else {
+      start_with_skip<A>(call, packed, channels.batch, tile_of(scratch.grad), tile_of(scratch.dx));
+    }
+    if (first == 0) {
+      clear(gradients.skip(), call.proxy_channels * L);
+      if (call.skip_proj) skip_gradients();
+    }
+    for (int64_t d = first; d < last; ++d) {
+      clear(gradients.direction(d), gradients.direction_size());
+      if (plan.shared) {
+        clear(gradients.taps(d), 3 * call.proxy_channels * L);
+        dispatch_on_proxy_channels<A, true>(call.proxy_channels,
+                                            [&](auto number) { run_direction<decltype(number)::value, true>(d); });
+      } else {
+        dispatch_on_proxy_channels<A, false>(call.proxy_channels,
+                                             [&](auto number) { run_direction<decltype(number)::value, false>(d); });
+      }
+    }
+    if (!plan.separate) write_block<T>(tile_of(scratch.dx), call.dx, channels);
+  }
+
+  // The skip's gradients to its projection and the proxy.
+  void skip_gradients() const {
+    const ProxyLines<A> proxies(call, channels.batch, false);
+    for (int64_t row = 0; row < call.height; ++row) {
+      const ProxyLine<A> proxy = proxies.at(row);
+      A* to = dproxy + (proxy.data - proxies.data);
+      for (int64_t p = 0; p < call.width; p += kRun<A>) {
+        const int64_t count = minimum(kRun<A>, call.width - p), offset = (row * call.width + p) * L;
+        for (int64_t i = 0; i < count * L; i += L) {
+          store(scratch.maps + i, load(scratch.x + offset + i) * load(scratch.grad + offset + i));
+        }
+        add_products<A, 0, 1>(ProductRun<A>{scratch.maps, count, proxy.at(p), to + p * proxy.cross, packed.skip(),
+                                            scratch.sums, 1, 0, scratch.rows});
+      }
+      add_up(scratch.sums, call.proxy_channels * L, gradients.skip());
+    }
+  }
+
+  template <int S, bool kShared>
+  void run_direction(int64_t d) const {
+    const Walk walk(call, d);
+    recompute_states<S, kShared>(d, walk);
+    run_adjoint<S, kShared>(d, walk);
+  }
+
+  template <int S, bool kShared>
+  void recompute_states(int64_t d, const Walk& walk) const {
+    const TileLines<A> x = lines_of(scratch.x, walk);
+    const ProxyLines<A> proxy(call, channels.batch, walk.columns);
+    const int64_t pitch = (walk.cross + 2) * L;
+    ForwardLine<A> line{};
+    line.cross = walk.cross;
+    line.x_cross = x.cross;
+    line.weights = packed.direction(d);
+    line.taps = scratch.taps, line.tap_pitch = walk.cross + L;
+    line.fetch = plan.fetch;
+    for (int64_t step = 0; step < walk.lines; ++step) {
+      const int64_t l = walk.line(step);
+      line.x = x.at(l), line.proxy = proxy.at(l);
+      line.state = state_of(step, pitch), line.prev = line.state - pitch;
+      clear(line.state - L, L);
+      clear(line.state + walk.cross * L, L);
+      if (walk.starts_segment(step)) {
+        forward_line<A, S, kShared, false, false>(line);
+      } else {
+        if constexpr (kShared) shared_taps<A, S>(line.proxy, walk.cross, packed.taps(d), scratch.taps, line.tap_pitch);
+        forward_line<A, S, kShared, true, false>(line);
+      }
+    }
+  }
+
+  template <int S, bool kShared>
+  void run_adjoint(int64_t d, const Walk& walk) const {
+    const TileLines<A> x = lines_of(scratch.x, walk), grad = lines_of(scratch.grad, walk),
+                       dx = lines_of(scratch.dx, walk);
+    const ProxyLines<A> proxy(call, channels.batch, walk.columns);
+    const int64_t pitch = (walk.cross + 2) * L;
+    for (const auto& parity : scratch.lines) {
+      for (A* padded : parity) clear(padded, pitch);
+    }
+    BackwardLine<A> line{};
+    line.cross = walk.cross;
+    line.stride = x.cross;
+    line.weights = packed.direction(d), line.gradients = scratch.sums;
+    line.taps = scratch.taps, line.tap_pitch = walk.cross + L;
+    line.tap_weights = packed.taps(d), line.tap_gradients = scratch.tap_sums;
+    line.maps = scratch.maps, line.tap_maps = scratch.tap_maps, line.rows = scratch.rows;
+    for (int64_t step = walk.lines - 1; step >= 0; --step) {
+      const int64_t l = walk.line(step);
+      const bool has_next = step + 1 < walk.lines && !walk.starts_segment(step + 1);
+      line.x = x.at(l), line.grad = grad.at(l), line.dx = dx.at(l);
+      line.proxy = proxy.at(l), line.dproxy = dproxy + (line.proxy.data - proxy.data);
+      line.state = state_of(step, pitch), line.prev = line.state - pitch;
+      for (int k = 0; k < 3; ++k) {
+        line.from_next[k] = has_next ? scratch.lines[1 - step % 2][k] + L : nullptr;
+        line.to_prev[k] = scratch.lines[step % 2][k] + L;
+      }
+      if (walk.starts_segment(step)) {
+        backward_line<A, S, kShared, false>(line);
+      } else {
+        if constexpr (kShared) shared_taps<A, S>(line.proxy, walk.cross, packed.taps(d), scratch.taps, line.tap_pitch);
+        backward_line<A, S, kShared, true>(line);
+      }
+      add_up(scratch.sums, packed.direction_size(), gradients.direction(d));
+      if (kShared) add_up(scratch.tap_sums, 3 * call.proxy_channels * L, gradients.taps(d));
+    }
+  }
+};
+
+// An item is a run of blocks of one batch entry, which add to one part of the proxy's gradient one after the other; or,
+// separate, one direction of one block, whose dx goes to a part as well.
+template <class T>
+void backward(const PropagateCall& call, const PropagatePlan& plan, int64_t index, char* memory) {
+  using A = typename StateOf<T>::type;
+  const int64_t chunk = index % plan.chunks, batch = index / plan.chunks;
+  const int64_t values = call.height * call.proxy_row;
+  A* dproxy = static_cast<A*>(plan.proxy_parts) + (chunk * call.batch + batch) * values;
+  clear(dproxy, values);
+  Scratch pieces(memory);
+  BackwardScratch<A> scratch(pieces, call);
+  clear(scratch.sums, 5 * call.proxy_channels * kLanes<A>);
+  clear(scratch.tap_sums, 3 * call.proxy_channels * kLanes<A>);
+  if (plan.separate) {
+    const int64_t d = chunk % call.direction_count, block = chunk / call.direction_count;
+    scratch.dx =
+        static_cast<A*>(plan.parts) + ((d * call.batch + batch) * plan.blocks + block) * call.pixels() * kLanes<A>;
+    Backward<T>(call, plan, batch, block, dproxy, scratch).run(d, d + 1);
+    return;
+  }
+  for (int64_t block = plan.blocks * chunk / plan.chunks; block < plan.blocks * (chunk + 1) / plan.chunks; ++block) {
+    Backward<T>(call, plan, batch, block, dproxy, scratch).run(0, call.direction_count);
+  }
+}
+
+}  // namespace
+
+extern const PropagateKernel propagate_backward;
+const PropagateKernel propagate_backward = {
+    [](const PropagateCall& call, const PropagatePlan& plan, int64_t item, char* scratch) {
+      dispatch_on_dtype(call.dtype, [&](auto type) { backward<decltype(type)>(call, plan, item, scratch); });
+    },
+    [](const PropagateCall& call, const PropagatePlan&) {
+      return dispatch_on_state(call.dtype,
+                               [&](auto state) { return scratch_bytes<BackwardScratch<decltype(state)>>(call); });
+    },
+};
+
+}  // namespace gspn::GSPN_ISA
