@@ -33,7 +33,7 @@ class ImageRecord:
     adapter: str | None
     precision: str
     stages: tuple[dict[str, Any], ...]
-    ladder: dict[str, Any] | None
+    upscaling: dict[str, Any] | None
     tiled: bool
 
 

@@ -8,5 +8,5 @@ Example:
 
         model, adapter = "gspn_text_to_image.emoji64", "gspn_adapter.emoji64"
         sample(model, "grinning cat", adapter=adapter, output="samples")
-        sample(model, "grinning cat", adapter=adapter, output="large", height=256, width=256, ladder=True)
+        sample(model, "grinning cat", adapter=adapter, output="large", height=256, width=256, upscale=True)
 """

@@ -1,4 +1,4 @@
-"""Denoising with the parts of a pipeline: schedulers by name, guidance, and the loop."""
+"""Denoising with a pipeline's UNet and scheduler: schedulers by name, guidance, and the loop over steps."""
 
 from __future__ import annotations
 
@@ -23,47 +23,44 @@ SCHEDULERS: dict[str, str] = {
     "euler": "EulerDiscreteScheduler",
     "euler_a": "EulerAncestralDiscreteScheduler",
 }
-"""Names of schedulers, and the classes of diffusers that they are: those with one call of the UNet a step."""
+"""Scheduler names and their classes in diffusers: those that call the UNet once a step."""
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-"""What a UNet may predict."""
+"""The prediction types of a UNet that are supported."""
 
 _FALLBACK = "dpm++"
 
 
 def check_chain(trained: Any, predictions: Sequence[str]) -> str:
-    """What models of a scheduler predict.
+    """The prediction type of a scheduler, checked.
 
     Args:
         trained: The pipeline's scheduler.
-        predictions: What is known.
+        predictions: The prediction types that the caller supports.
 
     Raises:
-        UsageError: it is no chain of noise, or something else is predicted.
+        UsageError: The scheduler does not add noise in discrete steps, or its prediction type is not supported.
     """
     prediction, name = trained.config.get("prediction_type", "epsilon"), type(trained).__name__
-    # Their configurations can be read as those of a chain, and are not.
+    # The configs of these two families read like a noise schedule, but they describe another process.
     if name.startswith(("FlowMatch", "EDM")) or prediction not in predictions:
         raise UsageError(
-            f"this pipeline's scheduler is a {name} with prediction_type={prediction!r}; known are chains of noise "
-            f"that predict one of {', '.join(predictions)}. Use the pipeline of diffusers itself."
+            f"this pipeline's scheduler is a {name} with prediction_type={prediction!r}; supported are discrete noise "
+            f"schedules that predict one of {', '.join(predictions)}. Use the pipeline of diffusers itself."
         )
     return prediction
 
 
 def named_scheduler(name: str, trained: Any) -> Any:
-    """A fresh scheduler for a pipeline, from the configuration of its own.
+    """A new scheduler by name, with the noise schedule of a pipeline's own.
 
     Args:
-        name: One of :data:`SCHEDULERS`, or ``"auto"``: the pipeline's own, and DPM-Solver++ where that is PNDM, which
-            cannot start in the middle, or DDPM, which needs hundreds of steps.
-        trained: The pipeline's.
-
-    Returns:
-        One that has taken no step.
+        name: One of :data:`SCHEDULERS`, or ``"auto"``: the pipeline's own scheduler, except that DPM-Solver++ replaces
+            PNDM, which cannot start midway, and DDPM, which needs hundreds of steps.
+        trained: The pipeline's scheduler.
 
     Raises:
-        UsageError: there is none of that name, or it is not for models of this kind.
+        UsageError: The name is unknown, or the scheduler does not support this pipeline's prediction type.
 
     Example:
         >>> from diffusers import PNDMScheduler
@@ -76,12 +73,12 @@ def named_scheduler(name: str, trained: Any) -> Any:
         own = {kind: one for one, kind in reversed(SCHEDULERS.items())}.get(type(trained).__name__, _FALLBACK)
         if own not in ("ddpm", _FALLBACK):
             return type(trained).from_config(trained.config)
-        # DPM-Solver++ may be configured as one of its kin, which its own configuration says.
+        # A pipeline's own DPM-Solver++ may be a variant, such as the SDE one: its config is kept.
         is_own = type(trained).__name__ == SCHEDULERS[_FALLBACK]
         return type(trained).from_config(trained.config) if is_own else named_scheduler(_FALLBACK, trained)
     if name not in SCHEDULERS:
         raise UsageError(
-            f"{name!r} is no scheduler; use one of auto, {', '.join(SCHEDULERS)}{nearest(name, SCHEDULERS)}"
+            f"scheduler {name!r} is unknown; use one of auto, {', '.join(SCHEDULERS)}{nearest(name, SCHEDULERS)}"
         )
     if name == "euler_a" and prediction == "sample":
         raise UsageError(f"scheduler {name!r} does not run models that predict the sample; use ddim, dpm++ or euler.")
@@ -92,20 +89,15 @@ def named_scheduler(name: str, trained: Any) -> Any:
     return kind.from_config(trained.config, **changes)
 
 
-def fresh(scheduler: Any) -> Any:
-    """A scheduler like this one that has taken no step."""
-    return type(scheduler).from_config(scheduler.config)
-
-
 @dataclass(frozen=True)
-class Guide:
-    """What pulls on a batch of images.
+class GuidanceInputs:
+    """The conditioning of a batch of B images, and how guidance applies it.
 
     Attributes:
-        text: Of their prompts, ``[B, ...]``.
-        negative: What guidance leads away from, ``[B, ...]``; None for none.
-        scale: Of classifier-free guidance.
-        split: Call the UNet twice instead of with a batch of twice the size: half the activations, a little slower.
+        text: The encoded prompts, ``[B, ...]``.
+        negative: The encoded negative prompts, ``[B, ...]``; None disables guidance.
+        scale: The scale of classifier-free guidance.
+        split: Call the UNet twice a step instead of once with twice the batch: half the activations, a little slower.
     """
 
     text: Conditioning
@@ -113,71 +105,71 @@ class Guide:
     scale: float = 1.0
     split: bool = False
 
-    def repeated(self, times: int) -> Guide:
-        """For each image as many times in a row."""
+    def repeated(self, times: int) -> GuidanceInputs:
+        """The inputs with each image repeated ``times`` times in a row."""
 
         def more(one: Conditioning) -> Conditioning:
             return one[torch.arange(len(one), device=one.states.device).repeat_interleave(times)]
 
-        return Guide(more(self.text), self.negative and more(self.negative), self.scale, self.split)
+        return GuidanceInputs(more(self.text), self.negative and more(self.negative), self.scale, self.split)
 
 
-def predict(unet: Any, latents: Tensor, t: Any, guide: Guide, *, height: int, width: int) -> Tensor:
-    r"""What a UNet predicts under classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
+def predict(unet: Any, latents: Tensor, t: Any, inputs: GuidanceInputs, *, height: int, width: int) -> Tensor:
+    r"""The UNet's prediction with classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
 
     .. math::
         p = p_{negative} + s\,(p_{text} - p_{negative})
 
     Args:
         unet: A ``UNet2DConditionModel``.
-        latents: ``[B, C, h, w]``, as the scheduler scales its input.
-        t: The time.
-        guide: For B images.
-        height: That the UNet is told, in pixels.
-        width: Likewise.
+        latents: ``[B, C, h, w]``, scaled by the scheduler's ``scale_model_input``.
+        t: The timestep.
+        inputs: The conditioning of the B images.
+        height: Of the image, in pixels, for UNets that are conditioned on it.
+        width: Of the image, in pixels, for UNets that are conditioned on it.
 
     Returns:
-        ``[B, C, h, w]``, of the dtype of ``latents``, which may be finer than the UNet's.
+        ``[B, C, h, w]`` in the dtype of ``latents``, which may be wider than the UNet's.
     """
 
     def call(x: Tensor, text: Conditioning) -> Tensor:
         arguments = unet_arguments(unet, text, height, width)
         return unet(x.to(unet.dtype), t, **arguments, return_dict=False)[0].to(latents.dtype)
 
-    if guide.negative is None:
-        return call(latents, guide.text)
-    if guide.split:
-        empty, full = call(latents, guide.negative), call(latents, guide.text)
+    if inputs.negative is None:
+        return call(latents, inputs.text)
+    if inputs.split:
+        empty, full = call(latents, inputs.negative), call(latents, inputs.text)
     else:
-        empty, full = call(torch.cat([latents] * 2), Conditioning.cat([guide.negative, guide.text])).chunk(2)
-    return empty + guide.scale * (full - empty)
+        empty, full = call(torch.cat([latents] * 2), Conditioning.cat([inputs.negative, inputs.text])).chunk(2)
+    return empty + inputs.scale * (full - empty)
 
 
 def image_generators(seed: int, indices: Sequence[int], stage: int = 0) -> list[torch.Generator]:
-    """The randomness of some images at one stage, of each from the seed and its own index alone.
+    """One generator an image for one stage, seeded by ``seed``, the image's index and the stage alone.
 
-    On the CPU, so that it is the same wherever the model runs.
+    They are on the CPU, so that the noise is the same wherever the model runs.
     """
     return [torch.Generator().manual_seed(derived_seed(seed, "t2i", index, stage)) for index in indices]
 
 
 def draw_noise(generators: Sequence[torch.Generator], shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Normal noise ``[B, *shape]`` in float32, an image's from its own generator."""
+    """Standard normal noise ``[B, *shape]`` in float32, each image's from its own generator."""
     return torch.stack([torch.randn(shape, generator=one) for one in generators]).to(device)
 
 
-def begin_of(steps: int, strength: float) -> int:
-    """The first step that is taken where noise of a strength was added to something finished, as img2img has it.
+def first_step(steps: int, strength: float) -> int:
+    """The first denoising step after noise of a strength was added to a finished image, as in img2img.
 
     Example:
-        >>> begin_of(30, 1.0), begin_of(30, 0.42)
+        >>> first_step(30, 1.0), first_step(30, 0.42)
         (0, 18)
     """
     return max(steps - min(int(steps * strength), steps), 0)
 
 
 def noise_level(scheduler: Any, step: int) -> tuple[float, float]:
-    r"""The shares of signal and noise in what the UNet is given at a step: :math:`\alpha^2 + \sigma^2 = 1`."""
+    r"""The shares of signal and noise in the UNet's input at a step, :math:`\alpha^2 + \sigma^2 = 1`."""
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None:
         ratio = float(sigmas[step])
@@ -192,7 +184,7 @@ def denoise(
     unet: Any,
     scheduler: Any,
     latents: Tensor,
-    guide: Guide,
+    inputs: GuidanceInputs,
     *,
     height: int,
     width: int,
@@ -202,32 +194,31 @@ def denoise(
     refine: Callable[[Tensor, Tensor, int], Tensor] | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> Tensor:
-    """Walk a scheduler's chain backwards, as diffusers' own pipelines do.
+    """Take the steps of a scheduler from noisy to clean latents, as diffusers' own pipelines do.
 
-    The latents keep their dtype, float32, whatever that of the UNet; in float32 the result is the pipelines' own.
+    The latents keep their dtype, float32, whatever the UNet's. In float32 the result equals that of the pipelines.
 
     Args:
         unet: A ``UNet2DConditionModel``.
-        scheduler: With its timesteps set.
-        latents: Noisy, ``[B, C, h, w]``.
-        guide: For B images.
-        height: In pixels, which the UNet is told.
-        width: Likewise.
+        scheduler: A scheduler whose timesteps are set.
+        latents: The noisy latents, ``[B, C, h, w]``.
+        inputs: The conditioning of the B images.
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
         generators: One an image, for schedulers that add noise.
         begin: The first step.
-        blend: What becomes of the latents before each step, given them and the number of the step.
-        refine: What becomes of a prediction, given the UNet's input, the prediction and the number of the step.
+        blend: Maps the latents and the number of a step to the latents that the step starts from.
+        refine: Maps the UNet's input, its prediction and the number of a step to the prediction that is used.
         on_step: Called after each step.
 
     Returns:
-        ``[B, C, h, w]``.
+        The latents after the last step, ``[B, C, h, w]``.
 
     Example:
-        >>> denoise(pipeline.unet, scheduler, noise, guide, height=512, width=768, generators=gs)  # doctest: +SKIP
+        >>> denoise(pipeline.unet, scheduler, noise, inputs, height=512, width=768, generators=gs)  # doctest: +SKIP
     """
-    further: dict[str, Any] = {}
-    if "generator" in inspect.signature(scheduler.step).parameters:
-        further["generator"] = list(generators)
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    step_options = {"generator": list(generators)} if takes_generator else {}
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
     for step in range(begin, len(scheduler.timesteps)):
@@ -235,10 +226,10 @@ def denoise(
         if blend is not None:
             latents = blend(latents, step)
         x = scheduler.scale_model_input(latents, t)
-        prediction = predict(unet, x, t, guide, height=height, width=width)
+        prediction = predict(unet, x, t, inputs, height=height, width=width)
         if refine is not None:
             prediction = refine(x, prediction, step)
-        latents = scheduler.step(prediction, t, latents, **further, return_dict=False)[0]
+        latents = scheduler.step(prediction, t, latents, **step_options, return_dict=False)[0]
         if on_step is not None:
             on_step()
     return latents

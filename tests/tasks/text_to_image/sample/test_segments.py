@@ -1,4 +1,4 @@
-"""Scans that restart beyond the first stage, after as many lines as the maps of the training have."""
+"""Scans beyond the first stage restart after as many lines as the first stage's maps have."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import pytest
 import torch
 
 from gspn.tasks.text_to_image.conditioning import encode_prompts
-from gspn.tasks.text_to_image.sample import LadderConfig, sample
-from gspn.tasks.text_to_image.sample.segments import lines_of, restarting
+from gspn.tasks.text_to_image.sample import UpscalingConfig, sample
+from gspn.tasks.text_to_image.sample.progressive_upscaling import map_lengths, segmented_scans
 from tasks.text_to_image.t2i_support import make_adapter
 
 
 def test_lines_are_the_longer_sides(sd):
     text = encode_prompts(sd, ["red"])
-    assert lines_of(sd.unet, text, height=64, width=96, factor=8) == {}
+    assert map_lengths(sd.unet, text, height=64, width=96, factor=8) == {}
     adapter = make_adapter(sd)
     with adapter.mounted(sd.unet):
-        found = lines_of(sd.unet, text, height=64, width=96, factor=8)
+        found = map_lengths(sd.unet, text, height=64, width=96, factor=8)
     assert set(found) == set(adapter.mixers)
     for name, lines in found.items():
         assert lines == (6 if name.startswith("mid") else 12)
     assert all(not mixer._forward_pre_hooks for mixer in adapter.mixers.values())
 
 
-def test_a_restart_is_that_of_segments_and_is_taken_back(sd):
+def test_segments_are_set_and_restored(sd):
     plain, segmented = make_adapter(sd), make_adapter(sd, segment={"down": 3, "mid": 2, "up": 3})
     noisy, text = torch.randn(1, 4, 8, 12), encode_prompts(sd, ["red"])
 
@@ -38,7 +38,7 @@ def test_a_restart_is_that_of_segments_and_is_taken_back(sd):
         lines = {name: 2 if name.startswith("mid") else 3 for name in plain.mixers}
 
         def fail():
-            with restarting(sd.unet, lines):
+            with segmented_scans(sd.unet, lines):
                 assert torch.equal(run(), wanted)
                 raise KeyError
 
@@ -46,11 +46,11 @@ def test_a_restart_is_that_of_segments_and_is_taken_back(sd):
             fail()
         assert torch.equal(run(), before)
     assert not torch.allclose(before, wanted)
-    with segmented.mounted(sd.unet), restarting(sd.unet, dict.fromkeys(segmented.mixers, 100)):
+    with segmented.mounted(sd.unet), segmented_scans(sd.unet, dict.fromkeys(segmented.mixers, 100)):
         assert torch.equal(run(), wanted)  # those that restart sooner by themselves do so
 
 
-def test_the_ladder_restarts_after_the_first_stage(sd, tmp_path, monkeypatch):
+def test_scans_are_segmented_beyond_the_first_stage(sd, tmp_path, monkeypatch):
     from gspn.diffusers import GSPNTokenMixer
 
     seen = []
@@ -63,11 +63,11 @@ def test_the_ladder_restarts_after_the_first_stage(sd, tmp_path, monkeypatch):
 
     monkeypatch.setattr(GSPNTokenMixer, "forward", watched)
     options = {"adapter": make_adapter(sd), "height": 128, "width": 128, "steps": 4, "device": "cpu", "check": False}
-    sample(sd, "red", output=tmp_path / "with", ladder=True, **options)
+    sample(sd, "red", output=tmp_path / "with", upscale=True, **options)
     # Trained at 8 latent pixels, drawn at 8 and 16; the level below has half of that.
     assert set(seen) == {(8, None), (4, None), (16, 8), (8, 4)}
     seen.clear()
-    sample(sd, "red", output=tmp_path / "without", ladder=LadderConfig(restart=False), **options)
+    sample(sd, "red", output=tmp_path / "without", upscale=UpscalingConfig(segment_scans=False), **options)
     assert set(seen) == {(8, None), (4, None), (16, None)}
     first, second = ((tmp_path / one / "00000.png").read_bytes() for one in ("with", "without"))
     assert first != second

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...core.errors import UsageError, require
 from ...core.files import replaced, write_text
 
-DIRECTORY = "ladder"
+DIRECTORY = "stages"
 """In the directory of the images."""
 
 _SETTINGS = "settings.json"
