@@ -187,7 +187,7 @@ def images(
     """Put what both drew under its prompts."""
     from PIL import Image
 
-    from gspn.tasks.diffusion.image_grid import draw_sheet
+    from gspn.tasks.diffusion.image_grid import draw_prompts
     from gspn.tasks.text_to_image.evaluate.evaluation import prompt_of
 
     places = {entry.label: _place(root, entry, split, scale) for entry in ENTRIES}
@@ -196,7 +196,7 @@ def images(
     rows = {label: [Image.open(place / name) for name in chosen] for label, place in places.items()}
     prompts = [prompt_of(next(iter(places.values())) / name) for name in chosen]
     output.parent.mkdir(parents=True, exist_ok=True)
-    draw_sheet(rows, prompts, columns=12 if scale == 1 else 6 if scale == 2 else 3).save(output)
+    draw_prompts(rows, prompts, columns=12 if scale == 1 else 6 if scale == 2 else 3).save(output)
 
 
 @app.command()

@@ -31,7 +31,7 @@ from gspn.tasks.class_conditional import sample
 from gspn.tasks.classify import evaluate, load_config, predict, train
 from gspn.tasks.classify.confusion import save_confusion
 from gspn.tasks.core.files import replaced
-from gspn.tasks.diffusion.image_grid import draw_sheet
+from gspn.tasks.diffusion.image_grid import draw_prompts
 from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
 from gspn.tasks.text_to_image.sample import UpscalingConfig
 from gspn.tasks.text_to_image.sample import sample as sample_text
@@ -183,7 +183,7 @@ def draw_from_text(page: Page, output: Path, console: Console) -> None:
         )  # fmt: skip
         seconds[name] = drawn.seconds / len(PROMPTS)
         rows[name] = [_opened(place / f"{record.index:05d}.png") for record in drawn.records]
-    _write(draw_sheet(rows, PROMPTS), output / "text.png")
+    _write(draw_prompts(rows, PROMPTS), output / "text.png")
     large = output / "text-large"
     if large.exists():
         shutil.rmtree(large)
@@ -192,7 +192,7 @@ def draw_from_text(page: Page, output: Path, console: Console) -> None:
         width=256, upscale=UpscalingConfig(dilated=True), check=False, device="cpu", console=console,
     )  # fmt: skip
     enlarged = {"GSPN": [_opened(large / f"{i:05d}.png") for i in range(4)]}
-    _write(draw_sheet(enlarged, PROMPTS[:4], columns=4), output / "text-large.png")
+    _write(draw_prompts(enlarged, PROMPTS[:4], columns=4), output / "text-large.png")
     page.tile(
         f"{seconds['GSPN']:.2f} s",
         f"to draw an emoji from its name, {STEPS} steps; {seconds['attention']:.2f} s with attention",

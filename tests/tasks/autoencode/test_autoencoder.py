@@ -56,9 +56,9 @@ def test_scaled_latents_have_a_deviation_of_one(trained):
 
     vae = load_autoencoder(trained.output / "last")
     images = Digits("train")
-    from gspn.tasks.autoencode.training import image_transform
+    from gspn.tasks.diffusion.transforms import image_transform
 
-    transform = image_transform(trained_config().data, training=False)
+    transform = image_transform(trained_config().data.size, trained_config().data.channels)
     batch = torch.stack([transform(images.image(i)) for i in range(512)])
     torch.manual_seed(0)
     with torch.no_grad():

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from gspn.tasks.class_conditional import CachedLatents, GenerateConfig, cache_latents
-from gspn.tasks.diffusion import latent_cache as caching
+from gspn.tasks.diffusion import shard_cache as caching
 from tasks.class_conditional.class_conditional_runs import tiny
 
 _CONTEXT = multiprocessing.get_context("forkserver")

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from gspn.tasks.diffusion.image_sets import export_npz, open_images
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
@@ -16,7 +17,6 @@ from gspn.cli import app
 from gspn.tasks.class_conditional import evaluate, evaluation
 from gspn.tasks.core.errors import UsageError
 from gspn.tasks.diffusion.features import FeatureNetwork, Features, feature_network
-from gspn.tasks.diffusion.image_sets import export_npz, open_images
 
 
 class Small(FeatureNetwork):

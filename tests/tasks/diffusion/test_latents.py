@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 
 from gspn.cli import app
 from gspn.data import open_dataset
-from gspn.tasks.class_conditional import DataConfig, open_latents
-from gspn.tasks.class_conditional.data import image_transform
+from gspn.tasks.class_conditional import open_latents
 from gspn.tasks.core.errors import UsageError
-from gspn.tasks.diffusion.autoencoder import load_autoencoder, weights_digest
+from gspn.tasks.diffusion.autoencoder import load_autoencoder
+from gspn.tasks.diffusion.digests import weights_digest
+from gspn.tasks.diffusion.transforms import image_transform
 from tasks.class_conditional.latent_runs import autoencoder, cache_mirrored, cached, files, start_caching
 from tasks.classify.processes import start_many
 
@@ -40,7 +41,7 @@ def whole(tmp_path_factory, vae):
 
 def test_they_are_the_posteriors_of_the_images(vae, whole):
     latents = open_latents(whole.directory, verify=True)
-    images = open_dataset("digits", "train", transform=image_transform(DataConfig(size=8), training=False))
+    images = open_dataset("digits", "train", transform=image_transform(8))
     assert len(latents) == len(images) == whole.index.images and not whole.broken
     assert whole.index.shape == (4, 4, 4) and whole.index.data.classes == [str(i) for i in range(10)]
     assert [shard.dtype for shard in whole.index.shards] == ["float16"] * len(whole.index.shards)
@@ -157,10 +158,10 @@ def test_a_damaged_autoencoder_is_named_and_copied_anew(vae, whole, copy):
     [
         ({"hflip": False}, "hflip is False.*begun with True"),
         ({"size": 16}, r"data\.size is 16.*begun with 8"),
-        ({"split": "val"}, r"data\.images|data\.split"),
+        ({"split": "val"}, r"data\.split is 'val'"),
         ({"shard_size": 100}, "shard_size is 100.*begun with 250"),
         ({"precision": "bf16"}, "precision is 'bf16'.*'fp32'"),
-        ({"data": "mnist5k"}, r"data\.images"),
+        ({"data": "mnist5k"}, r"data\.name is 'mnist5k'"),
     ],
 )
 def test_other_arguments_do_not_go_on(vae, whole, options, message):
@@ -179,7 +180,7 @@ def test_another_autoencoder_does_not_go_on_and_the_same_elsewhere_does(vae, who
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 9}, "no multiple of 2"),
+        ({"size": 9}, "not a multiple of 2"),
         ({"size": 0}, "at least 1"),
         ({"data": "nothing"}, "nothing"),
         ({"precision": "fp64"}, "fp64"),
@@ -210,7 +211,7 @@ def test_directories_of_something_else(vae, tmp_path):
 def test_what_is_no_autoencoder(vae, tmp_path):
     with pytest.raises(UsageError, match=r"config\.json"):
         load_autoencoder(tmp_path)
-    with pytest.raises(UsageError, match="no directory"):
+    with pytest.raises(UsageError, match="not a directory"):
         load_autoencoder(tmp_path / "none")
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(UsageError, match="UNet2DModel"):
@@ -248,7 +249,7 @@ def test_broken_images_are_named_and_left_out(vae, folder, tmp_path, workers):
     latents = open_latents(tmp_path / "out", verify=True)
     assert [latents[i][1] for i in range(7)] == [0, 0, 1, 1, 1, 2, 2]
     # The last file has no image at all.
-    assert [shard.images for shard in found.index.shards] == [1, 2, 2, 2, 0]
+    assert [shard.rows for shard in found.index.shards] == [1, 2, 2, 2, 0]
     (folder / "train" / "blue" / "0.png").rename(folder / "train" / "blue" / "00.png")
     with pytest.raises(UsageError, match=r"data\.names"):
         cached(vae, tmp_path / "out", **options)

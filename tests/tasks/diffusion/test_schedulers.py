@@ -1,4 +1,4 @@
-"""Every sampler walks back to the image when the prediction is right."""
+"""Every scheduler leads back to the image when the prediction is right."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import torch
 from gspn.diffusers.class_conditional import takes_variance
 from gspn.tasks.class_conditional import DiffusionConfig
 from gspn.tasks.core.errors import UsageError
-from gspn.tasks.diffusion.schedulers import SAMPLERS, sampler, training_scheduler
+from gspn.tasks.diffusion.schedulers import SCHEDULERS, named_scheduler, training_scheduler
 
 FLOW = ("flow", "flow-heun")
 
 
 @pytest.mark.parametrize("objective", ["epsilon", "v_prediction", "flow"])
-@pytest.mark.parametrize("name", [*SAMPLERS, "auto"])
+@pytest.mark.parametrize("name", [*SCHEDULERS, "auto"])
 def test_a_right_prediction_leads_to_the_image(name, objective):
+    torch.manual_seed(0)  # for schedulers that add noise
     config = DiffusionConfig(objective=objective, learned_sigma=objective == "epsilon")
     trained = training_scheduler(config, pixels=True)
     if name != "auto" and (name in FLOW) != (objective == "flow"):
         with pytest.raises(UsageError, match="does not fit a model"):
-            sampler(name, trained)
+            named_scheduler(name, trained)
         return
-    scheduler = sampler(name, trained)
+    scheduler = named_scheduler(name, trained)
     generator = torch.Generator().manual_seed(0)
     start = torch.rand(1, 1, 4, 4, generator=generator) - 0.5
     scheduler.set_timesteps(40)
@@ -44,4 +45,4 @@ def test_a_right_prediction_leads_to_the_image(name, objective):
 
 def test_a_name_that_does_not_exist():
     with pytest.raises(UsageError, match="did you mean 'ddim'"):
-        sampler("dim", training_scheduler(DiffusionConfig(), pixels=True))
+        named_scheduler("dim", training_scheduler(DiffusionConfig(), pixels=True))

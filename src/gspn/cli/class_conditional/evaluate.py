@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,10 @@ from ..errors import one_line_errors, warn
 from ..options import Device, DeviceName
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from gspn.tasks.class_conditional import Evaluation
+    from gspn.tasks.class_conditional.evaluation import Classifier
 
 
 def evaluate(
@@ -48,14 +52,14 @@ def evaluate(
     """
     with one_line_errors():
         from gspn.tasks.class_conditional import evaluate as run
-        from gspn.tasks.diffusion.image_sets import export_npz, open_images
+        from gspn.tasks.diffusion.images import export_npz, open_images
 
         console = Console()
         found = run(
             samples,
             reference,
             features=features,
-            classifier=classifier,
+            classifier=None if classifier is None else _classifier(classifier, batch_size, device),
             neighbours=neighbours,
             limit=limit,
             batch_size=batch_size,
@@ -73,6 +77,19 @@ def evaluate(
         for path in (json_path, neighbours, export):
             if path is not None:
                 console.print(f"[dim]wrote[/] {escape(str(path))}", highlight=False, soft_wrap=True)
+
+
+def _classifier(name: str, batch_size: int, device: DeviceName) -> Classifier:
+    from gspn.tasks.class_conditional.evaluation import Classifier
+    from gspn.tasks.classify import predict
+    from gspn.tasks.classify.model import label_names, load_model
+
+    model = load_model(name)
+
+    def classify(images: Sequence[Image]) -> list[int]:
+        return [one.indices[0] for one in predict(images, model, top=1, batch_size=batch_size, device=device.value)]
+
+    return Classifier(name, classify, label_names(model))
 
 
 def _table(found: Evaluation) -> Table:

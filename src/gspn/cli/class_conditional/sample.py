@@ -27,9 +27,12 @@ def sample(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="For the images.")] = Path("samples"),
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the noise.")] = 0,
     guidance: Annotated[float, typer.Option(metavar="SCALE", min=0, help="1: none.")] = 2.0,
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Of the sampler.")] = 50,
-    sampler: Annotated[
-        str, typer.Option(metavar="NAME", help="auto, ddpm, ddim, dpm++, unipc, euler, flow, flow-heun.")
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Number of denoising steps.")] = 50,
+    scheduler: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="auto, ddpm, ddim, dpm++, dpm++_sde, unipc, euler, euler_a, flow or flow-heun."
+        ),
     ] = "auto",
     size: Annotated[
         str | None, typer.Option(metavar="HxW", help="Of the images, as 64 or 48x64; default: the training's.")
@@ -56,7 +59,7 @@ def sample(
             seed=seed,
             guidance=guidance,
             steps=steps,
-            sampler=sampler,
+            scheduler=scheduler,
             height=height,
             width=width,
             batch_size=batch_size,

@@ -17,6 +17,7 @@ from ..core.sections import (
     ScheduleConfig,
     check_training,
 )
+from ..diffusion.autoencoder import vae_scale_factor
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class AutoencodeConfig(Configuration):
         check_range("data.hflip", data.hflip, 0, 1)
         if not model.block_out_channels:
             raise UsageError("model.block_out_channels is []; give the width of each level, as [32, 64, 64].")
-        factor = 2 ** (len(model.block_out_channels) - 1)
+        factor = vae_scale_factor(model.block_out_channels)
         for place, side in (("data.size", data.size), ("data.crop", data.crop)):
             if side is not None and side % factor:
                 raise UsageError(

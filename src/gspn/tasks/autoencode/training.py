@@ -17,7 +17,9 @@ from ..core.loaders import EvalLoader, open_data, seeded_loader, share_loader
 from ..core.loop import Position, TrainingRun, connected, to_device
 from ..core.records import EpochRow
 from ..core.sections import Resolved
-from .config import AutoencodeConfig, DataConfig, ResolvedAutoencoder
+from ..diffusion.autoencoder import vae_scale_factor
+from ..diffusion.transforms import image_transform
+from .config import AutoencodeConfig, ResolvedAutoencoder
 
 # Images that the scale of the latents is measured on.
 _SCALED_BY = 512
@@ -91,7 +93,7 @@ class _AutoencoderRun(TrainingRun[AutoencoderRow, Position]):
     def _open(self, config: AutoencodeConfig) -> nn.Module:
         data = config.data
         images = open_data(data.name, data.train_split, data.root, **data.options)
-        images.transform = image_transform(data, training=True)
+        images.transform = image_transform(data.size, data.channels, crop=data.crop, hflip=data.hflip)
         self.train_loader = seeded_loader(
             images,
             batch_size=data.batch_size,
@@ -110,7 +112,7 @@ class _AutoencoderRun(TrainingRun[AutoencoderRow, Position]):
     def _whole(self, config: AutoencodeConfig, split: str) -> EvalLoader:
         data = config.data
         images = open_data(data.name, split, data.root, **data.options)
-        images.transform = image_transform(data, training=False)
+        images.transform = image_transform(data.size, data.channels)
         return share_loader(images, batch_size=data.batch_size, workers=0, **self.places)
 
     def _classes(self) -> int:
@@ -118,7 +120,7 @@ class _AutoencoderRun(TrainingRun[AutoencoderRow, Position]):
 
     def _resolve(self, config: AutoencodeConfig, network: nn.Module, shared: Resolved) -> ResolvedAutoencoder:
         del network
-        factor = 2 ** (len(config.model.block_out_channels) - 1)
+        factor = vae_scale_factor(config.model.block_out_channels)
         return ResolvedAutoencoder(**asdict(shared), latent_size=config.data.size // factor)
 
     def _announcement(self) -> list[str]:
@@ -258,18 +260,3 @@ def build_autoencoder(config: AutoencodeConfig) -> Any:
     if model.grad_checkpointing:
         network.enable_gradient_checkpointing()
     return network
-
-
-def image_transform(data: DataConfig, *, training: bool) -> Any:
-    """From a PIL image to ``[channels, size, size]`` in [-1, 1], or a piece of it where pieces are learnt."""
-    from torchvision import transforms
-
-    from ..class_conditional.config import DataConfig as Images
-    from ..class_conditional.data import image_transform as whole_image
-
-    steps = [whole_image(Images(size=data.size, channels=data.channels), training=False)]
-    if training and data.crop is not None:
-        steps.append(transforms.RandomCrop(data.crop))
-    if training and data.hflip:
-        steps.append(transforms.RandomHorizontalFlip(data.hflip))
-    return transforms.Compose(steps)

@@ -17,9 +17,9 @@ from ..core.sections import (
     ScheduleConfig,
     check_training,
 )
+from ..diffusion.config import DiffusionConfig
 
 Network = Literal["gspn", "attention", "dit"]
-Objective = Literal["epsilon", "v_prediction", "flow"]
 
 
 @dataclass(frozen=True)
@@ -71,23 +71,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DiffusionConfig:
-    """What is predicted, of what noise."""
-
-    objective: Objective = "epsilon"
-    """`epsilon` and `v_prediction` on DDPM's chain of steps, or `flow`: the velocity of straight lines."""
-    timesteps: int = 1000
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    """Not of `flow`."""
-    learned_sigma: bool = True
-    """Predict the variance of each step too, by the variational bound (arXiv 2102.09672); `epsilon` alone."""
-    sampling: Literal["uniform", "logit_normal"] = "uniform"
-    """How `flow` draws the time of a training image."""
-    scaling: float = 1.0
-    """What latents are multiplied with beyond the autoencoder's own factor; 1 for images."""
-
-
-@dataclass(frozen=True)
 class SamplesConfig:
     """The images that are drawn as the model learns, always from the same noise."""
 
@@ -100,7 +83,7 @@ class SamplesConfig:
     steps: int = 50
     guidance: float = 2.0
     sampler: str = "auto"
-    """One of :data:`~gspn.tasks.diffusion.schedulers.SAMPLERS`."""
+    """One of :data:`~gspn.tasks.diffusion.schedulers.SCHEDULERS`."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a generative model learns from: images in [-1, 1], or an autoencoder's latents."""
+"""The data of a class-conditional model: images in [-1, 1], or an autoencoder's latents."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..core.errors import UsageError, require
+from ..core.errors import UsageError
 from ..core.loaders import EvalLoader, TrainLoader, class_names, open_data, seeded_loader, share_loader
-from ..diffusion.latents import LatentSet, open_latents, sampled
+from ..diffusion.latents import LatentSet, open_latents, sample_posterior
+from ..diffusion.transforms import image_transform
 from .config import DataConfig, GenerateConfig
 
 
@@ -22,13 +22,13 @@ class GenerateData:
     """The data of a run.
 
     Attributes:
-        name: As the data set calls itself.
+        name: Of the data set.
         train: Batches of (input, label).
-        held_out: Likewise, whose loss is measured; None without.
-        classes: Names.
-        channels: Of what the denoiser sees.
-        sample_size: Its height and width.
-        prepared: From a batch's input to what the denoiser learns; draws from PyTorch's generators for latents.
+        held_out: Batches of (input, label) whose loss is measured; None without.
+        classes: Names of the classes.
+        channels: Of the denoiser's input.
+        sample_size: Height and width of the denoiser's input.
+        prepared: From a batch's input to what the denoiser learns; samples latents by PyTorch's generators.
         vae: The autoencoder of latents; None for images.
         latents: A digest of the latents; None for images.
     """
@@ -45,25 +45,31 @@ class GenerateData:
 
 
 def open_data_of(config: GenerateConfig, *, processes: int, process: int, pin: bool) -> GenerateData:
-    """Open the data that a configuration names.
+    """Open the data of a configuration.
+
+    Args:
+        config: Of the run.
+        processes: How many train.
+        process: Which of them this is.
+        pin: Pin the memory of batches.
 
     Raises:
-        UsageError: it cannot be opened.
+        UsageError: The data cannot be opened.
     """
     data = config.data
-    places = {"processes": processes, "process": process, "pin": pin}
+    process_info = {"processes": processes, "process": process, "pin": pin}
     if data.latents is not None:
-        return _open_latents_of(config, data.latents, places)
+        return _open_latents_of(config, data.latents, process_info)
     train = open_data(data.name, data.train_split, data.root, **data.options)
-    train.transform = image_transform(data, training=True)
+    train.transform = image_transform(data.size, data.channels, hflip=data.hflip)
     held_out = None
     if data.eval_split is not None:
         images = open_data(data.name, data.eval_split, data.root, **data.options)
-        images.transform = image_transform(data, training=False)
-        held_out = share_loader(images, batch_size=data.batch_size, workers=data.workers, **places)
+        images.transform = image_transform(data.size, data.channels)
+        held_out = share_loader(images, batch_size=data.batch_size, workers=data.workers, **process_info)
     return GenerateData(
         name=data.name,
-        train=_train_loader(config, train, places),
+        train=_train_loader(config, train, process_info),
         held_out=held_out,
         classes=class_names(train),
         channels=data.channels,
@@ -72,41 +78,43 @@ def open_data_of(config: GenerateConfig, *, processes: int, process: int, pin: b
     )
 
 
-def _train_loader(config: GenerateConfig, dataset: Any, places: dict[str, Any]) -> TrainLoader:
+def _train_loader(config: GenerateConfig, dataset: Any, process_info: dict[str, Any]) -> TrainLoader:
     return seeded_loader(
         dataset,
         batch_size=config.data.batch_size,
         accumulate=config.optim.accumulate,
         seed=config.run.seed,
         workers=config.data.workers,
-        **places,
+        **process_info,
     )
 
 
-def _open_latents_of(config: GenerateConfig, directory: Path, places: dict[str, Any]) -> GenerateData:
+def _open_latents_of(config: GenerateConfig, directory: Path, process_info: dict[str, Any]) -> GenerateData:
     data = config.data
     train = open_latents(directory)
     if not train.classes:
-        raise UsageError(f"the latents in {str(directory)!r} are of images with captions and have no classes.")
+        raise UsageError(
+            f"the latents in {str(directory)!r} have captions and no classes; name latents of images with classes."
+        )
     _check_keys(data, train)
     train.hflip = data.hflip
     held_out = None
     if data.eval_split is not None:
         latents = open_latents(data.eval_split)
-        _check_alike(latents, train)
-        held_out = share_loader(latents, batch_size=data.batch_size, workers=data.workers, **places)
+        _check_matching(latents, train)
+        held_out = share_loader(latents, batch_size=data.batch_size, workers=data.workers, **process_info)
     vae = train.autoencoder()
-    vae.enable_slicing()  # decodes image by image: a batch that fits the denoiser need not fit the decoder
+    vae.enable_slicing()  # image by image: a batch that fits the denoiser may not fit the decoder
     channels, side, _ = train.index.shape
     return GenerateData(
         name=f"{train.name} {train.index.data.split}",
-        train=_train_loader(config, train, places),
+        train=_train_loader(config, train, process_info),
         held_out=held_out,
         classes=train.classes,
         channels=channels,
         sample_size=side,
         prepared=partial(
-            sampled,
+            sample_posterior,
             shift=vae.config.get("shift_factor") or 0.0,
             factor=vae.config.scaling_factor * config.diffusion.scaling,
         ),
@@ -116,7 +124,7 @@ def _open_latents_of(config: GenerateConfig, directory: Path, places: dict[str, 
 
 
 def _check_keys(data: DataConfig, latents: LatentSet) -> None:
-    """Refuse a key that says otherwise than the latents; one at its default says nothing."""
+    """Refuse a key that contradicts the latents; a key at its default does not."""
     index, default = latents.index, DataConfig()
     facts = {"name": index.data.name, "train_split": index.data.split, "size": index.data.size}
     for key, fact in facts.items():
@@ -133,8 +141,8 @@ def _check_keys(data: DataConfig, latents: LatentSet) -> None:
         )
 
 
-def _check_alike(latents: LatentSet, train: LatentSet) -> None:
-    """Refuse held-out latents of another kind than those that are learnt."""
+def _check_matching(latents: LatentSet, train: LatentSet) -> None:
+    """Refuse held-out latents that do not match those of the training."""
     for what, own, other in (
         ("autoencoder", latents.index.vae.weights, train.index.vae.weights),
         ("autoencoder's configuration", latents.index.vae.config, train.index.vae.config),
@@ -144,28 +152,5 @@ def _check_alike(latents: LatentSet, train: LatentSet) -> None:
         if own != other:
             raise UsageError(
                 f"data.eval_split {str(latents.directory)!r} has another {what} than data.latents "
-                f"{str(train.directory)!r}; make both alike, or set data.eval_split=null."
+                f"{str(train.directory)!r}; encode both alike, or set data.eval_split=null."
             )
-
-
-def image_transform(data: DataConfig, *, training: bool) -> Any:
-    """From a PIL image to ``[channels, size, size]`` in [-1, 1]: the shorter side resized, the middle cut out."""
-    require("torchvision")
-    from torchvision import transforms
-
-    steps: list[Any] = [
-        transforms.Resize(data.size, transforms.InterpolationMode.BICUBIC, antialias=True),
-        transforms.CenterCrop(data.size),
-        transforms.Grayscale() if data.channels == 1 else transforms.Lambda(_coloured),
-    ]
-    if training and data.hflip:
-        steps.append(transforms.RandomHorizontalFlip(data.hflip))
-    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Lambda(_centred)])
-
-
-def _coloured(image: Any) -> Any:
-    return image.convert("RGB")
-
-
-def _centred(pixels: torch.Tensor) -> torch.Tensor:
-    return pixels * 2 - 1

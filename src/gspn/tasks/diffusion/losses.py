@@ -1,4 +1,4 @@
-"""What a denoiser is trained to do: noise on an image, the prediction, and how wrong it is."""
+"""The loss of a denoiser: noise on an image, the prediction, and its error."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..class_conditional.config import DiffusionConfig
+from .config import DiffusionConfig
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(noisy ``[B, C, H, W]``, timestep ``[B]``, labels ``[B]``) to the prediction."""
+"""From (noisy ``[B, C, H, W]``, timestep ``[B]``, labels ``[B]``) to the prediction."""
 
 
 class DenoisingLoss:
-    r"""The loss of a batch, a mean over it.
+    r"""The mean loss of a batch.
 
-    On DDPM's chain, with t uniform and :math:`x_t = a x_0 + b\,\epsilon`, :math:`a^2 = \bar\alpha_t = 1 - b^2`, the
-    squared error of :math:`\epsilon`, or of :math:`v = a\,\epsilon - b\,x_0`. With a learned sigma, plus the term of
-    the variational bound at t in bits a number, through which the variance alone learns (arXiv 2102.09672, equation 16,
-    whose weight 0.001 and sum over 1000 steps make 1 for a single one). For a flow, with
-    :math:`x_\sigma = (1 - \sigma) x_0 + \sigma\,\epsilon`, the squared error of :math:`\epsilon - x_0`.
+    On DDPM's chain, t is uniform, :math:`x_t = a x_0 + b\,\epsilon` with :math:`a^2 = \bar\alpha_t = 1 - b^2`, and the
+    loss is the squared error of :math:`\epsilon`, or of :math:`v = a\,\epsilon - b\,x_0`. With a learned sigma, the
+    term of the variational bound at t is added, in bits per number; only the variance learns through it (arXiv
+    2102.09672, equation 16: the weight 0.001 times 1000 steps is 1 for a single step). For a flow,
+    :math:`x_\sigma = (1 - \sigma) x_0 + \sigma\,\epsilon`, and the loss is the squared error of
+    :math:`\epsilon - x_0`.
 
     Args:
         config: The run's section.
@@ -37,7 +38,7 @@ class DenoisingLoss:
             before = torch.cat([alphas.new_ones(1), alphas[:-1]])
             betas = 1 - alphas / before
             posterior = betas * (1 - before) / (1 - alphas)
-            # The first step has no variance of its own; the next one's stands in for it, as where bounds are taken.
+            # The variance of the first step is zero; that of the next one replaces it, as in arXiv 2102.09672.
             self.log_smallest = torch.cat([posterior[1:2], posterior[1:]]).log()
             self.log_largest = betas.log()
             self.mean_of_start = betas * before.sqrt() / (1 - alphas)
@@ -47,16 +48,16 @@ class DenoisingLoss:
     def __call__(self, predict: Predict, start: Tensor, labels: Tensor) -> Tensor:
         """The loss of clean images or latents ``[B, C, H, W]`` with their labels ``[B]``.
 
-        Times and noise are drawn from PyTorch's global generators.
+        Times and noise are sampled from PyTorch's global generators.
         """
         return self.each(predict, start, labels).mean()
 
     def each(self, predict: Predict, start: Tensor, labels: Tensor) -> Tensor:
-        """Likewise, the loss of each image ``[B]``."""
+        """The loss of each image ``[B]``, with the same arguments."""
         if self.config.objective == "flow":
             return self._flow(predict, start, labels)
         steps = self.config.timesteps
-        # On the CPU, so that the same are drawn wherever the model runs.
+        # On the CPU, so that the times do not depend on the device of the model.
         t = torch.randint(0, steps, (len(start),)).to(start.device)
         noise = torch.randn_like(start)
         noisy = self.scheduler.add_noise(start, noise, t)
@@ -70,8 +71,8 @@ class DenoisingLoss:
         return _mean((predicted - noise).square()) + bound
 
     def _flow(self, predict: Predict, start: Tensor, labels: Tensor) -> Tensor:
-        drawn = torch.randn(len(start)).sigmoid() if self.config.sampling == "logit_normal" else torch.rand(len(start))
-        sigma = drawn.to(start)
+        times = torch.randn(len(start)).sigmoid() if self.config.sampling == "logit_normal" else torch.rand(len(start))
+        sigma = times.to(start)
         noise = torch.randn_like(start)
         at = sigma[:, None, None, None]
         noisy = (1 - at) * start + at * noise
@@ -79,7 +80,7 @@ class DenoisingLoss:
         return _mean((predicted - (noise - start)).square())
 
     def _bound(self, start: Tensor, noisy: Tensor, noise: Tensor, variance: Tensor, t: Tensor) -> Tensor:
-        """The bound's term at t in bits a number, ``[B]``; ``noise`` as predicted, ``variance`` in about [-1, 1]."""
+        """The term of the bound at t in bits per number, ``[B]``; ``noise`` and ``variance`` are predicted."""
 
         def at(values: Tensor) -> Tensor:
             return values.to(start.device)[t].to(start.dtype)[:, None, None, None]
@@ -91,15 +92,15 @@ class DenoisingLoss:
         smallest, largest = at(self.log_smallest), at(self.log_largest)
         part = (variance + 1) / 2
         log_variance = part * largest + (1 - part) * smallest
-        ratio, apart = smallest - log_variance, (true_mean - mean).square()
-        divergence = 0.5 * (ratio.exp() - ratio - 1 + apart / log_variance.exp())
-        # The last step makes numbers of 256 levels: their likelihood, and not that of a density.
+        ratio, error = smallest - log_variance, (true_mean - mean).square()
+        divergence = 0.5 * (ratio.exp() - ratio - 1 + error / log_variance.exp())
+        # The last step yields one of 256 levels, so its term is the likelihood of a level instead of a density's.
         likelihood = -_log_likelihood(start, mean, 0.5 * log_variance)
         return _mean(torch.where((t == 0)[:, None, None, None], likelihood, divergence)) / math.log(2)
 
 
 def _log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """The logarithm of a Gaussian's weight on the level of x, of 256 in [-1, 1], whose ends take what is beyond."""
+    """The log-probability of the level of x, one of 256 in [-1, 1]; the outer levels include the tails."""
     inverse = (-log_std).exp()
     upper = torch.special.ndtr((x + 1 / 255 - mean) * inverse)
     lower = torch.special.ndtr((x - 1 / 255 - mean) * inverse)

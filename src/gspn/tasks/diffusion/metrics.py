@@ -1,8 +1,10 @@
-"""How alike two sets of images are, by their features; torchmetrics' where it has them."""
+"""Metrics of how alike two sets of images are, from their features: torchmetrics' own where it has them."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,18 +20,16 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 
     Args:
         real: ``[N, D]``.
-        fake: ``[M, D]``; both at least 2.
+        fake: ``[M, D]``; both need two rows at least.
 
     Example:
         >>> x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         >>> round(frechet_distance(x, x + torch.tensor([2.0, 0, 0])), 6)
         4.0
     """
-    _check(real, fake)
     metric = require("torchmetrics.image.fid").FrechetInceptionDistance(feature=_Identity(real.shape[1]))
     metric.set_dtype(torch.float64)
-    metric.update(real.double(), real=True)
-    metric.update(fake.double(), real=False)
+    _update(metric, real, fake)
     return max(float(metric.compute()), 0.0)  # rounding may leave the distance of a set to itself below zero
 
 
@@ -41,20 +41,16 @@ def kernel_distance(
     Args:
         real: ``[N, D]``.
         fake: ``[M, D]``.
-        subsets: How many.
-        subset_size: At most; fewer where there are fewer images.
+        subsets: Number of subsets.
+        subset_size: Images in a subset, at most as many as there are.
         seed: Of the subsets.
     """
-    _check(real, fake)
     size = min(subset_size, len(real), len(fake))
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # that features are kept in memory, where they are already
-        torch.manual_seed(seed)
+    with _seeded(seed):
         metric = require("torchmetrics.image.kid").KernelInceptionDistance(
             feature=_Identity(real.shape[1]), subsets=subsets, subset_size=size
         )
-        metric.update(real.double(), real=True)
-        metric.update(fake.double(), real=False)
+        _update(metric, real, fake)
         mean, deviation = metric.compute()
     return float(mean), float(deviation)
 
@@ -64,12 +60,10 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> tuple
 
     Args:
         logits: ``[N, K]``.
-        splits: Parts, at most as many as there are images.
-        seed: Of the order in which they are cut.
+        splits: Number of parts, at most as many as there are images.
+        seed: Of the order in which the images are split.
     """
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        torch.manual_seed(seed)
+    with _seeded(seed):
         metric = require("torchmetrics.image.inception").InceptionScore(
             feature=_Identity(logits.shape[1]), splits=min(splits, len(logits))
         )
@@ -81,16 +75,17 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> tuple
 def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3, chunk: int = 2048) -> tuple[float, float]:
     """Improved precision and recall (arXiv 1904.06991): the share of each set that lies in the other's manifold.
 
-    A set's manifold is the union of the balls around its images that reach to their ``k``-th nearest neighbour.
+    The manifold of a set is the union of balls around its images; each reaches to the ``k``-th nearest neighbour.
 
     Args:
         real: ``[N, D]``, N above ``k``.
         fake: ``[M, D]``, M above ``k``.
-        k: The neighbour that sets a ball's radius.
+        k: The neighbour that sets the radius of a ball.
         chunk: Rows of the distances at a time.
 
     Returns:
-        Precision: how much of ``fake`` is like ``real``; recall: how much of ``real`` is like some of ``fake``.
+        Precision, the share of ``fake`` in the manifold of ``real``; and recall, the share of ``real`` in that of
+        ``fake``.
 
     Example:
         >>> x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
@@ -116,7 +111,7 @@ def nearest(points: Tensor, among: Tensor, *, k: int, chunk: int = 2048) -> tupl
 
 
 class _Identity(nn.Module):
-    """torchmetrics takes a network of images; these are features already."""
+    """Stands in for the model of torchmetrics: its inputs are features already."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -126,6 +121,17 @@ class _Identity(nn.Module):
         return features
 
 
-def _check(real: Tensor, fake: Tensor) -> None:
+def _update(metric: Any, real: Tensor, fake: Tensor) -> None:
     if min(len(real), len(fake)) < 2:
-        raise UsageError(f"a distance needs two images of each set at least; there are {len(real)} and {len(fake)}.")
+        raise UsageError(f"a distance needs at least two images of each set; there are {len(real)} and {len(fake)}.")
+    metric.update(real.double(), real=True)
+    metric.update(fake.double(), real=False)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """With a seed for the subsets, and without the warning that features are kept in memory, where they are anyway."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        yield

@@ -1,29 +1,34 @@
-"""Noise: the chain of a training run, and the samplers of diffusers that walk it backwards."""
+"""Schedulers of diffusers: the one that a model is trained with, and those that sample from it."""
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Sequence
 from typing import Any
 
-from ..class_conditional.config import DiffusionConfig
 from ..core.errors import UsageError, nearest, require
+from .config import DiffusionConfig
 
-SAMPLERS: dict[str, str] = {
+SCHEDULERS: dict[str, str] = {
     "ddpm": "DDPMScheduler",
     "ddim": "DDIMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
+    "dpm++_sde": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
     "flow": "FlowMatchEulerDiscreteScheduler",
     "flow-heun": "FlowMatchHeunDiscreteScheduler",
 }
-"""Names of samplers, and the classes of diffusers that they are."""
+"""Names of schedulers and their classes in diffusers. Those for chains of noise call the model once a step."""
 
-_FLOW = ("flow", "flow-heun")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+"""What a model of a chain of noise may predict."""
+
+_FLOWS = ("flow", "flow-heun")
 
 
 def training_scheduler(config: DiffusionConfig, *, pixels: bool) -> Any:
-    """The scheduler whose noise a model learns: it is saved with the weights.
+    """The scheduler whose noise a model learns to remove. It is saved with the weights.
 
     Args:
         config: The run's section.
@@ -42,32 +47,64 @@ def training_scheduler(config: DiffusionConfig, *, pixels: bool) -> Any:
     )
 
 
-def sampler(name: str, trained: Any) -> Any:
-    """A sampler for a model, from the scheduler that it was trained with.
+def check_chain(trained: Any, predictions: Sequence[str] = PREDICTIONS) -> str:
+    """The prediction type of models that were trained on a chain of noise.
 
     Args:
-        name: One of :data:`SAMPLERS`, or ``"auto"``: DDIM's steps, or Euler's for a flow.
-        trained: The scheduler saved with the model.
+        trained: The pipeline's scheduler.
+        predictions: The types that are supported.
 
     Raises:
-        UsageError: there is none of that name, or it is not for models of this kind.
+        UsageError: The scheduler is not that of a chain of noise, or its prediction type is not supported.
     """
-    diffusers = require("diffusers", extra="diffusers")
-    is_flow = type(trained).__name__.startswith("FlowMatch")
+    prediction, name = trained.config.get("prediction_type", "epsilon"), type(trained).__name__
+    # A flow's configuration could be read as that of a chain.
+    if name.startswith(("FlowMatch", "EDM")) or prediction not in predictions:
+        raise UsageError(
+            f"this pipeline's scheduler is a {name} with prediction_type={prediction!r}; supported are chains of noise "
+            f"that predict one of {', '.join(predictions)}. Use the pipeline of diffusers itself."
+        )
+    return prediction
+
+
+def named_scheduler(name: str, trained: Any, *, auto: str = "ddim") -> Any:
+    """A scheduler that samples from a model, with the configuration of the one that it was trained with.
+
+    Args:
+        name: One of :data:`SCHEDULERS`, or ``"auto"``: the class of ``trained``, if it is one of them and not DDPM.
+        trained: The scheduler that is saved with the model.
+        auto: What ``"auto"`` is otherwise: DDPM needs hundreds of steps, and PNDM cannot start in the middle.
+
+    Returns:
+        A scheduler that has taken no step.
+
+    Raises:
+        UsageError: The name is unknown, or the scheduler does not fit the model.
+
+    Example:
+        >>> from diffusers import PNDMScheduler
+        >>> type(named_scheduler("euler", PNDMScheduler())).__name__
+        'EulerDiscreteScheduler'
+    """
+    diffusers, kind = require("diffusers", extra="diffusers"), type(trained).__name__
+    is_flow = kind.startswith("FlowMatch")
     if name == "auto":
-        name = "flow" if is_flow else "ddim"
-    if name not in SAMPLERS:
-        raise UsageError(f"{name!r} is no sampler; use one of auto, {', '.join(SAMPLERS)}{nearest(name, SAMPLERS)}")
-    if is_flow != (name in _FLOW):
-        kind = "learned a flow" if is_flow else "learned noise on a chain of steps"
-        fitting = [one for one in SAMPLERS if (one in _FLOW) == is_flow]
-        raise UsageError(f"sampler {name!r} does not fit a model that {kind}; use one of {', '.join(fitting)}.")
-    kind = getattr(diffusers, SAMPLERS[name])
+        if kind in SCHEDULERS.values() and kind != SCHEDULERS["ddpm"]:
+            return type(trained).from_config(trained.config)  # also where it is a variant that has no name here
+        name = auto
+    if name not in SCHEDULERS:
+        raise UsageError(
+            f"scheduler {name!r} is unknown; use one of auto, {', '.join(SCHEDULERS)}{nearest(name, SCHEDULERS)}"
+        )
+    if is_flow != (name in _FLOWS):
+        learned = "a flow" if is_flow else "noise on a chain of steps"
+        fitting = [one for one in SCHEDULERS if (one in _FLOWS) == is_flow]
+        raise UsageError(
+            f"scheduler {name!r} does not fit a model that learned {learned}; use one of {', '.join(fitting)}."
+        )
+    if name == "euler_a" and trained.config.get("prediction_type") == "sample":
+        raise UsageError(f"scheduler {name!r} does not run models that predict the sample; use ddim, dpm++ or euler.")
     changes: dict[str, Any] = {}
-    if name != "ddpm" and not is_flow:
-        # The others take a variance of their own, or none.
-        changes["variance_type"] = None if name == "dpm++" else "fixed_small"
-    if name == "ddim":
-        changes |= {"set_alpha_to_one": True, "steps_offset": 0}
-    known = inspect.signature(kind.__init__).parameters
-    return kind.from_config(trained.config, **{key: value for key, value in changes.items() if key in known})
+    if name.startswith("dpm++"):
+        changes = {"algorithm_type": "sde-dpmsolver++" if name == "dpm++_sde" else "dpmsolver++", "variance_type": None}
+    return getattr(diffusers, SCHEDULERS[name]).from_config(trained.config, **changes)

@@ -16,11 +16,11 @@ from ..core.loop import Position, TrainingRun, to_device
 from ..core.records import EpochRow
 from ..core.sections import Resolved
 from ..core.seeding import derived_seed, random_state_kept, seed_everything
-from ..diffusion.image_grid import draw_sheet
+from ..diffusion.digests import fingerprint
+from ..diffusion.image_grid import draw_prompts
 from .conditioning import Conditioning
 from .config import ResolvedTextToImage
 from .data import EncodedData, EncodedSplit, read_text
-from .sample.stage_cache import fingerprint
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class CaptionRun(TrainingRun[CaptionRow, Position]):
         raise NotImplementedError
 
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        rows = self.data.train.text.drawn(targets, self._dropout())
+        rows = self.data.train.text.sample_rows(targets, self._dropout())
         text = read_text(self.data.train.text, rows, self.accelerator.device)
         return self._losses(self.model, self.data.start(images), text)["loss"].mean()
 
@@ -192,7 +192,7 @@ class CaptionRun(TrainingRun[CaptionRow, Position]):
 
     def save_sheet(self, epoch: int, step: int, rows: dict[str, list[Image.Image]]) -> None:
         """Rows of images, one for each of the prompts, with their names."""
-        sheet = draw_sheet(rows, self.prompts())
+        sheet = draw_prompts(rows, self.prompts())
         with replaced(self.output / "samples" / f"epoch-{epoch:05d}.png") as part:
             sheet.save(part, format="PNG")
         for tracker in self.accelerator.trackers:

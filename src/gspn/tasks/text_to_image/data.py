@@ -1,4 +1,4 @@
-"""What text to image learns from: the latents of images, and their captions as the text encoders see them."""
+"""The data of text-to-image training: the latents of images, and their encoded captions."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from torch import Tensor
 
 from ..core.errors import MissingExtraError, UsageError, require
 from ..core.loaders import EvalLoader, TrainLoader, seeded_loader, share_loader
-from ..diffusion.latent_cache import RecordKeys, encode_data_set
-from ..diffusion.latents import LatentSet, open_latents, sampled
+from ..diffusion.latent_cache import encode_images, images_record
+from ..diffusion.latents import LatentSet, open_latents, sample_posterior
 from .conditioning import Conditioning
 from .config import DataConfig
 from .decoding import shift_and_scale
 from .text_cache import TextTable, cache_text
 
-AGAIN = "start the run again, which makes anew what does not fit"
-"""The remedy for damaged latents."""
+_REMEDY = "start the run again, which replaces what is damaged"
 
 
 @dataclass
 class EncodedSplit:
-    """One split, encoded.
+    """An encoded split.
 
     Attributes:
-        latents: Of (posterior, place in the data set).
-        text: Captions by that place.
-        captions: The first caption of each image, as written.
+        latents: Posteriors of the images, with their indices in the data set.
+        text: Captions by that index.
+        captions: The first caption of each image.
     """
 
     latents: LatentSet
@@ -43,11 +42,11 @@ class EncodedData:
     """The data of a run, encoded.
 
     Attributes:
-        name: As the data set calls itself.
-        train: What is learnt.
-        held_out: Whose loss is measured; None without.
-        shift: What is taken from the autoencoder's latents, as the pipeline adds it before decoding.
-        scale: What they are then divided by.
+        name: Of the data set.
+        train: The split of the training.
+        held_out: The split whose loss is measured; None without.
+        shift: Subtracted from the autoencoder's latents; the pipeline adds it before decoding.
+        scale: Divisor of the shifted latents.
         pixels: Pixels of an image for one of its latent, along a side.
     """
 
@@ -64,14 +63,14 @@ class EncodedData:
         return self.train.latents.index.shape
 
     def start(self, posterior: Tensor) -> Tensor:
-        """What the UNet is to draw ``[B, C, h, w]``, from PyTorch's generator, of posteriors ``[B, 2 C, h, w]``."""
+        """Clean latents ``[B, C, h, w]``, sampled by PyTorch's generator from posteriors ``[B, 2 C, h, w]``."""
         shift, scale = (one.to(posterior) if isinstance(one, Tensor) else one for one in (self.shift, self.scale))
-        return (sampled(posterior, shift=0.0, factor=1.0) - shift) / scale
+        return (sample_posterior(posterior, shift=0.0, factor=1.0) - shift) / scale
 
     def loaders(
-        self, data: DataConfig, *, accumulate: int, seed: int, **places: Any
+        self, data: DataConfig, *, accumulate: int, seed: int, **process_info: Any
     ) -> tuple[TrainLoader, EvalLoader | None]:
-        """Batches of (posterior, place in the data set)."""
+        """Batches of (posterior, index in the data set)."""
         self.train.latents.hflip = data.hflip
         train = seeded_loader(
             self.train.latents,
@@ -79,28 +78,28 @@ class EncodedData:
             accumulate=accumulate,
             seed=seed,
             workers=data.workers,
-            **places,
+            **process_info,
         )
         if self.held_out is None:
             return train, None
-        held_out = share_loader(self.held_out.latents, batch_size=data.batch_size, workers=data.workers, **places)
+        held_out = share_loader(self.held_out.latents, batch_size=data.batch_size, workers=data.workers, **process_info)
         return train, held_out
 
 
 def encode_data(
     data: DataConfig, pipeline: Any, directory: Path, *, device: str = "auto", console: Console | None = None
 ) -> EncodedData:
-    """Encode the data of a run, or find that it has been.
+    """Encode the data of a run, unless its directory has them.
 
     Args:
-        data: What, and in what size.
-        pipeline: Whose autoencoder and text encoders.
-        directory: Where it is kept: ``train/latents``, ``train/text``, and likewise ``eval``.
-        device: ``"auto"`` takes a GPU if there is one, ``"cpu"`` none.
-        console: Where to draw bars.
+        data: The data, and the size of the images.
+        pipeline: Its autoencoder and text encoders encode.
+        directory: Receives ``train/latents``, ``train/text``, ``eval/latents`` and ``eval/text``.
+        device: ``"auto"`` uses a GPU if there is one, ``"cpu"`` does not.
+        console: Where to show progress.
 
     Raises:
-        UsageError: the data cannot be opened or encoded, or the directory has other data.
+        UsageError: The data cannot be opened or encoded, or the directory has other data.
     """
     require("accelerate", "timm", "torchvision", "safetensors")
     splits = [
@@ -123,34 +122,32 @@ def _encode_split(
     data: DataConfig, split: str, pipeline: Any, directory: Path, device: str, console: Console | None
 ) -> EncodedSplit:
     images = open_captioned(data.name, split, data.root, **data.options)
-    encode_data_set(
+    encode_images(
         pipeline.vae,
         images,
+        images_record(images, data.name, split, data.options, data.size),
         output=directory / "latents",
         source="vae",
-        record=RecordKeys(data.name, split, data.options, data.size),
         hflip=data.hflip > 0,
         batch_size=data.encode_batch_size,
-        shard_size=4096,
-        precision="fp32",
         device=device,
         workers=data.workers,
         console=console,
-        elsewhere="data.cache",
+        option="data.cache",
     )
     captions = [images.captions(i) for i in range(len(images))]
     text = cache_text(pipeline, captions, directory / "text", device=device, console=console)
-    # What encoded is not needed any more, and its memory is.
+    # Frees the memory of the device.
     pipeline.vae.to("cpu")
-    return EncodedSplit(open_latents(directory / "latents", again=AGAIN), text, [some[0] for some in captions])
+    return EncodedSplit(open_latents(directory / "latents", remedy=_REMEDY), text, [some[0] for some in captions])
 
 
 def open_captioned(name: str, split: str, root: Path | None = None, **options: Any) -> Any:
-    """A :class:`gspn.data.CaptionedImages`.
+    """Open a :class:`gspn.data.CaptionedImages`.
 
     Raises:
-        UsageError: there is none of that name, split or place.
-        MissingExtraError: a package is not installed.
+        UsageError: There is none of that name, split or directory, or it is empty.
+        MissingExtraError: A package is not installed.
     """
     require("PIL", "timm")
     opening = require("gspn.data.captions.emoji")
@@ -167,5 +164,5 @@ def open_captioned(name: str, split: str, root: Path | None = None, **options: A
 
 @torch.no_grad()
 def read_text(table: TextTable, rows: Tensor, device: torch.device) -> Conditioning:
-    """Encoded captions, on a device."""
+    """Read encoded captions onto a device."""
     return table.read(rows).to(device, non_blocking=True)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..diffusion.autoencoder import vae_scale_factor
 from .conditioning import has_further_conditions
 
 TILED_FROM = 1536 * 1536
@@ -48,7 +49,7 @@ def tiles(vae: Any, on: bool, *, side: int | None = None) -> Iterator[None]:
 
 def tile_sides(vae: Any, side: int | None = None) -> tuple[int, int]:
     """The side of a tile in pixels and in latent pixels."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = vae_scale_factor(vae.config.block_out_channels)
     own = vae.config.sample_size
     own = own if isinstance(own, int) else max(own)
     # A quarter overlaps, which has to be whole latent pixels for the seams to meet.

@@ -1,4 +1,4 @@
-"""Denoising with a pipeline's UNet and scheduler: schedulers by name, guidance, and the loop over steps."""
+"""Denoising with a pipeline's UNet and scheduler: guidance, noise, and the loop over steps."""
 
 from __future__ import annotations
 
@@ -10,83 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import UsageError, nearest, require
 from ..core.seeding import derived_seed
 from .conditioning import Conditioning, unet_arguments
-
-SCHEDULERS: dict[str, str] = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "dpm++_sde": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-}
-"""Scheduler names and their classes in diffusers: those that call the UNet once a step."""
-
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-"""The prediction types of a UNet that are supported."""
-
-_FALLBACK = "dpm++"
-
-
-def check_chain(trained: Any, predictions: Sequence[str]) -> str:
-    """The prediction type of a scheduler, checked.
-
-    Args:
-        trained: The pipeline's scheduler.
-        predictions: The prediction types that the caller supports.
-
-    Raises:
-        UsageError: The scheduler does not add noise in discrete steps, or its prediction type is not supported.
-    """
-    prediction, name = trained.config.get("prediction_type", "epsilon"), type(trained).__name__
-    # The configs of these two families read like a noise schedule, but they describe another process.
-    if name.startswith(("FlowMatch", "EDM")) or prediction not in predictions:
-        raise UsageError(
-            f"this pipeline's scheduler is a {name} with prediction_type={prediction!r}; supported are discrete noise "
-            f"schedules that predict one of {', '.join(predictions)}. Use the pipeline of diffusers itself."
-        )
-    return prediction
-
-
-def named_scheduler(name: str, trained: Any) -> Any:
-    """A new scheduler by name, with the noise schedule of a pipeline's own.
-
-    Args:
-        name: One of :data:`SCHEDULERS`, or ``"auto"``: the pipeline's own scheduler, except that DPM-Solver++ replaces
-            PNDM, which cannot start midway, and DDPM, which needs hundreds of steps.
-        trained: The pipeline's scheduler.
-
-    Raises:
-        UsageError: The name is unknown, or the scheduler does not support this pipeline's prediction type.
-
-    Example:
-        >>> from diffusers import PNDMScheduler
-        >>> type(named_scheduler("euler", PNDMScheduler())).__name__
-        'EulerDiscreteScheduler'
-    """
-    diffusers = require("diffusers", extra="diffusers")
-    prediction = check_chain(trained, PREDICTIONS)
-    if name == "auto":
-        own = {kind: one for one, kind in reversed(SCHEDULERS.items())}.get(type(trained).__name__, _FALLBACK)
-        if own not in ("ddpm", _FALLBACK):
-            return type(trained).from_config(trained.config)
-        # A pipeline's own DPM-Solver++ may be a variant, such as the SDE one: its config is kept.
-        is_own = type(trained).__name__ == SCHEDULERS[_FALLBACK]
-        return type(trained).from_config(trained.config) if is_own else named_scheduler(_FALLBACK, trained)
-    if name not in SCHEDULERS:
-        raise UsageError(
-            f"scheduler {name!r} is unknown; use one of auto, {', '.join(SCHEDULERS)}{nearest(name, SCHEDULERS)}"
-        )
-    if name == "euler_a" and prediction == "sample":
-        raise UsageError(f"scheduler {name!r} does not run models that predict the sample; use ddim, dpm++ or euler.")
-    kind = getattr(diffusers, SCHEDULERS[name])
-    changes: dict[str, Any] = {}
-    if name.startswith("dpm++"):
-        changes = {"algorithm_type": "sde-dpmsolver++" if name == "dpm++_sde" else "dpmsolver++", "variance_type": None}
-    return kind.from_config(trained.config, **changes)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from PIL import Image
 from rich.console import Console
 
 from gspn.tasks.core.errors import UsageError
+from gspn.tasks.diffusion.schedulers import named_scheduler
 from gspn.tasks.text_to_image.conditioning import encode_nothing, encode_prompts
-from gspn.tasks.text_to_image.denoising import GuidanceInputs, first_step, named_scheduler, noise_level, predict
+from gspn.tasks.text_to_image.denoising import GuidanceInputs, first_step, noise_level, predict
 from gspn.tasks.text_to_image.sample import stage_runner
 from gspn.tasks.text_to_image.sample.progressive_upscaling import (
     DilatedSampling,

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from gspn.cli import app
 from gspn.tasks.core.errors import UsageError
+from gspn.tasks.diffusion.schedulers import named_scheduler
 from gspn.tasks.text_to_image.conditioning import encode_nothing, encode_prompts
 from gspn.tasks.text_to_image.decoding import to_images, to_latents, to_pixels
 from gspn.tasks.text_to_image.denoising import (
@@ -23,7 +24,6 @@ from gspn.tasks.text_to_image.denoising import (
     draw_noise,
     first_step,
     image_generators,
-    named_scheduler,
 )
 from gspn.tasks.text_to_image.sample import stage_runner
 from gspn.tasks.text_to_image.sample.sampling import sample
@@ -233,19 +233,22 @@ def test_what_is_seen_on_a_terminal(sd, tmp_path):
     assert "5/5" in text.getvalue()
 
 
-def test_schedulers_by_name(sd):
+def test_schedulers_by_name(sd, monkeypatch, tmp_path):
     assert first_step(50, 0.42) == 29 and first_step(4, 2.0) == 0 and first_step(4, 0.2) == 4
     # PNDM cannot start in the middle.
     pndm = PNDMScheduler(skip_prk_steps=True, prediction_type="v_prediction", beta_schedule="scaled_linear")
-    found = named_scheduler("auto", pndm)
+    found = named_scheduler("auto", pndm, auto="dpm++")
     assert type(found).__name__ == "DPMSolverMultistepScheduler"
     assert found.config.prediction_type == "v_prediction" and found.config.beta_schedule == "scaled_linear"
     assert named_scheduler("dpm++_sde", pndm).config.algorithm_type == "sde-dpmsolver++"
     own = named_scheduler("dpm++_sde", sd.scheduler)
     assert named_scheduler("auto", own).config.algorithm_type == "sde-dpmsolver++"
     assert type(named_scheduler("auto", sd.scheduler)) is type(sd.scheduler)
+    monkeypatch.setattr(sd, "scheduler", pndm)
+    assert sample(sd, "cat", output=tmp_path, **FAST).records[0].scheduler == "DPMSolverMultistepScheduler"
+    monkeypatch.setattr(sd, "scheduler", FlowMatchEulerDiscreteScheduler())
     with pytest.raises(UsageError, match="FlowMatchEulerDiscreteScheduler"):
-        named_scheduler("auto", FlowMatchEulerDiscreteScheduler())
+        sample(sd, "cat", output=tmp_path, **FAST)
 
 
 @pytest.mark.parametrize(

@@ -87,11 +87,10 @@ def test_what_is_learnt_is_what_is_decoded(kind, place, tmp_path, request):
         mean = found.train.latents[3][0].chunk(2)[0][None]
         start = found.start(torch.cat([mean, torch.zeros_like(mean)], dim=1))
         from gspn.data import open_captions
-        from gspn.tasks.class_conditional.config import DataConfig as Images
-        from gspn.tasks.class_conditional.data import image_transform
+        from gspn.tasks.diffusion.transforms import image_transform
 
         image = open_captions("folder", "train", root=place / "images").image(3)
-        pixels = image_transform(Images(size=32), training=False)(image)[None]
+        pixels = image_transform(32)(image)[None]
         assert torch.allclose(start, to_latents(pipeline, pixels), atol=5e-3)
     finally:
         pipeline.vae.register_to_config(**before)

@@ -20,11 +20,11 @@ from ...core.errors import UsageError, require
 from ...core.files import replaced_directory
 from ...core.loop import connected, refuse_existing, to_device
 from ...core.seeding import derived_seed, random_state_kept, seed_everything
+from ...diffusion.schedulers import check_chain
 from ..caption_trainer import CaptionRow, CaptionRun
 from ..conditioning import Conditioning
 from ..config import DistillConfig
 from ..data import EncodedData, encode_data, read_text
-from ..denoising import check_chain
 from ..pipelines import load_adapter, load_pipeline
 from .attention_matching import Distiller
 from .initialization import fit_gates
@@ -185,7 +185,7 @@ class _DistillRun(CaptionRun):
         for some in picked.split(_FITTED_AT_ONCE):
             posterior, places = zip(*(latents[i] for i in some.tolist()), strict=True)
             start = to_device(torch.stack(posterior), device, config.model.channels_last)
-            rows = text.drawn(torch.tensor(places), config.distillation.caption_dropout)
+            rows = text.sample_rows(torch.tensor(places), config.distillation.caption_dropout)
             noisy, t, _ = self._noised(self.data.start(start))
             yield noisy, t, read_text(text, rows, device)
 

@@ -2,64 +2,29 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
 from rich.console import Console
 
-from ...class_conditional.evaluation import cached_features, features_of
-from ...core.devices import make_accelerator
 from ...core.errors import UsageError
-from ...core.files import write_text
-from ...diffusion.features import feature_network
-from ...diffusion.image_records import METADATA
-from ...diffusion.image_sets import ImageSet, gathered, open_images
-from ...diffusion.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
+from ...diffusion.evaluation import ImageMetrics, compare_images
+from ...diffusion.images import ImageSet, open_images, read_images, read_record
 from ..data import open_captioned
 from .text_scores import TextScorer, TextScores, embed_sentences
 
 
-@dataclass(frozen=True)
-class TextEvaluation:
-    """What :func:`evaluate` found.
+@dataclass(frozen=True, kw_only=True)
+class TextEvaluation(ImageMetrics):
+    """The result of :func:`evaluate`.
 
     Attributes:
-        samples: As they were named.
-        reference: Likewise.
-        features: The network; figures compare only with those of the same one.
-        sample_count: Images that counted.
-        reference_count: Likewise.
-        height: Of the images compared.
-        width: Likewise.
-        fid: Fréchet distance of pooled features.
-        kid: Kernel distance, mean over subsets.
-        inception_score: Mean over parts.
-        precision: Share of samples like the reference.
-        recall: Share of the reference like some sample.
         text: How the samples agree with their prompts.
         real: How the reference's own images of the same prompts do, where it has them.
     """
 
-    samples: str
-    reference: str
-    features: str
-    sample_count: int
-    reference_count: int
-    height: int
-    width: int
-    fid: float
-    kid: float
-    inception_score: float
-    precision: float
-    recall: float
     text: TextScores
     real: TextScores | None
-
-    def write_json(self, path: Path) -> None:
-        """Write everything as JSON, replacing the file as a whole."""
-        write_text(path, json.dumps(asdict(self), indent=1))
 
 
 def evaluate(
@@ -101,16 +66,13 @@ def evaluate(
         >>> from gspn.tasks.text_to_image.evaluate import evaluate
         >>> evaluate("samples", "emoji:train").text.rank  # doctest: +SKIP
     """
-    console = console or Console()
     ours = open_images(samples, size=None if size is None else (size, size))
     prompts = [prompt_of(Path(samples) / name) for name in ours.names]
     shape = (ours.pixels.shape[2], ours.pixels.shape[3])
     theirs, captions = _captioned(reference, root, shape)
-    network = feature_network(features)
-    where = make_accelerator(device=device).device
-    fake = features_of(network, ours, batch_size, where, console)
-    real = cached_features(network, theirs, batch_size, where, console, cache)
-
+    metrics, fake, real = compare_images(
+        ours, theirs, features=features, batch_size=batch_size, device=device, cache=cache, console=console or Console()
+    )
     pairs = [(i, caption) for i, some in enumerate(captions) for caption in some]
     scorer = TextScorer(embed_sentences([text for _, text in pairs]), real.pooled[[i for i, _ in pairs]])
     further = None
@@ -123,23 +85,7 @@ def evaluate(
     own = None
     if len(known) > 1:
         own = scorer.score(real.pooled[[places[prompt] for prompt in known]], embed_sentences(known), further)
-    precision, recall = precision_recall(real.pooled, fake.pooled)
-    return TextEvaluation(
-        samples=str(samples),
-        reference=reference,
-        features=network.label,
-        sample_count=len(ours),
-        reference_count=len(theirs),
-        height=shape[0],
-        width=shape[1],
-        fid=frechet_distance(real.pooled, fake.pooled),
-        kid=kernel_distance(real.pooled, fake.pooled)[0],
-        inception_score=inception_score(fake.logits)[0],
-        precision=precision,
-        recall=recall,
-        text=text,
-        real=own,
-    )
+    return TextEvaluation(samples=str(samples), reference=reference, **metrics, text=text, real=own)
 
 
 def prompt_of(path: Path) -> str:
@@ -148,12 +94,7 @@ def prompt_of(path: Path) -> str:
     Raises:
         UsageError: it does not say.
     """
-    try:
-        with Image.open(path) as image:
-            record = json.loads(getattr(image, "text", {}).get(METADATA, "null"))
-        prompt = record["prompt"]
-    except (OSError, ValueError, KeyError, TypeError, SyntaxError):
-        prompt = None
+    prompt = read_record(path).get("prompt")
     if not isinstance(prompt, str):
         raise UsageError(f"{str(path)!r} does not say its prompt; evaluate what `gspn t2i sample` wrote.")
     return prompt
@@ -161,19 +102,10 @@ def prompt_of(path: Path) -> str:
 
 def _captioned(source: str, root: str | Path | None, size: tuple[int, int]) -> tuple[ImageSet, list[tuple[str, ...]]]:
     """Images with their captions, broken ones left out."""
-    from gspn.data import BrokenImageError
-
     name, _, split = source.rpartition(":")
     if not name:
-        raise UsageError(f"{source!r} is no data set with its split; name one as emoji:train.")
-    dataset = open_captioned(name, split, None if root is None else Path(root))
-    images, names, captions, broken = [], [], [], []
-    for i in range(len(dataset)):
-        try:
-            images.append(dataset.image(i))
-        except (BrokenImageError, OSError) as error:
-            broken.append(str(error))
-            continue
-        names.append(dataset.filename(i))
-        captions.append(dataset.captions(i))
-    return gathered(source, images, [-1] * len(images), names, size, broken), captions
+        raise UsageError(f"{source!r} is not a data set with its split; name one as emoji:train.")
+    images = open_captioned(name, split, None if root is None else Path(root))
+    items = [(images.filename(i), i) for i in range(len(images))]
+    found, kept = read_images(source, items, lambda i: (images.image(i), -1), size)
+    return found, [images.captions(i) for i in kept]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ...diffusion.autoencoder import pixels_per_latent
+from ...diffusion.autoencoder import vae_scale_factor
 from ..conditioning import Conditioning, unet_arguments
 from ..decoding import tile_sides
 from .offload import offloaded_skips
@@ -162,7 +162,7 @@ def unet_cost(
 
 def decoder_cost(vae: Any, *, height: int, width: int, tiled: bool, device: torch.device) -> CallCost:
     """The cost of decoding one image, whole or in tiles; the decoded tiles are all kept until the last is done."""
-    factor = pixels_per_latent(vae)
+    factor = vae_scale_factor(vae.config.block_out_channels)
     dtype = torch.float32 if vae.dtype == torch.float16 and vae.config.force_upcast else vae.dtype
 
     def whole(h: int, w: int) -> CallCost:

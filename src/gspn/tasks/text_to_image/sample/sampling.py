@@ -19,10 +19,12 @@ from PIL import Image
 from rich.console import Console
 
 from ...core.errors import UsageError
-from ...diffusion.image_records import ImageRecord, is_drawn, save_image
+from ...diffusion.digests import fingerprint
+from ...diffusion.images import ImageRecord, is_sampled, save_png
+from ...diffusion.schedulers import check_chain, named_scheduler
 from ..conditioning import Conditioning, encode_nothing, encode_prompts
 from ..decoding import TILED_FROM, tiles, to_images, to_pixels
-from ..denoising import GuidanceInputs, named_scheduler
+from ..denoising import GuidanceInputs
 from ..pipelines import PIPELINES, load_adapter, load_pipeline
 from .estimate import (
     Estimate,
@@ -36,7 +38,7 @@ from .estimate import (
 )
 from .offload import MODELS, OFFLOADS, SKIPS, offloaded_skips
 from .progressive_upscaling import Stage, UpscalingConfig, map_lengths, plan_stages, trained_area
-from .stage_cache import LadderState, fingerprint, read_settings
+from .stage_cache import StageCache, read_settings
 from .stage_runner import RunProgress, StageRunner
 
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,7 +70,7 @@ class SampleRequest:
         width: In pixels, a multiple of the VAE's factor; the trained size by default.
         steps: Denoising steps from pure noise.
         guidance: Guidance scale; 1 disables it. GSPN's paper uses 7.
-        scheduler: One of :data:`~gspn.tasks.text_to_image.denoising.SCHEDULERS`, or ``"auto"``.
+        scheduler: One of :data:`~gspn.tasks.diffusion.schedulers.SCHEDULERS`, or ``"auto"``.
         seed: Seed of the noise.
         batch_size: Images in a batch.
         upscale: Options of progressive upscaling; None to draw in a single stage.
@@ -125,6 +127,20 @@ class SampleRequest:
                 raise UsageError(f"{name} {value!r} is unknown; use one of {', '.join(filter(None, choices))}.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CaptionRecord(ImageRecord):
+    """How an image was sampled from its prompt; written into its file."""
+
+    prompt: str
+    negative: str | None
+    pipeline: str
+    adapter: str | None
+    precision: str
+    stages: tuple[dict[str, Any], ...]
+    upscaling: dict[str, Any] | None
+    tiled: bool
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """A request resolved for its model.
@@ -179,11 +195,11 @@ class RunPlan:
         text = self.text[rows].to(self.device)
         return GuidanceInputs(text, negative, self.request.guidance, bool(self.split_guidance))
 
-    def records(self) -> tuple[ImageRecord, ...]:
+    def records(self) -> tuple[CaptionRecord, ...]:
         """The record of every image, in order."""
         request, last = self.request, self.stages[-1]
         return tuple(
-            ImageRecord(
+            CaptionRecord(
                 index=i, prompt=request.prompts[i % len(request.prompts)], negative=request.negative, seed=request.seed,
                 width=last.width, height=last.height, steps=request.steps, guidance=request.guidance,
                 scheduler=type(self.scheduler).__name__, pipeline=_name(request.model),
@@ -194,7 +210,7 @@ class RunPlan:
             for i in range(self.images)
         )  # fmt: skip
 
-    def open_cache(self) -> LadderState | None:
+    def open_cache(self) -> StageCache | None:
         """The cache of finished stages, for progressive upscaling.
 
         Raises:
@@ -212,7 +228,7 @@ class RunPlan:
             "scheduler_options": {key: str(value) for key, value in sorted(self.scheduler.config.items())},
             "weights": fingerprint(self.pipeline.unet) + fingerprint(self.pipeline.vae),
         }  # fmt: skip
-        return LadderState(request.output, settings)
+        return StageCache(request.output, settings)
 
 
 @dataclass(frozen=True)
@@ -228,7 +244,7 @@ class SampleResult:
     """
 
     directory: Path
-    records: tuple[ImageRecord, ...]
+    records: tuple[CaptionRecord, ...]
     drawn: int
     seconds: float
     estimate: Estimate | None
@@ -303,7 +319,8 @@ def resolve(request: SampleRequest, stack: contextlib.ExitStack) -> RunPlan:
         raise UsageError(f"{str(request.output)!r} holds upscaled images; use another output, or add --upscale.")
     pipeline, precision = _open_pipeline(request.model, request.precision)
     adapter = load_adapter(request.adapter) if isinstance(request.adapter, str | Path) else request.adapter
-    scheduler = named_scheduler(request.scheduler, pipeline.scheduler)
+    check_chain(pipeline.scheduler)
+    scheduler = named_scheduler(request.scheduler, pipeline.scheduler, auto="dpm++")  # which starts at any step
     if request.steps > scheduler.config.num_train_timesteps:
         raise UsageError(
             f"{request.steps} steps are more than the {scheduler.config.num_train_timesteps} of the training."
@@ -339,7 +356,7 @@ def resolve(request: SampleRequest, stack: contextlib.ExitStack) -> RunPlan:
 
 def estimate(
     plan: RunPlan, stack: contextlib.ExitStack, console: Console
-) -> tuple[RunPlan, LadderState | None, Estimate | None]:
+) -> tuple[RunPlan, StageCache | None, Estimate | None]:
     """Decide what the plan leaves open, refuse what cannot be run, and print the estimate.
 
     Returns:
@@ -370,15 +387,15 @@ def estimate(
 
 
 def draw(
-    plan: RunPlan, records: Sequence[ImageRecord], cache: LadderState | None, console: Console
-) -> Iterator[tuple[ImageRecord, Image.Image]]:
+    plan: RunPlan, records: Sequence[CaptionRecord], cache: StageCache | None, console: Console
+) -> Iterator[tuple[CaptionRecord, Image.Image]]:
     """Draw the images that are missing; with a cache, finished ones are left as they are."""
     runner, directory = StageRunner(plan, cache), plan.request.output
     batches = [records[i : i + plan.batch_size] for i in range(0, len(records), plan.batch_size)]
     steps = sum(stage.steps for stage in plan.stages)
     with RunProgress(console, len(plan.stages), steps * len(batches)) as progress:
         for batch in batches:
-            missing = [one for one in batch if cache is None or not is_drawn(directory, one)]
+            missing = [one for one in batch if cache is None or not is_sampled(directory, one)]
             if not missing:
                 progress.steps_done(steps)
                 continue
@@ -390,11 +407,11 @@ def draw(
                 yield one, to_images(plan.pipeline, pixels)[0]
 
 
-def write(directory: Path, images: Iterable[tuple[ImageRecord, Image.Image]]) -> int:
+def write(directory: Path, images: Iterable[tuple[CaptionRecord, Image.Image]]) -> int:
     """Save images as PNG files with their records, and return their number."""
     count = 0
     for record, image in images:
-        save_image(directory, image, record)
+        save_png(record.path(directory), image, record)
         count += 1
     return count
 

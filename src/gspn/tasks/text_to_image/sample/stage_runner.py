@@ -15,7 +15,7 @@ from torch import Tensor
 from ..decoding import to_latents, to_pixels
 from ..denoising import denoise, draw_noise, first_step, image_generators
 from .progressive_upscaling import DilatedSampling, Stage, enlarge, segmented_scans, skip_residual
-from .stage_cache import LadderState
+from .stage_cache import StageCache
 
 if TYPE_CHECKING:
     from .sampling import RunPlan
@@ -64,7 +64,7 @@ class StageRunner:
         cache: Keeps the latents of finished stages; None to keep nothing.
     """
 
-    def __init__(self, plan: RunPlan, cache: LadderState | None) -> None:
+    def __init__(self, plan: RunPlan, cache: StageCache | None) -> None:
         self._plan, self._cache = plan, cache
 
     def draw(self, indices: Sequence[int], progress: RunProgress) -> Tensor:

@@ -10,19 +10,19 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from ...class_conditional.config import DiffusionConfig
 from ...core.devices import make_accelerator
 from ...core.errors import UsageError, require
 from ...core.files import replaced_directory
 from ...core.loop import connected, refuse_existing
 from ...core.seeding import derived_seed, random_state_kept
-from ...diffusion.autoencoder import load_autoencoder
+from ...diffusion.autoencoder import load_autoencoder, vae_scale_factor
+from ...diffusion.config import DiffusionConfig
 from ...diffusion.losses import DenoisingLoss
+from ...diffusion.schedulers import check_chain
 from ..caption_trainer import CaptionRow, CaptionRun
 from ..conditioning import Conditioning, unet_arguments
 from ..config import TextToImageConfig
 from ..data import encode_data
-from ..denoising import check_chain
 from ..pipelines import load_pipeline, minilm, save_pipeline
 
 
@@ -106,7 +106,7 @@ def open_pipeline(config: TextToImageConfig) -> Any:
     options = {
         "in_channels": vae.config.latent_channels,
         "out_channels": vae.config.latent_channels,
-        "sample_size": config.data.size // 2 ** (len(vae.config.block_out_channels) - 1),
+        "sample_size": config.data.size // vae_scale_factor(vae.config.block_out_channels),
         "cross_attention_dim": encoder.config.hidden_size,
         **model.options,
     }

@@ -1,0 +1,145 @@
+"""The comparison of two sets of images by their features, which all tasks that sample images share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ..core.devices import make_accelerator
+from ..core.errors import require
+from ..core.files import write_text
+from ..core.progress import progress_bar
+from .features import FeatureModel, Features, feature_model
+from .images import ImageSet
+from .metrics import frechet_distance, inception_score, kernel_distance, precision_recall
+from .shard_cache import save_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageMetrics:
+    """How alike samples and a reference are.
+
+    Attributes:
+        samples: As the caller named them.
+        reference: As the caller named it.
+        features: The feature model; figures compare only with those of the same one.
+        sample_count: Images that counted.
+        reference_count: Images that counted.
+        height: Of the images compared.
+        width: Of the images compared.
+        fid: Fréchet distance of pooled features.
+        sfid: Fréchet distance of spatial features.
+        kid: Kernel distance, mean over subsets.
+        kid_std: Deviation of the kernel distance.
+        inception_score: Mean over parts.
+        inception_score_std: Deviation of the inception score.
+        precision: Share of samples like the reference.
+        recall: Share of the reference like some sample.
+    """
+
+    samples: str
+    reference: str
+    features: str
+    sample_count: int
+    reference_count: int
+    height: int
+    width: int
+    fid: float
+    sfid: float
+    kid: float
+    kid_std: float
+    inception_score: float
+    inception_score_std: float
+    precision: float
+    recall: float
+
+    def write_json(self, path: Path) -> None:
+        """Write everything as JSON, in place of the file as a whole."""
+        write_text(path, json.dumps(asdict(self), indent=1))
+
+
+def compare_images(
+    samples: ImageSet,
+    reference: ImageSet,
+    *,
+    features: str = "auto",
+    batch_size: int = 64,
+    device: str = "auto",
+    cache: Path | None = None,
+    console: Console,
+) -> tuple[dict[str, Any], Features, Features]:
+    """Compare two sets of images of one size.
+
+    Args:
+        samples: Sampled images.
+        reference: Real images.
+        features: A name for :func:`~.features.feature_model`.
+        batch_size: Images at a time.
+        device: ``"auto"`` uses a GPU if there is one, ``"cpu"`` does not.
+        cache: Directory that keeps the reference's features for the next time; None for none.
+        console: Where to show progress.
+
+    Returns:
+        The fields of :class:`ImageMetrics` but the two names, and the features of both sets.
+
+    Raises:
+        UsageError: A set is too small, or the feature model is unknown.
+        MissingExtraError: A package is not installed.
+    """
+    where = make_accelerator(device=device).device
+    model = feature_model(features).to(where)
+    fake = _features(model, samples, batch_size, where, console)
+    path = cache and cache / f"{type(model).__name__.lower()}-{reference.digest()}.safetensors"
+    real = _stored(path, lambda: _features(model, reference, batch_size, where, console), console)
+    kid, kid_std = kernel_distance(real.pooled, fake.pooled)
+    score, score_std = inception_score(fake.logits)
+    precision, recall = precision_recall(real.pooled, fake.pooled)
+    metrics = {
+        "features": model.label,
+        "sample_count": len(samples),
+        "reference_count": len(reference),
+        "height": samples.pixels.shape[2],
+        "width": samples.pixels.shape[3],
+        "fid": frechet_distance(real.pooled, fake.pooled),
+        "sfid": frechet_distance(real.spatial, fake.spatial),
+        "kid": kid,
+        "kid_std": kid_std,
+        "inception_score": score,
+        "inception_score_std": score_std,
+        "precision": precision,
+        "recall": recall,
+    }
+    return metrics, fake, real
+
+
+@torch.inference_mode()
+def _features(
+    model: FeatureModel, images: ImageSet, batch_size: int, device: torch.device, console: Console
+) -> Features:
+    """The features of a set of images, on the CPU."""
+    parts: list[Features] = []
+    with progress_bar(console, f"features of {images.name}", len(images)) as advance:
+        for batch in images.pixels.split(batch_size):
+            parts.append(Features(*(one.float().cpu() for one in model(batch.to(device).float() / 255))))
+            advance(len(batch))
+    return Features(*(torch.cat(one) for one in zip(*parts, strict=True)))
+
+
+def _stored(path: Path | None, compute: Callable[[], Features], console: Console) -> Features:
+    """Features from a file, or computed and written there."""
+    if path is None:
+        return compute()
+    if path.is_file():
+        try:
+            return Features(**require("safetensors.torch").load_file(path))
+        except Exception as error:  # damaged: computed again, and replaced
+            console.print(f"[yellow]warning:[/] {path} cannot be read ({error}) and is replaced", highlight=False)
+    found = compute()
+    save_tensors(path, found._asdict())
+    return found

@@ -1,0 +1,352 @@
+r"""A directory of encoded data: written once, in shards, and resumed after a kill to the same bytes.
+
+====================================  ==================================================================================
+``index.json``                        a :class:`CacheIndex`: what was requested, and the shards
+``NAME-00000.safetensors``, ...       tensors of ``shard_size`` rows each
+``NAME-00000.json``, ...              the :class:`Shard`, until the index lists it
+====================================  ==================================================================================
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+from rich.console import Console
+from torch import Tensor
+
+from ..core.config import flat, from_mapping, to_mapping
+from ..core.devices import make_accelerator
+from ..core.errors import UsageError, require
+from ..core.files import replaced, write_text
+from ..core.loop import connected
+from ..core.progress import progress_bar
+from .digests import file_digest
+
+INDEX = "index.json"
+
+FORMAT = 2
+"""Of the index that is written; format 1, of gspn 0.1.0, is read as well."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of a cache: the rows that could be encoded of ``shard_size`` requested ones."""
+
+    file: str
+    rows: int
+    sha256: str
+    bytes: int | None = None
+    """Size of the file; not known of captions that gspn 0.1.0 encoded."""
+    dtype: str | None = None
+    """``float16``, or ``float32`` where a number is beyond its range."""
+    broken: list[str] = field(default_factory=list)
+    """Names of what could not be read, and is left out."""
+
+    def is_whole(self, directory: Path) -> bool:
+        """Whether the file is there with the size and the checksum of this record."""
+        path = directory / self.file
+        try:
+            return path.stat().st_size == (self.bytes or path.stat().st_size) and file_digest(path) == self.sha256
+        except OSError:
+            return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheIndex:
+    """``index.json``. A cache derives from it, and adds what its rows depend on."""
+
+    NAME: ClassVar[str]
+    """How the names of the shards begin."""
+
+    rows: int
+    """Requested, including those that cannot be read."""
+    shard_size: int
+    format: int = FORMAT
+    shards: list[Shard] = field(default_factory=list)
+    """Empty until all of them are written."""
+
+    @property
+    def shard_count(self) -> int:
+        """How many shards there are, once all are written."""
+        return -(-self.rows // self.shard_size)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all shards are written and listed."""
+        return len(self.shards) == self.shard_count
+
+    def rows_of(self, shard: int) -> range:
+        """The requested rows of a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.rows))
+
+    @classmethod
+    def converted(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The values of an index of format 1 under the keys of this one."""
+        return values
+
+    @classmethod
+    def read(cls, directory: Path) -> Self | None:
+        """The index of a directory, or None where there is none.
+
+        Raises:
+            UsageError: It cannot be read, or has another format.
+        """
+        path = directory / INDEX
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            version = values["format"]
+            if version == 1:
+                values = cls.converted(values)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{str(path)!r} cannot be read as an index of {cls.NAME}: {error!r}.") from None
+        if version not in (1, FORMAT):
+            raise UsageError(
+                f"{str(path)!r} has format {version!r}, and this version of gspn reads 1 to {FORMAT}; remove the "
+                "directory and encode the data again."
+            )
+        try:
+            return from_mapping(cls, values)
+        except UsageError as error:
+            raise UsageError(f"{str(path)!r}: {error}") from None
+
+
+Index = TypeVar("Index", bound=CacheIndex)
+
+
+class ShardReader(Generic[Index]):
+    """The rows of a complete cache, read from memory-mapped files.
+
+    Args:
+        directory: Of the cache.
+        index: Of the directory.
+        remedy: What to do about a missing or damaged file, as errors say it.
+    """
+
+    def __init__(self, directory: Path, index: Index, remedy: str) -> None:
+        self.directory = directory
+        self.index = index
+        self._remedy = remedy
+        self._ends = list(itertools.accumulate(shard.rows for shard in index.shards))
+        self._opened: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": {}}  # an opened file does not pass to another process
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """The shard of row i, and the row's position in it."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"{i} is out of range for {len(self)} {self.index.NAME}.")
+        shard = bisect.bisect_right(self._ends, i)
+        return shard, i - (self._ends[shard - 1] if shard else 0)
+
+    def opened(self, shard: int) -> Any:
+        """The file of a shard, opened by safetensors."""
+        if shard not in self._opened:
+            path = self.directory / self.index.shards[shard].file
+            self._opened[shard] = require("safetensors").safe_open(path, framework="pt")
+        return self._opened[shard]
+
+    def verify(self) -> None:
+        """Read all files and compare their checksums.
+
+        Raises:
+            UsageError: One of them differs.
+        """
+        for shard in self.index.shards:
+            if not shard.is_whole(self.directory):
+                raise UsageError(f"{str(self.directory / shard.file)!r} does not have its checksum; {self._remedy}.")
+
+    def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Compare the sizes and the headers of all files with the index, without reading the tensors.
+
+        Args:
+            shapes: Of a row of each tensor.
+
+        Raises:
+            UsageError: A file is missing, cut short, or not what the index says.
+        """
+        from safetensors import SafetensorError
+
+        for number, shard in enumerate(self.index.shards):
+            path = self.directory / shard.file
+            try:
+                size = path.stat().st_size
+                if size != (shard.bytes or size):
+                    raise UsageError(f"{str(path)!r} has {size:,} bytes and not {shard.bytes:,}; {self._remedy}.")
+                found = {name: self.opened(number).get_slice(name).get_shape() for name in shapes}
+            except (OSError, SafetensorError) as error:
+                raise UsageError(f"{str(path)!r} cannot be read ({error}); {self._remedy}.") from None
+            if found != {name: [shard.rows, *shape] for name, shape in shapes.items()}:
+                raise self._mismatch(shard)
+
+    def _mismatch(self, shard: Shard) -> UsageError:
+        return UsageError(f"{str(self.directory / shard.file)!r} is not what {INDEX} says; {self._remedy}.")
+
+
+Encode = Callable[[list[int], Any, Callable[[int], object]], Iterator[tuple[int, dict[str, Tensor], list[str]]]]
+"""From numbers of shards, the accelerator, and what is told how many rows are done, to (number, tensors, broken)."""
+
+
+@dataclass
+class CacheWriter(Generic[Index]):
+    """Writes the shards of a directory that are missing.
+
+    A shard is whole or missing. A call that follows a killed one continues after the last whole shard and ends with the
+    bytes of an uninterrupted run on the same device; shards with another checksum are encoded again. Of N processes
+    started by ``torchrun``, process i writes every N-th shard; a later call may have another N.
+
+    Args:
+        directory: New, empty, or begun with the same request.
+        request: The index without shards.
+        encode: Encodes shards in the order of their numbers. Floating-point tensors are written as float16, or as
+            float32 where a number of the shard is beyond its range.
+        title: Of the progress bar.
+        option: What names another directory, as errors say it.
+        free: Dotted keys of the request that may differ from the directory's.
+        prepare: Called in the first process before anything is encoded.
+    """
+
+    directory: Path
+    request: Index
+    encode: Encode
+    title: str
+    option: str
+    free: tuple[str, ...] = ()
+    prepare: Callable[[], None] = lambda: None
+
+    def write(
+        self, *, precision: str = "fp32", device: str = "auto", console: Console | None = None
+    ) -> tuple[Index, int, bool]:
+        """Encode and write what is missing.
+
+        Returns:
+            The complete index, the number of shards that this process wrote, and whether it is the first process.
+
+        Raises:
+            UsageError: The directory belongs to another request or holds something else, or nothing can be read.
+        """
+        return connected(lambda: self._write(make_accelerator(precision=precision, device=device), console))
+
+    def _write(self, accelerator: Any, console: Console | None) -> tuple[Index, int, bool]:
+        main = accelerator.is_main_process
+        console = console if main else None
+        begun = self._begun()
+        accelerator.wait_for_everyone()  # all have looked before one writes
+        if main:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for path in self.directory.glob(".part-*"):  # of a call that was killed
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if begun is None:
+                self._write_index(self.request)
+            self.prepare()
+        accelerator.wait_for_everyone()
+        index = begun or self.request
+        own = range(accelerator.process_index, index.shard_count, accelerator.num_processes)
+        missing = self._missing(index, own, console)
+        if missing:
+            rows = sum(len(index.rows_of(number)) for number in missing)
+            with progress_bar(console, self.title, rows) as advance:
+                for number, tensors, broken in self.encode(missing, accelerator, advance):
+                    self._write_shard(number, tensors, broken)
+        accelerator.wait_for_everyone()
+        if main:
+            self._complete(index)
+        accelerator.wait_for_everyone()
+        return type(index).read(self.directory) or index, len(missing), main
+
+    def _begun(self) -> Index | None:
+        """The index of a directory that was begun with this request."""
+        name = str(self.directory)
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UsageError(f"{name!r} is a file; name a directory.")
+        begun = type(self.request).read(self.directory)
+        if begun is None:
+            # What a killed call left before it wrote an index does not count.
+            if self.directory.is_dir() and any(not one.name.startswith(".part-") for one in self.directory.iterdir()):
+                raise UsageError(f"{name!r} holds other files and no {INDEX}; name a new directory.")
+            return None
+        old, new = flat(to_mapping(begun)), flat(to_mapping(self.request))
+        for key in sorted(old.keys() | new.keys()):
+            if key not in ("format", "shards", *self.free) and old.get(key) != new.get(key):
+                raise UsageError(
+                    f"{key} is {short(new.get(key))}, and the {begun.NAME} in {name!r} were begun with "
+                    f"{short(old.get(key))}; pass the same arguments again, or name another directory with "
+                    f"{self.option}."
+                )
+        return begun
+
+    def _write_index(self, index: CacheIndex) -> None:
+        write_text(self.directory / INDEX, json.dumps(to_mapping(index), indent=1) + "\n")
+
+    def _missing(self, index: Index, numbers: range, console: Console | None) -> list[int]:
+        """The shards that are not there or have another checksum."""
+        known = {number: shard for number in numbers if (shard := self._shard(index, number)) is not None}
+        with progress_bar(console, "checking shards", len(known)) as advance:
+            for number, shard in list(known.items()):
+                if not shard.is_whole(self.directory):
+                    del known[number]
+                advance(1)
+        return [number for number in numbers if number not in known]
+
+    def _shard(self, index: Index, number: int) -> Shard | None:
+        """A shard's record, from its own file, which is newer, or from the index."""
+        try:
+            return from_mapping(Shard, json.loads(self._record(number).read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return index.shards[number] if number < len(index.shards) else None
+
+    def _record(self, number: int) -> Path:
+        return self.directory / f"{self.request.NAME}-{number:05d}.json"
+
+    def _write_shard(self, number: int, tensors: dict[str, Tensor], broken: list[str]) -> None:
+        """The file, then its record: after a kill between the two the file is written again."""
+        halves = {name: value.half() for name, value in tensors.items() if value.is_floating_point()}
+        dtype = "float16" if all(bool(value.isfinite().all()) for value in halves.values()) else "float32"
+        path = self._record(number).with_suffix(".safetensors")
+        with replaced(path) as part:
+            _save(part, tensors | halves if dtype == "float16" else tensors)
+            size, sha256 = part.stat().st_size, file_digest(part)
+        shard = Shard(path.name, len(next(iter(tensors.values()))), sha256, size, dtype, broken)
+        write_text(self._record(number), json.dumps(to_mapping(shard), indent=1) + "\n")
+
+    def _complete(self, index: Index) -> None:
+        """List all shards in the index, and remove their own records."""
+        name, count = str(self.directory), index.shard_count
+        shards = [shard for number in range(count) if (shard := self._shard(index, number)) is not None]
+        if len(shards) < count:
+            raise UsageError(f"{name!r} lacks {count - len(shards)} of {count} shards; start again to encode them.")
+        if not any(shard.rows for shard in shards):
+            raise UsageError(f"{name!r}: none of the data could be read; repair them and start again.")
+        if shards != index.shards:  # the bytes of an index have a digest that runs compare
+            self._write_index(replace(index, format=FORMAT, shards=shards))
+        for number in range(count):
+            self._record(number).unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as a safetensors file, in place of the file as a whole."""
+    with replaced(path) as part:
+        _save(part, tensors, metadata)
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    save = require("safetensors.torch").save_file
+    save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path, metadata=metadata)
+
+
+def short(value: Any) -> str:
+    """The value as errors show it: at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

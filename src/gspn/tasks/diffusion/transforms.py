@@ -1,0 +1,44 @@
+"""The image transform that all generative tasks share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..core.errors import require
+
+
+def image_transform(size: int, channels: int = 3, *, crop: int | None = None, hflip: float = 0.0) -> Any:
+    """A transform from a PIL image to a tensor ``[channels, size, size]`` in [-1, 1].
+
+    The shorter side is resized to ``size`` and the centre is cropped.
+
+    Args:
+        size: Height and width in pixels.
+        channels: 3, or 1 for grey images.
+        crop: Side of a random crop of the result; None for all of it.
+        hflip: Probability of mirroring the image.
+    """
+    require("torchvision")
+    from torchvision import transforms
+
+    steps: list[Any] = [
+        transforms.Resize(size, transforms.InterpolationMode.BICUBIC, antialias=True),
+        transforms.CenterCrop(size),
+        transforms.Grayscale() if channels == 1 else transforms.Lambda(_to_rgb),
+    ]
+    if crop is not None:
+        steps.append(transforms.RandomCrop(crop))
+    if hflip:
+        steps.append(transforms.RandomHorizontalFlip(hflip))
+    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Lambda(_to_signed)])
+
+
+# Named functions, which worker processes can unpickle.
+def _to_rgb(image: Any) -> Any:
+    return image.convert("RGB")
+
+
+def _to_signed(pixels: Tensor) -> Tensor:
+    return pixels * 2 - 1
