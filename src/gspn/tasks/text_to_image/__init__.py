@@ -1,8 +1,8 @@
-"""Text to image, a package for each thing that is done: ``train`` a UNet, ``distill`` GSPN into it, ``sample`` images
-at any size, and ``evaluate`` them.
+"""Text to image, with a package for each step: ``train`` a UNet, ``distill`` GSPN into it, ``sample`` images at any
+size, and ``evaluate`` them.
 
 Example:
-    Sample with the pipeline and the adapter that come in the package, then at four times the size::
+    Sample with the shipped pipeline and adapter, then at four times the size::
 
         from gspn.tasks.text_to_image.sample import sample
 

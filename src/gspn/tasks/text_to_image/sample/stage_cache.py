@@ -41,7 +41,7 @@ class StageCache:
             before, now = (begun or {}).get(key), self.settings.get(key)
             if before != now:
                 raise UsageError(
-                    f"{str(directory)!r} holds an upscaled run with {key}={short(before)}, and this run has {short(now)}; "
+                    f"{str(directory)!r} holds a run with {key}={short(before)}, and this run has {short(now)}; "
                     "pass the arguments that it was started with, or name another output."
                 )
         text = json.dumps(self.settings, indent=1)
