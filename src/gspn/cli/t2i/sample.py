@@ -98,7 +98,7 @@ def sample(
         upscaling = UpscalingConfig(
             strengths=tuple(strength) if strength else UpscalingConfig().strengths,
             skip_residual=skip_residual, skip_power=skip_power, dilated=dilated, dilated_power=dilated_power,
-            segment_scans=segment_scans, space=upscale_space.value,
+            segment_scans=segment_scans, space=str(upscale_space),
         )  # fmt: skip
         console = Console()
         result = run(

@@ -143,7 +143,7 @@ def check_memory(estimate: Estimate, plan: RunPlan) -> None:
 
 
 def memory_remedies(plan: RunPlan, estimate: Estimate | None) -> list[str]:
-    """What else would reduce the memory of a run."""
+    """The options that would reduce the memory of a run further."""
     over = [one for one in estimate.stages if one.peak_bytes > estimate.available] if estimate else []
     remedies = ["draw a smaller image (--size)"]
     if not plan.tiled and (not over or any(not one.steps for one in over)):
@@ -172,7 +172,7 @@ def estimate_stages(plan: RunPlan) -> tuple[StageEstimate, ...]:
     def decoding(height: int, width: int) -> CallCost:
         return decoder_cost(vae, height=height, width=width, tiled=plan.tiled, device=plan.device)
 
-    estimates = []
+    estimates, count = [], len(plan.stages)
     for number, stage in enumerate(plan.stages, start=1):
         one = cost(stage.height, stage.width, batch)
         flops, peak = one.flops, one.peak_bytes
@@ -189,7 +189,7 @@ def estimate_stages(plan: RunPlan) -> tuple[StageEstimate, ...]:
             for size in (plan.stages[number - 2], stage):
                 vae_cost = decoding(size.height, size.width)
                 flops, peak = flops + vae_cost.flops * plan.images, max(peak, vae_cost.peak_bytes + maps)
-        name = f"stage {number} of {len(plan.stages)}" if len(plan.stages) > 1 else "denoising"
+        name = f"stage {number} of {count}" if count > 1 else "denoising"
         peak = int(peak * MARGIN) + weights
         estimates.append(StageEstimate(name, stage.height, stage.width, stage.steps, flops, peak))
     last = plan.stages[-1]

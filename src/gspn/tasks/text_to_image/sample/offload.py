@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...core.errors import UsageError
 
 OFFLOADS = ("none", "auto", "model", "activations", "all")
-"""What to keep in host memory: nothing, what does not fit, whole models, skip tensors, or both."""
+"""The parts to keep in host memory: none, those that do not fit, whole models, skip tensors, or both."""
 
 MODELS = ("model", "all")
 """The values that offload whole models, by diffusers' ``enable_model_cpu_offload``."""

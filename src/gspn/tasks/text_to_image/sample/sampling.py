@@ -341,8 +341,8 @@ def resolve(request: SampleRequest, stack: contextlib.ExitStack) -> RunPlan:
     stack.enter_context(tiles(pipeline.vae, tiled))
     text, negative = encode_prompts(pipeline, request.prompts), None
     if request.guidance != 1:
-        is_given = request.negative is not None
-        negative = encode_prompts(pipeline, [request.negative]) if is_given else encode_nothing(pipeline)
+        prompt = request.negative
+        negative = encode_nothing(pipeline) if prompt is None else encode_prompts(pipeline, [prompt])
     segments = {}
     if request.upscale is not None and request.upscale.segment_scans and len(stages) > 1:
         first = stages[0]

@@ -90,9 +90,9 @@ class StageRunner:
             for number in reversed(range(len(self._plan.stages))):
                 shape = self._shape(self._plan.stages[number])
                 latents = [self._cache.load(index, number, shape) for index in indices]
-                found = [one for one in latents if one is not None]
-                if len(found) == len(latents):
-                    return number + 1, torch.stack(found).to(self._plan.device)
+                present = [one for one in latents if one is not None]
+                if len(present) == len(latents):
+                    return number + 1, torch.stack(present).to(self._plan.device)
         return 0, None
 
     def _shape(self, stage: Stage) -> tuple[int, int, int]:
