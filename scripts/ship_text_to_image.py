@@ -135,7 +135,7 @@ The model is the teacher of `{ADAPTER}`; in the table it is `self-attention`.
 Trained from scratch with
 
 ```
-gspn t2i autoencoder --config emoji64
+gspn autoencode train --config emoji64
 gspn t2i train --config emoji64 --vae runs/autoencoder_emoji64/last
 ```
 

@@ -1,4 +1,4 @@
-"""What a model computes with an adapter mounted: the right map at every layer, however the model is run."""
+"""The computation of a model with an adapter mounted: the right map at every layer, however the model is run."""
 
 import logging
 import math

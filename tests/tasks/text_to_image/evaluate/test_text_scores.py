@@ -52,7 +52,7 @@ def test_agreement_falls_with_noise_and_without_any_relation_to_chance():
     texts, images = pairs(200, 0.5, seed=1)
     chance = scorer.score(images.roll(1, 0), texts)
     assert 60 < chance.rank < 140 and chance.candidates == 200 and abs(chance.similarity) < 0.2
-    # Texts that are no image's own make it harder.
+    # Texts of other images make it harder.
     more = scorer.score(images, texts, pairs(300, 0, seed=2)[0])
     assert more.candidates == 500 and more.rank >= found[0].rank
 

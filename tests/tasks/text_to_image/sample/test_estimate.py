@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import pytest
@@ -48,11 +47,11 @@ def test_expected_is_what_is_tracked(name, mounted):
     unet = make_unet(name)
     if mounted:
         GSPNAdapter.from_model(unet).mount(unet)
-    for size in ((24, 40), (33, 17)):
-        guess, real = expected(unet, *size), tracked(unet, *size)
-        assert guess.peak_bytes == pytest.approx(real.peak_bytes, rel=0.15)
-        assert guess.flops == real.flops
-        assert real.peak_bytes > 2 * 4 * 4 * size[0] * size[1] * unet.config.block_out_channels[0]
+    size = (24, 40) if mounted == (name == "sdxl") else (33, 17)
+    guess, real = expected(unet, *size), tracked(unet, *size)
+    assert guess.peak_bytes == pytest.approx(real.peak_bytes, rel=0.15)
+    assert guess.flops == real.flops
+    assert real.peak_bytes > 2 * 4 * 4 * size[0] * size[1] * unet.config.block_out_channels[0]
 
 
 def test_operations_are_those_of_the_flop_counter():
@@ -68,20 +67,18 @@ def test_operations_are_those_of_the_flop_counter():
 
 def test_gspn_is_linear_and_attention_is_not():
     unet = make_unet("sd15")
-    sides = (32, 64, 128)
+    sides = (32, 128)
     attention = [expected(unet, side, side) for side in sides]
     GSPNAdapter.from_model(unet).mount(unet)
     gspn = [expected(unet, side, side) for side in sides]
-    for small, large in itertools.pairwise(gspn):
-        assert large.flops / small.flops == pytest.approx(4, rel=0.02)
-        assert large.peak_bytes / small.peak_bytes == pytest.approx(4, rel=0.05)
-    assert attention[1].flops / attention[0].flops > 5
-    assert attention[2].flops / attention[1].flops > 10
+    assert gspn[1].flops / gspn[0].flops == pytest.approx(16, rel=0.04)
+    assert gspn[1].peak_bytes / gspn[0].peak_bytes == pytest.approx(16, rel=0.1)
+    assert attention[1].flops / attention[0].flops > 50
     # The quadratic term in full: queries by keys, and their weights by values, at 128 x 128 alone.
     pairs = 5 * 128**4 * 16 * 2 * 2 * 2
-    assert attention[2].flops > pairs
+    assert attention[1].flops > pairs
     # Flash attention does not write the matrix.
-    assert attention[2].peak_bytes < 128**4 * 4
+    assert attention[1].peak_bytes < 128**4 * 4
 
 
 def test_nothing_of_the_model_is_changed():
@@ -247,7 +244,7 @@ def test_guidance_is_split_where_memory_is_short(sd, tmp_path, monkeypatch):
         found = sample(sd, "cat", output=tmp_path / "b", **options)
     assert found.estimate.fits and set(batches) <= {1, 12} and batches.count(12) == 2 * 4
     monkeypatch.undo()
-    # A run that goes on keeps to it, however much is free by now.
+    # A run that continues keeps to it, however much memory is free by now.
     assert sample(sd, "cat", output=tmp_path / "b", **options).drawn == 0
     with pytest.raises(UsageError, match="split_guidance=True, and this run has False"):
         sample(sd, "cat", output=tmp_path / "b", split_guidance=False, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ SKIPS = ("activations", "all")
 """The values that offload skip tensors, by :func:`offloaded_skips`."""
 
 
-class _LoadOnAccess(Sequence[Tensor]):
-    """Skip tensors in host memory; each is copied to the device when it is indexed."""
+class _LoadOnAccess:
+    """A sequence of skip tensors in host memory; each is copied to the device when it is indexed."""
 
     def __init__(self, stored: Sequence[Tensor], device: torch.device) -> None:
         self._stored, self._device = stored, device
@@ -30,16 +30,9 @@ class _LoadOnAccess(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self._stored)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> _LoadOnAccess: ...
-
-    def __getitem__(self, index: int | slice) -> Tensor | _LoadOnAccess:
-        if isinstance(index, slice):
-            return _LoadOnAccess(self._stored[index], self._device)
-        return self._stored[index].to(self._device)
+    def __getitem__(self, index: Any) -> Any:
+        stored = self._stored[index]
+        return _LoadOnAccess(stored, self._device) if isinstance(index, slice) else stored.to(self._device)
 
 
 @contextmanager

@@ -334,10 +334,18 @@ def resolve(request: SampleRequest, stack: contextlib.ExitStack) -> RunPlan:
     )  # fmt: skip
     tiled = request.tiling == "on" or (request.tiling == "auto" and height * width > TILED_FROM)
 
-    stack.enter_context(_evaluation_mode(pipeline))
+    for model in (pipeline.unet, pipeline.vae):  # a trainer that samples leaves them in training mode
+        stack.callback(model.train, model.training)
+        model.eval()
     offload = _place(pipeline, device, request.offload)
     if adapter is not None and adapter.mounted_on is not pipeline.unet:
-        stack.enter_context(_mounted(adapter, pipeline.unet))
+        try:
+            adapter.mount(pipeline.unet)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UsageError(f"the adapter cannot be mounted: {error}") from None
+        stack.callback(adapter.train, adapter.training)
+        stack.callback(adapter.unmount)
+        pipeline.unet.eval()
     stack.enter_context(tiles(pipeline.vae, tiled))
     text, negative = encode_prompts(pipeline, request.prompts), None
     if request.guidance != 1:
@@ -377,7 +385,9 @@ def estimate(
     # Opened before anything that takes long, because it refuses other settings.
     cache = plan.open_cache()
     if plan.offload in MODELS:
-        stack.enter_context(_offloaded_models(plan.pipeline, plan.device))
+        plan.pipeline.enable_model_cpu_offload(device=plan.device)
+        stack.callback(plan.pipeline.to, "cpu")
+        stack.callback(plan.pipeline.remove_all_hooks)
     if estimated is not None:
         estimated = estimate_times(estimated, plan, small.height, small.width, flops)
         console.print(estimated.table())
@@ -468,42 +478,3 @@ def _place(pipeline: Any, device: torch.device, offload: str) -> str:
             f"the weights do not fit on {device}: use --precision bf16, --offload model, or --device cpu."
         ) from None
     return offload
-
-
-@contextlib.contextmanager
-def _evaluation_mode(pipeline: Any) -> Iterator[None]:
-    """Evaluation mode within the block: a trainer that samples leaves models in training mode."""
-    modes = [(model, model.training) for model in (pipeline.unet, pipeline.vae)]
-    for model, _ in modes:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, training in modes:
-            model.train(training)
-
-
-@contextlib.contextmanager
-def _mounted(adapter: Any, unet: Any) -> Iterator[None]:
-    try:
-        adapter.mount(unet)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UsageError(f"the adapter cannot be mounted: {error}") from None
-    training = adapter.training
-    unet.eval()
-    try:
-        yield
-    finally:
-        adapter.unmount()
-        adapter.train(training)
-
-
-@contextlib.contextmanager
-def _offloaded_models(pipeline: Any, device: torch.device) -> Iterator[None]:
-    """Within the block, each model of a pipeline is on the device only while it computes."""
-    pipeline.enable_model_cpu_offload(device=device)
-    try:
-        yield
-    finally:
-        pipeline.remove_all_hooks()
-        pipeline.to("cpu")
