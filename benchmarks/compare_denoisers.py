@@ -252,10 +252,10 @@ def speed(
 def _calls(entry: Entry, size: int, batch: int) -> dict[str, Any]:
     import torch
 
-    from gspn.tasks.class_conditional import load_config
+    from gspn.tasks.class_conditional import GenerateConfig
     from gspn.tasks.class_conditional.model import build_network
 
-    config = load_config(PRESET).changed(**{"model.network": entry.network, "model.options": entry.options})
+    config = GenerateConfig.load(PRESET).changed(**{"model.network": entry.network, "model.options": entry.options})
     network = build_network(config, num_classes=10, channels=1, sample_size=28).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     noisy = torch.randn(batch, 1, size, size)

@@ -277,8 +277,7 @@ def starts(
     output: Annotated[Path | None, typer.Option(metavar="CSV", help="One row an epoch of each.")] = None,
 ) -> None:
     """Distil for a few epochs from nothing, from the attention's projections, from fitted gates, and layer by layer."""
-    from gspn.tasks.text_to_image.config import DistillConfig
-    from gspn.tasks.text_to_image.distill import distill
+    from gspn.tasks.text_to_image.distill import DistillConfig, distill
 
     settings = {
         "random": ["model.initialize=random"],

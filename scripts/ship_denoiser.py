@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 import gspn
 import gspn.diffusers
+from gspn.cli.class_conditional.evaluate import load_classifier
 from gspn.tasks.class_conditional import Evaluation, evaluate, load_pipeline, sample
 from gspn.tasks.core.files import replaced_directory
 
@@ -36,7 +37,9 @@ def main(
     command: Annotated[str, typer.Option(help="The command that made the run, for the card.")],
     commit: Annotated[str, typer.Option(help="The commit that made it.")],
     classifier: Annotated[str, typer.Option(help="The classifier that says whether images are of their class.")],
-    scratch: Annotated[Path, typer.Option(help="Directory for the images that are measured.")] = Path("runs/ship_denoiser"),
+    scratch: Annotated[Path, typer.Option(help="Directory for the images that are measured.")] = Path(
+        "runs/ship_denoiser"
+    ),
 ) -> None:
     """Write the pipeline and its card into the package, and measure what it draws."""
     pipeline = load_pipeline(run)
@@ -69,7 +72,7 @@ def main(
             drawn,
             f"{data}:{config['data']['train_split']}",
             features="lite0",
-            classifier=classifier,
+            classifier=load_classifier(classifier),
             neighbours=drawn / "neighbours.png",
         )
     floor = evaluate(

@@ -28,7 +28,7 @@ from gspn.bench.mixer import ATTENTION, SHARED, MixerProblem, check_mixers, expo
 from gspn.bench.report import plain_number
 from gspn.data import Emoji, MNIST5k
 from gspn.tasks.class_conditional import sample
-from gspn.tasks.classify import evaluate, load_config, predict, train
+from gspn.tasks.classify import TrainConfig, evaluate, predict, train
 from gspn.tasks.classify.confusion import save_confusion
 from gspn.tasks.core.files import replaced
 from gspn.tasks.diffusion.image_grid import draw_prompts
@@ -97,7 +97,7 @@ def train_digits(page: Page, output: Path, epochs: int, console: Console) -> Non
     if run.exists():
         shutil.rmtree(run)  # the demo's own, of an earlier tour
     # A schedule this short has no time for the preset's regularisation.
-    config = load_config("mnist5k_pico").changed(
+    config = TrainConfig.load("mnist5k_pico").changed(
         f"schedule.epochs={epochs}", "schedule.warmup_epochs=0.5", f"run.output={run}"
     )
     result = train(config, console=console)

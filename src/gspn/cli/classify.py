@@ -26,9 +26,9 @@ app = typer.Typer(
 
 
 def _presets() -> list[str]:
-    from gspn.tasks.classify import preset_names
+    from gspn.tasks.classify import TrainConfig
 
-    return preset_names()
+    return TrainConfig.preset_names()
 
 
 # --- train ------------------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def train(
             raise failed(f"interrupted; continue with --resume --output {given.run.output}", 130) from None
         if result.is_main:
             console.print(
-                f"best top-1 [bold]{result.best_top1:.2f}[/] after epoch {result.best_epoch}: "
+                f"best top-1 [bold]{result.best_score:.2f}[/] after epoch {result.best_epoch}: "
                 f"{escape(str(result.output / 'best'))}",
                 highlight=False,
                 soft_wrap=True,
@@ -192,7 +192,7 @@ def _evaluation_table(found: Evaluation) -> Table:
     table.add_row("weakest classes", escape(worst))
     table.add_row(
         "speed",
-        f"{found.images_per_second:,.0f} images/s with loading, {found.network_images_per_second:,.0f} images/s of the "
+        f"{found.images_per_second:,.0f} images/s with loading, {found.model_images_per_second:,.0f} images/s of the "
         f"network alone (batch {found.batch_size}, {found.precision}, {found.device})",
     )
     table.add_row("peak memory", f"{found.peak_memory_mib:,.0f} MiB")

@@ -8,7 +8,7 @@ import torch
 from gspn.tasks.autoencode import AutoencodeConfig, train
 from gspn.tasks.core.errors import UsageError
 from gspn.tasks.diffusion.autoencoder import load_autoencoder
-from tasks.classify.runs import assert_same, newest_state, rows
+from tasks.runs import assert_same, newest_state, rows, stopped_before
 
 TINY = {
     "data": {"name": "digits", "size": 8, "channels": 1, "batch_size": 64, "workers": 0, "eval_split": "val"},
@@ -58,16 +58,12 @@ def test_scaled_latents_have_a_deviation_of_one(trained):
     images = Digits("train")
     from gspn.tasks.diffusion.transforms import image_transform
 
-    transform = image_transform(trained_config().data.size, trained_config().data.channels)
+    transform = image_transform(8, 1)
     batch = torch.stack([transform(images.image(i)) for i in range(512)])
     torch.manual_seed(0)
     with torch.no_grad():
         drawn = vae.encode(batch).latent_dist.sample() * vae.config.scaling_factor
     assert drawn.std().item() == pytest.approx(1, abs=0.02)
-
-
-def trained_config():
-    return AutoencodeConfig.from_values(TINY)
 
 
 def test_the_loss_is_the_error_and_the_divergence(tmp_path):
@@ -85,42 +81,26 @@ def test_without_a_convolution_of_the_moments(tmp_path):
     assert 0 < result.last.train_loss < 2
 
 
-def test_resumed_is_the_same_run(tmp_path):
+def test_stopped_and_resumed_is_the_same_run(tmp_path):
     settings = ["data.crop=4", "data.hflip=0.5", "schedule.epochs=2"]
     train(tiny(tmp_path / "whole", *settings))
-
-    class Stop(Exception):  # noqa: N818
-        pass
-
-    from gspn.tasks.autoencode.training import _AutoencoderRun
-
-    plain = _AutoencoderRun._begin
-
-    def begin(self, epoch):
-        if epoch == 1:
-            raise Stop
-        plain(self, epoch)
-
-    _AutoencoderRun._begin = begin
-    try:
-        with pytest.raises(Stop):
-            train(tiny(tmp_path / "cut", *settings))
-    finally:
-        _AutoencoderRun._begin = plain
-    train(tiny(tmp_path / "cut", *settings), resume=True)
-    assert_same(newest_state(tmp_path / "cut"), newest_state(tmp_path / "whole"))
+    with stopped_before(24):
+        train(tiny(tmp_path / "stopped", *settings))
+    train(tiny(tmp_path / "stopped", *settings), resume=True)
+    assert_same(newest_state(tmp_path / "stopped"), newest_state(tmp_path / "whole"))
+    assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("data.size=9", "multiples of 2"),
-        ("data.crop=16", "no larger than its image"),
+        ("data.crop=16", "cannot exceed its image"),
         ("model.block_out_channels=[]", "width of each level"),
         ("model.norm_num_groups=3", "model"),
         ("loss.kl=-1", r"loss\.kl"),
         ("loss.error=huber", "huber"),
-        ("run.fsdp=true", "fsdp"),
+        ("run.fsdp=true", r"FSDP is not supported for autoencoders.*run\.fsdp=false"),
     ],
 )
 def test_what_cannot_be_met(tmp_path, override, message):

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from gspn.tasks.class_conditional import GenerateConfig, train
+from gspn.tasks.class_conditional import GenerateConfig
 
 TINY = {
     "data": {"name": "digits", "size": 8, "channels": 1, "batch_size": 64, "workers": 0},
@@ -21,20 +17,6 @@ TINY = {
     "run": {"trackers": [], "device": "cpu"},
 }
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-
 
 def tiny(output: Path, *overrides: str) -> GenerateConfig:
     return GenerateConfig.from_values(TINY).changed(*overrides, **{"run.output": output})
-
-
-def start(output: Path, settings: list[str]) -> Any:
-    """Train in a process of its own, resuming what is there."""
-    process = _CONTEXT.Process(target=_train, args=(output, settings))
-    process.start()
-    return process
-
-
-def _train(output: Path, settings: list[str]) -> None:
-    torch.set_num_threads(1)
-    train(tiny(output, *settings), resume=True)

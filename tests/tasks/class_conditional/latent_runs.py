@@ -42,10 +42,6 @@ def cached(vae: Path, output: Path, **options: Any) -> CachedLatents:
     return cache_latents(vae, output=output, **{**OPTIONS, **options})
 
 
-def cache_mirrored(vae: Path, output: Path) -> None:
-    cached(vae, output, hflip=True)
-
-
 def latent_run(output: Path, latents: Path, *overrides: str) -> GenerateConfig:
     """A tiny run on latents."""
     keys = ["data.size=32", "data.name=mnist5k", "data.channels=3", f"data.latents={latents}", *overrides]
@@ -70,7 +66,7 @@ def _cache(vae: Path, output: Path, options: dict[str, Any], die_at: int) -> Non
     plain, calls = caching.file_digest, []
 
     def file_digest(path: Path) -> str:
-        # The file has all its bytes, and neither its name nor a record yet.
+        # The file has its bytes and its name, and no record yet.
         calls.append(path)
         if len(calls) == die_at:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from gspn.tasks.class_conditional import sample, train
 from tasks.class_conditional.class_conditional_runs import tiny
-from tasks.classify.processes import start_many
+from tasks.processes import start_many
 
 SETTINGS = ["schedule.epochs=1", "samples.every=0", "data.eval_split=val", "ema.decay=null"]
 

@@ -17,11 +17,10 @@ from gspn.tasks.class_conditional.data import open_data_of
 from gspn.tasks.class_conditional.model import load_pipeline
 from gspn.tasks.core.config import read_yaml
 from gspn.tasks.core.errors import UsageError
-from gspn.tasks.core.loop import TrainingRun
 from tasks.class_conditional.latent_runs import autoencoder, cached, latent_run
-from tasks.classify.runs import assert_same, newest_state, rows
+from tasks.runs import assert_same, newest_state, rows, stopped_before
 
-PLACES = {"processes": 1, "process": 0, "pin": False}
+PROCESS_INFO = {"processes": 1, "process": 0, "pin": False}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def trained(tmp_path_factory, latents):
 
 def test_to_the_denoiser_and_back(latents, trained):
     settings = ["diffusion.scaling=1.7", f"data.eval_split={latents / 'val'}"]
-    data = open_data_of(latent_run(latents / "unused", latents / "train", *settings), **PLACES)
+    data = open_data_of(latent_run(latents / "unused", latents / "train", *settings), **PROCESS_INFO)
     assert (data.channels, data.sample_size, data.classes[3]) == (4, 4, "3")
     pipeline = load_pipeline(trained.output)
     for posterior, _ in (next(data.train.batches(0)), next(iter(data.held_out))):
@@ -76,23 +75,13 @@ def test_it_learns_and_its_pipeline_decodes(latents, trained, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [["diffusion.objective=flow", "diffusion.learned_sigma=false"], []])
-def test_stopped_and_resumed_is_the_same_run(latents, tmp_path, monkeypatch, settings):
+def test_stopped_and_resumed_is_the_same_run(latents, tmp_path, settings):
     settings = [*settings, "data.hflip=0.5", "run.checkpoint_every_s=0", f"data.eval_split={latents / 'val'}"]
     settings += ["data.workers=0", "model.options.drop_path=0.2"]
     train(latent_run(tmp_path / "whole", latents / "train", *settings))
 
-    plain, left = TrainingRun._update, [random.Random().randint(2, 40)]
-
-    def update(self, *arguments):
-        left[0] -= 1
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        return plain(self, *arguments)
-
-    monkeypatch.setattr(TrainingRun, "_update", update)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_before(random.Random().randint(2, 40)):
         train(latent_run(tmp_path / "stopped", latents / "train", *settings))
-    monkeypatch.setattr(TrainingRun, "_update", plain)
     # The latents may have been moved in the meantime, but not changed.
     moved = shutil.copytree(latents / "train", tmp_path / "moved")
     train(latent_run(tmp_path / "stopped", moved, *settings), resume=True)
@@ -109,7 +98,7 @@ def test_workers_load_the_same(latents, tmp_path):
     found = []
     for workers in (0, 2):
         config = latent_run(tmp_path, latents / "train", "data.hflip=0.5", f"data.workers={workers}")
-        found.append([posterior for posterior, _ in open_data_of(config, **PLACES).train.batches(epoch=1)])
+        found.append([posterior for posterior, _ in open_data_of(config, **PROCESS_INFO).train.batches(epoch=1)])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
@@ -136,7 +125,7 @@ def test_what_cannot_be_met(latents, tmp_path, overrides, message):
 
 def test_keys_that_say_the_same_pass(latents, tmp_path):
     config = latent_run(tmp_path, latents / "train", "data.name=digits", "data.size=8", "data.train_split=train")
-    assert open_data_of(config, **PLACES).name == "digits train"
+    assert open_data_of(config, **PROCESS_INFO).name == "digits train"
 
 
 def test_mirrored_images_have_to_be_there(latents, tmp_path):

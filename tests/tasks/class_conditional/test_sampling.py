@@ -43,7 +43,7 @@ def pixels(directory):
 
 
 def test_images_do_not_depend_on_the_batch(saved, tmp_path):
-    options = {"number": 7, "steps": 4, "sampler": "ddpm", "seed": 5}
+    options = {"number": 7, "steps": 4, "scheduler": "ddpm", "seed": 5}
     whole = sample(saved, output=tmp_path / "a", batch_size=7, **options)
     sample(saved, output=tmp_path / "b", batch_size=2, **options)
     sample(saved, output=tmp_path / "c", batch_size=7, **{**options, "seed": 6})
@@ -61,7 +61,7 @@ def test_origins_are_in_the_files(saved, tmp_path):
         assert image.size == (10, 6)
         origin = json.loads(image.text["gspn"])
     assert origin["class_name"] == "newt" and origin["label"] == 2 and origin["index"] == 1
-    assert (origin["guidance"], origin["steps"], origin["sampler"]) == (1.5, 2, "DDIMScheduler")
+    assert (origin["guidance"], origin["steps"], origin["scheduler"]) == (1.5, 2, "DDIMScheduler")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_origins_are_in_the_files(saved, tmp_path):
         ({"classes": [3]}, "out of range"),
         ({"classes": []}, "no classes"),
         ({"height": 7}, "multiple of 2"),
-        ({"sampler": "flow"}, "does not fit"),
+        ({"scheduler": "flow"}, "does not fit"),
         ({"number": 0}, "at least 1"),
     ],
 )
@@ -92,10 +92,10 @@ def test_guidance_is_what_it_says():
     found = pipeline(class_dropout_prob=0.1)
     found.scheduler.set_timesteps(10)
     x, labels, t = torch.randn(2, 3, 8, 8), torch.tensor([0, 2]), torch.tensor(50)
-    given, free = found._predict(x, t, labels, 1.0), found._predict(x, t, labels, 0.0)
+    conditional, free = found._predict(x, t, labels, 1.0), found._predict(x, t, labels, 0.0)
     guided = found._predict(x, t, labels, 3.0)
-    torch.testing.assert_close(guided[:, :3], free[:, :3] + 3 * (given[:, :3] - free[:, :3]))
-    torch.testing.assert_close(guided[:, 3:], given[:, 3:])
+    torch.testing.assert_close(guided[:, :3], free[:, :3] + 3 * (conditional[:, :3] - free[:, :3]))
+    torch.testing.assert_close(guided[:, 3:], conditional[:, 3:])
     model = found.transformer
     torch.testing.assert_close(free, model(x, t, torch.tensor([3, 3])).sample)
 

@@ -49,7 +49,7 @@ def test_classes_are_those_of_the_data(name):
     assert {p.dtype for p in pipeline.transformer.parameters()} == {torch.float32}
 
 
-def test_it_draws_what_is_asked_for(tmp_path):
+def test_it_samples_the_classes(tmp_path):
     found = sample("gspn_denoiser.mnist5k", output=tmp_path, number=40, steps=10, guidance=2.0)
     guesses = predict([tmp_path / f"{i:05d}.png" for i in range(40)], "gspn_pico.mnist5k")
     right = [guess.indices[0] == record.label for guess, record in zip(guesses, found.records, strict=True)]

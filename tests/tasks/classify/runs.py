@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
-
-import torch
-from safetensors.torch import load_file
 
 from gspn.tasks.classify import TrainConfig
 
@@ -39,34 +35,6 @@ RANDOM = [
     "ema.decay=0.9",
 ]
 
-# What a resumed run cannot have in common with an uninterrupted one.
-_TIMES = ("seconds", "images_per_second", "peak_memory_mib")
-
 
 def tiny(output: Path, *overrides: str) -> TrainConfig:
     return TrainConfig.from_values(TINY).changed(*overrides, **{"run.output": output})
-
-
-def rows(output: Path, *, timeless: bool = True) -> list[dict[str, str]]:
-    with (output / "metrics.csv").open(newline="") as file:
-        found = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if not (timeless and k in _TIMES)} for row in found]
-
-
-def newest_state(output: Path) -> dict[str, torch.Tensor]:
-    """Weights, average and optimiser of the newest checkpoint."""
-    newest = sorted((output / "checkpoints").glob("step-*"))[-1]
-    state = {f"weights.{k}": v for k, v in load_file(newest / "model.safetensors").items()}
-    average = newest / "custom_checkpoint_0.pkl"
-    if average.exists():
-        state |= {f"average.{k}": v for k, v in torch.load(average, weights_only=True).items()}
-    optimizer = torch.load(newest / "optimizer.bin", weights_only=True)["state"]
-    for i, moments in optimizer.items():
-        state |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
-    return state
-
-
-def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
-    assert not different

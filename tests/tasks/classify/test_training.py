@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import io
 import json
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from rich.console import Console
 from safetensors import safe_open
 
-from gspn.tasks.classify import TrainConfig, load_config, preset_names, train
+from gspn.tasks.classify import TrainConfig, train
 from gspn.tasks.core.errors import UsageError
-from gspn.tasks.core.loaders import ShareSampler, UpdateSampler
-from tasks.classify.runs import RANDOM, assert_same, newest_state, rows, tiny
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run with an average, and what it printed."""
-    output = tmp_path_factory.mktemp("run")
-    said = io.StringIO()
-    torch.set_num_threads(1)
-    config = tiny(output, "schedule.epochs=3", "ema.decay=0.9", "run.trackers=[tensorboard]", "run.log_every=5")
-    return train(config, console=Console(file=said, width=200)), said.getvalue()
+from tasks.classify.runs import RANDOM, tiny
+from tasks.runs import assert_same, newest_state, rows, stopped_before
 
 
 def test_it_learns(finished):
     result, said = finished
-    assert result.best_top1 > 75
+    assert result.best_score > 75
     table = rows(result.output, timeless=False)
     assert [row["epoch"] for row in table] == ["1", "2", "3"]
     assert [row["step"] for row in table] == ["22", "44", "66"]
     assert float(table[-1]["train_loss"]) < float(table[0]["train_loss"])
-    assert max(max(float(row["top1"]), float(row["ema_top1"])) for row in table) == pytest.approx(result.best_top1)
+    assert max(max(float(row["top1"]), float(row["ema_top1"])) for row in table) == pytest.approx(result.best_score)
     assert result.last is not None and result.last.images_per_second > 0 and result.last.peak_memory_mib > 0
     # One line an epoch where there is no terminal.
     assert len([line for line in said.splitlines() if line.startswith("epoch ")]) == 3
@@ -51,14 +40,14 @@ def test_timm_loads_what_it_writes(finished):
         header = json.loads(file.metadata()["gspn"])
     assert header["epoch"] == result.best_epoch
     assert header["weights"] in ("raw", "ema")
-    assert header["top1"] == pytest.approx(result.best_top1)
+    assert header["top1"] == pytest.approx(result.best_score)
 
 
 def test_the_saved_configuration_is_the_resolved_one_and_can_be_read_again(finished):
     result, _ = finished
     text = (result.output / "config.yaml").read_text()
     assert "images_per_update: 64" in text
-    again = load_config(result.output / "config.yaml")
+    again = TrainConfig.load(result.output / "config.yaml")
     assert again.schedule.epochs == 3
     assert again.run.output == result.output
 
@@ -131,57 +120,30 @@ def test_errors_name_the_value_and_the_remedy(tmp_path, override, message):
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(UsageError, match=r"lower optim\.lr"):
-        train(tiny(tmp_path, "schedule.epochs=1", "optim.lr=1e30", "optim.clip_grad=null", "schedule.warmup_epochs=0"))
-
-
-def test_update_sampler_splits_each_update_over_processes():
-    def order(processes, batch, accumulate, epoch=0, update=0):
-        parts = []
-        for process in range(processes):
-            sampler = UpdateSampler(
-                50, batch_size=batch, accumulate=accumulate, processes=processes, process=process, seed=3
-            )
-            sampler.start(epoch, update)
-            parts.append(list(sampler))
-        # Update by update, the images of all processes.
-        updates = len(parts[0]) // accumulate
-        return [
-            {i for part in parts for one in part[u * accumulate : (u + 1) * accumulate] for i in one}
-            for u in range(updates)
-        ]
-
-    whole = order(1, 12, 1)
-    assert [len(update) for update in whole] == [12] * 4
-    assert order(2, 6, 1) == order(3, 2, 2) == order(1, 4, 3) == whole
-    assert order(2, 6, 1, update=3) == whole[3:]
-    assert order(1, 12, 1, epoch=1) != whole
-
-
-@pytest.mark.parametrize(("images", "processes", "batch"), [(11, 2, 4), (12, 3, 5), (2, 4, 3), (7, 1, 7)])
-def test_share_sampler_covers_each_image_once(images, processes, batch):
-    real, batches = [], set()
-    for process in range(processes):
-        sampler = ShareSampler(images, batch_size=batch, processes=processes, process=process)
-        own = [i for one in sampler for i in one]
-        assert len(list(sampler)) == len(sampler)
-        real += own[: sampler.real]
-        batches.add(tuple(len(one) for one in sampler))
-    assert sorted(real) == list(range(images))
-    assert len(batches) == 1  # as many, and as large, in each process
+def test_stopped_and_resumed_is_the_same_run(tmp_path):
+    settings = [*RANDOM, "optim.accumulate=2", "run.checkpoint_every_s=0"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(tiny(whole, *settings))
+    with stopped_before(14):
+        train(tiny(stopped, *settings))
+    train(tiny(stopped, *settings), resume=True)
+    assert_same(newest_state(stopped), newest_state(whole))
+    assert rows(stopped) == rows(whole)
+    for name in ("best", "last"):
+        path = Path(name, "model.safetensors")
+        assert (stopped / path).read_bytes() == (whole / path).read_bytes()
 
 
 def test_presets_are_complete_and_name_registered_networks():
     pytest.importorskip("gspn.models")
-    names = preset_names()
+    names = TrainConfig.preset_names()
     assert {"imagenet_tiny", "imagenet_small", "imagenet_base", "mnist5k_pico", "emoji_nano", "digits_pico"} <= set(
         names
     )
     for name in names:
-        config = load_config(name)
+        config = TrainConfig.load(name)
         assert timm.is_model(config.model.name)
         assert config.run.output.name == name
-    base = load_config("imagenet_base")
+    base = TrainConfig.load("imagenet_base")
     assert isinstance(base, TrainConfig)
     assert (base.optim.lr, base.schedule.min_lr, base.model.drop_path) == (5e-4, 5e-6, 0.5)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from gspn.tasks.classify import TrainConfig, load_config
-from gspn.tasks.core.config import read_yaml, write_yaml
+from gspn.tasks.autoencode import AutoencodeConfig
+from gspn.tasks.class_conditional import GenerateConfig
+from gspn.tasks.classify import TrainConfig
+from gspn.tasks.core.config import read_yaml, settings, to_mapping, write_yaml
 from gspn.tasks.core.errors import UsageError
+from gspn.tasks.text_to_image.distill import DistillConfig
+from gspn.tasks.text_to_image.train import TextToImageConfig
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.rl=1", "'optim.rl' is no configuration key; did you mean 'lr'?"),
-        ("lr=1", "'lr' is no configuration key; did you mean 'optim.lr'?"),
+        ("optim.rl=1", "unknown configuration key 'optim.rl'; did you mean 'lr'?"),
+        ("lr=1", "unknown configuration key 'lr'; did you mean 'optim.lr'?"),
         ("optim.lr=fast", "optim.lr is 'fast'; it has to be a number."),
         ("schedule.epochs=1.5", "schedule.epochs is 1.5; it has to be a whole number."),
         ("augment.scale=0.5", "augment.scale is 0.5; it has to be a list of 2: a number, a number."),
@@ -57,7 +61,7 @@ def test_a_nested_mapping_of_free_keys_is_merged():
 
 
 def test_written_and_read_again_it_is_the_same():
-    config = load_config("emoji_nano")
+    config = TrainConfig.load("emoji_nano")
     assert TrainConfig.from_values(read_yaml(write_yaml(config), "it")) == config
 
 
@@ -69,9 +73,76 @@ def test_yaml_is_read_safely():
 def test_a_file_is_named_in_its_errors(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("optim: {lrate: 1}")
-    with pytest.raises(UsageError, match=r"mine\.yaml: 'optim\.lrate'"):
-        load_config(file)
+    with pytest.raises(UsageError, match=r"mine\.yaml: unknown configuration key 'optim\.lrate'"):
+        TrainConfig.load(file)
     with pytest.raises(UsageError, match="cannot be read"):
-        load_config(tmp_path / "none.yaml")
+        TrainConfig.load(tmp_path / "none.yaml")
     with pytest.raises(UsageError, match="did you mean 'digits_pico'"):
-        load_config("digit_pico")
+        TrainConfig.load("digit_pico")
+
+
+FREE = {
+    "data.root", "data.batch_size", "data.workers", "model.grad_checkpointing", "model.compile", "optim.accumulate",
+    "run.output", "run.device", "run.deterministic", "run.checkpoint_every_s", "run.log_every", "run.trackers",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "further"),
+    [
+        (TrainConfig, {"data.eval_batch_size"}),
+        (GenerateConfig, {"data.latents"}),
+        (AutoencodeConfig, set()),
+        (TextToImageConfig, {"data.cache"}),
+        (DistillConfig, {"data.cache"}),
+    ],
+)
+def test_settings_that_may_differ_when_a_run_is_resumed(kind, further):
+    free = {key for key, one, _ in settings(kind()) if one.metadata.get("free")}
+    assert free == FREE | further
+
+
+def test_differences_from_a_saved_run():
+    config = TrainConfig().changed("augment.mixup=0.1")
+    saved = to_mapping(TrainConfig().changed("optim.lr=1", "run.device=cpu", "augment.re_mode=rand"))
+    assert config.differences(saved) == {
+        "augment.mixup": (0.0, 0.1),
+        "augment.re_mode": ("rand", "pixel"),
+        "optim.lr": (1.0, 5e-4),
+    }
+
+
+def test_a_run_of_version_0_1_0_is_read_under_the_present_names(tmp_path):
+    config = DistillConfig().changed("model.init_from=x", "samples.steps=7", "model.segments.down_blocks=4")
+    saved = to_mapping(config)
+    saved["pictures"] = saved.pop("samples")
+    saved["model"]["resume_from"] = saved["model"].pop("init_from")
+    assert config.differences(saved) == {}
+    assert DistillConfig.from_values(saved) == config
+    del saved["resolved"]
+    with pytest.raises(UsageError, match="unknown configuration key"):
+        DistillConfig.from_values(saved)  # a file of one's own has the present names
+    generate = to_mapping(GenerateConfig())
+    generate["samples"]["sampler"] = generate["samples"].pop("scheduler")
+    assert GenerateConfig().differences(generate) == {}
+    generate["samples"]["sampler"] = "ddim"
+    assert GenerateConfig().differences(generate) == {"samples.scheduler": ("ddim", "auto")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "override", "message"),
+    [
+        (TrainConfig, "data.workers=-1", "data.workers is -1; it has to be at least 0."),
+        (TrainConfig, "schedule.epochs=0", "schedule.epochs is 0; it has to be at least 1."),
+        (TrainConfig, "optim.lr=.nan", "optim.lr is nan; it has to be at least 0."),
+        (TrainConfig, "optim.label_smoothing=2", "optim.label_smoothing is 2; it has to be between 0 and 1."),
+        (TrainConfig, "run.trackers=[paper]", "run.trackers is 'paper', not one of tensorboard"),
+        (GenerateConfig, "data.hflip=1.5", "data.hflip is 1.5; it has to be between 0 and 1."),
+        (GenerateConfig, "diffusion.timesteps=1", "diffusion.timesteps is 1; it has to be at least 2."),
+        (AutoencodeConfig, "optim.label_smoothing=0.1", "this task has no labels to smooth"),
+    ],
+)
+def test_ranges(kind, override, message):
+    with pytest.raises(UsageError) as error:
+        kind().changed(override)
+    assert message in str(error.value)

@@ -59,7 +59,7 @@ def _write(directory: Path, die_at: int) -> None:
     plain, calls = shard_cache.file_digest, []
 
     def file_digest(path: Path) -> str:
-        # The file has all its bytes, but neither its name nor a record yet.
+        # The file has its bytes and its name, and no record yet.
         calls.append(path)
         if len(calls) == die_at:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
-from gspn.tasks.text_to_image.config import DistillConfig, TextToImageConfig
-from gspn.tasks.text_to_image.distill import distill
-from gspn.tasks.text_to_image.train import train
+from gspn.tasks.text_to_image.distill import DistillConfig
+from gspn.tasks.text_to_image.train import TextToImageConfig
 
 SHARED: dict[str, Any] = {
     "data": {"name": "folder", "size": 32, "batch_size": 4, "encode_batch_size": 8, "workers": 0, "eval_split": "val"},
@@ -21,8 +18,6 @@ SHARED: dict[str, Any] = {
     "run": {"trackers": [], "device": "cpu"},
 }
 COLOURS = ("red", "green", "blue", "teal")
-
-_CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def make_folder(root: Path, train: int = 16, val: int = 4) -> Path:
@@ -60,15 +55,3 @@ def tiny_train(vae: Path, text: Path, root: Path, output: Path, *overrides: str)
     }
     config = TextToImageConfig.from_values({**SHARED, "model": model, "optim": {"lr": 2e-3, "lr_base_batch": None}})
     return config.changed(*overrides, **{"run.output": output, "data.root": root})
-
-
-def start(config: Any) -> Any:
-    """Run in a process of its own, resuming what is there."""
-    process = _CONTEXT.Process(target=_run, args=(config,))
-    process.start()
-    return process
-
-
-def _run(config: Any) -> None:
-    torch.set_num_threads(1)
-    (distill if isinstance(config, DistillConfig) else train)(config, resume=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -42,18 +44,18 @@ def test_two_encoders_and_zeros_for_nothing(sdxl, tmp_path):
         sdxl.register_to_config(force_zeros_for_empty_prompt=True)
 
 
-def test_captions_are_drawn_from_each_images_own(sd, tmp_path):
+def test_captions_are_sampled_from_each_images_own(sd, tmp_path):
     table = cache_text(sd, CAPTIONS, tmp_path / "text")
     torch.manual_seed(0)
     images = torch.arange(3).repeat(2000)
-    rows = table.drawn(images, dropout=0.25)
+    rows = table.sample_rows(images, dropout=0.25)
     own = {0: {1, 2}, 1: {3}, 2: {4, 5, 6}}
-    for image, wanted in own.items():
-        drawn = rows[images == image]
-        assert set(drawn.tolist()) == wanted | {0}
-        assert abs((drawn == 0).float().mean() - 0.25) < 0.04
-        for row in wanted:
-            assert abs((drawn == row).float().mean() - 0.75 / len(wanted)) < 0.04
+    for image, expected in own.items():
+        sampled = rows[images == image]
+        assert set(sampled.tolist()) == expected | {0}
+        assert abs((sampled == 0).float().mean() - 0.25) < 0.04
+        for row in expected:
+            assert abs((sampled == row).float().mean() - 0.75 / len(expected)) < 0.04
 
 
 def test_damaged_files_are_made_again_and_others_refused(sd, tmp_path, monkeypatch):
@@ -73,12 +75,12 @@ def test_damaged_files_are_made_again_and_others_refused(sd, tmp_path, monkeypat
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == whole
     cache_text(sd, CAPTIONS, directory, shard_size=3)
     assert len(asked) == 4
-    with pytest.raises(UsageError, match="of other captions"):
+    with pytest.raises(UsageError, match="captions is"):
         cache_text(sd, [*CAPTIONS[:2], ("grey", "a green one", "lime")], directory, shard_size=3)
     with torch.no_grad():
         sd.text_encoder.get_input_embeddings().weight[0, 0] += 1
     try:
-        with pytest.raises(UsageError, match="of other encoders"):
+        with pytest.raises(UsageError, match="encoders is"):
             cache_text(sd, CAPTIONS, directory, shard_size=3)
     finally:
         with torch.no_grad():
@@ -87,8 +89,8 @@ def test_damaged_files_are_made_again_and_others_refused(sd, tmp_path, monkeypat
 
 def test_what_a_unet_is_told(sd, sdxl):
     text = encode_prompts(sdxl, ["red", "blue"])
-    given = unet_arguments(sdxl.unet, text, 24, 40)
-    assert given["added_cond_kwargs"]["time_ids"].tolist() == [[24, 40, 0, 0, 24, 40]] * 2
+    arguments = unet_arguments(sdxl.unet, text, 24, 40)
+    assert arguments["added_cond_kwargs"]["time_ids"].tolist() == [[24, 40, 0, 0, 24, 40]] * 2
     with pytest.raises(UsageError, match="pooled"):
         unet_arguments(sdxl.unet, Conditioning(text.states), 24, 40)
     assert list(unet_arguments(sd.unet, text, 24, 40)) == ["encoder_hidden_states"]
@@ -96,35 +98,39 @@ def test_what_a_unet_is_told(sd, sdxl):
         encode_prompts(sd, [])
 
 
-def test_killed_before_the_last_word_on_it(sd, tmp_path, monkeypatch):
-    """All shards are there, and the index does not list them."""
-    from gspn.tasks.text_to_image import text_cache as text
+def test_those_of_version_0_1_are_found_again(sd, tmp_path):
+    directory = tmp_path / "text"
+    states = cache_text(sd, CAPTIONS, directory, shard_size=3).read(torch.arange(7)).states
+    index = directory / "index.json"
+    values = json.loads(index.read_text())
+    values["format"] = 1
+    values["shards"] = [{key: shard[key] for key in ("file", "rows", "sha256")} for shard in values["shards"]]
+    index.write_text(json.dumps(values, indent=1) + "\n")
+    before = index.read_bytes()
+    assert torch.equal(cache_text(sd, CAPTIONS, directory, shard_size=3).read(torch.arange(7)).states, states)
+    assert index.read_bytes() == before
 
-    plain, written = text.write_text, []
 
-    class Killed(Exception):  # noqa: N818
-        pass
+def test_states_that_are_not_finite_are_refused(sd, tmp_path, monkeypatch):
+    from gspn.tasks.text_to_image import text_cache
 
-    def write_text(path, content):
-        written.append(path.name)
-        if written.count("index.json") == 2:
-            raise Killed
-        plain(path, content)
+    plain = text_cache.encode_prompts
 
-    monkeypatch.setattr(text, "write_text", write_text)
-    with pytest.raises(Killed):
-        cache_text(sd, CAPTIONS, tmp_path / "text", shard_size=3)
-    monkeypatch.undo()
-    table = cache_text(sd, CAPTIONS, tmp_path / "text", shard_size=3)
-    assert torch.equal(table.read(torch.tensor([6])).states, rounded(encode_prompts(sd, ["lime"])))
-    assert sorted(path.suffix for path in (tmp_path / "text").iterdir()) == [".json", *[".safetensors"] * 3]
+    def broken(pipeline, texts):
+        found = plain(pipeline, texts)
+        found.states[texts.index("lime")] = float("inf")
+        return found
+
+    monkeypatch.setattr(text_cache, "encode_prompts", broken)
+    with pytest.raises(UsageError, match="'lime' has states that are not finite"):
+        cache_text(sd, CAPTIONS, tmp_path / "text")
 
 
 def test_what_else_decides_what_encoders_say_is_noticed(sdxl, tmp_path):
     cache_text(sdxl, CAPTIONS, tmp_path / "text")
     sdxl.register_to_config(force_zeros_for_empty_prompt=False)
     try:
-        with pytest.raises(UsageError, match="of other encoders"):
+        with pytest.raises(UsageError, match="encoders is"):
             cache_text(sdxl, CAPTIONS, tmp_path / "text")
     finally:
         sdxl.register_to_config(force_zeros_for_empty_prompt=True)

@@ -59,7 +59,7 @@ def evaluate(
             samples,
             reference,
             features=features,
-            classifier=None if classifier is None else _classifier(classifier, batch_size, device),
+            classifier=None if classifier is None else load_classifier(classifier, batch_size, device),
             neighbours=neighbours,
             limit=limit,
             batch_size=batch_size,
@@ -79,7 +79,8 @@ def evaluate(
                 console.print(f"[dim]wrote[/] {escape(str(path))}", highlight=False, soft_wrap=True)
 
 
-def _classifier(name: str, batch_size: int, device: DeviceName) -> Classifier:
+def load_classifier(name: str, batch_size: int = 64, device: DeviceName = DeviceName.auto) -> Classifier:
+    """A model of ``gspn classify``, as the evaluation takes it."""
     from gspn.tasks.class_conditional.evaluation import Classifier
     from gspn.tasks.classify import predict
     from gspn.tasks.classify.model import label_names, load_model

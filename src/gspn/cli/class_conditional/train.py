@@ -14,9 +14,9 @@ from ..presets import given_config, print_preset, print_presets
 
 
 def _presets() -> list[str]:
-    from gspn.tasks.class_conditional import preset_names
+    from gspn.tasks.class_conditional import GenerateConfig
 
-    return preset_names()
+    return GenerateConfig.preset_names()
 
 
 def train(

@@ -65,7 +65,7 @@ def train(
     Each option overrides --set, which overrides --config. Without --config, --resume takes the configuration of the
     run in --output. Starts in one process; for several GPUs start it with torchrun or accelerate launch.
     """
-    from gspn.tasks.text_to_image.config import TextToImageConfig
+    from gspn.tasks.text_to_image.train import TextToImageConfig
 
     flags = _shared(data, root, size, cache, output, epochs, batch_size, lr, seed, workers)
     flags |= {"model.pipeline": pipeline, "model.vae": vae}
@@ -99,7 +99,7 @@ def distill(
     Each option overrides --set, which overrides --config. Without --config, --resume takes the configuration of the
     run in --output. Starts in one process; for several GPUs start it with torchrun or accelerate launch.
     """
-    from gspn.tasks.text_to_image.config import DistillConfig
+    from gspn.tasks.text_to_image.distill import DistillConfig
 
     flags = _shared(data, root, size, cache, output, epochs, batch_size, lr, seed, workers)
     flags |= {"teacher": teacher, "distillation.block_epochs": block_epochs}
@@ -192,7 +192,8 @@ def _start(
 
 def _kinds() -> dict[str, type[Configuration]]:
     from gspn.tasks.autoencode import AutoencodeConfig
-    from gspn.tasks.text_to_image.config import DistillConfig, TextToImageConfig
+    from gspn.tasks.text_to_image.distill import DistillConfig
+    from gspn.tasks.text_to_image.train import TextToImageConfig
 
     return {"autoencoder": AutoencodeConfig, "train": TextToImageConfig, "distill": DistillConfig}
 

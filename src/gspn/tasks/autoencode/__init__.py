@@ -3,45 +3,21 @@
 Example:
     Train on the emoji of the package::
 
-        from gspn.tasks.autoencode import load_config, train
+        from gspn.tasks.autoencode import AutoencodeConfig, train
 
-        train(load_config("emoji64").changed("run.output=runs/vae"))
+        train(AutoencodeConfig.load("emoji64").changed("run.output=runs/vae"))
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from gspn._lazy import lazy_exports
 
 from .config import AutoencodeConfig, DataConfig, LossConfig, ModelConfig
 
 if TYPE_CHECKING:
-    from .training import AutoencodeResult, train
+    from .training import train
 
-load_config = AutoencodeConfig.load
-"""Read a configuration from a YAML file, or from the preset of that name (:func:`preset_names`)."""
+__all__ = ["AutoencodeConfig", "DataConfig", "LossConfig", "ModelConfig", "train"]
 
-preset_names = AutoencodeConfig.preset_names
-"""The names of the presets that come with the package."""
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("AutoencodeResult", "train"):  # which need diffusers and accelerate
-        return getattr(importlib.import_module(".training", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
-
-
-__all__ = [
-    "AutoencodeConfig",
-    "AutoencodeResult",
-    "DataConfig",
-    "LossConfig",
-    "ModelConfig",
-    "load_config",
-    "preset_names",
-    "train",
-]
+# It needs diffusers and accelerate, which reading a configuration does not.
+__getattr__, __dir__ = lazy_exports(__name__, {"train": ".training"}, eager=__all__)

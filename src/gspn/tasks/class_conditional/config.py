@@ -1,21 +1,23 @@
-"""The configuration of a generative model's training run: what a preset says, and what is saved beside the weights."""
+"""The configuration of a class-conditional denoiser's training run."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ..core.config import check_range
+from ..core import sections
+from ..core.config import setting
 from ..core.errors import UsageError
 from ..core.sections import (
     Configuration,
     EmaConfig,
+    ImageData,
+    ModelExecution,
     OptimConfig,
-    Resolved,
     RunConfig,
     ScheduleConfig,
-    check_training,
 )
 from ..diffusion.config import DiffusionConfig
 
@@ -23,88 +25,55 @@ Network = Literal["gspn", "attention", "dit"]
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """What is learnt from."""
+class DataConfig(ImageData):
+    """The images, or latents, to learn from."""
 
-    name: str = "mnist5k"
-    """`emoji`, `digits`, `mnist5k`, `folder`, ...: what :func:`gspn.data.open_dataset` opens."""
-    root: Path | None = None
-    """Where the data lie, for those that do not come with the package."""
-    latents: Path | None = None
-    """A directory that `gspn class-conditional latents` wrote: the model then learns latents and not pixels. It says what they
-    are of: `name`, `train_split` and `size` are left out or say the same."""
-    train_split: str = "train"
-    eval_split: str | None = None
-    """Images, or a directory of latents, whose loss is measured after every epoch; null for none."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of :func:`gspn.data.open_dataset`."""
-    size: int = 32
-    """Height and width of an image; smaller ones are enlarged, others cropped at the middle."""
+    size: int = setting(32, 1)
+    """Height and width of an image in pixels; smaller images are enlarged, others cropped at the centre."""
+    latents: Path | None = setting(None, free=True)  # a digest of them is compared, under `resolved`
+    """A directory written by `gspn class-conditional latents`: the model then learns latents, not pixels. It determines
+    `name`, `train_split` and `size`, which are left out or equal to it; `eval_split` is a directory of latents, too."""
     channels: Literal[1, 3] = 3
-    """1: images become grey."""
-    hflip: float = 0.0
-    """Probability of mirroring an image; of latents, if the mirrored images were encoded too."""
-    batch_size: int = 64
-    """Images in one forward pass of one process."""
-    workers: int = 4
-    """Processes that load images, for each training process; 0 loads in the training process."""
+    """1: convert images to grey."""
+    hflip: float = setting(0.0, 0, 1)
+    """Probability of mirroring an image; for latents, if the mirrored images were encoded, too."""
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(ModelExecution):
     """The denoiser."""
 
     network: Network = "gspn"
-    """`gspn`: :class:`gspn.models.GSPNDenoiser2DModel`; `attention`: its twin with self-attention; `dit`: diffusers'
+    """`gspn`: :class:`gspn.models.GSPNDenoiser2DModel`; `attention`: the same with self-attention; `dit`: diffusers'
     ``DiTTransformer2DModel``."""
     size: str = "T/2"
     """`T`, `S`, `B`, `L` or `XL`, a slash, and the side of a patch; DiT's own sizes for `dit`."""
-    class_dropout: float = 0.1
-    """Probability of leaving a label out, for classifier-free guidance."""
+    class_dropout: float = setting(0.1, 0, 1)
+    """Probability of dropping a label, for classifier-free guidance."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the network."""
-    grad_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
-    channels_last: bool = True
-    compile: bool = False
-    """``torch.compile`` the network."""
+    """Further arguments of the model."""
 
 
 @dataclass(frozen=True)
-class SamplesConfig:
-    """The images that are drawn as the model learns, always from the same noise."""
+class SamplesConfig(sections.SamplesConfig):
+    """The images drawn during training, always from the same noise."""
 
-    every: int = 5
-    """Epochs between them; after the last in any case. 0: none."""
-    columns: int = 8
+    columns: int = setting(8, 1)
     """Images of each class."""
-    classes: int = 10
-    """Classes, evenly spread over all."""
-    steps: int = 50
-    guidance: float = 2.0
-    sampler: str = "auto"
-    """One of :data:`~gspn.tasks.diffusion.schedulers.SCHEDULERS`."""
-
-
-@dataclass(frozen=True)
-class ResolvedGenerator(Resolved):
-    """What follows from the rest; computed anew in each run, and never read."""
-
-    in_channels: int
-    out_channels: int
-    sample_size: int
-    latents: str | None = None
-    """A digest of the latents."""
+    classes: int = setting(10, 1)
+    """Number of classes drawn, evenly spread over all."""
+    scheduler: str = "auto"
+    """The scheduler's name in :mod:`gspn.tasks.diffusion.schedulers`."""
 
 
 @dataclass(frozen=True)
 class GenerateConfig(Configuration):
-    """A whole training run of a generative model.
+    """The configuration of a class-conditional denoiser's training run.
 
-    Args: the sections below, each a dataclass of its own with a default for every key.
+    Args: the sections below, each a dataclass with a default for every key.
 
     Raises:
-        UsageError: a value out of its range, or two that exclude each other.
+        UsageError: a value out of range, or two that exclude each other.
 
     Example:
         >>> config = GenerateConfig(data=DataConfig(name="digits", channels=1))
@@ -115,6 +84,7 @@ class GenerateConfig(Configuration):
     """
 
     PRESETS: ClassVar[str] = "gspn.tasks.class_conditional.presets"
+    RENAMED: ClassVar[Mapping[str, str]] = {"samples.sampler": "samples.scheduler"}
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -123,53 +93,29 @@ class GenerateConfig(Configuration):
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, lr_base_batch=None, weight_decay=0.0))
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(epochs=100))
     ema: EmaConfig = field(default_factory=lambda: EmaConfig(decay=0.9999))
-    run: RunConfig = field(default_factory=lambda: RunConfig(output=Path("runs/generate")))
-    resolved: ResolvedGenerator | None = None
+    run: RunConfig = field(default_factory=lambda: RunConfig(output=Path("runs/class_conditional")))
+    resolved: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        check_training(self.optim, self.schedule, self.ema, self.run)
-        data, diffusion, samples = self.data, self.diffusion, self.samples
-        for place, value, least in (
-            ("data.size", data.size, 1),
-            ("data.batch_size", data.batch_size, 1),
-            ("data.workers", data.workers, 0),
-            ("diffusion.timesteps", diffusion.timesteps, 2),
-            ("samples.every", samples.every, 0),
-            ("samples.columns", samples.columns, 1),
-            ("samples.classes", samples.classes, 1),
-            ("samples.steps", samples.steps, 1),
-            ("samples.guidance", samples.guidance, 0),
-        ):
-            check_range(place, value, least)
-        check_range("data.hflip", data.hflip, 0, 1)
-        check_range("model.class_dropout", self.model.class_dropout, 0, 1)
-        _check_latents(data, diffusion)
+        super().__post_init__()
+        data, diffusion = self.data, self.diffusion
         if diffusion.learned_sigma and diffusion.objective != "epsilon":
             raise UsageError(
-                f"diffusion.learned_sigma is true and diffusion.objective {diffusion.objective!r}: the bound is that of"
-                " the prediction of noise. Set diffusion.learned_sigma=false, or diffusion.objective=epsilon."
+                f"diffusion.learned_sigma is true and diffusion.objective {diffusion.objective!r}: the variational "
+                "bound needs the prediction of noise. Set diffusion.learned_sigma=false, or "
+                "diffusion.objective=epsilon."
             )
-        if self.optim.label_smoothing:
-            raise UsageError(
-                f"optim.label_smoothing is {self.optim.label_smoothing:g}: a generative model has no labels to smooth. "
-                "Leave it out."
-            )
-
-
-def _check_latents(data: DataConfig, diffusion: DiffusionConfig) -> None:
-    if not 0 < diffusion.scaling < float("inf"):
-        raise UsageError(f"diffusion.scaling is {diffusion.scaling:g}; it has to be greater than 0.")
-    if data.latents is None:
-        if diffusion.scaling != 1:
+        if not 0 < diffusion.scaling < float("inf"):
+            raise UsageError(f"diffusion.scaling is {diffusion.scaling:g}; it has to be greater than 0.")
+        if data.latents is None and diffusion.scaling != 1:
             raise UsageError(
                 f"diffusion.scaling is {diffusion.scaling:g}, and only latents are scaled; set diffusion.scaling=1, or "
                 "data.latents."
             )
-        return
-    for key, default, written in (("root", None, "null"), ("options", {}, "{}"), ("channels", 3, "3")):
-        value = getattr(data, key)
-        if value != default:
-            shown = str(value) if isinstance(value, Path) else value
-            raise UsageError(
-                f"data.{key} is {shown!r}, and data.latents is set, which needs no images; set data.{key}={written}."
-            )
+        for key, default, written in (("root", None, "null"), ("options", {}, "{}"), ("channels", 3, "3")):
+            value = getattr(data, key)
+            if data.latents is not None and value != default:
+                shown = str(value) if isinstance(value, Path) else value
+                raise UsageError(
+                    f"data.{key} is {shown!r}, and data.latents is set, which needs no images; set data.{key}={written}."
+                )

@@ -39,57 +39,41 @@ class GenerateData:
     classes: list[str]
     channels: int
     sample_size: int
-    prepared: Callable[[Tensor], Tensor]
+    prepared: Callable[[Tensor], Tensor] = lambda images: images
     vae: Any = None
     latents: str | None = None
 
 
-def open_data_of(config: GenerateConfig, *, processes: int, process: int, pin: bool) -> GenerateData:
+def open_data_of(config: GenerateConfig, **process_info: Any) -> GenerateData:
     """Open the data of a configuration.
 
     Args:
         config: Of the run.
-        processes: How many train.
-        process: Which of them this is.
-        pin: Pin the memory of batches.
+        **process_info: Processes that train, which of them this is, and whether to pin memory, as loaders take them.
 
     Raises:
         UsageError: The data cannot be opened.
     """
-    data = config.data
-    process_info = {"processes": processes, "process": process, "pin": pin}
+    data, held_out = config.data, None
     if data.latents is not None:
-        return _open_latents_of(config, data.latents, process_info)
-    train = open_data(data.name, data.train_split, data.root, **data.options)
-    train.transform = image_transform(data.size, data.channels, hflip=data.hflip)
-    held_out = None
-    if data.eval_split is not None:
-        images = open_data(data.name, data.eval_split, data.root, **data.options)
-        images.transform = image_transform(data.size, data.channels)
-        held_out = share_loader(images, batch_size=data.batch_size, workers=data.workers, **process_info)
+        train, held_out, facts = _open_latents_of(config, data.latents)
+    else:
+        train = open_data(data.name, data.train_split, data.root, **data.options)
+        train.transform = image_transform(data.size, data.channels, hflip=data.hflip)
+        if data.eval_split is not None:
+            held_out = open_data(data.name, data.eval_split, data.root, **data.options)
+            held_out.transform = image_transform(data.size, data.channels)
+        facts = {"name": data.name, "classes": class_names(train), "channels": data.channels, "sample_size": data.size}
+    loading = {"batch_size": data.batch_size, "workers": data.workers, **process_info}
     return GenerateData(
-        name=data.name,
-        train=_train_loader(config, train, process_info),
-        held_out=held_out,
-        classes=class_names(train),
-        channels=data.channels,
-        sample_size=data.size,
-        prepared=lambda images: images,
+        train=seeded_loader(train, accumulate=config.optim.accumulate, seed=config.run.seed, **loading),
+        held_out=None if held_out is None else share_loader(held_out, **loading),
+        **facts,
     )
 
 
-def _train_loader(config: GenerateConfig, dataset: Any, process_info: dict[str, Any]) -> TrainLoader:
-    return seeded_loader(
-        dataset,
-        batch_size=config.data.batch_size,
-        accumulate=config.optim.accumulate,
-        seed=config.run.seed,
-        workers=config.data.workers,
-        **process_info,
-    )
-
-
-def _open_latents_of(config: GenerateConfig, directory: Path, process_info: dict[str, Any]) -> GenerateData:
+def _open_latents_of(config: GenerateConfig, directory: Path) -> tuple[LatentSet, LatentSet | None, dict[str, Any]]:
+    """The latents to train on, those that are held out, and the facts of a :class:`GenerateData`."""
     data = config.data
     train = open_latents(directory)
     if not train.classes:
@@ -98,29 +82,19 @@ def _open_latents_of(config: GenerateConfig, directory: Path, process_info: dict
         )
     _check_keys(data, train)
     train.hflip = data.hflip
-    held_out = None
-    if data.eval_split is not None:
-        latents = open_latents(data.eval_split)
-        _check_matching(latents, train)
-        held_out = share_loader(latents, batch_size=data.batch_size, workers=data.workers, **process_info)
+    held_out = None if data.eval_split is None else open_latents(data.eval_split)
+    if held_out is not None:
+        _check_matching(held_out, train)
     vae = train.autoencoder()
     vae.enable_slicing()  # image by image: a batch that fits the denoiser may not fit the decoder
     channels, side, _ = train.index.shape
-    return GenerateData(
-        name=f"{train.name} {train.index.data.split}",
-        train=_train_loader(config, train, process_info),
-        held_out=held_out,
-        classes=train.classes,
-        channels=channels,
-        sample_size=side,
-        prepared=partial(
-            sample_posterior,
-            shift=vae.config.get("shift_factor") or 0.0,
-            factor=vae.config.scaling_factor * config.diffusion.scaling,
-        ),
-        vae=vae,
-        latents=train.digest,
-    )
+    shift, factor = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor * config.diffusion.scaling
+    facts = {
+        "name": f"{train.name} {train.index.data.split}", "classes": train.classes, "channels": channels,
+        "sample_size": side, "prepared": partial(sample_posterior, shift=shift, factor=factor), "vae": vae,
+        "latents": train.digest,
+    }  # fmt: skip
+    return train, held_out, facts
 
 
 def _check_keys(data: DataConfig, latents: LatentSet) -> None:

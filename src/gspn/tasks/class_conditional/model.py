@@ -113,12 +113,12 @@ def shipped_pipelines() -> dict[str, Path]:
         >>> sorted(shipped_pipelines())
         ['gspn_denoiser.mnist5k']
     """
-    spec = importlib.util.find_spec("gspn.diffusers")  # found without importing it, which needs diffusers
+    spec = importlib.util.find_spec("gspn.diffusers")  # without importing it, which needs diffusers
     if spec is None or spec.origin is None:
         return {}
-    found = (Path(spec.origin).parent / "weights").glob("*/model_index.json")
+    indices = (Path(spec.origin).parent / "weights").glob("*/model_index.json")
     # Text-to-image pipelines are in the same folder.
-    own = [path.parent for path in found if json.loads(path.read_text())["_class_name"] == "ClassConditionalPipeline"]
+    own = [path.parent for path in indices if json.loads(path.read_text())["_class_name"] == "ClassConditionalPipeline"]
     return {path.name: path for path in own}
 
 

@@ -116,16 +116,9 @@ def sample(
     accelerator = make_accelerator(precision=precision, device=device)
     pipeline.to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
-    records = sample_records(
-        pipeline,
-        labels,
-        total,
-        seed=seed,
-        steps=steps,
-        guidance=guidance,
-        size=tuple(pipeline.default_size if side is None else side for side in (height, width)),
-        model=Path(model).name if Path(model).is_dir() else str(model),
-    )
+    name = Path(model).name if Path(model).is_dir() else str(model)
+    common = {"seed": seed, "steps": steps, "guidance": guidance, "model": name}
+    records = sample_records(pipeline, labels, total, height=height, width=width, **common)
     directory = Path(output)
     directory.mkdir(parents=True, exist_ok=True)
     own = records[accelerator.process_index :: accelerator.num_processes]
@@ -154,28 +147,27 @@ def sample_records(
     labels: Sequence[int],
     total: int,
     *,
-    seed: int,
-    steps: int,
-    guidance: float,
-    size: tuple[int, int],
-    model: str = "",
+    height: int | None = None,
+    width: int | None = None,
+    **common: Any,
 ) -> tuple[SampleRecord, ...]:
-    """The records of images to sample: classes taken in turn, ``total`` images of height and width ``size``."""
-    names = {number: name for name, number in pipeline.labels.items()}
+    """The records of ``total`` images to sample, with classes taken in turn.
+
+    Args:
+        pipeline: With its scheduler.
+        labels: Of the classes.
+        total: Number of images.
+        height: By default that of the training.
+        width: By default that of the training.
+        **common: Fields of all records: seed, steps, guidance and model.
+    """
+    names, side = {number: name for name, number in pipeline.labels.items()}, pipeline.default_size
+    common |= {"height": side if height is None else height, "width": side if width is None else width}
+    common["scheduler"] = type(pipeline.scheduler).__name__
+    chosen = [labels[i % len(labels)] for i in range(total)]
     return tuple(
-        SampleRecord(
-            index=i,
-            label=labels[i % len(labels)],
-            class_name=names.get(labels[i % len(labels)], str(labels[i % len(labels)])),
-            seed=seed,
-            scheduler=type(pipeline.scheduler).__name__,
-            steps=steps,
-            guidance=guidance,
-            height=size[0],
-            width=size[1],
-            model=model,
-        )
-        for i in range(total)
+        SampleRecord(index=i, label=label, class_name=names.get(label, str(label)), **common)
+        for i, label in enumerate(chosen)
     )
 
 

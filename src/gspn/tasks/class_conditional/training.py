@@ -1,234 +1,171 @@
-"""Training a generative model: :func:`train`."""
+"""Training a class-conditional denoiser: :func:`train`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..core.errors import UsageError, require
-from ..core.files import replaced, replaced_directory
-from ..core.loop import Position, TrainingRun, connected, to_device
-from ..core.records import EpochRow
-from ..core.sections import Resolved
-from ..core.seeding import derived_seed, random_state_kept, seed_everything
+from ..core.errors import require
+from ..core.files import replaced_directory
+from ..core.loop import fit
+from ..core.metrics_table import EpochRow, metric
+from ..core.seeding import random_state_kept
+from ..core.task import Context, Models, Setup, Task, TrainingResult, Weights
 from ..diffusion.losses import DenoisingLoss
 from ..diffusion.schedulers import named_scheduler, training_scheduler
-from .config import GenerateConfig, ResolvedGenerator
-from .data import GenerateData, open_data_of
+from .config import GenerateConfig
+from .data import open_data_of
 from .model import build_denoiser
 from .sampling import draw_classes, sample_batch, sample_records
 
 
 @dataclass(frozen=True)
 class GeneratorRow(EpochRow):
-    """One row of ``metrics.csv``; the held-out losses are None where there is nothing held out."""
+    """One row of ``metrics.csv``. The losses are None where there is no held-out data or no evaluation."""
 
-    eval_loss: float | None
-    """Mean over the held-out images, at times and noise that are the same after every epoch."""
-    ema_loss: float | None
-    """Likewise, of the averaged weights."""
-
-
-@dataclass(frozen=True)
-class GenerateResult:
-    """What a training run came to.
-
-    Attributes:
-        output: The run's directory: ``config.yaml``, ``metrics.csv``, ``last``, ``samples``, ``checkpoints``.
-        last: The last row of the table.
-        broken: Names of training images that could not be read, as far as this process met them.
-        is_main: Whether this is the process that writes and prints.
-    """
-
-    output: Path
-    last: GeneratorRow | None
-    broken: tuple[str, ...] = ()
-    is_main: bool = True
+    eval_loss: float | None = metric("eval {:.4f}")
+    """Mean over the held-out images, at the same times and noise after every epoch."""
+    ema_loss: float | None = metric("ema {:.4f}")
+    """The same of the averaged weights."""
 
 
-def train(config: GenerateConfig, *, resume: bool = False, console: Console | None = None) -> GenerateResult:
-    """Train a class-conditional denoiser of images, or of cached latents, as a configuration says.
+def train(
+    config: GenerateConfig, *, resume: bool = False, console: Console | None = None
+) -> TrainingResult[GeneratorRow]:
+    """Train a class-conditional denoiser of images, or of cached latents.
 
-    Runs in one process, or in each of several started by ``torchrun`` or ``accelerate launch``. The output directory
-    receives ``config.yaml`` (with what follows from it under ``resolved``), ``metrics.csv`` (a :class:`GeneratorRow`
-    an epoch), ``tensorboard/``, ``samples/`` (images drawn from the same noise as it learns), and in ``last/`` a
-    pipeline that :class:`gspn.diffusers.ClassConditionalPipeline` and :func:`gspn.tasks.class_conditional.sample`
-    load, with the average of the weights where one is kept.
+    The output directory receives ``config.yaml`` (with what follows from it under ``resolved``), ``metrics.csv`` (a
+    :class:`GeneratorRow` per epoch), ``tensorboard/``, ``samples/`` (images drawn from the same noise during
+    training), and in ``last/`` a pipeline that :class:`gspn.diffusers.ClassConditionalPipeline` and
+    :func:`gspn.tasks.class_conditional.sample` load, with the average of the weights where one is kept.
 
-    Every random number is a function of seed, epoch, update and process, so that a run that was killed and resumed ends
-    with the weights of the uninterrupted one, as :func:`gspn.tasks.classify.train` does.
+    Runs in one process or several, and resumes a killed run to the same weights: see :func:`gspn.tasks.core.loop.fit`.
 
     Args:
-        config: What to do.
-        resume: Continue from the newest whole checkpoint in the output directory; from the start if there is none.
-        console: Where to print; standard output by default.
-
-    Returns:
-        Where everything is.
+        config: The configuration.
+        resume: Continue from the newest complete checkpoint in the output directory, from the start if there is none.
+        console: The console to print on; standard output by default.
 
     Raises:
-        UsageError: a request that cannot be met; also where the loss is not finite any more.
+        UsageError: a request that cannot be met; also a loss that is not finite.
         MissingExtraError: diffusers, accelerate or another package is not installed.
 
     Example:
-        >>> from gspn.tasks.class_conditional import load_config, train
-        >>> train(load_config("mnist5k").changed("schedule.epochs=1", "run.output=/tmp/digits"))  # doctest: +SKIP
+        >>> from gspn.tasks.class_conditional import GenerateConfig, train
+        >>> config = GenerateConfig.load("mnist5k").changed("schedule.epochs=1", "run.output=/tmp/digits")
+        >>> train(config)  # doctest: +SKIP
     """
-    require("accelerate", "timm", "torchvision", "safetensors", "yaml")
     require("diffusers", extra="diffusers")
-    return connected(lambda: _GeneratorRun(config, resume, console or Console()).fit())
+    return fit(ClassConditionalDenoising(config), resume=resume, console=console)
 
 
-class _GeneratorRun(TrainingRun[GeneratorRow, Position]):
-    row = GeneratorRow
+class ClassConditionalDenoising(Task[GenerateConfig, GeneratorRow]):
+    """Training of a class-conditional denoiser."""
 
-    def _open(self, config: GenerateConfig) -> nn.Module:
+    row_type = GeneratorRow
+
+    def __init__(self, config: GenerateConfig) -> None:
+        self.config = config
+
+    def setup(self, context: Context) -> Setup:
+        """Open the data and build the denoiser and the loss."""
         from diffusers.models.embeddings import LabelEmbedding
 
-        self.data: GenerateData = open_data_of(config, **self.places)
-        self.train_loader = self.data.train
-        network = build_denoiser(
-            config, num_classes=len(self.data.classes), channels=self.data.channels, sample_size=self.data.sample_size
-        )
-        for module in network.modules():
-            # Labels are dropped here and once: DiT's blocks have an embedding each, and would not agree.
+        model_config = self.config.model
+        self.data = open_data_of(self.config, **context.process_info)
+        model = self._build_model()
+        for module in model.modules():
+            # Labels are dropped in `loss`: each of DiT's blocks has an embedding, and they would not agree.
             if isinstance(module, LabelEmbedding):
                 module.dropout_prob = 0.0
-        self.scheduler_of_noise = training_scheduler(config.diffusion, pixels=self.data.vae is None)
-        self.denoising = DenoisingLoss(config.diffusion, self.scheduler_of_noise)
-        return network
-
-    def _classes(self) -> int:
-        return len(self.data.classes)
-
-    def _resolve(self, config: GenerateConfig, network: nn.Module, shared: Resolved) -> ResolvedGenerator:
-        del config
-        return ResolvedGenerator(
-            **asdict(shared),
-            in_channels=self.data.channels,
-            out_channels=network.config.out_channels,  # type: ignore[union-attr]
-            sample_size=self.data.sample_size,
-            latents=self.data.latents,
+        self.scheduler = training_scheduler(self.config.diffusion, pixels=self.data.vae is None)
+        self.denoising = DenoisingLoss(self.config.diffusion, self.scheduler)
+        images, side = self.data.train.sampler.images, self.data.sample_size
+        kind = "pixels" if self.data.vae is None else "latents"
+        return Setup(
+            model=model,
+            train=self.data.train,
+            evaluation=self.data.held_out,
+            model_title=f"{model_config.network} {model_config.size}",
+            data_title=f"{self.data.name}: {images:,} images, {len(self.data.classes)} classes, "
+            f"{self.data.channels} x {side} x {side} {kind}",
+            num_classes=len(self.data.classes),
+            resolved={
+                "in_channels": self.data.channels,
+                "out_channels": model.config.out_channels,
+                "sample_size": side,
+                "latents": self.data.latents,
+            },
         )
 
-    def _announcement(self) -> list[str]:
-        config, resolved = self.config, self.config.resolved
-        what = "latents" if self.data.vae is not None else "pixels"
-        shape = f"{resolved.in_channels} x {resolved.sample_size} x {resolved.sample_size}"
-        network = f"{config.model.network} {config.model.size}, {resolved.parameters / 1e6:.2f} M parameters"
-        data = f"{self.data.name}: {resolved.train_images:,} images, {resolved.num_classes} classes"
-        return [f"{network}, on {self._place()}", f"{data}, {shape} {what}"]
+    def _build_model(self) -> Any:
+        data = self.data
+        return build_denoiser(
+            self.config, num_classes=len(data.classes), channels=data.channels, sample_size=data.sample_size
+        )
 
-    def fit(self) -> GenerateResult:
-        """Train, and say what came of it."""
-        self.run()
-        return GenerateResult(self.output, self.table.last(), tuple(self.train_loader.broken.names.values()), self.main)
-
-    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, model: nn.Module, images: Tensor, targets: Tensor, epoch: int) -> Tensor:
+        """The denoising loss, with some labels dropped."""
+        del epoch
         dropped = torch.rand(len(targets)) < self.config.model.class_dropout
         labels = torch.where(dropped.to(targets.device), len(self.data.classes), targets)
-        return self.denoising(self._predictor(self.model), self.data.prepared(images), labels)
+        return self.denoising(_predictor(model), self.data.prepared(images), labels)
 
-    @staticmethod
-    def _predictor(model: Any) -> Any:
-        # A tuple: what gathers outputs over processes and precisions does not know diffusers' classes.
-        return lambda x, t, labels: model(x, timestep=t, class_labels=labels, return_dict=False)[0]
+    def evaluate(self, models: Models, context: Context) -> dict[str, float | None]:
+        """The denoising loss of the held-out images."""
 
-    def _finish(self, shared: dict[str, Any], last: bool) -> tuple[GeneratorRow, list[str], bool]:
-        epoch = shared["epoch"]
-        raw = ema = None
-        if self.data.held_out is not None and (last or epoch % self.config.run.eval_every == 0):
-            self.reporter.doing("evaluating", epoch - 1)
-            raw = self._held_out(self.model)
-            ema = None if self.ema is None else self._held_out(self.ema.module)
-        row = GeneratorRow(**shared, eval_loss=raw, ema_loss=ema)
-        found = [] if raw is None else [f"eval {raw:.4f}"]
-        if ema is not None:
-            found.append(f"ema {ema:.4f}")
-        weights = self.weights()
-        if self.main:
-            pipeline = self._pipeline(weights.get("ema", weights["raw"]))
-            with replaced_directory(self.output / "last") as part:
-                pipeline.save_pretrained(part, safe_serialization=True)
-            every = self.config.samples.every
-            if every and (last or epoch % every == 0):
-                self.reporter.doing("drawing", epoch - 1)
-                self._draw(pipeline, epoch, row.step)
-        return row, found, False
+        def losses(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return {"loss": self.denoising.each(_predictor(model), self.data.prepared(images), labels)}
 
-    def _pipeline(self, weights: Any) -> Any:
+        metrics: dict[str, float | None] = {}
+        for name, model in (("eval_loss", models.raw), ("ema_loss", models.ema)):
+            if model is not None and self.data.held_out is not None:
+                metrics[name] = context.mean_metrics(model, self.data.held_out, losses)["loss"]
+        return metrics
+
+    def save(
+        self, weights: Weights, row: GeneratorRow, output: Path, context: Context, *, best: bool
+    ) -> Image.Image | None:
+        """Write the pipeline; returns samples of some classes when they are due."""
+        del best
         from gspn.diffusers import ClassConditionalPipeline
 
-        with random_state_kept():  # of which building a network takes
-            network = build_denoiser(
-                self.config,
-                num_classes=len(self.data.classes),
-                channels=self.data.channels,
-                sample_size=self.data.sample_size,
-            )
-        network.load_state_dict({key: value.cpu() for key, value in weights.items()})
-        return ClassConditionalPipeline(
-            network.eval(),  # type: ignore[arg-type]
-            self.scheduler_of_noise,
-            self.data.vae,
-            dict(enumerate(self.data.classes)),
-            self.config.diffusion.scaling,
-        )
+        with random_state_kept():  # building a model draws random numbers
+            model = self._build_model()
+        model.load_state_dict(weights.averaged)
+        labels, scaling = dict(enumerate(self.data.classes)), self.config.diffusion.scaling
+        pipeline = ClassConditionalPipeline(model.eval(), self.scheduler, self.data.vae, labels, scaling)
+        with replaced_directory(output / "last") as part:
+            pipeline.save_pretrained(part, safe_serialization=True)
+        if not self.config.samples.due(row.epoch, self.config.schedule.epochs):
+            return None
+        context.reporter.doing("drawing")
+        return self._draw(pipeline, context)
 
-    def _draw(self, pipeline: Any, epoch: int, step: int) -> None:
-        """Some images of some classes, from the same noise after every epoch."""
-        samples, count = self.config.samples, len(self.data.classes)
-        shown = min(samples.classes, count)
-        labels = [i * count // shown for i in range(shown)]
-        pipeline.scheduler = named_scheduler(samples.sampler, self.scheduler_of_noise)
+    def _draw(self, pipeline: Any, context: Context) -> Image.Image:
+        """Samples of some classes, from the same noise after every epoch."""
+        samples, classes = self.config.samples, self.data.classes
+        shown = min(samples.classes, len(classes))
+        labels = [i * len(classes) // shown for i in range(shown)]
+        pipeline.scheduler = named_scheduler(samples.scheduler, self.scheduler)
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.to(self.accelerator.device)
-        records = sample_records(
-            pipeline,
-            labels,
-            shown * samples.columns,
-            seed=self.config.run.seed,
-            steps=samples.steps,
-            guidance=samples.guidance,
-            size=(pipeline.default_size, pipeline.default_size),
-        )
+        pipeline.to(context.accelerator.device)
+        common = {"seed": self.config.run.seed, "steps": samples.steps, "guidance": samples.guidance, "model": ""}
+        records = sample_records(pipeline, labels, shown * samples.columns, **common)
         images: list[Any] = []
         size = self.config.data.batch_size
-        with self.accelerator.autocast():
+        with context.accelerator.autocast():
             for begin in range(0, len(records), size):
                 images += sample_batch(pipeline, records[begin : begin + size])
-        grid = draw_classes(images, records, shown)
-        with replaced(self.output / "samples" / f"epoch-{epoch:05d}.png") as part:
-            grid.save(part, format="PNG")
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                import numpy as np
+        return draw_classes(images, records, shown)
 
-                tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
 
-    @torch.no_grad()
-    def _held_out(self, model: nn.Module) -> float:
-        """The loss of the held-out images."""
-        held_out = self.data.held_out
-        if held_out is None:
-            raise UsageError("nothing is held out; set data.eval_split.")
-        training = model.training
-        model.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
-        with random_state_kept():
-            for i, (images, targets) in enumerate(held_out):
-                seed_everything(derived_seed(self.config.run.seed, "eval", i, self.accelerator.process_index))
-                images = to_device(images, self.accelerator.device, self.config.model.channels_last)
-                counts = targets >= 0
-                targets = targets.clamp(min=0).to(self.accelerator.device)
-                with self.accelerator.autocast():
-                    each = self.denoising.each(self._predictor(model), self.data.prepared(images), targets)
-                sums += torch.stack([each.cpu().double()[counts].sum(), counts.sum().double()])
-        model.train(training)
-        total, count = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()  # type: ignore[union-attr]
-        return total / max(count, 1)
+def _predictor(model: Any) -> Any:
+    # A tuple: what gathers outputs over processes and precisions does not know diffusers' classes.
+    return lambda x, t, labels: model(x, timestep=t, class_labels=labels, return_dict=False)[0]

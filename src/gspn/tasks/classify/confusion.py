@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from .evaluation import Evaluation
 
 _INK, _MUTED, _GRID = "#22272e", "#6b7280", "#e5e7eb"
-# Beyond these, numbers in the cells and names at the sides are too small to be read.
+# With more classes, numbers in the cells and names at the sides are too small to be read.
 _MOST_NUMBERS = 25
 _MOST_NAMES = 110
 
 
 def check_image_path(path: Path) -> None:
-    """Refuse a name that is no image's, and say if matplotlib is missing, before anything is computed.
+    """Refuse a file name that cannot be written, before anything is computed.
 
     Raises:
-        UsageError: the name ends in nothing that can be written.
+        UsageError: the name does not end in .png, .pdf or .svg.
         MissingExtraError: matplotlib is not installed.
     """
     require("matplotlib", extra="plot")
@@ -32,9 +32,9 @@ def check_image_path(path: Path) -> None:
 
 
 def plot_confusion(evaluation: Evaluation) -> Figure:
-    """Rows are the images of a class, columns what they were taken for; each row sums to 100 %.
+    """Plot the confusion matrix: rows are classes, columns are predictions; each row sums to 100 %.
 
-    Blue is right and red is wrong, on one scale of darkness, so that a confusion stands out as much as a success does.
+    Correct predictions are blue and wrong ones red, on one scale of darkness, so that both stand out equally.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -67,10 +67,10 @@ def plot_confusion(evaluation: Evaluation) -> Figure:
         axes.set_yticks(np.arange(classes + 1) - 0.5, minor=True)
         axes.grid(which="minor", color=_GRID, linewidth=0.8)
     else:
-        # A cell is found by counting from one of these.
-        for place in range(5, classes, 5):
-            axes.axhline(place - 0.5, color=_GRID, linewidth=0.5)
-            axes.axvline(place - 0.5, color=_GRID, linewidth=0.5)
+        # Lines to count from.
+        for line in range(5, classes, 5):
+            axes.axhline(line - 0.5, color=_GRID, linewidth=0.5)
+            axes.axvline(line - 0.5, color=_GRID, linewidth=0.5)
     if named:
         names = [name if len(name) <= 28 else name[:27] + "…" for name in evaluation.classes]
         upright = numbered and longest <= 3
@@ -80,8 +80,8 @@ def plot_confusion(evaluation: Evaluation) -> Figure:
         axes.set_xticks([])
         axes.set_yticks([])
     axes.tick_params(which="both", length=0, labelcolor=_INK)
-    axes.set_xlabel("taken for", color=_MUTED)
-    axes.set_ylabel("class of the image", color=_MUTED)
+    axes.set_xlabel("predicted class", color=_MUTED)
+    axes.set_ylabel("true class", color=_MUTED)
     for spine in axes.spines.values():
         spine.set_color(_GRID)
     axes.set_title(
@@ -100,7 +100,7 @@ def save_confusion(evaluation: Evaluation, path: Path, dpi: int = 160) -> None:
     """Write the image, replacing the file as a whole.
 
     Raises:
-        UsageError: the name ends in nothing that can be written.
+        UsageError: the name does not end in .png, .pdf or .svg.
         MissingExtraError: matplotlib is not installed.
     """
     check_image_path(path)

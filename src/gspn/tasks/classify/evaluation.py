@@ -4,50 +4,53 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..core.devices import make_accelerator
+from ..core.devices import make_accelerator, peak_memory_mib, to_device
 from ..core.errors import UsageError, require
 from ..core.files import write_text
 from ..core.loaders import class_names, open_data
 from ..core.progress import progress_bar
-from ..core.records import peak_memory_mib
-from .loaders import eval_loader
-from .model import count_parameters, label_names, load_model, resolve_preprocessing
-from .steps import evaluate_batches
+from .data import eval_loader
+from .model import label_names, load_model, resolve_preprocessing
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate` found; accuracies in percent.
+    """The result of :func:`evaluate`; accuracies are in percent.
 
     Attributes:
-        model: As it was named.
-        data: Likewise.
-        split: Of the data.
-        images: How many counted.
-        top1: Images whose class has the highest score.
-        top5: Images whose class is among the five highest.
+        model: Name of the model.
+        data: Name of the data.
+        split: Split of the data.
+        images: Number of images evaluated.
+        top1: Share of images whose class has the highest score.
+        top5: Share of images whose class is among the five highest.
         loss: Mean cross-entropy.
-        classes: Names, in the order of what follows.
-        per_class: Top-1 of the images of each class; None for a class without images.
-        confusion: ``confusion[i][j]`` images of class i were taken for class j.
-        images_per_second: Of loading and the network together.
-        network_images_per_second: Of the network alone, on batches that are already on the device.
-        peak_memory_mib: Allocated on the CUDA device, or occupied by the process.
-        parameters: Of the network.
-        device: What computed.
-        precision: Of the network's arithmetic.
-        batch_size: Images in a forward pass.
-        broken: Names of images that could not be read, which do not count; those of this process's share.
+        classes: Class names, in the order of ``per_class`` and ``confusion``.
+        per_class: Top-1 accuracy on the images of each class; None for a class without images.
+        confusion: ``confusion[i][j]`` images of class i were classified as class j.
+        images_per_second: Throughput of loading and the model together.
+        model_images_per_second: Throughput of the model alone, on a batch that is already on the device.
+        peak_memory_mib: Peak memory, allocated on the CUDA device, else occupied by the process.
+        parameters: Number of trainable parameters.
+        device: Name of the device.
+        precision: Precision of the model's arithmetic.
+        batch_size: Images per forward pass.
+        broken: Names of images in this process's share that could not be read; they do not count.
         is_main: Whether this is the process that writes and prints.
     """
 
@@ -62,7 +65,7 @@ class Evaluation:
     per_class: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
     images_per_second: float
-    network_images_per_second: float
+    model_images_per_second: float
     peak_memory_mib: float
     parameters: int
     device: str
@@ -97,24 +100,24 @@ def evaluate(
 ) -> Evaluation:
     """Accuracy, confusions and speed of a trained classifier on a data set.
 
-    Images are resized, cropped and normalised as the model's configuration says. Under ``torchrun`` each process takes
-    a share of the images, and each returns the figures of all.
+    Images are resized, cropped and normalised as the model's configuration says. Under ``torchrun`` each process
+    evaluates a share of the images, and each returns the result of all.
 
     Args:
-        model: What :func:`~gspn.tasks.classify.model.load_model` finds, or a timm model.
+        model: A name or path that :func:`~gspn.tasks.classify.model.load_model` accepts, or a timm model.
         data: A name that :func:`gspn.data.open_dataset` knows.
-        root: Where the data lie, for those that do not come with the package.
-        split: Of the data.
+        root: Directory of the data, for those that do not come with the package.
+        split: Split of the data.
         options: Further arguments of ``open_dataset``.
-        batch_size: Images in a forward pass.
+        batch_size: Images per forward pass.
         workers: Processes that load images; 0 loads in this one.
         precision: `bf16` and `fp16` use autocast.
-        device: `auto` takes a GPU if there is one.
-        channels_last: Images and weights in that layout.
-        console: Shows a bar if it is a terminal; none by default.
+        device: `auto` uses a GPU if there is one.
+        channels_last: Use this memory format for images and weights.
+        console: Shows a progress bar if it is a terminal; none by default.
 
     Returns:
-        The figures, with the class names of the data set.
+        The result, with the class names of the data set.
 
     Raises:
         UsageError: the model or the data cannot be found, or they differ in the number of classes.
@@ -128,27 +131,27 @@ def evaluate(
     require("accelerate", "timm", "torchvision", "torchmetrics", "safetensors")
     from torchmetrics.classification import MulticlassConfusionMatrix
 
-    network = model.eval() if isinstance(model, nn.Module) else load_model(model)
+    classifier = model.eval() if isinstance(model, nn.Module) else load_model(model)
     options = dict(options or {})
-    own_names = label_names(network)
+    own_names = label_names(classifier)
     if data in ("", "folder") and own_names is not None:
-        options.setdefault("classes", own_names)  # a folder that lacks a class shifts no other
+        options.setdefault("classes", own_names)  # a class missing in the folder must not shift the others
     dataset = open_data(data, split, root, **options)
     names = class_names(dataset)
-    count = int(network.num_classes)  # type: ignore[arg-type]
+    count = int(classifier.num_classes)  # type: ignore[arg-type]
     if len(names) != count:
         raise UsageError(
-            f"the model tells {count} classes apart and data {data!r} has {len(names)}; evaluate it on what it was "
-            "trained on."
+            f"the model has {count} classes and data {data!r} has {len(names)}; evaluate it on the data it was trained "
+            "on."
         )
     accelerator = make_accelerator(precision=precision, device=device)
     where = accelerator.device
-    network = network.to(where)
+    classifier = classifier.to(where)
     if channels_last:
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        classifier = classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loader = eval_loader(
         dataset,
-        resolve_preprocessing(network),
+        resolve_preprocessing(classifier),
         batch_size=batch_size,
         workers=workers,
         processes=accelerator.num_processes,
@@ -166,7 +169,7 @@ def evaluate(
                 confusions.update(logits, targets)
             advance(1)
 
-        figures = evaluate_batches(network, loader, accelerator, channels_last=channels_last, watch=watch)
+        accuracy = evaluate_batches(classifier, loader, accelerator, channels_last=channels_last, watch=watch)
         confusion = confusions.compute().cpu()  # [K, K], of all processes
     seconds = time.perf_counter() - started
     totals = confusion.sum(1)
@@ -174,17 +177,17 @@ def evaluate(
         model=str(model) if not isinstance(model, nn.Module) else type(model).__name__,
         data=data,
         split=split,
-        images=figures.images,
-        top1=figures.top1,
-        top5=figures.top5,
-        loss=figures.loss,
+        images=accuracy.images,
+        top1=accuracy.top1,
+        top5=accuracy.top5,
+        loss=accuracy.loss,
         classes=tuple(names),
         per_class=tuple(100 * int(confusion[i, i]) / int(totals[i]) if totals[i] else None for i in range(count)),
         confusion=tuple(tuple(row) for row in confusion.tolist()),
         images_per_second=len(dataset) / seconds,
-        network_images_per_second=_network_speed(network, loader, accelerator, channels_last),
+        model_images_per_second=_model_speed(classifier, loader, accelerator, channels_last),
         peak_memory_mib=peak_memory_mib(where),
-        parameters=count_parameters(network),
+        parameters=sum(one.numel() for one in classifier.parameters() if one.requires_grad),
         device=torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
         precision=precision,
         batch_size=batch_size,
@@ -194,9 +197,9 @@ def evaluate(
 
 
 @torch.inference_mode()
-def _network_speed(network: nn.Module, loader: Any, accelerator: Any, channels_last: bool) -> float:
-    """Images a second through the network alone, all processes together, on one batch again and again."""
-    size = resolve_preprocessing(network).input_size
+def _model_speed(model: nn.Module, loader: Any, accelerator: Any, channels_last: bool) -> float:
+    """Images per second through the model alone, all processes together, on one batch repeatedly."""
+    size = resolve_preprocessing(model).input_size
     batch = min(loader.sampler.batch_size, len(loader.loader.dataset))
     images = torch.zeros(batch, *size, device=accelerator.device)
     if channels_last:
@@ -204,11 +207,11 @@ def _network_speed(network: nn.Module, loader: Any, accelerator: Any, channels_l
 
     def forward() -> None:
         with accelerator.autocast():
-            network(images)
+            model(images)
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize(accelerator.device)
 
-    forward()  # whatever is set up once
+    forward()  # warm up
     times = []
     begin = time.perf_counter()
     while len(times) < 3 or time.perf_counter() - begin < 0.5:
@@ -217,3 +220,55 @@ def _network_speed(network: nn.Module, loader: Any, accelerator: Any, channels_l
         times.append(time.perf_counter() - before)
     median = sorted(times)[len(times) // 2]
     return accelerator.num_processes * batch / median
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Loss and accuracy, in percent, over a number of images."""
+
+    loss: float
+    top1: float
+    top5: float
+    images: int
+
+
+@torch.inference_mode()
+def evaluate_batches(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    accelerator: Accelerator,
+    *,
+    channels_last: bool = False,
+    watch: Callable[[Tensor, Tensor], object] | None = None,
+) -> Accuracy:
+    """Loss and accuracy over the batches of all processes; images whose target is -1 do not count.
+
+    Args:
+        model: From images ``[B, 3, H, W]`` to logits ``[B, K]``; its training mode is restored.
+        batches: The batches of this process; every process has the same number.
+        accelerator: The device, the precision and the other processes.
+        channels_last: Memory format of the images.
+        watch: Called with the logits and targets that count, on the device.
+    """
+    was_training = model.training
+    model.eval()
+    # Apple's GPU has no float64, which sums of millions of losses need.
+    device = torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    for images, targets in batches:
+        images = to_device(images, accelerator.device, channels_last)
+        targets = targets.to(accelerator.device, non_blocking=True)
+        with accelerator.autocast():
+            logits = model(images)
+        logits = logits.float()  # [B, K]
+        counts = targets >= 0
+        logits, targets = logits[counts], targets[counts]
+        if watch is not None:
+            watch(logits, targets)
+        correct = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # [B, 5]
+        batch = (F.cross_entropy(logits, targets, reduction="sum"), correct[:, 0].sum(), correct.sum(), counts.sum())
+        sums += torch.stack([one.to(sums) for one in batch])
+    model.train(was_training)
+    loss, top1, top5, images = accelerator.reduce(sums, "sum").tolist()  # type: ignore[union-attr]
+    most = max(images, 1)
+    return Accuracy(loss / most, 100 * top1 / most, 100 * top5 / most, int(images))

@@ -1,4 +1,4 @@
-"""Networks: built from a configuration, saved as timm loads them, found by path or name."""
+"""Models: built from a configuration, saved in timm's format, loaded by path or name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SOURCE_KEYS = ("url", "file", "hf_hub_id", "hf_hub_filename", "state_dict", "so
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the network's input."""
+    """The preprocessing of an image into the model's input."""
 
     input_size: tuple[int, int, int]
     mean: tuple[float, float, float]
@@ -48,10 +48,10 @@ class Preprocessing:
 
 
 def build_model(config: ModelConfig, *, num_classes: int, size: int) -> nn.Module:
-    """The network of a configuration, on the CPU.
+    """The model of a configuration, on the CPU.
 
     Raises:
-        UsageError: no model has that name, or it does not take these arguments.
+        UsageError: unknown model name, or arguments that the model does not take.
     """
     timm = import_timm()
     name = config.name
@@ -65,10 +65,10 @@ def build_model(config: ModelConfig, *, num_classes: int, size: int) -> nn.Modul
     try:
         model = timm.create_model(name, pretrained=config.pretrained, num_classes=num_classes, **kwargs)
     except TypeError as error:
-        # A wrong argument is the caller's; a TypeError from deeper down has another message.
+        # Any other TypeError is a bug in the model.
         if "unexpected keyword argument" not in str(error):
             raise
-        raise UsageError(f"{name} does not take what model asks for: {error}.") from None
+        raise UsageError(f"{name} does not take the arguments of section model: {error}.") from None
     if config.grad_checkpointing:
         if not hasattr(model, "set_grad_checkpointing"):
             raise UsageError(f"{name} has no gradient checkpointing; set model.grad_checkpointing=false.")
@@ -77,33 +77,33 @@ def build_model(config: ModelConfig, *, num_classes: int, size: int) -> nn.Modul
 
 
 def model_kwargs(config: ModelConfig, size: int) -> dict[str, Any]:
-    """What rebuilds the network apart from its name and number of classes."""
+    """The arguments that rebuild the model, besides its name and number of classes."""
     timm = import_timm()
     kwargs = dict(config.kwargs)
     if "img_size" not in kwargs and ":" not in config.name:
         cfg = timm.models.get_pretrained_cfg(config.name)
-        # Networks with a table of positions are built for one size.
+        # Models with a position embedding are built for one size.
         if cfg is not None and cfg.fixed_input_size and cfg.input_size[-1] != size:
             kwargs["img_size"] = size
     return kwargs
 
 
 def check_model_name(name: str) -> None:
-    """Refuse what is no name in timm's registry, with the nearest one.
+    """Refuse a name that is not in timm's registry.
 
     Raises:
-        UsageError: no model has that name.
+        UsageError: with the nearest name.
     """
     timm = import_timm()
     plain = name.partition(".")[0]
     if not timm.is_model(plain):
         raise UsageError(
-            f"{name!r} is no model{nearest(plain, timm.list_models()) or '; timm.list_models() has the names.'}"
+            f"unknown model {name!r}{nearest(plain, timm.list_models()) or '; timm.list_models() has the names.'}"
         )
 
 
 def import_timm() -> Any:
-    """timm, with the networks of this package in its registry."""
+    """timm, with the models of this package in its registry."""
     timm = require("timm", "timm.models")
     with contextlib.suppress(ModuleNotFoundError):
         require("gspn.models")
@@ -111,15 +111,15 @@ def import_timm() -> Any:
 
 
 def resolve_preprocessing(model: nn.Module, data: DataConfig | None = None) -> Preprocessing:
-    """What the model states about its input, with what ``data`` says instead."""
+    """The model's own preprocessing, overridden by the values that ``data`` sets."""
     timm_data = require("timm.data")
-    given: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
     if data is not None:
-        given = {"input_size": (3, data.size, data.size)}
+        overrides = {"input_size": (3, data.size, data.size)}
         for key in ("mean", "std", "interpolation", "crop_pct"):
             if getattr(data, key) is not None:
-                given[key] = getattr(data, key)
-    resolved = timm_data.resolve_data_config(given, model=model)
+                overrides[key] = getattr(data, key)
+    resolved = timm_data.resolve_data_config(overrides, model=model)
     return Preprocessing(
         input_size=tuple(resolved["input_size"]),
         mean=tuple(resolved["mean"]),
@@ -150,7 +150,7 @@ def save_config(
         "custom_load": False,
     }
     for key in ("test_input_size", "test_crop_pct", "pool_size"):
-        cfg.pop(key, None)  # these stated the original's
+        cfg.pop(key, None)  # of the original weights
     written = {
         "architecture": architecture,
         "num_classes": model.num_classes,
@@ -163,18 +163,18 @@ def save_config(
 
 
 def save_weights(directory: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write ``model.safetensors``, replacing it in one step; the metadata are JSON in its header, under `gspn`."""
+    """Write ``model.safetensors`` in one step, with the metadata as JSON under `gspn` in its header."""
     safetensors = require("safetensors.torch")
-    # Tied tensors would be refused as sharing memory: each is written for itself.
+    # safetensors refuses tensors that share memory, so tied ones are copied.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    # One entry: several are written in an order that varies, and equal weights are to be equal files.
+    # One entry: several are written in a varying order, and equal weights should give equal files.
     header = {"gspn": json.dumps(dict(metadata), sort_keys=True)}
     with replaced(directory / WEIGHTS) as part:
         safetensors.save_file(tensors, part, metadata=header)
 
 
 def load_model(source: str | Path) -> nn.Module:
-    """A trained network, in evaluation mode on the CPU.
+    """Load a trained model, in evaluation mode on the CPU.
 
     Args:
         source: A directory with ``config.json`` and ``model.safetensors`` (a run's ``best``, or the run itself), a timm
@@ -196,7 +196,7 @@ def load_model(source: str | Path) -> nn.Module:
         name = text
     elif "/" in text or "\\" in text:
         if text.count("/") != 1 or text.startswith((".", "/", "~")):
-            raise UsageError(f"{text!r} is no directory.")
+            raise UsageError(f"{text!r} is not a directory.")
         name = f"hf-hub:{text}"
     else:
         check_model_name(text)
@@ -212,14 +212,14 @@ def load_model(source: str | Path) -> nn.Module:
     try:
         model = timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError) as error:
-        # Of a mismatch PyTorch names every tensor.
+        # PyTorch lists every mismatched tensor.
         what = textwrap.shorten(" ".join(str(error).split()), 300)
         raise UsageError(f"{text!r} cannot be loaded: {what}") from None
     return model.eval()
 
 
 def label_names(model: nn.Module) -> list[str] | None:
-    """The classes' names that a trained network carries; None without them."""
+    """The class names that are stored with a trained model; None without them."""
     names = pretrained_cfg(model).get("label_names")
     if isinstance(names, Mapping):
         return [str(names.get(i, names.get(str(i), i))) for i in range(int(model.num_classes))]  # type: ignore[arg-type]
@@ -227,13 +227,8 @@ def label_names(model: nn.Module) -> list[str] | None:
 
 
 def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
-    """What timm knows of a network's weights and input."""
+    """Timm's record of a model's weights and input."""
     return dict(getattr(model, "pretrained_cfg", None) or {})
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Numbers that are learnt."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _weights_directory(directory: Path) -> Path:

@@ -16,14 +16,14 @@ from .model import label_names, load_model, resolve_preprocessing
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a classifier takes an image for.
+    """The classification of an image.
 
     Attributes:
-        image: The file, or the position of what was not a file.
+        image: The file, or the position in the input of an image that is not a file.
         classes: The most probable classes, most probable first.
-        probabilities: Of these, in [0, 1].
-        indices: Of these, in the model's output.
-        broken: Why the image could not be read; None for a sound one. The rest is empty then.
+        probabilities: Their probabilities, in [0, 1].
+        indices: Their indices in the model's output.
+        broken: Why the image could not be read, in which case the other attributes are empty; else None.
     """
 
     image: str
@@ -46,13 +46,13 @@ def predict(
 
     Args:
         images: Paths, or PIL images.
-        model: What :func:`~gspn.tasks.classify.model.load_model` finds, or a timm model.
-        top: How many classes of each image to return.
-        batch_size: Images in a forward pass.
-        device: `auto` takes a GPU if there is one.
+        model: A name or path that :func:`~gspn.tasks.classify.model.load_model` accepts, or a timm model.
+        top: Number of classes to return for each image.
+        batch_size: Images per forward pass.
+        device: `auto` uses a GPU if there is one.
 
     Returns:
-        One for each image, in order. An image that cannot be read has ``broken`` set, and the others go on.
+        One prediction for each image, in order. For an image that cannot be read, ``broken`` is set.
 
     Raises:
         UsageError: the model cannot be found.
@@ -62,40 +62,40 @@ def predict(
         >>> import timm
         >>> from PIL import Image
         >>> from gspn.tasks.classify import predict
-        >>> network = timm.create_model("test_vit", num_classes=3)
-        >>> [found] = predict([Image.new("RGB", (20, 20))], network, top=2)
-        >>> len(found.probabilities), found.broken
+        >>> model = timm.create_model("test_vit", num_classes=3)
+        >>> [prediction] = predict([Image.new("RGB", (20, 20))], model, top=2)
+        >>> len(prediction.probabilities), prediction.broken
         (2, None)
     """
     require("timm", "torchvision", "safetensors")
-    network = model.eval() if isinstance(model, nn.Module) else load_model(model)
+    classifier = model.eval() if isinstance(model, nn.Module) else load_model(model)
     where = torch.device("cpu")
     if device == "auto" and torch.accelerator.is_available():
         where = torch.accelerator.current_accelerator() or where
-    network = network.to(where)
-    names = label_names(network)
-    transform = resolve_preprocessing(network).transform()
-    found: list[Prediction] = []
+    classifier = classifier.to(where)
+    names = label_names(classifier)
+    transform = resolve_preprocessing(classifier).transform()
+    predictions: list[Prediction] = []
     batch: list[tuple[str, torch.Tensor]] = []
 
     def flush() -> None:
         if batch:
-            logits = network(torch.stack([image for _, image in batch]).to(where))  # [B, K]
+            logits = classifier(torch.stack([image for _, image in batch]).to(where))  # [B, K]
             for (name, _), scores in zip(batch, logits.float().softmax(-1).cpu(), strict=True):
-                found.append(_prediction(name, scores, names, top))
+                predictions.append(_prediction(name, scores, names, top))
             batch.clear()
 
     for position, image in enumerate(images):
         name, opened = _open(image, position)
         if isinstance(opened, str):
             flush()
-            found.append(Prediction(name, broken=opened))
+            predictions.append(Prediction(name, broken=opened))
             continue
         batch.append((name, transform(opened)))
         if len(batch) == batch_size:
             flush()
     flush()
-    return found
+    return predictions
 
 
 def _prediction(name: str, scores: torch.Tensor, names: Sequence[str] | None, top: int) -> Prediction:
@@ -106,7 +106,7 @@ def _prediction(name: str, scores: torch.Tensor, names: Sequence[str] | None, to
 
 
 def _open(image: Any, position: int) -> tuple[str, Any]:
-    """A name, and the image in RGB or why there is none."""
+    """The image's name, and the image in RGB or the reason why it cannot be read."""
     data = require("gspn.data")
     if not isinstance(image, str | Path):
         return str(position), image.convert("RGB")

@@ -4,211 +4,151 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
 from ..core.errors import require
-from ..core.loop import Position, TrainingRun, connected
-from ..core.records import EpochRow
-from ..core.sections import Resolved
-from .config import ResolvedClassifier, TrainConfig
-from .loaders import class_names, eval_batch_size, eval_loader, open_pair, train_loader
+from ..core.loop import fit
+from ..core.metrics_table import EpochRow, metric
+from ..core.task import Context, Models, Setup, Task, TrainingResult, Weights
+from .config import TrainConfig
+from .data import class_names, eval_loader, open_pair, train_loader
+from .evaluation import Accuracy, evaluate_batches
 from .model import build_model, resolve_preprocessing, save_config, save_weights
-from .steps import Figures, evaluate_batches, make_criterion, make_mixup
 
 
 @dataclass(frozen=True)
 class ClassifierRow(EpochRow):
-    """One row of ``metrics.csv``. Figures of an epoch that was not evaluated are None; accuracies are in percent."""
+    """One row of ``metrics.csv``; accuracies are in percent. Metrics are None after an epoch without evaluation."""
 
-    eval_loss: float | None
-    top1: float | None
-    top5: float | None
-    ema_loss: float | None
-    ema_top1: float | None
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a training run came to.
-
-    Attributes:
-        output: The run's directory: ``config.yaml``, ``metrics.csv``, ``best``, ``last``, ``checkpoints``.
-        best_top1: Best evaluated accuracy in percent, of the weights or of their average.
-        best_epoch: The epoch after which it was reached, counted from 1.
-        last: The last row of the table.
-        broken: Names of training images that could not be read, as far as this process met them.
-        is_main: Whether this is the process that writes and prints.
-    """
-
-    output: Path
-    best_top1: float
-    best_epoch: int
-    last: ClassifierRow | None
-    broken: tuple[str, ...] = ()
-    is_main: bool = True
+    eval_loss: float | None = metric("eval {:.4f}")
+    top1: float | None = metric("top-1 {:.2f}")
+    top5: float | None = metric()
+    ema_loss: float | None = metric()
+    ema_top1: float | None = metric("ema {:.2f}")
 
 
-@dataclass
-class _Best(Position):
-    """The position, and what was reached where."""
+def train(
+    config: TrainConfig, *, resume: bool = False, console: Console | None = None
+) -> TrainingResult[ClassifierRow]:
+    """Train a classifier.
 
-    best_top1: float = -1.0
-    best_epoch: int = 0
+    The output directory receives ``config.yaml`` (with what follows from it under ``resolved``), ``metrics.csv`` (a
+    :class:`ClassifierRow` per epoch), ``tensorboard/``, and in ``best/`` and ``last/`` a ``model.safetensors`` and a
+    ``config.json`` that ``timm.create_model("local-dir:...", pretrained=True)`` loads. ``last`` holds the average of
+    the weights where one is kept; ``best`` holds the weights or their average, whichever is more accurate.
 
-
-def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> TrainResult:
-    """Train a classifier as a configuration says.
-
-    Runs in one process, or in each of several started by ``torchrun`` or ``accelerate launch``; the first one writes
-    and prints. The output directory receives ``config.yaml`` (with what follows from it under ``resolved``),
-    ``metrics.csv`` (a :class:`ClassifierRow` an epoch), ``tensorboard/``, and in ``best/`` and ``last/`` a
-    ``model.safetensors`` and a ``config.json`` that ``timm.create_model("local-dir:...", pretrained=True)`` loads.
-    These hold the average of the weights where one is kept; ``best`` that of the two which is more accurate.
-
-    Every random number is a function of seed, epoch, update and process. A run that was killed at any moment and
-    resumed therefore ends with the weights of the uninterrupted one, bit for bit wherever the kernels are
-    deterministic: always on a CPU with as many threads, on CUDA with ``run.deterministic``.
+    Runs in one process or several, and resumes a killed run to the same weights: see :func:`gspn.tasks.core.loop.fit`.
 
     Args:
-        config: What to do.
-        resume: Continue from the newest whole checkpoint in the output directory; from the start if there is none.
-        console: Where to print; standard output by default.
+        config: The configuration.
+        resume: Continue from the newest complete checkpoint in the output directory, from the start if there is none.
+        console: The console to print on; standard output by default.
 
     Returns:
-        The best accuracy and where everything is.
+        The result; ``best_score`` is the best top-1 accuracy in percent.
 
     Raises:
         UsageError: a request that cannot be met, such as an unknown model, an output directory that holds another
-            run, or a resumed run whose configuration differs; also where the loss is not finite any more.
+            run, or a resumed run whose configuration differs; also a loss that is not finite.
         MissingExtraError: timm, accelerate or another package of ``gspn[train]`` is not installed.
 
     Example:
-        >>> from gspn.tasks.classify import load_config, train
-        >>> config = load_config("digits_pico").changed("schedule.epochs=1", "run.output=/tmp/digits")
-        >>> train(config).best_top1  # doctest: +SKIP
+        >>> from gspn.tasks.classify import TrainConfig, train
+        >>> config = TrainConfig.load("digits_pico").changed("schedule.epochs=1", "run.output=/tmp/digits")
+        >>> train(config).best_score  # doctest: +SKIP
         62.4
     """
-    require("accelerate", "timm", "torchvision", "safetensors", "yaml")
-    return connected(lambda: _ClassifierRun(config, resume, console or Console()).fit())
+    return fit(Classification(config), resume=resume, console=console)
 
 
-class _ClassifierRun(TrainingRun[ClassifierRow, _Best]):
-    row = ClassifierRow
-    where = _Best
+class Classification(Task[TrainConfig, ClassifierRow]):
+    """Training of a classifier."""
 
-    def _open(self, config: TrainConfig) -> nn.Module:
-        train_data, eval_data = open_pair(config.data)
-        self.eval_images = len(eval_data)
+    row_type = ClassifierRow
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def setup(self, context: Context) -> Setup:
+        """Open both splits and build the model and the loss."""
+        config, data = self.config, self.config.data
+        train_data, eval_data = open_pair(data)
         self.classes = class_names(train_data)
-        network = build_model(config.model, num_classes=len(self.classes), size=config.data.size)
-        self.preprocessing = resolve_preprocessing(network, config.data)
-        self.train_loader = train_loader(train_data, config, self.preprocessing, **self.places)
+        self.model = build_model(config.model, num_classes=len(self.classes), size=data.size)
+        self.preprocessing = resolve_preprocessing(self.model, data)
         self.eval_loader = eval_loader(
             eval_data,
             self.preprocessing,
-            batch_size=eval_batch_size(config.data),
-            workers=config.data.workers,
-            **self.places,
+            batch_size=data.eval_batch_size or data.batch_size,
+            workers=data.workers,
+            **context.process_info,
         )
-        self.mixup = make_mixup(config, len(self.classes))
-        self.criterion = make_criterion(config)
-        return network
-
-    def _classes(self) -> int:
-        return len(self.classes)
-
-    def _resolve(self, config: TrainConfig, network: nn.Module, shared: Resolved) -> ResolvedClassifier:
-        del config, network
-        return ResolvedClassifier(**asdict(shared), eval_images=self.eval_images, **asdict(self.preprocessing))
-
-    def _announcement(self) -> list[str]:
-        config, resolved = self.config, self.config.resolved
-        images = f"{resolved.train_images:,} + {resolved.eval_images:,} images, {resolved.num_classes} classes"
-        return [
-            f"{config.model.name}, {resolved.parameters / 1e6:.2f} M parameters, on {self._place()}",
-            f"{config.data.name}: {images}, {config.data.size} pixels",
-        ]
-
-    def _broken_records(self) -> list[Any]:
-        return [self.train_loader.broken, self.eval_loader.broken]
-
-    def fit(self) -> TrainResult:
-        """Train, and say what came of it."""
-        self.run()
-        position = self.position
-        return TrainResult(
-            self.output,
-            position.best_top1,
-            position.best_epoch,
-            self.table.last(),
-            tuple(self.train_loader.broken.names.values()),
-            self.main,
+        self.mixup = None
+        self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing)
+        if config.mixes:
+            self.mixup = require("timm.data").Mixup(
+                mixup_alpha=config.augment.mixup,
+                cutmix_alpha=config.augment.cutmix,
+                prob=config.augment.mix_prob,
+                switch_prob=config.augment.mix_switch_prob,
+                mode=config.augment.mix_mode,
+                label_smoothing=config.optim.label_smoothing,
+                num_classes=len(self.classes),
+            )
+            self.criterion = require("timm.loss").SoftTargetCrossEntropy()
+        images = f"{len(train_data):,} + {len(eval_data):,} images, {len(self.classes)} classes"
+        return Setup(
+            model=self.model,
+            train=train_loader(train_data, config, self.preprocessing, **context.process_info),
+            evaluation=self.eval_loader,
+            model_title=config.model.name,
+            data_title=f"{data.name}: {images}, {data.size} pixels",
+            num_classes=len(self.classes),
+            resolved={"eval_images": len(eval_data), **asdict(self.preprocessing)},
         )
 
-    def _begin(self, epoch: int) -> None:
-        until = self.config.augment.mix_epochs
-        if self.mixup is not None and until is not None:
-            self.mixup.mixup_enabled = epoch < until
-
-    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, model: nn.Module, images: Tensor, targets: Tensor, epoch: int) -> Tensor:
+        """Cross-entropy with mixed images and smoothed targets, as configured."""
         if self.mixup is not None:
+            until = self.config.augment.mix_epochs
+            self.mixup.mixup_enabled = until is None or epoch < until
             images, targets = self.mixup(images, targets)
-        return self.criterion(self.model(images), targets)
+        return self.criterion(model(images), targets)
 
-    def _finish(self, shared: dict[str, Any], last: bool) -> tuple[ClassifierRow, list[str], bool]:
-        epoch = shared["epoch"]
-        raw = ema = None
-        if last or epoch % self.config.run.eval_every == 0:
-            self.reporter.doing("evaluating", epoch - 1)
-            raw = self._evaluate(self.accelerator.unwrap_model(self.model))
-            ema = None if self.ema is None else self._evaluate(self.ema.module)
-        row = ClassifierRow(
-            **shared,
-            eval_loss=raw and raw.loss,
-            top1=raw and raw.top1,
-            top5=raw and raw.top5,
-            ema_loss=ema and ema.loss,
-            ema_top1=ema and ema.top1,
-        )
-        found = []
-        if row.top1 is not None:
-            found = [f"eval {row.eval_loss:.4f}", f"top-1 {row.top1:.2f}"]
-            if row.ema_top1 is not None:
-                found.append(f"ema {row.ema_top1:.2f}")
-        return row, found, self._write_weights(row)
+    def evaluate(self, models: Models, context: Context) -> dict[str, float | None]:
+        """Loss and accuracy of the weights and of their average."""
+        raw = self._accuracy(context.accelerator.unwrap_model(models.raw), context)
+        metrics: dict[str, float | None] = {"eval_loss": raw.loss, "top1": raw.top1, "top5": raw.top5}
+        if models.ema is not None:
+            ema = self._accuracy(models.ema, context)
+            metrics |= {"ema_loss": ema.loss, "ema_top1": ema.top1}
+        return metrics
 
-    def _write_weights(self, row: ClassifierRow) -> bool:
-        """Write `last`, and `best` where this is the best epoch so far; says whether it is."""
-        position = self.position
-        weights = self.weights()
-        top1 = {"raw": row.top1, "ema": row.ema_top1}
-        self._save_weights("last", "ema" if "ema" in weights else "raw", weights, top1, row.epoch)
-        # The average where both are as good: it varies less.
-        which = max(weights, key=lambda one: (-1.0 if top1[one] is None else top1[one], one == "ema"))
-        reached = top1[which]
-        if reached is None or reached <= position.best_top1:
-            return False
-        position.best_top1, position.best_epoch = reached, row.epoch
-        self._save_weights("best", which, weights, top1, row.epoch)
-        return True
-
-    def _save_weights(
-        self, name: str, which: str, weights: dict[str, Any], top1: dict[str, float | None], epoch: int
-    ) -> None:
-        if self.main:
-            directory = self.output / name
-            save_config(directory, self.network, self.config.model, self.preprocessing, self.classes)
-            save_weights(directory, weights[which], {"epoch": epoch, "weights": which, "top1": top1[which]})
-
-    def _evaluate(self, model: nn.Module) -> Figures:
-        if self.accelerator.num_processes > 1 and not self.sharded:
-            # Running statistics are each process's own until the first one's are taken.
+    def _accuracy(self, model: nn.Module, context: Context) -> Accuracy:
+        if context.accelerator.num_processes > 1 and not context.sharded:
+            # Each process has running statistics of its own; all take the first one's.
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)
         return evaluate_batches(
-            model, self.eval_loader, self.accelerator, channels_last=self.config.model.channels_last
+            model, self.eval_loader, context.accelerator, channels_last=self.config.model.channels_last
         )
+
+    def score(self, row: ClassifierRow) -> float | None:
+        """The top-1 accuracy of the weights or of their average, whichever is higher."""
+        return max((top1 for top1 in (row.top1, row.ema_top1) if top1 is not None), default=None)
+
+    def save(self, weights: Weights, row: ClassifierRow, output: Path, context: Context, *, best: bool) -> None:
+        """Write ``last``, and ``best`` after the best epoch so far."""
+        del context
+        states, top1 = {"raw": weights.raw, "ema": weights.ema}, {"raw": row.top1, "ema": row.ema_top1}
+        saved = {"last": "raw" if weights.ema is None else "ema"}
+        if best:
+            # The average where both are equally accurate: it varies less.
+            saved["best"] = "ema" if row.ema_top1 is not None and row.ema_top1 == self.score(row) else "raw"
+        for name, which in saved.items():
+            save_config(output / name, self.model, self.config.model, self.preprocessing, self.classes)
+            metadata = {"epoch": row.epoch, "weights": which, "top1": top1[which]}
+            save_weights(output / name, states[which] or {}, metadata)

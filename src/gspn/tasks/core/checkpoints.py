@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or ignored, the last two kept."""
+"""Checkpoints of a run: written as a whole or ignored; the last two are kept."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _STATE = "state.json"
 class CheckpointStore:
     """The checkpoints in one directory, each a directory named after its update.
 
-    A checkpoint is written under another name, forced to the disk and then renamed: one that was cut short never
-    bears the name of a whole one. Older ones are removed only after that. Loading runs no code that a file contains:
+    A checkpoint is written under a temporary name, synced to the disk and then renamed, so that an interrupted one
+    never has the name of a complete one. Older ones are removed only after that. Loading executes no code from files:
     tensors come from safetensors or from ``torch.load(weights_only=True)``.
 
     All processes of a run call :meth:`save` and :meth:`load` together, on a file system that they share.
@@ -33,15 +33,15 @@ class CheckpointStore:
         self.keep = keep
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint, or None."""
+        """The newest complete checkpoint, or None."""
         whole = [path for path in self._named() if self._is_whole(path)]
         return whole[-1] if whole else None
 
     def save(self, accelerator: Accelerator, step: int, state: Mapping[str, Any]) -> None:
-        """Save what the accelerator prepared and was told of, with ``state``, which JSON can hold.
+        """Save the objects that the accelerator prepared or has registered, and ``state``, as JSON.
 
         Raises:
-            OSError: the disk is full or the directory not writable; checkpoints before this one stay.
+            OSError: the disk is full or the directory not writable; earlier checkpoints stay.
         """
         final = self.directory / f"{_PREFIX}{step:09d}"
         part = self.directory / f".part-{final.name}"
@@ -58,7 +58,7 @@ class CheckpointStore:
                 sync(file)
             for folder in [path for path in part.rglob("*") if path.is_dir()] + [part]:
                 sync(folder)
-            if final.exists():  # only one that is not whole: update numbers grow
+            if final.exists():  # an incomplete one: update numbers grow
                 shutil.rmtree(final)
             part.rename(final)
             sync(self.directory)
@@ -66,11 +66,11 @@ class CheckpointStore:
         accelerator.wait_for_everyone()
 
     def read_state(self, path: Path) -> dict[str, Any]:
-        """The ``state`` that a checkpoint was saved with."""
+        """The ``state`` of a checkpoint."""
         return json.loads((path / _STATE).read_text(encoding="utf-8"))["state"]
 
     def load(self, accelerator: Accelerator, path: Path) -> dict[str, Any]:
-        """Load a checkpoint into what the accelerator prepared and was told of; returns its ``state``."""
+        """Load a checkpoint into the objects of the accelerator; returns its ``state``."""
         accelerator.load_state(os.fspath(path))
         return self.read_state(path)
 
@@ -86,7 +86,7 @@ class CheckpointStore:
 
     def _remove_older(self) -> None:
         for path in self._named()[: -self.keep]:
-            # Out of the way in one step: what is being removed is no checkpoint any more.
+            # Renamed first, in one step: a half-removed directory must not look like a checkpoint.
             gone = path.with_name(f".part-old-{path.name}")
             path.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)

@@ -1,15 +1,16 @@
-"""Configurations: nested dataclasses read from YAML, changed by ``section.key=value``, written as YAML.
+"""Configurations: nested frozen dataclasses read from YAML, changed by ``section.key=value``, and written as YAML.
 
-A key that no dataclass has, and a value of another type, is refused with its place and the nearest name.
+An unknown key and a value of the wrong type or out of range are refused with the key's path and the nearest known name.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -21,17 +22,39 @@ T = TypeVar("T")
 _FLOAT = re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+$")
 
 
-def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+def setting(default: Any, least: float = -math.inf, most: float = math.inf, *, free: bool = False) -> Any:
+    """A field of a section, for ``dataclasses``.
+
+    Args:
+        default: Its default value.
+        least: The smallest number allowed; None, which leaves a thing out, always passes.
+        most: The largest.
+        free: The value changes neither weights nor metrics, so it may differ when a run is resumed.
+    """
+    return dataclasses.field(default=default, metadata={"range": (least, most), "free": free})
+
+
+def settings(config: Any, parent: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """Every field of nested dataclasses that is not a dataclass itself: its dotted key, the field, and its value."""
+    for field in dataclasses.fields(config):
+        value, key_path = getattr(config, field.name), f"{parent}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from settings(value, f"{key_path}.")
+        else:
+            yield key_path, field, value
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], parent: str = "") -> T:
     """Build the dataclass ``cls`` from nested mappings, checking names and types.
 
     Args:
         cls: A dataclass whose fields are numbers, strings, paths, ``Literal``, lists, fixed tuples, mappings, other
             dataclasses, or unions of these.
-        values: What was read; missing keys take the field's default.
-        where: The place of ``values`` in the whole, for messages.
+        values: The mappings; missing keys take the field's default.
+        parent: The key path of ``values`` within the whole, for messages.
 
     Raises:
-        UsageError: an unknown key, a missing one without default, or a value of another type.
+        UsageError: an unknown key, a missing one without default, or a value of the wrong type.
 
     Example:
         >>> @dataclasses.dataclass
@@ -41,22 +64,22 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         Optim(lr=0.0005)
         >>> from_mapping(Optim, {"rl": 5e-4})
         Traceback (most recent call last):
-        gspn.tasks.core.errors.UsageError: 'rl' is no configuration key; did you mean 'lr'?
+        gspn.tasks.core.errors.UsageError: unknown configuration key 'rl'; did you mean 'lr'?
     """
     if not isinstance(values, Mapping):
-        raise UsageError(f"{where or 'the configuration'} is {values!r}, not a mapping of keys to values.")
+        raise UsageError(f"{parent or 'the configuration'} is {values!r}, not a mapping of keys to values.")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(typing.cast("Any", cls))}
     built = {}
     for key, value in values.items():
-        place = f"{where}.{key}" if where else str(key)
+        key_path = f"{parent}.{key}" if parent else str(key)
         if key not in fields:
-            raise UsageError(f"{place!r} is no configuration key{_nearest_place(str(key), hints, where)}")
-        built[key] = _converted(hints[key], value, place)
+            raise UsageError(f"unknown configuration key {key_path!r}{_nearest_key(str(key), hints, parent)}")
+        built[key] = _converted(hints[key], value, key_path)
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in built:
-            raise UsageError(f"{f'{where}.{name}' if where else name} has to be given.")
+            raise UsageError(f"{f'{parent}.{name}' if parent else name} is missing; set it.")
     return cls(**built)
 
 
@@ -110,7 +133,7 @@ def read_yaml(text: str, what: str) -> Any:
     """``text`` as YAML, safely, with ``1e-3`` as a number.
 
     Raises:
-        UsageError: it is no YAML.
+        UsageError: it is not YAML.
     """
     yaml = require("yaml")
 
@@ -130,7 +153,7 @@ def write_yaml(config: Any) -> str:
     return yaml.safe_dump(to_mapping(config), sort_keys=False, width=100, allow_unicode=True)
 
 
-def flat(mapping: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+def flat(mapping: Mapping[str, Any], parent: str = "") -> dict[str, Any]:
     """Nested mappings as one, with dotted keys.
 
     Example:
@@ -139,37 +162,37 @@ def flat(mapping: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """
     out: dict[str, Any] = {}
     for key, value in mapping.items():
-        place = f"{where}.{key}" if where else key
-        out.update(flat(value, place) if isinstance(value, Mapping) and value else {place: value})
+        key_path = f"{parent}.{key}" if parent else key
+        out.update(flat(value, key_path) if isinstance(value, Mapping) and value else {key_path: value})
     return out
 
 
-def check_choice(place: str, value: str, choices: Iterable[str]) -> None:
-    """Refuse a value that is none of ``choices``.
+def check_choice(key_path: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse a value that is not one of ``choices``.
 
     Raises:
         UsageError: with the value, the choices, and the nearest of them.
     """
     choices = list(choices)
     if value not in choices:
-        raise UsageError(f"{place} is {value!r}, not one of {', '.join(choices)}{nearest(str(value), choices)}")
+        raise UsageError(f"{key_path} is {value!r}, not one of {', '.join(choices)}{nearest(str(value), choices)}")
 
 
-def check_range(place: str, value: float | None, least: float, most: float = float("inf")) -> None:
-    """Refuse a number outside ``[least, most]``; None, which leaves a thing out, passes.
+def check_range(key_path: str, value: Any, least: float = -math.inf, most: float = math.inf) -> None:
+    """Refuse a number outside ``[least, most]``; anything else, such as None, passes.
 
     Raises:
         UsageError: with the value and the range.
     """
-    if value is not None and not least <= value <= most:  # also refuses nan
-        between = f"at least {least:g}" if most == float("inf") else f"between {least:g} and {most:g}"
-        raise UsageError(f"{place} is {value:g}; it has to be {between}.")
+    if isinstance(value, int | float) and least > -math.inf and not least <= value <= most:  # also refuses nan
+        between = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+        raise UsageError(f"{key_path} is {value:g}; it has to be {between}.")
 
 
 # --- One value --------------------------------------------------------------------------------------------------------
 
 
-def _converted(hint: Any, value: Any, place: str) -> Any:
+def _converted(hint: Any, value: Any, key_path: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -181,33 +204,33 @@ def _converted(hint: Any, value: Any, place: str) -> Any:
             if one is type(None):
                 continue
             try:
-                return _converted(one, value, place)
+                return _converted(one, value, key_path)
             except UsageError as error:
                 errors.append(error)
         # One alternative: its own message is the more exact one.
-        raise errors[0] if len(errors) == 1 else _wrong(hint, value, place)
+        raise errors[0] if len(errors) == 1 else _wrong(hint, value, key_path)
     if origin is Literal:
         if value in arguments:
             return value
-        check_choice(place, value, arguments)
+        check_choice(key_path, value, arguments)
     if dataclasses.is_dataclass(hint):
-        return value if dataclasses.is_dataclass(value) else from_mapping(typing.cast("type", hint), value, place)
+        return value if dataclasses.is_dataclass(value) else from_mapping(typing.cast("type", hint), value, key_path)
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != len(arguments):
-            raise _wrong(hint, value, place)
-        return tuple(_converted(one, v, f"{place}[{i}]") for i, (one, v) in enumerate(zip(arguments, value)))  # noqa: B905
+            raise _wrong(hint, value, key_path)
+        return tuple(_converted(one, v, f"{key_path}[{i}]") for i, (one, v) in enumerate(zip(arguments, value)))  # noqa: B905
     if origin is list:
         if isinstance(value, str) or not isinstance(value, Sequence):
-            raise _wrong(hint, value, place)
-        return [_converted(arguments[0], v, f"{place}[{i}]") for i, v in enumerate(value)]
+            raise _wrong(hint, value, key_path)
+        return [_converted(arguments[0], v, f"{key_path}[{i}]") for i, v in enumerate(value)]
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise _wrong(hint, value, place)
-        return {str(key): _converted(arguments[1], v, f"{place}.{key}") for key, v in value.items()}
-    return _scalar(hint, value, place)
+            raise _wrong(hint, value, key_path)
+        return {str(key): _converted(arguments[1], v, f"{key_path}.{key}") for key, v in value.items()}
+    return _scalar(hint, value, key_path)
 
 
-def _scalar(hint: type, value: Any, place: str) -> Any:
+def _scalar(hint: type, value: Any, key_path: str) -> Any:
     if hint is Path and isinstance(value, str | Path | int):
         return Path(str(value))
     if hint is bool and isinstance(value, bool):
@@ -218,26 +241,26 @@ def _scalar(hint: type, value: Any, place: str) -> Any:
         try:
             number = float(value)
         except (TypeError, ValueError):
-            raise _wrong(hint, value, place) from None
+            raise _wrong(hint, value, key_path) from None
         if hint is float:
             return number
         if number.is_integer():
             return int(value) if isinstance(value, int) else int(number)
-    raise _wrong(hint, value, place)
+    raise _wrong(hint, value, key_path)
 
 
-def _wrong(hint: Any, value: Any, place: str) -> UsageError:
-    return UsageError(f"{place} is {value!r}; it has to be {_spoken(hint)}.")
+def _wrong(hint: Any, value: Any, key_path: str) -> UsageError:
+    return UsageError(f"{key_path} is {value!r}; it has to be {_type_words(hint)}.")
 
 
-def _spoken(hint: Any) -> str:
+def _type_words(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(_spoken(one) for one in arguments)
+        return " or ".join(_type_words(one) for one in arguments)
     if origin is tuple:
-        return f"a list of {len(arguments)}: {', '.join(_spoken(one) for one in arguments)}"
+        return f"a list of {len(arguments)}: {', '.join(_type_words(one) for one in arguments)}"
     if origin is list:
-        return f"a list of which each is {_spoken(arguments[0])}"
+        return f"a list, each {_type_words(arguments[0])}"
     if origin is dict or dataclasses.is_dataclass(hint):
         return "a mapping"
     words = {
@@ -251,8 +274,8 @@ def _spoken(hint: Any) -> str:
     return words.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-def _nearest_place(key: str, hints: Mapping[str, Any], where: str) -> str:
-    """The key that was probably meant: here, or (`lr` for `optim.lr`) one section further down."""
+def _nearest_key(key: str, hints: Mapping[str, Any], parent: str) -> str:
+    """The key that was probably meant: in this section, or (`lr` for `optim.lr`) one section further down."""
     known = list(hints)
     for name, hint in hints.items():
         if dataclasses.is_dataclass(hint):
@@ -260,4 +283,4 @@ def _nearest_place(key: str, hints: Mapping[str, Any], where: str) -> str:
     exact = [name for name in known if name.rpartition(".")[2] == key]
     if exact:
         return f"; did you mean {exact[0]!r}?"
-    return nearest(key, known) or f"; {where or 'the configuration'} has {', '.join(hints)}"
+    return nearest(key, known) or f"; {parent or 'the configuration'} has {', '.join(hints)}"

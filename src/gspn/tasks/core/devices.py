@@ -1,17 +1,27 @@
-"""Where a task runs: accelerate's answer, afresh for each task."""
+"""Devices and processes: accelerate's choice, made again for each task."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .errors import UsageError, require
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+# One process may wait for another that encodes or evaluates for all.
+_LONGEST_WAIT = timedelta(hours=6)
+
+# A submodule with at least this many parameters is sharded as one unit.
+_SHARDED_FROM = 100_000
 
 
 def make_accelerator(
@@ -21,10 +31,10 @@ def make_accelerator(
 
     Args:
         precision: `fp32`, or `bf16` or `fp16` by autocast.
-        device: `auto` takes a GPU if there is one, `cpu` none.
+        device: `auto` uses a GPU if there is one; `cpu` never does.
         fsdp: Shard over the processes (FSDP2) instead of copying (DDP).
-        deterministic: Only deterministic CUDA kernels, where there are such.
-        **further: Arguments of ``accelerate.Accelerator``.
+        deterministic: Use deterministic CUDA kernels where they exist.
+        **further: Further arguments of ``accelerate.Accelerator``.
 
     Raises:
         UsageError: the device cannot compute in that precision.
@@ -47,7 +57,6 @@ def make_accelerator(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
-    # One process may wait for another that encodes or evaluates what the others have not.
     handlers = [accelerate.InitProcessGroupKwargs(timeout=_LONGEST_WAIT), *further.pop("kwargs_handlers", [])]
     try:
         return accelerate.Accelerator(
@@ -61,7 +70,33 @@ def make_accelerator(
         raise UsageError(f"precision {precision!r}: {' '.join(str(error).split())}") from None
 
 
-_LONGEST_WAIT = timedelta(hours=6)
+@contextmanager
+def distributed_context() -> Iterator[None]:
+    """Close the connection between processes that the block opened; one that existed before stays open."""
 
-# Parameters from which on a part of a network is gathered by itself.
-_SHARDED_FROM = 100_000
+    def connected() -> bool:
+        return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+    before = connected()
+    yield
+    # Not after an error: other processes may still wait for this one, and closing would wait for them.
+    if connected() and not before:
+        torch.distributed.destroy_process_group()
+
+
+def to_device(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
+    """A batch of images on a device, in the model's memory format."""
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    return images.to(device, non_blocking=True, memory_format=layout)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The peak memory in MiB: allocated on a CUDA device, else occupied by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,4 +1,4 @@
-"""What goes wrong through what the user asked for, and what is not installed."""
+"""Errors for users: a request that cannot be met, and a package that is not installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import ModuleType
 class UsageError(ValueError):
     """A request that cannot be met; its message is one line with the value and the remedy.
 
-    The command line shows it without a traceback. Whatever else goes wrong is a fault of ours and keeps its own.
+    The command line shows it without a traceback. Any other exception is a bug and keeps its traceback.
     """
 
 
@@ -20,10 +20,10 @@ class MissingExtraError(ImportError):
 
 
 def require(*modules: str, extra: str = "train") -> ModuleType:
-    """Import ``modules`` and return the first, or say which extra of gspn brings what is missing.
+    """Import ``modules`` and return the first.
 
     Raises:
-        MissingExtraError: one of them is not installed.
+        MissingExtraError: one of them is not installed; the message names the extra of gspn that installs it.
 
     Example:
         >>> require("json").__name__
@@ -38,7 +38,7 @@ def require(*modules: str, extra: str = "train") -> ModuleType:
             imported.append(importlib.import_module(name))
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] != name.partition(".")[0]:
-                raise  # the package is there and itself lacks something: its own message says more
+                raise  # the package is installed and lacks a dependency of its own
             raise MissingExtraError(f"this needs {name}; pip install 'gspn[{extra}]'") from None
     return imported[0]
 

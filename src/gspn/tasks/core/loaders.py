@@ -1,4 +1,4 @@
-"""Data in batches: in an order, and with random numbers, that are functions of seed, epoch and index alone."""
+"""Data loaders whose order and random numbers are functions of seed, epoch and index alone."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from .seeding import derived_seed
 
 
 class UpdateSampler(Sampler[list[int]]):
-    """The batches of one process, in the order in which updates need them, from any update of any epoch on.
+    """The batches of one process in the order of the updates, from any update of any epoch on.
 
     Each epoch is a permutation that depends on the seed and the epoch alone. An update takes the next
-    ``batch_size * accumulate * processes`` images of it, whichever process they go to; what is left at the end is less
-    than that and is seen in other epochs.
+    ``batch_size * accumulate * processes`` images of it, whichever process they go to. The remainder at the end of an
+    epoch is skipped; other epochs see those images.
 
     Args:
-        images: How many there are.
-        batch_size: Images in a batch.
-        accumulate: Batches of each process in an update.
-        processes: How many there are.
-        process: Which of them this is.
-        seed: Of the run.
+        images: Number of images.
+        batch_size: Images per batch.
+        accumulate: Batches of each process per update.
+        processes: Number of training processes.
+        process: Index of this process.
+        seed: Seed of the run.
 
     Raises:
-        UsageError: there are fewer images than an update takes.
+        UsageError: there are fewer images than one update takes.
 
     Example:
         >>> whole = UpdateSampler(10, batch_size=4, accumulate=1, processes=1, process=0, seed=0)
@@ -58,7 +58,7 @@ class UpdateSampler(Sampler[list[int]]):
         self._first = 0
 
     def start(self, epoch: int, update: int = 0) -> None:
-        """Go to an update of an epoch; no image before it is loaded."""
+        """Start at an update of an epoch; no image before it is loaded."""
         self._epoch, self._first = epoch, update
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -74,10 +74,10 @@ class UpdateSampler(Sampler[list[int]]):
 
 
 class ShareSampler(Sampler[list[int]]):
-    """Every ``processes``-th image once, the same number of batches in each process, in order.
+    """Every ``processes``-th image once, in order, with the same number of batches in each process.
 
-    Where the images do not divide, the last batches of some processes are filled up from the start: those are not
-    ``real``, and whoever counts leaves them out.
+    Where the images do not divide evenly, the last batches of some processes are filled up with images from the start.
+    Only the first ``real`` images of a process count.
     """
 
     def __init__(self, images: int, *, batch_size: int, processes: int = 1, process: int = 0) -> None:
@@ -99,16 +99,16 @@ class ShareSampler(Sampler[list[int]]):
 
 @dataclass
 class TrainLoader:
-    """Training batches from any update on."""
+    """Training batches, from any update of any epoch on."""
 
     loader: DataLoader[Any]
     sampler: UpdateSampler
     seeded: Any
     broken: Any
-    """The record of images that could not be read, a :class:`gspn.data.BrokenImages`."""
+    """The images that could not be read, a :class:`gspn.data.BrokenImages`."""
 
     def batches(self, epoch: int, update: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The batches of this process from an update of an epoch on."""
+        """The batches of this process, from an update of an epoch on."""
         self.sampler.start(epoch, update)
         self.seeded.set_epoch(epoch)
         for images, targets, broken in self.loader:
@@ -118,7 +118,7 @@ class TrainLoader:
 
 @dataclass
 class EvalLoader:
-    """Evaluation batches; targets that do not count are -1."""
+    """Evaluation batches; the target of an image that does not count is -1."""
 
     loader: DataLoader[Any]
     sampler: ShareSampler
@@ -148,17 +148,17 @@ def seeded_loader(
     process: int,
     pin: bool,
 ) -> TrainLoader:
-    """The batches that a process trains on.
+    """The training batches of a process.
 
     Args:
-        dataset: Of (input, target); what its transform draws depends on seed, epoch and index alone, and another image
-            takes the place of one that cannot be read.
-        batch_size: Images in a batch.
-        accumulate: Batches of each process in an update.
-        seed: Of the run.
-        workers: Processes that load.
-        processes: That train.
-        process: Which of them this is.
+        dataset: A data set of (input, target). The random numbers of its transform depend on seed, epoch and index
+            alone. Another image takes the place of one that cannot be read.
+        batch_size: Images per batch.
+        accumulate: Batches of each process per update.
+        seed: Seed of the run.
+        workers: Processes that load images; 0 loads in this one.
+        processes: Number of training processes.
+        process: Index of this process.
         pin: Pin the memory of batches.
     """
     data = require("gspn.data")
@@ -177,31 +177,32 @@ def seeded_loader(
 def share_loader(
     dataset: Any, *, batch_size: int, workers: int, processes: int = 1, process: int = 0, pin: bool = False
 ) -> EvalLoader:
-    """The batches of a process that goes once through its share of the data, in order."""
+    """The batches of a process's share of the data, in order, each image once."""
     data = require("gspn.data")
     sampler = ShareSampler(len(dataset), batch_size=batch_size, processes=processes, process=process)
     whole = data.SkipBroken(dataset, training=False)
     return EvalLoader(make_loader(whole, sampler, workers, pin), sampler, data.BrokenImages(whole))
 
 
-def open_data(name: str, split: str, root: Any = None, **options: Any) -> Any:
-    """A data set of (PIL image, class index) with ``classes``.
+def open_data(name: str, split: str, root: Any = None, *, captions: bool = False, **options: Any) -> Any:
+    """A data set of (PIL image, class index) with ``classes``, or a :class:`gspn.data.CaptionedImages`.
 
     Raises:
-        UsageError: there is none of that name, split or place.
+        UsageError: there is no data set of that name, split or directory.
     """
     require("PIL", "timm")
     data = require("gspn.data")
     try:
-        dataset = data.open_dataset(name, split, root=root, **options)
+        opened = data.open_captions if captions else data.open_dataset
+        dataset = opened(name, split, root=root, **options)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise UsageError(f"data {name!r}, split {split!r}: {' '.join(str(error).split())}") from None
     except ImportError as error:
         raise MissingExtraError(str(error)) from None
     if hasattr(dataset, "__iter__") or not hasattr(dataset, "__len__"):
         raise UsageError(
-            f"data {name!r} is a stream, in which no place can be found again; open it as files (data.name=folder) "
-            "or as hfds/NAME."
+            f"data {name!r} is a stream, which cannot be resumed at an image; open it as files (data.name=folder) or "
+            "as hfds/NAME."
         )
     if len(dataset) == 0:
         raise UsageError(f"data {name!r}, split {split!r} has no images.")
@@ -209,10 +210,10 @@ def open_data(name: str, split: str, root: Any = None, **options: Any) -> Any:
 
 
 def class_names(dataset: Any) -> list[str]:
-    """The names of the classes; numbers where the data set has none.
+    """The names of the classes.
 
     Raises:
-        UsageError: the data set does not say how many there are.
+        UsageError: the data set has no class names.
     """
     names = getattr(dataset, "classes", None)
     if not names:
@@ -221,13 +222,13 @@ def class_names(dataset: Any) -> list[str]:
 
 
 def make_loader(dataset: Dataset[Any], sampler: Sampler[list[int]], workers: int, pin: bool) -> DataLoader[Any]:
-    """Batches of (images, targets, broken ones), in the order of the sampler."""
+    """Batches of (images, targets, broken images), in the order of the sampler."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
         pin_memory=pin,
         collate_fn=require("gspn.data").collate,
-        # The epoch reaches workers that are running; starting them anew costs seconds an epoch.
+        # Running workers learn of the next epoch; restarting them would cost seconds per epoch.
         persistent_workers=workers > 0,
     )

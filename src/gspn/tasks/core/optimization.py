@@ -1,4 +1,4 @@
-"""The optimiser and the schedule of a configuration, by timm."""
+"""The optimizer and the learning-rate schedule of a configuration, by timm."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from .errors import UsageError, require
-from .sections import OptimConfig, Resolved, ScheduleConfig
+from .sections import OptimConfig, ScheduleConfig
+from .task import Resolved
 
 
-def make_optimizer(optim: OptimConfig, network: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """The optimiser, with the groups that the network asks for: no decay for some, and a rate by layer.
+def make_optimizer(optim: OptimConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """The optimizer, with the parameter groups of the model: no weight decay for some, and a rate by layer.
 
     Raises:
-        UsageError: timm has no such optimiser, or it does not take these arguments.
+        UsageError: timm has no such optimizer, or it does not take these arguments.
     """
     further = dict(optim.options)
     for key in ("betas", "eps", "layer_decay"):
@@ -23,22 +24,24 @@ def make_optimizer(optim: OptimConfig, network: nn.Module, lr: float) -> torch.o
             further[key] = getattr(optim, key)
     try:
         return require("timm.optim").create_optimizer_v2(
-            network, opt=optim.name, lr=lr, weight_decay=optim.weight_decay, momentum=optim.momentum, **further
+            model, opt=optim.name, lr=lr, weight_decay=optim.weight_decay, momentum=optim.momentum, **further
         )
     except (ValueError, TypeError) as error:
         raise UsageError(f"optim.name {optim.name!r} with {further}: {error}.") from None
 
 
 def make_scheduler(schedule: ScheduleConfig, optimizer: torch.optim.Optimizer, resolved: Resolved) -> Any | None:
-    """The schedule over updates, set to the first; None for a rate that nothing changes.
+    """The schedule over updates, set to the first update; None for a constant rate.
 
-    It is a function of the number of updates, so that a resumed run needs that number alone.
+    It is a function of the number of updates alone, so a resumed run needs nothing else.
 
     Raises:
-        UsageError: timm has no such schedule, it does not take these arguments, or it is no function of the update.
+        UsageError: timm has no such schedule, it does not take these arguments, or it depends on evaluations.
     """
     if schedule.name == "plateau":
-        raise UsageError("schedule.name 'plateau' waits for evaluations; choose one that is a function of the update.")
+        raise UsageError(
+            "schedule.name 'plateau' depends on evaluations; choose a schedule that is a function of the update."
+        )
     try:
         scheduler, _ = require("timm.scheduler").create_scheduler_v2(
             optimizer,

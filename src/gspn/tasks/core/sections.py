@@ -1,4 +1,4 @@
-"""What the configurations of all training runs share: the optimiser, the schedule, the average, the run itself."""
+"""Training configurations: the sections that all tasks share, and the base of a task's configuration."""
 
 from __future__ import annotations
 
@@ -8,32 +8,91 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from .config import assigned, check_choice, check_range, from_mapping, parse_override, read_yaml, to_mapping
+from .config import (
+    assigned,
+    check_choice,
+    check_range,
+    flat,
+    from_mapping,
+    parse_override,
+    read_yaml,
+    setting,
+    settings,
+    to_mapping,
+)
 from .errors import UsageError, nearest
 
 
 @dataclass(frozen=True)
+class ImageData:
+    """The images to learn from."""
+
+    name: str = "mnist5k"
+    """`emoji`, `digits`, `mnist5k`, `folder`, ...: any name that :mod:`gspn.data` opens."""
+    root: Path | None = setting(None, free=True)
+    """Directory of the data, for those that do not come with the package."""
+    train_split: str = "train"
+    eval_split: str | None = None
+    """The held-out images, evaluated after every epoch; null for none."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the function of :mod:`gspn.data` that opens the data."""
+    size: int = setting(64, 1)
+    """Height and width of an image in pixels; smaller images are enlarged, others cropped at the centre."""
+    batch_size: int = setting(64, 1, free=True)  # its product with optim.accumulate and the processes is compared
+    """Images per forward pass of one process."""
+    workers: int = setting(4, 0, free=True)
+    """Processes that load images, for each training process; 0 loads in the training process."""
+
+
+@dataclass(frozen=True)
+class ModelExecution:
+    """How the model runs; the base of each task's ``model`` section."""
+
+    grad_checkpointing: bool = setting(False, free=True)
+    """Recompute activations in the backward pass: less memory, more time."""
+    channels_last: bool = True
+    compile: bool = setting(False, free=True)
+    """Compile the model with ``torch.compile``."""
+
+
+@dataclass(frozen=True)
+class SamplesConfig:
+    """The images that a generative model draws during training, always from the same noise."""
+
+    every: int = setting(5, 0)
+    """Epochs between two drawings; there is one after the last epoch in any case. 0: none."""
+    steps: int = setting(50, 1)
+    """Denoising steps."""
+    guidance: float = setting(2.0, 0)
+    """Scale of classifier-free guidance."""
+
+    def due(self, epoch: int, epochs: int) -> bool:
+        """Whether images are drawn after this epoch, counted from 1, of so many."""
+        return self.every > 0 and (epoch == epochs or epoch % self.every == 0)
+
+
+@dataclass(frozen=True)
 class OptimConfig:
-    """The optimiser: timm's ``create_optimizer_v2``."""
+    """The optimizer: timm's ``create_optimizer_v2``."""
 
     name: str = "adamw"
-    lr: float = 5e-4
-    """For ``lr_base_batch`` images an update; scaled linearly to the images that an update really has."""
-    lr_base_batch: int | None = 512
-    """null: ``lr`` and the schedule's rates are taken as they are."""
-    weight_decay: float = 0.05
+    lr: float = setting(5e-4, 0)
+    """For ``lr_base_batch`` images per update; scaled linearly to the actual images per update."""
+    lr_base_batch: int | None = setting(512, 1)
+    """null: ``lr`` and the schedule's rates are not scaled."""
+    weight_decay: float = setting(0.05, 0)
     betas: tuple[float, float] | None = None
     eps: float | None = None
     momentum: float = 0.9
-    layer_decay: float | None = None
+    layer_decay: float | None = setting(None, 0, 1)
     """Factor on the rate for each layer away from the head, by the model's ``group_matcher``."""
     clip_grad: float | None = None
     """Largest norm of all gradients together."""
-    label_smoothing: float = 0.0
-    accumulate: int = 1
+    label_smoothing: float = setting(0.0, 0, 1)
+    accumulate: int = setting(1, 1, free=True)
     """Batches of each process whose gradients are averaged for one update."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the optimiser."""
+    """Further arguments of the optimizer."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +100,14 @@ class ScheduleConfig:
     """The learning rate over updates: timm's ``create_scheduler_v2``."""
 
     name: str = "cosine"
-    epochs: int = 300
-    warmup_epochs: float = 0.0
+    epochs: int = setting(300, 1)
+    warmup_epochs: float = setting(0.0, 0)
     warmup_lr: float = 0.0
-    """Where the warm-up starts; scaled like ``optim.lr``."""
+    """The rate at which the warm-up starts; scaled like ``optim.lr``."""
     min_lr: float = 0.0
-    """Where the decay ends; scaled like ``optim.lr``."""
-    cooldown_epochs: int = 0
-    """Epochs at ``min_lr`` after the decay, among ``epochs``."""
+    """The rate at which the decay ends; scaled like ``optim.lr``."""
+    cooldown_epochs: int = setting(0, 0)
+    """Epochs at ``min_lr`` after the decay, counted among ``epochs``."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments: decay_epochs, decay_rate, cycle_limit, k_decay, ..."""
 
@@ -57,101 +116,86 @@ class ScheduleConfig:
 class EmaConfig:
     """An exponential moving average of the weights: timm's ``ModelEmaV3``."""
 
-    decay: float | None = None
-    """null: none is kept."""
+    decay: float | None = setting(None, 0, 1)
+    """null: no average is kept."""
     warmup: bool = True
-    """Let the decay grow from 0, so that short runs do not average in their beginning."""
+    """Increase the decay from 0, so that the average of a short run does not include its first updates."""
     warmup_gamma: float = 1.0
     warmup_power: float = 2 / 3
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where and how it runs; of these only ``seed`` and ``precision`` change what is computed."""
+    """Where and how the training runs. Only ``seed`` and ``precision`` change the result."""
 
-    output: Path = Path("runs/train")
-    seed: int = 0
+    output: Path = setting(Path("runs/train"), free=True)
+    seed: int = setting(0, 0)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    device: Literal["auto", "cpu"] = "auto"
+    device: Literal["auto", "cpu"] = setting("auto", free=True)
     fsdp: bool = False
-    """Shard weights, gradients and optimiser state over the processes (FSDP2) instead of copying them (DDP)."""
-    deterministic: bool = False
-    """Only deterministic CUDA kernels, so that a resumed run is the uninterrupted one bit for bit there too."""
-    checkpoint_every_s: float = 1800.0
-    """Seconds between checkpoints within an epoch; there is one after every epoch anyway."""
-    eval_every: int = 1
+    """Shard weights, gradients and optimizer state over the processes (FSDP2) instead of copying them (DDP)."""
+    deterministic: bool = setting(False, free=True)
+    """Use deterministic CUDA kernels only, so that a resumed run equals the uninterrupted one bit for bit there too."""
+    checkpoint_every_s: float = setting(1800.0, 0, free=True)
+    """Seconds between checkpoints within an epoch; there is one after every epoch in any case."""
+    eval_every: int = setting(1, 1)
     """Epochs between evaluations; the last epoch is always evaluated."""
-    log_every: int = 50
+    log_every: int = setting(50, 1, free=True)
     """Updates between points of the trackers' curves."""
-    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"], metadata={"free": True})
     """Experiment trackers that accelerate knows: tensorboard, wandb, ..."""
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """What follows from the rest of a configuration; computed anew in each run, and never read."""
-
-    processes: int
-    images_per_update: int
-    updates_per_epoch: int
-    lr: float
-    min_lr: float
-    warmup_lr: float
-    parameters: int
-    num_classes: int
-    train_images: int
-
-
-def check_training(optim: OptimConfig, schedule: ScheduleConfig, ema: EmaConfig, run: RunConfig) -> None:
-    """Refuse values out of their range, and two that exclude each other.
-
-    Raises:
-        UsageError: with the key, its value and what it has to be.
-    """
-    for place, value, least in (
-        ("optim.lr", optim.lr, 0),
-        ("optim.lr_base_batch", optim.lr_base_batch, 1),
-        ("optim.weight_decay", optim.weight_decay, 0),
-        ("optim.accumulate", optim.accumulate, 1),
-        ("schedule.epochs", schedule.epochs, 1),
-        ("schedule.warmup_epochs", schedule.warmup_epochs, 0),
-        ("schedule.cooldown_epochs", schedule.cooldown_epochs, 0),
-        ("run.eval_every", run.eval_every, 1),
-        ("run.log_every", run.log_every, 1),
-        ("run.checkpoint_every_s", run.checkpoint_every_s, 0),
-        ("run.seed", run.seed, 0),
-    ):
-        check_range(place, value, least)
-    check_range("optim.layer_decay", optim.layer_decay, 0, 1)
-    check_range("ema.decay", ema.decay, 0, 1)
-    if schedule.warmup_epochs + schedule.cooldown_epochs > schedule.epochs:
-        raise UsageError(
-            f"schedule.epochs is {schedule.epochs}, and warm-up and cool-down alone take "
-            f"{schedule.warmup_epochs + schedule.cooldown_epochs:g}; raise the one or lower the others."
-        )
-    if run.fsdp and ema.decay is not None:
-        raise UsageError(
-            f"ema.decay is {ema.decay:g} and run.fsdp is true: timm's average needs whole weights in each "
-            "process, which FSDP does not keep. Set ema.decay=null, or run.fsdp=false."
-        )
-    for name in run.trackers:
-        check_choice("run.trackers", name, ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive"))
-
-
 class Configuration:
-    """What can be done with the configuration of any run; a base of frozen dataclasses of sections.
+    """Base of a task's configuration, a frozen dataclass of the sections below.
 
-    The section ``resolved`` states what follows from the others, is computed in each run and never read.
+    The field ``resolved`` states what follows from the others. It is computed in each run and never read.
     """
 
     PRESETS: ClassVar[str]
     """The package whose YAML files are the presets."""
+    RENAMED: ClassVar[Mapping[str, str]] = {}
+    """Keys in the ``config.yaml`` of runs of version 0.1.0, and their present names."""
+    HAS_LABELS: ClassVar[bool] = False
+    """Whether ``optim.label_smoothing`` applies."""
+
+    data: Any
+    model: Any
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    ema: EmaConfig
+    run: RunConfig
+    resolved: dict[str, Any] | None
+
+    def __post_init__(self) -> None:
+        for key_path, one, value in settings(self):
+            check_range(key_path, value, *one.metadata.get("range", ()))
+        schedule, ema, run = self.schedule, self.ema, self.run
+        if schedule.warmup_epochs + schedule.cooldown_epochs > schedule.epochs:
+            raise UsageError(
+                f"schedule.epochs is {schedule.epochs}, and warm-up and cool-down alone take "
+                f"{schedule.warmup_epochs + schedule.cooldown_epochs:g}; raise schedule.epochs or lower the others."
+            )
+        if run.fsdp and ema.decay is not None:
+            raise UsageError(
+                f"ema.decay is {ema.decay:g} and run.fsdp is true: timm's average needs whole weights in each "
+                "process, which FSDP does not keep. Set ema.decay=null, or run.fsdp=false."
+            )
+        if self.optim.label_smoothing and not self.HAS_LABELS:
+            raise UsageError(
+                f"optim.label_smoothing is {self.optim.label_smoothing:g}, and this task has no labels to smooth; "
+                "leave it out."
+            )
+        for name in run.trackers:
+            check_choice(
+                "run.trackers", name, ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive")
+            )
 
     def changed(self, *overrides: str, **keys: Any) -> Self:
         """A copy with each ``"section.key=value"`` applied in turn, then ``**{"section.key": value}``.
 
         Raises:
-            UsageError: as for a file: an unknown key, a value of another type or out of range.
+            UsageError: an unknown key, or a value of the wrong type or out of range.
         """
         values = {key: value for key, value in to_mapping(self).items() if key != "resolved"}
         for key, value in [*map(parse_override, overrides), *keys.items()]:
@@ -160,22 +204,24 @@ class Configuration:
 
     @classmethod
     def from_values(cls, values: Any) -> Self:
-        """A configuration from nested mappings, such as a YAML file's; ``resolved``, which only states, is left out.
+        """A configuration from nested mappings, such as a YAML file's; ``resolved`` is ignored.
 
         Raises:
-            UsageError: an unknown key, or a value of another type or out of range.
+            UsageError: an unknown key, or a value of the wrong type or out of range.
         """
         if not isinstance(values, Mapping):
             sections = [one.name for one in fields(cls) if one.name != "resolved"]  # type: ignore[arg-type]
             raise UsageError(f"the configuration is {values!r}, not a mapping with {', '.join(sections)}.")
+        if "resolved" in values:
+            values = cls._with_present_keys(values)
         return from_mapping(cls, {key: value for key, value in values.items() if key != "resolved"})
 
     @classmethod
     def load(cls, source: str | Path) -> Self:
-        """Read a configuration from a YAML file, or from the preset of that name.
+        """Read a configuration from a YAML file, or from the preset of that name (:meth:`preset_names`).
 
         Raises:
-            UsageError: there is no such file or preset, or it is not right.
+            UsageError: there is no such file or preset, or its content is refused.
         """
         path = Path(source)
         if path.suffix in (".yaml", ".yml") or path.is_file():
@@ -198,7 +244,7 @@ class Configuration:
 
     @classmethod
     def preset_text(cls, name: str) -> str:
-        """The YAML of a preset, whose first comment says what it is.
+        """The YAML of a preset, whose first comment describes it.
 
         Raises:
             UsageError: there is no preset of that name.
@@ -213,3 +259,27 @@ class Configuration:
     def preset_title(cls, name: str) -> str:
         """The preset's first comment line."""
         return cls.preset_text(name).partition("\n")[0].lstrip("# ").strip()
+
+    def differences(self, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """The keys that keep a run from being resumed with this configuration: by key, the saved and the present value.
+
+        Args:
+            saved: The content of the run's ``config.yaml``.
+        """
+        free = {key_path for key_path, one, _ in settings(self) if one.metadata.get("free")}
+        free.add("resolved.processes")
+        old, new = flat(self._with_present_keys(saved)), flat(to_mapping(self))
+        keys = sorted((old.keys() | new.keys()) - free)
+        return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+    @classmethod
+    def _with_present_keys(cls, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        for old, new in cls.RENAMED.items():
+            section, _, key = old.partition(".")
+            if not key and section in saved:
+                saved = {**saved, new: saved[section]}
+                saved.pop(section)
+            elif key and key in (saved.get(section) or {}):
+                rest = {name: value for name, value in saved[section].items() if name != key}
+                saved = assigned({**saved, section: rest}, new, saved[section][key])
+        return saved

@@ -1,4 +1,4 @@
-"""Randomness as a function of where a run is, so that a resumed run draws what the uninterrupted one would have."""
+"""Seeds as functions of the position in a run, so that a resumed run draws the numbers of the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """What is drawn from PyTorch's generators inside does not count outside."""
-    # Of the device that computes: of all devices of a machine, PyTorch would warn.
+    """Restore the state of PyTorch's generators after the block."""
+    # Only the current device: PyTorch warns when the states of many devices are kept.
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..core.config import setting
+
 Objective = Literal["epsilon", "v_prediction", "flow"]
 
 
@@ -14,7 +16,7 @@ class DiffusionConfig:
 
     objective: Objective = "epsilon"
     """`epsilon` and `v_prediction` on DDPM's chain of steps, or `flow`: the velocity along straight lines."""
-    timesteps: int = 1000
+    timesteps: int = setting(1000, 2)
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     """Not used by `flow`."""
     learned_sigma: bool = True

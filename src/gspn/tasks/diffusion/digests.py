@@ -21,13 +21,14 @@ def digest(parts: Iterable[Any]) -> str:
         >>> digest(["red", torch.zeros(2)]) == digest(["red", torch.zeros(3)])
         False
     """
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
-            found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        else:
-            found.update(part if isinstance(part, bytes) else json.dumps(part).encode())
-    return found.hexdigest()
+            part = memoryview(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif not isinstance(part, bytes):
+            part = json.dumps(part).encode()
+        hasher.update(part)
+    return hasher.hexdigest()
 
 
 def weights_digest(module: nn.Module) -> str:

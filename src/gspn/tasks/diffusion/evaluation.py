@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,8 +94,17 @@ def compare_images(
     where = make_accelerator(device=device).device
     model = feature_model(features).to(where)
     fake = _features(model, samples, batch_size, where, console)
+    real = None
     path = cache and cache / f"{type(model).__name__.lower()}-{reference.digest()}.safetensors"
-    real = _stored(path, lambda: _features(model, reference, batch_size, where, console), console)
+    if path is not None and path.is_file():
+        try:
+            real = Features(**require("safetensors.torch").load_file(path))
+        except Exception as error:  # damaged: computed again, and replaced
+            console.print(f"[yellow]warning:[/] {path} cannot be read ({error}) and is replaced", highlight=False)
+    if real is None:
+        real = _features(model, reference, batch_size, where, console)
+        if path is not None:
+            save_tensors(path, real._asdict())
     kid, kid_std = kernel_distance(real.pooled, fake.pooled)
     score, score_std = inception_score(fake.logits)
     precision, recall = precision_recall(real.pooled, fake.pooled)
@@ -129,17 +137,3 @@ def _features(
             parts.append(Features(*(one.float().cpu() for one in model(batch.to(device).float() / 255))))
             advance(len(batch))
     return Features(*(torch.cat(one) for one in zip(*parts, strict=True)))
-
-
-def _stored(path: Path | None, compute: Callable[[], Features], console: Console) -> Features:
-    """Features from a file, or computed and written there."""
-    if path is None:
-        return compute()
-    if path.is_file():
-        try:
-            return Features(**require("safetensors.torch").load_file(path))
-        except Exception as error:  # damaged: computed again, and replaced
-            console.print(f"[yellow]warning:[/] {path} cannot be read ({error}) and is replaced", highlight=False)
-    found = compute()
-    save_tensors(path, found._asdict())
-    return found

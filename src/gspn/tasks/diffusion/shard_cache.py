@@ -22,10 +22,9 @@ from rich.console import Console
 from torch import Tensor
 
 from ..core.config import flat, from_mapping, to_mapping
-from ..core.devices import make_accelerator
+from ..core.devices import distributed_context, make_accelerator
 from ..core.errors import UsageError, require
 from ..core.files import replaced, write_text
-from ..core.loop import connected
 from ..core.progress import progress_bar
 from .digests import file_digest
 
@@ -43,7 +42,7 @@ class Shard:
     rows: int
     sha256: str
     bytes: int | None = None
-    """Size of the file; not known of captions that gspn 0.1.0 encoded."""
+    """Size of the file; unknown for captions that gspn 0.1.0 encoded."""
     dtype: str | None = None
     """``float16``, or ``float32`` where a number is beyond its range."""
     broken: list[str] = field(default_factory=list)
@@ -74,13 +73,8 @@ class CacheIndex:
 
     @property
     def shard_count(self) -> int:
-        """How many shards there are, once all are written."""
+        """The number of shards, once all are written."""
         return -(-self.rows // self.shard_size)
-
-    @property
-    def complete(self) -> bool:
-        """Whether all shards are written and listed."""
-        return len(self.shards) == self.shard_count
 
     def rows_of(self, shard: int) -> range:
         """The requested rows of a shard."""
@@ -101,22 +95,18 @@ class CacheIndex:
         path = directory / INDEX
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            version = values["format"]
-            if version == 1:
+            if values["format"] == 1:
                 values = cls.converted(values)
+            elif values["format"] != FORMAT:
+                raise UsageError(
+                    f"it has format {values['format']!r}, and this version of gspn reads 1 to {FORMAT}; remove the "
+                    "directory and encode the data again"
+                )
+            return from_mapping(cls, values)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{str(path)!r} cannot be read as an index of {cls.NAME}: {error!r}.") from None
-        if version not in (1, FORMAT):
-            raise UsageError(
-                f"{str(path)!r} has format {version!r}, and this version of gspn reads 1 to {FORMAT}; remove the "
-                "directory and encode the data again."
-            )
-        try:
-            return from_mapping(cls, values)
-        except UsageError as error:
-            raise UsageError(f"{str(path)!r}: {error}") from None
+            raise UsageError(f"{str(path)!r} cannot be read as an index of {cls.NAME}: {error}.") from None
 
 
 Index = TypeVar("Index", bound=CacheIndex)
@@ -132,14 +122,12 @@ class ShardReader(Generic[Index]):
     """
 
     def __init__(self, directory: Path, index: Index, remedy: str) -> None:
-        self.directory = directory
-        self.index = index
-        self._remedy = remedy
+        self.directory, self.index, self._remedy = directory, index, remedy
         self._ends = list(itertools.accumulate(shard.rows for shard in index.shards))
         self._opened: dict[int, Any] = {}
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._ends[-1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}}  # an opened file does not pass to another process
@@ -158,45 +146,38 @@ class ShardReader(Generic[Index]):
             self._opened[shard] = require("safetensors").safe_open(path, framework="pt")
         return self._opened[shard]
 
-    def verify(self) -> None:
-        """Read all files and compare their checksums.
-
-        Raises:
-            UsageError: One of them differs.
-        """
-        for shard in self.index.shards:
-            if not shard.is_whole(self.directory):
-                raise UsageError(f"{str(self.directory / shard.file)!r} does not have its checksum; {self._remedy}.")
-
-    def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Compare the sizes and the headers of all files with the index, without reading the tensors.
+    def check(self, shapes: Mapping[str, Sequence[int]], *, checksums: bool = False) -> None:
+        """Compare the sizes and the headers of all files with the index.
 
         Args:
             shapes: Of a row of each tensor.
+            checksums: Read the files, and compare their checksums too.
 
         Raises:
-            UsageError: A file is missing, cut short, or not what the index says.
+            UsageError: A file is missing, cut short, damaged, or not what the index says.
         """
         from safetensors import SafetensorError
 
         for number, shard in enumerate(self.index.shards):
-            path = self.directory / shard.file
             try:
-                size = path.stat().st_size
+                size = (self.directory / shard.file).stat().st_size
                 if size != (shard.bytes or size):
-                    raise UsageError(f"{str(path)!r} has {size:,} bytes and not {shard.bytes:,}; {self._remedy}.")
-                found = {name: self.opened(number).get_slice(name).get_shape() for name in shapes}
+                    raise self.damaged(number, f"has {size:,} bytes and not {shard.bytes:,}")
+                actual = {name: self.opened(number).get_slice(name).get_shape() for name in shapes}
             except (OSError, SafetensorError) as error:
-                raise UsageError(f"{str(path)!r} cannot be read ({error}); {self._remedy}.") from None
-            if found != {name: [shard.rows, *shape] for name, shape in shapes.items()}:
-                raise self._mismatch(shard)
+                raise self.damaged(number, f"cannot be read ({error})") from None
+            if actual != {name: [shard.rows, *shape] for name, shape in shapes.items()}:
+                raise self.damaged(number)
+            if checksums and not shard.is_whole(self.directory):
+                raise self.damaged(number, "does not have its checksum")
 
-    def _mismatch(self, shard: Shard) -> UsageError:
-        return UsageError(f"{str(self.directory / shard.file)!r} is not what {INDEX} says; {self._remedy}.")
+    def damaged(self, shard: int, problem: str = f"is not what {INDEX} says") -> UsageError:
+        """An error that names the file of a shard, the problem and the remedy."""
+        return UsageError(f"{str(self.directory / self.index.shards[shard].file)!r} {problem}; {self._remedy}.")
 
 
 Encode = Callable[[list[int], Any, Callable[[int], object]], Iterator[tuple[int, dict[str, Tensor], list[str]]]]
-"""From numbers of shards, the accelerator, and what is told how many rows are done, to (number, tensors, broken)."""
+"""From shards, the accelerator, and what is told how many rows are done, to (shard, tensors, names of the broken)."""
 
 
 @dataclass
@@ -210,8 +191,8 @@ class CacheWriter(Generic[Index]):
     Args:
         directory: New, empty, or begun with the same request.
         request: The index without shards.
-        encode: Encodes shards in the order of their numbers. Floating-point tensors are written as float16, or as
-            float32 where a number of the shard is beyond its range.
+        encode: Encodes shards in their order. Floating-point tensors are written as float16, or as float32 where a
+            number of the shard is beyond its range.
         title: Of the progress bar.
         option: What names another directory, as errors say it.
         free: Dotted keys of the request that may differ from the directory's.
@@ -237,7 +218,8 @@ class CacheWriter(Generic[Index]):
         Raises:
             UsageError: The directory belongs to another request or holds something else, or nothing can be read.
         """
-        return connected(lambda: self._write(make_accelerator(precision=precision, device=device), console))
+        with distributed_context():
+            return self._write(make_accelerator(precision=precision, device=device), console)
 
     def _write(self, accelerator: Any, console: Console | None) -> tuple[Index, int, bool]:
         main = accelerator.is_main_process
@@ -249,15 +231,15 @@ class CacheWriter(Generic[Index]):
             for path in self.directory.glob(".part-*"):  # of a call that was killed
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             if begun is None:
-                self._write_index(self.request)
+                write_json(self.directory / INDEX, self.request)
             self.prepare()
         accelerator.wait_for_everyone()
         index = begun or self.request
-        own = range(accelerator.process_index, index.shard_count, accelerator.num_processes)
-        missing = self._missing(index, own, console)
+        missing = self._missing(
+            index, range(index.shard_count)[accelerator.process_index :: accelerator.num_processes], console
+        )
         if missing:
-            rows = sum(len(index.rows_of(number)) for number in missing)
-            with progress_bar(console, self.title, rows) as advance:
+            with progress_bar(console, self.title, sum(len(index.rows_of(number)) for number in missing)) as advance:
                 for number, tensors, broken in self.encode(missing, accelerator, advance):
                     self._write_shard(number, tensors, broken)
         accelerator.wait_for_everyone()
@@ -287,18 +269,19 @@ class CacheWriter(Generic[Index]):
                 )
         return begun
 
-    def _write_index(self, index: CacheIndex) -> None:
-        write_text(self.directory / INDEX, json.dumps(to_mapping(index), indent=1) + "\n")
-
     def _missing(self, index: Index, numbers: range, console: Console | None) -> list[int]:
         """The shards that are not there or have another checksum."""
-        known = {number: shard for number in numbers if (shard := self._shard(index, number)) is not None}
-        with progress_bar(console, "checking shards", len(known)) as advance:
-            for number, shard in list(known.items()):
-                if not shard.is_whole(self.directory):
-                    del known[number]
+        missing = []
+        with progress_bar(console, "checking shards", len(numbers)) as advance:
+            for number in numbers:
+                shard = self._shard(index, number)
+                if shard is None or not shard.is_whole(self.directory):
+                    missing.append(number)
                 advance(1)
-        return [number for number in numbers if number not in known]
+        return missing
+
+    def _record(self, number: int) -> Path:
+        return self.directory / f"{self.request.NAME}-{number:05d}.json"
 
     def _shard(self, index: Index, number: int) -> Shard | None:
         """A shard's record, from its own file, which is newer, or from the index."""
@@ -307,19 +290,15 @@ class CacheWriter(Generic[Index]):
         except (OSError, ValueError):
             return index.shards[number] if number < len(index.shards) else None
 
-    def _record(self, number: int) -> Path:
-        return self.directory / f"{self.request.NAME}-{number:05d}.json"
-
     def _write_shard(self, number: int, tensors: dict[str, Tensor], broken: list[str]) -> None:
         """The file, then its record: after a kill between the two the file is written again."""
         halves = {name: value.half() for name, value in tensors.items() if value.is_floating_point()}
-        dtype = "float16" if all(bool(value.isfinite().all()) for value in halves.values()) else "float32"
+        half = all(bool(value.isfinite().all()) for value in halves.values())
         path = self._record(number).with_suffix(".safetensors")
-        with replaced(path) as part:
-            _save(part, tensors | halves if dtype == "float16" else tensors)
-            size, sha256 = part.stat().st_size, file_digest(part)
-        shard = Shard(path.name, len(next(iter(tensors.values()))), sha256, size, dtype, broken)
-        write_text(self._record(number), json.dumps(to_mapping(shard), indent=1) + "\n")
+        save_tensors(path, tensors | halves if half else tensors)
+        rows, size = len(next(iter(tensors.values()))), path.stat().st_size
+        shard = Shard(path.name, rows, file_digest(path), size, "float16" if half else "float32", broken)
+        write_json(self._record(number), shard)
 
     def _complete(self, index: Index) -> None:
         """List all shards in the index, and remove their own records."""
@@ -330,20 +309,21 @@ class CacheWriter(Generic[Index]):
         if not any(shard.rows for shard in shards):
             raise UsageError(f"{name!r}: none of the data could be read; repair them and start again.")
         if shards != index.shards:  # the bytes of an index have a digest that runs compare
-            self._write_index(replace(index, format=FORMAT, shards=shards))
+            write_json(self.directory / INDEX, replace(index, format=FORMAT, shards=shards))
         for number in range(count):
             self._record(number).unlink(missing_ok=True)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write a dataclass as JSON, in place of the file as a whole."""
+    write_text(path, json.dumps(to_mapping(value), indent=1) + "\n")
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors as a safetensors file, in place of the file as a whole."""
-    with replaced(path) as part:
-        _save(part, tensors, metadata)
-
-
-def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     save = require("safetensors.torch").save_file
-    save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path, metadata=metadata)
+    with replaced(path) as part:
+        save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, metadata=metadata)
 
 
 def short(value: Any) -> str:

@@ -1,83 +1,172 @@
-"""What training a UNet and distilling an adapter share: batches, the held-out loss, and images on the way."""
+"""The shared part of training a UNet and distilling an adapter: data, held-out loss, and samples during training."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..core.errors import UsageError, require
-from ..core.files import replaced
-from ..core.loop import Position, TrainingRun, to_device
-from ..core.records import EpochRow
-from ..core.sections import Resolved
-from ..core.seeding import derived_seed, random_state_kept, seed_everything
+from ..core.devices import distributed_context, make_accelerator
+from ..core.errors import require
+from ..core.loop import fit, refuse_existing
+from ..core.metrics_table import EpochRow, metric
+from ..core.seeding import derived_seed, random_state_kept
+from ..core.task import Config, Context, Models, Setup, Task, TrainingResult, Weights
 from ..diffusion.digests import fingerprint
 from ..diffusion.image_grid import draw_prompts
+from ..diffusion.schedulers import check_chain
 from .conditioning import Conditioning
-from .config import ResolvedTextToImage
-from .data import EncodedData, EncodedSplit, read_text
+from .data import encode_data, read_text
 
 
 @dataclass(frozen=True)
 class CaptionRow(EpochRow):
-    """One row of ``metrics.csv``; the held-out losses are None where there is nothing held out."""
+    """One row of ``metrics.csv``. The losses are None where there is no held-out data or no evaluation."""
 
-    eval_loss: float | None
-    """Mean over the held-out images, at times and noise that are the same after every epoch."""
-    ema_loss: float | None
-    """Likewise, of the averaged weights."""
+    eval_loss: float | None = metric("eval {:.4f}")
+    """Mean over the held-out images, at the same times and noise after every epoch."""
+    ema_loss: float | None = metric("ema {:.4f}")
+    """The same of the averaged weights."""
 
 
-class CaptionRun(TrainingRun[CaptionRow, Position]):
-    """A run over encoded images and captions; a task derives from it and says what the loss of a batch is.
+Row = TypeVar("Row", bound=CaptionRow)
+
+
+class CaptionTask(Task[Config, Row]):
+    """A task on encoded images and captions.
+
+    A subclass opens the pipeline, builds the model, and says how its losses are computed and what is saved and drawn.
 
     Args:
         config: The task's configuration.
-        pipeline: On the CPU, whose UNet is trained or is the teacher.
-        data: Encoded.
-        resume: Continue from the newest whole checkpoint.
-        console: Where to print.
     """
 
-    row = CaptionRow
+    config: Any
 
-    def __init__(self, config: Any, pipeline: Any, data: EncodedData, resume: bool, console: Console) -> None:
-        self.pipeline = pipeline
-        self.data = data
-        self._mark = fingerprint(pipeline.unet)
-        super().__init__(config, resume, console)
+    def __init__(self, config: Config) -> None:
+        self.config = config
 
-    def _open_loaders(self, config: Any) -> None:
-        self.train_loader, self.held_out = self.data.loaders(
-            config.data, accumulate=config.optim.accumulate, seed=config.run.seed, **self.places
+    # --- What a subclass provides -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def open_pipeline(self) -> Any:
+        """The pipeline that encodes the data and draws, on the CPU; refuses a wrong request before the encoding."""
+
+    @abstractmethod
+    def build_model(self, context: Context) -> tuple[nn.Module, str, list[str]]:
+        """The model, its title, and notes to print."""
+
+    @property
+    @abstractmethod
+    def caption_dropout(self) -> float:
+        """Probability of dropping a caption."""
+
+    @abstractmethod
+    def losses(
+        self, model: nn.Module, start: Tensor, text: Conditioning, *, epoch: int | None = None
+    ) -> dict[str, Tensor]:
+        """The ``loss`` of each image and its parts, ``[B]`` each, with numbers from PyTorch's generators.
+
+        Args:
+            model: The model.
+            start: Clean latents ``[B, C, h, w]``.
+            text: Their encoded captions.
+            epoch: The epoch, counted from 0; None in an evaluation.
+        """
+
+    @abstractmethod
+    def write(self, weights: dict[str, Tensor], directory: Path) -> None:
+        """Write the result into a directory."""
+
+    @abstractmethod
+    def draw(self, weights: dict[str, Tensor], context: Context) -> dict[str, list[Image.Image]]:
+        """Rows of images by name, one image per prompt, drawn with the weights just written."""
+
+    # --- The run ------------------------------------------------------------------------------------------------------
+
+    def train(self, resume: bool, console: Console | None) -> TrainingResult[Row]:
+        """Encode the data, train and return the result."""
+        require("accelerate", "timm", "torchvision", "safetensors", "yaml")
+        require("diffusers", extra="diffusers")
+        config, console = self.config, console or Console()
+        # One connection for all: if it were closed and opened again between encoding and training, one process might
+        # meet the other's old end.
+        with distributed_context():
+            make_accelerator(device=config.run.device)
+            # A wrong request is refused before hours of encoding.
+            self.pipeline = self.open_pipeline()
+            check_chain(self.pipeline.scheduler, ("epsilon", "v_prediction"))
+            refuse_existing(config.run.output, resume)
+            self.unet_fingerprint = fingerprint(self.pipeline.unet)
+            cache = config.data.cache or config.run.output / "cache"
+            self.data = encode_data(config.data, self.pipeline, cache, device=config.run.device, console=console)
+            return fit(self, resume=resume, console=console)
+
+    def setup(self, context: Context) -> Setup:
+        """Open the encoded data and build the model."""
+        train, self.held_out = self.data.loaders(
+            self.config.data,
+            accumulate=self.config.optim.accumulate,
+            seed=self.config.run.seed,
+            **context.process_info,
+        )
+        model, title, notes = self.build_model(context)
+        text, shape = self.data.train.text.index, list(self.data.shape)
+        return Setup(
+            model=model,
+            train=train,
+            evaluation=self.held_out,
+            model_title=title,
+            data_title=f"{self.data.name}: {train.sampler.images:,} images, {text.rows - 1:,} captions, latents of "
+            f"{' x '.join(map(str, shape))}",
+            notes=tuple(notes),
+            resolved={
+                "captions": text.rows - 1,
+                "latent_shape": shape,
+                "latents": self.data.train.latents.digest,
+                "text": text.encoders,
+                "unet": self.unet_fingerprint,  # of the weights that existed before: the teacher's, or the pipeline's
+            },
         )
 
-    def _classes(self) -> int:
-        return 0
+    def loss(self, model: nn.Module, images: Tensor, targets: Tensor, epoch: int) -> Tensor:
+        """The mean loss of a batch of posteriors, with some captions dropped."""
+        rows = self.data.train.text.sample_rows(targets, self.caption_dropout)
+        text = read_text(self.data.train.text, rows, images.device)
+        return self.losses(model, self.data.start(images), text, epoch=epoch)["loss"].mean()
 
-    def _resolve(self, config: Any, network: nn.Module, shared: Resolved) -> ResolvedTextToImage:
-        del config, network
-        text = self.data.train.text.index
-        return ResolvedTextToImage(
-            **asdict(shared),
-            captions=text.rows - 1,
-            latent_shape=list(self.data.shape),
-            latents=self.data.train.latents.digest,
-            text=text.encoders,
-            unet=self._mark,
-        )
+    def evaluate(self, models: Models, context: Context) -> dict[str, float | None]:
+        """The losses of the held-out images; their parts are those of the averaged weights where they exist."""
+        split = self.data.held_out
+        if split is None or self.held_out is None:
+            return {}
 
-    def _data_line(self) -> str:
-        resolved = self.config.resolved
-        shape = " x ".join(map(str, resolved.latent_shape))
-        return f"{self.data.name}: {resolved.train_images:,} images, {resolved.captions:,} captions, latents of {shape}"
+        def losses(model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+            text = read_text(split.text, split.text.leading(targets), images.device)
+            return self.losses(model, self.data.start(images), text)
 
-    # --- The loss -----------------------------------------------------------------------------------------------------
+        raw = context.mean_metrics(models.raw, self.held_out, losses)
+        ema = None if models.ema is None else context.mean_metrics(models.ema, self.held_out, losses)
+        parts = {f"eval_{name}": value for name, value in (ema or raw).items() if name != "loss"}
+        return {"eval_loss": raw["loss"], "ema_loss": None if ema is None else ema["loss"], **parts}
+
+    def save(self, weights: Weights, row: Row, output: Path, context: Context, *, best: bool) -> Image.Image | None:
+        """Write the result; returns a grid of samples when they are due."""
+        del best
+        self.write(weights.averaged, output / "last")
+        if not self.config.samples.due(row.epoch, self.config.schedule.epochs):
+            return None
+        context.reporter.doing("drawing")
+        with random_state_kept():
+            return draw_prompts(self.draw(weights.averaged, context), self.prompts())
+
+    # --- Images -------------------------------------------------------------------------------------------------------
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -85,100 +174,29 @@ class CaptionRun(TrainingRun[CaptionRow, Position]):
         _, height, width = self.data.shape
         return height * self.data.pixels, width * self.data.pixels
 
-    def _losses(self, model: nn.Module, start: Tensor, text: Conditioning) -> dict[str, Tensor]:
-        """``loss``, and its parts, of each of ``start`` ``[B, C, h, w]``, ``[B]``; draws from PyTorch's generators."""
-        raise NotImplementedError
-
-    def _dropout(self) -> float:
-        """Probability of leaving a caption out."""
-        raise NotImplementedError
-
-    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        rows = self.data.train.text.sample_rows(targets, self._dropout())
-        text = read_text(self.data.train.text, rows, self.accelerator.device)
-        return self._losses(self.model, self.data.start(images), text)["loss"].mean()
-
-    @torch.no_grad()
-    def _held_out_losses(self, model: nn.Module, split: EncodedSplit) -> dict[str, float]:
-        training = model.training
-        model.eval()
-        sums: dict[str, float] = {}
-        with random_state_kept():
-            for i, (images, targets) in enumerate(self.held_out or ()):
-                seed_everything(derived_seed(self.config.run.seed, "eval", i, self.accelerator.process_index))
-                images = to_device(images, self.accelerator.device, self.config.model.channels_last)
-                counts = targets >= 0
-                text = read_text(split.text, split.text.leading(targets.clamp(min=0)), self.accelerator.device)
-                with self.accelerator.autocast():
-                    found = self._losses(model, self.data.start(images), text)
-                found = {"count": torch.ones(len(targets)), **found}
-                for name, each in found.items():
-                    sums[name] = sums.get(name, 0.0) + each.cpu().double()[counts].sum().item()
-        model.train(training)
-        values = self._summed(torch.tensor(list(sums.values()), dtype=torch.float64))
-        whole = dict(zip(sums, values, strict=True))
-        return {name: value / max(whole["count"], 1) for name, value in whole.items() if name != "count"}
-
-    def _finish(self, shared: dict[str, Any], last: bool) -> tuple[CaptionRow, list[str], bool]:
-        epoch = shared["epoch"]
-        raw, ema = {}, {}
-        if self.data.held_out is not None and (last or epoch % self.config.run.eval_every == 0):
-            self.reporter.doing("evaluating", epoch - 1)
-            raw = self._held_out_losses(self.model, self.data.held_out)
-            ema = {} if self.ema is None else self._held_out_losses(self._averaged(), self.data.held_out)
-        parts = {f"eval_{name}": value for name, value in (ema or raw).items() if name != "loss"}
-        row = self.row(**shared, eval_loss=raw.get("loss"), ema_loss=ema.get("loss"), **parts)
-        found = [f"{name} {one['loss']:.4f}" for name, one in (("eval", raw), ("ema", ema)) if one]
-        weights = self.weights()
-        if self.main:
-            self._write(weights.get("ema", weights["raw"]))
-            every = self.config.samples.every
-            if every and (last or epoch % every == 0):
-                self.reporter.doing("drawing", epoch - 1)
-                with random_state_kept():
-                    self._draw(epoch, row.step)
-        return row, found, False
-
-    def _averaged(self) -> nn.Module:
-        """The module of the averaged weights, that the loss can be taken of."""
-        if self.ema is None:
-            raise UsageError("no average is kept; set ema.decay.")
-        return self.ema.module
-
-    def _write(self, weights: Any) -> None:
-        """Write what the run gives into ``last/``."""
-        raise NotImplementedError
-
-    # --- Images -----------------------------------------------------------------------------------------------------
-
-    def _draw(self, epoch: int, step: int) -> None:
-        """Draw images of the weights just written."""
-        raise NotImplementedError
-
     def prompts(self) -> list[str]:
-        """What is drawn on the way."""
-        samples = self.config.samples
+        """The prompts that are drawn during training."""
+        samples, captions = self.config.samples, self.data.train.captions
         if samples.prompts:
             return list(samples.prompts)
-        captions = self.data.train.captions
         return [captions[(2 * i + 1) * len(captions) // (2 * samples.number)] for i in range(samples.number)]
 
-    def drawn(self, pipeline: Any) -> list[Image.Image]:
+    def drawn(self, pipeline: Any, context: Context) -> list[Image.Image]:
         """The prompts, drawn by a pipeline from noise that depends on the run's seed alone."""
-        samples, (height, width) = self.config.samples, self.image_size
-        prompts = self.prompts()
+        samples, (height, width), prompts = self.config.samples, self.image_size, self.prompts()
         trained = pipeline.scheduler
         solver = require("diffusers", extra="diffusers").DPMSolverMultistepScheduler
         pipeline.scheduler = solver.from_config(trained.config)
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.to(self.accelerator.device)
-        found: list[Image.Image] = []
+        pipeline.to(context.accelerator.device)
+        images: list[Image.Image] = []
+        size = self.config.data.batch_size
         try:
-            with self.accelerator.autocast():
-                for begin in range(0, len(prompts), self.config.data.batch_size):
-                    some = prompts[begin : begin + self.config.data.batch_size]
+            with context.accelerator.autocast():
+                for begin in range(0, len(prompts), size):
+                    some = prompts[begin : begin + size]
                     seeds = [derived_seed(self.config.run.seed, "picture", begin + i) for i in range(len(some))]
-                    found += pipeline(
+                    images += pipeline(
                         some,
                         height=height,
                         width=width,
@@ -188,15 +206,4 @@ class CaptionRun(TrainingRun[CaptionRow, Position]):
                     ).images
         finally:
             pipeline.scheduler = trained
-        return found
-
-    def save_sheet(self, epoch: int, step: int, rows: dict[str, list[Image.Image]]) -> None:
-        """Rows of images, one for each of the prompts, with their names."""
-        sheet = draw_prompts(rows, self.prompts())
-        with replaced(self.output / "samples" / f"epoch-{epoch:05d}.png") as part:
-            sheet.save(part, format="PNG")
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                import numpy as np
-
-                tracker.log_images({"samples": np.asarray(sheet)[None]}, step=step, dataformats="NHWC")
+        return images

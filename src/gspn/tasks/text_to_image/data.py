@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..core.errors import MissingExtraError, UsageError, require
-from ..core.loaders import EvalLoader, TrainLoader, seeded_loader, share_loader
-from ..diffusion.latent_cache import encode_images, images_record
+from ..core.errors import require
+from ..core.loaders import EvalLoader, TrainLoader, open_data, seeded_loader, share_loader
+from ..diffusion.latent_cache import cache_latents
 from ..diffusion.latents import LatentSet, open_latents, sample_posterior
 from .conditioning import Conditioning
 from .config import DataConfig
@@ -72,18 +72,9 @@ class EncodedData:
     ) -> tuple[TrainLoader, EvalLoader | None]:
         """Batches of (posterior, index in the data set)."""
         self.train.latents.hflip = data.hflip
-        train = seeded_loader(
-            self.train.latents,
-            batch_size=data.batch_size,
-            accumulate=accumulate,
-            seed=seed,
-            workers=data.workers,
-            **process_info,
-        )
-        if self.held_out is None:
-            return train, None
-        held_out = share_loader(self.held_out.latents, batch_size=data.batch_size, workers=data.workers, **process_info)
-        return train, held_out
+        loading = {"batch_size": data.batch_size, "workers": data.workers, **process_info}
+        train = seeded_loader(self.train.latents, accumulate=accumulate, seed=seed, **loading)
+        return train, None if self.held_out is None else share_loader(self.held_out.latents, **loading)
 
 
 def encode_data(
@@ -121,45 +112,27 @@ def encode_data(
 def _encode_split(
     data: DataConfig, split: str, pipeline: Any, directory: Path, device: str, console: Console | None
 ) -> EncodedSplit:
-    images = open_captioned(data.name, split, data.root, **data.options)
-    encode_images(
+    images = open_data(data.name, split, data.root, captions=True, **data.options)
+    cache_latents(
         pipeline.vae,
-        images,
-        images_record(images, data.name, split, data.options, data.size),
+        data=data.name,
+        split=split,
+        images=images,
         output=directory / "latents",
-        source="vae",
+        size=data.size,
         hflip=data.hflip > 0,
         batch_size=data.encode_batch_size,
         device=device,
         workers=data.workers,
         console=console,
         option="data.cache",
+        **data.options,
     )
     captions = [images.captions(i) for i in range(len(images))]
     text = cache_text(pipeline, captions, directory / "text", device=device, console=console)
     # Frees the memory of the device.
     pipeline.vae.to("cpu")
     return EncodedSplit(open_latents(directory / "latents", remedy=_REMEDY), text, [some[0] for some in captions])
-
-
-def open_captioned(name: str, split: str, root: Path | None = None, **options: Any) -> Any:
-    """Open a :class:`gspn.data.CaptionedImages`.
-
-    Raises:
-        UsageError: There is none of that name, split or directory, or it is empty.
-        MissingExtraError: A package is not installed.
-    """
-    require("PIL", "timm")
-    opening = require("gspn.data.captions.emoji")
-    try:
-        images = opening.open_captions(name, split, root=root, **options)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        raise UsageError(f"data {name!r}, split {split!r}: {' '.join(str(error).split())}") from None
-    except ImportError as error:
-        raise MissingExtraError(str(error)) from None
-    if len(images) == 0:
-        raise UsageError(f"data {name!r}, split {split!r} has no images.")
-    return images
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ class TextTable(ShardReader[TextIndex]):
     def __init__(self, directory: Path, index: TextIndex, counts: Sequence[int]) -> None:
         super().__init__(directory, index, "start the run again")
         self.counts = torch.tensor(counts)
-        # Row 0 is no caption.
+        # Row 0 stands for no caption.
         self.first = torch.cat([torch.ones(1, dtype=torch.int64), 1 + self.counts.cumsum(0)])
         self._nothing: Conditioning | None = None
 
@@ -77,10 +77,10 @@ class TextTable(ShardReader[TextIndex]):
         number, at = self.locate(row)
         shard = self.opened(number)
         pooled = shard.get_slice("pooled")[at : at + 1].float() if "pooled" in list(shard.keys()) else None
-        found = Conditioning(shard.get_slice("states")[at : at + 1].float(), pooled)
+        caption = Conditioning(shard.get_slice("states")[at : at + 1].float(), pooled)
         if row == 0:  # every batch reads it
-            self._nothing = found
-        return found
+            self._nothing = caption
+        return caption
 
 
 def cache_text(

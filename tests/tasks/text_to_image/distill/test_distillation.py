@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
-import signal
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,14 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from gspn.diffusers import GSPNAdapter
 from gspn.tasks.core.errors import UsageError
-from gspn.tasks.text_to_image.config import DistillConfig
-from gspn.tasks.text_to_image.distill import distill
+from gspn.tasks.text_to_image.distill import DistillConfig, distill
 from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
 from gspn.tasks.text_to_image.sample import sample
-from tasks.classify.processes import start_many
-from tasks.classify.runs import assert_same, newest_state, rows
-from tasks.text_to_image.t2i_runs import make_folder, start, tiny_distill
+from tasks.processes import start_many
+from tasks.runs import assert_same, newest_state, rows, stopped_before
+from tasks.text_to_image.t2i_runs import make_folder, tiny_distill
 from tasks.text_to_image.t2i_support import make_sd, make_sdxl
+
+BLOCKS_FIRST = ["run.checkpoint_every_s=0", "data.hflip=0.5", "distillation.block_epochs=1"]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +39,12 @@ def trained(place):
     return distill(tiny_distill(place / "teacher", place / "images", place / "run", *settings))
 
 
+@pytest.fixture(scope="module")
+def whole(place):
+    """An uninterrupted run whose first epoch trains layers separately."""
+    return distill(tiny_distill(place / "teacher", place / "images", place / "whole", *BLOCKS_FIRST)).output
+
+
 def test_it_learns_and_writes(trained):
     table = rows(trained.output)
     assert len(table) == 8
@@ -56,18 +61,16 @@ def test_it_learns_and_writes(trained):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_a_perfect_prediction_gives_back_the_latents(prediction):
-    from types import SimpleNamespace
-
-    from gspn.tasks.text_to_image.distill.training import _DistillRun
+    from gspn.tasks.text_to_image.distill.training import Distillation
     from tasks.text_to_image.t2i_support import make_scheduler
 
     scheduler = DDPMScheduler.from_config(make_scheduler(prediction).config)
     start = torch.randn(64, 4, 3, 5, generator=torch.Generator().manual_seed(0))
-    noisy, t, aim = _DistillRun._noised(SimpleNamespace(noise=scheduler), start)
+    noisy, t, target = Distillation.noised(SimpleNamespace(scheduler=scheduler), start)
     assert t.max() > 800 and t.min() < 200
     a = scheduler.alphas_cumprod[t].sqrt()[:, None, None, None]
     b = (1 - a.square()).sqrt()
-    back = (noisy - b * aim) / a if prediction == "epsilon" else a * noisy - b * aim
+    back = (noisy - b * target) / a if prediction == "epsilon" else a * noisy - b * target
     torch.testing.assert_close(back, start, atol=1e-4, rtol=1e-3)
 
 
@@ -84,40 +87,27 @@ def test_the_adapter_is_the_average_and_draws(trained, place, tmp_path):
     adapter.mount(pipeline.unet)
 
 
-def test_killed_and_resumed_is_the_same_run(place, tmp_path):
-    settings = ["run.checkpoint_every_s=0", "data.hflip=0.5", "distillation.block_epochs=1"]
-    runs = [tiny_distill(place / "teacher", place / "images", tmp_path / one, *settings) for one in ("whole", "killed")]
-    distill(runs[0])
-    process = start(runs[1])
-    killed = tmp_path / "killed"
-    wanted = random.Random().randint(1, 6)
-    deadline = time.monotonic() + 120
-    while process.is_alive() and time.monotonic() < deadline:
-        if any(int(path.name[5:]) >= wanted for path in (killed / "checkpoints").glob("step-*")):
-            break
-        time.sleep(0.005)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    distill(runs[1], resume=True)
-    assert_same(newest_state(killed), newest_state(tmp_path / "whole"))
-    assert rows(killed) == rows(tmp_path / "whole")
+@pytest.mark.parametrize("update", [3, 7])
+def test_stopped_and_resumed_is_the_same_run(place, whole, tmp_path, update):
+    config = tiny_distill(place / "teacher", place / "images", tmp_path, *BLOCKS_FIRST)
+    with stopped_before(update):
+        distill(config)
+    distill(config, resume=True)
+    assert_same(newest_state(tmp_path), newest_state(whole))
+    assert rows(tmp_path) == rows(whole)
     name = "last/diffusion_pytorch_model.safetensors"
-    assert_same(load_file(killed / name), load_file(tmp_path / "whole" / name))
+    assert_same(load_file(tmp_path / name), load_file(whole / name))
+    samples = "samples/epoch-00002.png"
+    assert (tmp_path / samples).read_bytes() == (whole / samples).read_bytes()
 
 
 def share(teacher, root, output, *settings):
-    from gspn.tasks.text_to_image.distill import training as distillation
+    from gspn.tasks.text_to_image.distill.training import Distillation
 
-    class Run(distillation._DistillRun):
-        def fit(self):
-            result = super().fit()
-            state = {key: value.contiguous() for key, value in self.network.state_dict().items()}
-            save_file(state, f"{output}-{self.accelerator.process_index}.safetensors")
-            return result
-
-    distillation._DistillRun = Run
-    distill(tiny_distill(teacher, root, output, *settings), console=None)
+    task = Distillation(tiny_distill(teacher, root, output, *settings))
+    result = task.train(resume=False, console=None)
+    state = {key: value.contiguous() for key, value in task.distiller.state_dict().items()}
+    save_file(state, f"{output}-{int(not result.is_main)}.safetensors")
 
 
 def test_two_processes_share_the_work(place, tmp_path):
@@ -162,10 +152,10 @@ def test_stable_diffusion_xl(place, tmp_path):
     assert 0 < result.last.eval_loss < 10
 
 
-def test_it_goes_on_from_an_adapter(place, trained, tmp_path):
+def test_it_continues_from_an_adapter(place, trained, tmp_path):
     first = load_adapter(trained.output)
     settings = [
-        f"model.resume_from={trained.output}",
+        f"model.init_from={trained.output}",
         "schedule.epochs=1",
         "optim.lr=0",
         "samples.every=0",
@@ -181,13 +171,13 @@ def test_it_goes_on_from_an_adapter(place, trained, tmp_path):
         ("teacher=nowhere", "no model_index.json"),
         ("model.layers=[sideways]", "sideways"),
         ("model.proxy_bias=false", "constant gates need it"),
-        ("model.resume_from=nowhere", "no config.json"),
-        ("distillation.block_epochs=9", "the former are among the latter"),
+        ("model.init_from=nowhere", "no config.json"),
+        ("distillation.block_epochs=9", "more than schedule.epochs 2"),
         ("distillation.attention=-1", "distillation.attention"),
         ("data.name=nothing", "nothing"),
         ("data.size=33", "no multiple of 4"),
-        ("run.fsdp=true", "fsdp"),
-        ("model.weights=bf16", "needs autocast"),
+        ("run.fsdp=true", r"FSDP is not supported.*run\.fsdp=false"),
+        ("model.weights=bf16", "need autocast"),
     ],
 )
 def test_what_cannot_be_met(place, tmp_path, override, message):
@@ -196,12 +186,12 @@ def test_what_cannot_be_met(place, tmp_path, override, message):
 
 
 def test_a_wrong_request_is_refused_before_anything_is_encoded(place, trained, tmp_path, monkeypatch):
-    from gspn.tasks.text_to_image.distill import training as distillation
+    from gspn.tasks.text_to_image import caption_trainer
 
     def encode_data(*_args, **_kwargs):
         raise AssertionError("encoded")
 
-    monkeypatch.setattr(distillation, "encode_data", encode_data)
+    monkeypatch.setattr(caption_trainer, "encode_data", encode_data)
     sources = (place / "teacher", place / "images")
     with pytest.raises(UsageError, match="holds a run already"):
         distill(tiny_distill(*sources, trained.output))

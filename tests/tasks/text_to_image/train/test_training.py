@@ -7,11 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from gspn.tasks.core.errors import UsageError
-from gspn.tasks.text_to_image.config import TextToImageConfig
 from gspn.tasks.text_to_image.pipelines import load_pipeline
 from gspn.tasks.text_to_image.sample import sample
-from gspn.tasks.text_to_image.train import train
-from tasks.classify.runs import assert_same, newest_state, rows
+from gspn.tasks.text_to_image.train import TextToImageConfig, train
+from tasks.runs import assert_same, newest_state, rows
 from tasks.text_to_image.t2i_runs import make_folder, tiny_train
 from tasks.text_to_image.t2i_support import make_sd, make_vae
 

@@ -1,13 +1,15 @@
-"""Distil a GSPN adapter from a pipeline's own attention."""
+"""Distil a pipeline's self-attention into a GSPN adapter."""
 
 from typing import TYPE_CHECKING
 
 from gspn._lazy import lazy_exports
 
+from .config import AdapterConfig, DistillationConfig, DistillConfig
+
 if TYPE_CHECKING:
-    from .training import DistillResult, distill
+    from .training import distill
 
-# These need diffusers and accelerate, which reading a configuration does not.
-__getattr__, __dir__ = lazy_exports(__name__, {"DistillResult": ".training", "distill": ".training"})
+__all__ = ["AdapterConfig", "DistillConfig", "DistillationConfig", "distill"]
 
-__all__ = ["DistillResult", "distill"]
+# It needs diffusers and accelerate, which reading a configuration does not.
+__getattr__, __dir__ = lazy_exports(__name__, {"distill": ".training"}, eager=__all__)

@@ -1,4 +1,4 @@
-"""Where an adapter starts: gates that make of uniform scans what the attention makes, as well as constants can."""
+"""Initialization of an adapter: constant gates that approximate the attention's output by uniform scans."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from gspn.diffusers import GSPNTokenMixer
 from ..conditioning import Conditioning, unet_arguments
 from .attention_matching import Distiller, recorded
 
-# Of the gates' random parts, beside the constant ones.
+# Scale of the gates' random parts relative to the constant ones.
 _RANDOM = 0.1
 
 
 @torch.no_grad()
 def fit_gates(distiller: Distiller, batches: Iterable[tuple[Tensor, Tensor, Conditioning]]) -> dict[str, float]:
-    r"""Start each mixer from constant gates, the least squares against the attention in whose place it is.
+    r"""Initialize each mixer with constant gates, fitted by least squares to the attention that it replaces.
 
-    The first channel of the proxy becomes the constant 1. With :math:`\lambda = 1` and taps near the uniform ones,
-    :math:`h_d` is a sum over what lies before a pixel in direction d. For each channel c by itself, over all tokens of
-    the batches,
+    The first channel of the proxy becomes the constant 1. With :math:`\lambda = 1` and taps that are nearly uniform,
+    :math:`h_d` is a sum over the pixels before a pixel in direction d. For each channel c separately, over all tokens
+    of the batches,
 
     .. math:: \min_{u, s, b} \sum \bigl( \textstyle\sum_d u_{dc} h_{dc} + s_c v_c + b_c - z_c \bigr)^2
 
-    with v the values, which attention and mixer share, and z what the attention makes of them, before ``to_out``. The
-    u and s become the constant parts of the gates, b goes through ``to_out`` into its bias. What depends on the input
-    starts at a tenth of that, at random, and is learnt.
+    where v are the values, which attention and mixer share, and z is the attention's output before ``to_out``. The
+    fitted u and s become the constant parts of the gates, and b goes through ``to_out`` into its bias. The parts that
+    depend on the input start at random, at a tenth of that scale.
 
     Args:
-        distiller: whose adapter, with ``proxy_bias`` and copied projections, is changed.
-        batches: (noisy latents, times, conditioning), on its device.
+        distiller: Its adapter is changed; it needs ``proxy_bias`` and copied projections.
+        batches: (noisy latents, times, conditioning), on the distiller's device.
 
     Returns:
         By layer, the share of the variance of z that the fit explains.
@@ -44,13 +44,13 @@ def fit_gates(distiller: Distiller, batches: Iterable[tuple[Tensor, Tensor, Cond
     sums: dict[str, dict[str, Tensor]] = {}
     before_out: dict[str, Any] = {name: module.to_out[0] for name, module in distiller.attentions().items()}  # type: ignore[index]
     for noisy, t, text in batches:
-        given = unet_arguments(distiller.teacher, text, distiller.height, distiller.width)
-        with recorded(distiller.attentions()) as wanted, recorded(before_out) as made:
-            distiller.teacher(noisy, t, **given, return_dict=False)
-        sizes = distiller.map_sizes(noisy, t, given)
+        arguments = unet_arguments(distiller.teacher, text, distiller.height, distiller.width)
+        with recorded(distiller.attentions()) as attentions, recorded(before_out) as outputs:
+            distiller.teacher(noisy, t, **arguments, return_dict=False)
+        sizes = distiller.map_sizes(noisy, t, arguments)
         for name, mixer in mixers.items():
-            regressors = _regressors(mixer, wanted[name][0], sizes[name])  # [B N, D, 4 + 1 + 1]
-            _add(sums.setdefault(name, {}), regressors, made[name][0].flatten(0, 1))
+            regressors = _regressors(mixer, attentions[name][0], sizes[name])  # [B N, D, 4 + 1 + 1]
+            _add(sums.setdefault(name, {}), regressors, outputs[name][0].flatten(0, 1))
     return {name: _solve(mixer, **sums[name]) for name, mixer in mixers.items()}
 
 
@@ -66,34 +66,34 @@ def _make_constant(mixer: GSPNTokenMixer) -> None:
 
 
 def _regressors(mixer: GSPNTokenMixer, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """Of each token and channel the four scans, the value where there is a skip, and 1: ``[B N, D, 5 or 6]``."""
+    """For each token and channel: the four scans, the value if there is a skip, and 1; ``[B N, D, 5 or 6]``."""
     scan: Any = mixer.scan
     gates, skips = scan.u_proj.clone(), scan.skip_proj
     values = mixer.to_v(tokens)  # [B, N, D]
     maps = values.transpose(1, 2).unflatten(2, size)  # [B, D, H, W]
-    found = []
+    columns = []
     kept = None if skips is None else skips.clone()
     if skips is not None:
         skips.zero_()
     for direction in range(len(gates)):
         scan.u_proj.zero_()
         scan.u_proj[direction, :, 0] = 1
-        found.append(scan(maps).flatten(2).transpose(1, 2))  # [B, N, D]
+        columns.append(scan(maps).flatten(2).transpose(1, 2))  # [B, N, D]
     scan.u_proj.copy_(gates)
     if skips is not None:
         skips.copy_(kept)
-        found.append(values)
-    found.append(torch.ones_like(values))
-    return torch.stack(found, dim=-1).flatten(0, 1)
+        columns.append(values)
+    columns.append(torch.ones_like(values))
+    return torch.stack(columns, dim=-1).flatten(0, 1)
 
 
-def _add(sums: dict[str, Tensor], regressors: Tensor, aim: Tensor) -> None:
+def _add(sums: dict[str, Tensor], regressors: Tensor, target: Tensor) -> None:
     # On the CPU: Apple's GPU has no float64.
-    regressors, aim = regressors.cpu().double(), aim.cpu().double()
+    regressors, target = regressors.cpu().double(), target.cpu().double()
     for name, value in (
         ("gram", torch.einsum("ndp,ndq->dpq", regressors, regressors)),  # [D, P, P]
-        ("cross", torch.einsum("ndp,nd->dp", regressors, aim)),  # [D, P]
-        ("square", aim.square().sum(0)),  # [D]
+        ("cross", torch.einsum("ndp,nd->dp", regressors, target)),  # [D, P]
+        ("square", target.square().sum(0)),  # [D]
     ):
         sums[name] = sums[name] + value if name in sums else value
 
@@ -102,9 +102,9 @@ def _solve(mixer: GSPNTokenMixer, gram: Tensor, cross: Tensor, square: Tensor) -
     scan: Any = mixer.scan
     directions, has_bias = len(scan.u_proj), mixer.to_out[0].bias is not None
     count, mean = gram[:, -1, -1], cross[:, -1]
-    kept = slice(None) if has_bias else slice(None, -1)  # a bias that there is not cannot be fitted
+    kept = slice(None) if has_bias else slice(None, -1)  # without a bias, nothing to fit there
     gram, cross = gram[:, kept, kept], cross[:, kept]
-    # Scans of a map that is all alike are multiples of each other: of the solutions the least one, by a little weight.
+    # Scans of a constant map are multiples of each other: a small ridge selects the smallest solution.
     weight = 1e-6 * gram.diagonal(dim1=1, dim2=2).clamp(min=1e-12)
     solution = torch.linalg.solve(gram + weight.diag_embed(), cross)  # [D, P]
     gates = solution[:, :directions].T  # [4, D]
@@ -113,7 +113,7 @@ def _solve(mixer: GSPNTokenMixer, gram: Tensor, cross: Tensor, square: Tensor) -
     if scan.skip_proj is not None:
         skips = solution[:, directions]
         scan.skip_proj *= _RANDOM * skips.square().mean().sqrt().item() / directions
-        scan.skip_proj[..., 0] = skips.to(scan.skip_proj) / directions  # of which there is one for each direction
+        scan.skip_proj[..., 0] = skips.to(scan.skip_proj) / directions  # there is one for each direction
     if has_bias:
         linear: Any = mixer.to_out[0]
         linear.bias += linear.weight @ solution[:, -1].to(linear.weight)

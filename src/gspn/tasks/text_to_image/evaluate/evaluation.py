@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Console
 
 from ...core.errors import UsageError
+from ...core.loaders import open_data
 from ...diffusion.evaluation import ImageMetrics, compare_images
 from ...diffusion.images import ImageSet, open_images, read_images, read_record
-from ..data import open_captioned
 from .text_scores import TextScorer, TextScores, embed_sentences
 
 
@@ -71,8 +71,7 @@ def evaluate(
     name, _, split = reference.rpartition(":")
     if not name:
         raise UsageError(f"{reference!r} is not a data set with its split; give one such as emoji:train.")
-    folder = None if root is None else Path(root)
-    real_images, captions = _open_reference(name, split, folder, (sampled.pixels.shape[2], sampled.pixels.shape[3]))
+    real_images, captions = _open_reference(name, split, root, (sampled.pixels.shape[2], sampled.pixels.shape[3]))
     metrics, fake, real = compare_images(
         sampled, real_images, features=features, batch_size=batch_size, device=device, cache=cache,
         console=console or Console(),
@@ -81,7 +80,7 @@ def evaluate(
     scorer = TextScorer(embed_sentences([text for _, text in pairs]), real.pooled[[i for i, _ in pairs]])
     candidates = None
     if distractors is not None:
-        other = open_captioned(name, distractors, folder)
+        other = open_data(name, distractors, root, captions=True)
         candidates = embed_sentences([other.captions(i)[0] for i in range(len(other))])
     text = scorer.score(fake.pooled, embed_sentences(prompts), candidates)
     index = {some[0]: i for i, some in enumerate(captions)}
@@ -105,10 +104,10 @@ def prompt_of(path: Path) -> str:
 
 
 def _open_reference(
-    name: str, split: str, root: Path | None, size: tuple[int, int]
+    name: str, split: str, root: str | Path | None, size: tuple[int, int]
 ) -> tuple[ImageSet, list[tuple[str, ...]]]:
     """The images of a reference and their captions, without broken images."""
-    images = open_captioned(name, split, root)
+    images = open_data(name, split, root, captions=True)
     items = [(images.filename(i), i) for i in range(len(images))]
     real, kept = read_images(f"{name}:{split}", items, lambda i: (images.image(i), -1), size)
     return real, [images.captions(i) for i in kept]

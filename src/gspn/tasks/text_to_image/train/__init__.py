@@ -1,13 +1,15 @@
-"""Train a UNet from captions."""
+"""Train a UNet on images with captions."""
 
 from typing import TYPE_CHECKING
 
 from gspn._lazy import lazy_exports
 
+from .config import NoiseConfig, TextToImageConfig, UNetConfig
+
 if TYPE_CHECKING:
-    from .training import TextToImageResult, train
+    from .training import train
 
-# These need diffusers and accelerate, which reading a configuration does not.
-__getattr__, __dir__ = lazy_exports(__name__, {"TextToImageResult": ".training", "train": ".training"})
+__all__ = ["NoiseConfig", "TextToImageConfig", "UNetConfig", "train"]
 
-__all__ = ["TextToImageResult", "train"]
+# It needs diffusers and accelerate, which reading a configuration does not.
+__getattr__, __dir__ = lazy_exports(__name__, {"train": ".training"}, eager=__all__)

@@ -2,92 +2,122 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from ...core.devices import make_accelerator
 from ...core.errors import UsageError, require
 from ...core.files import replaced_directory
-from ...core.loop import connected, refuse_existing
 from ...core.seeding import derived_seed, random_state_kept
+from ...core.task import Context, TrainingResult
 from ...diffusion.autoencoder import load_autoencoder, vae_scale_factor
 from ...diffusion.config import DiffusionConfig
 from ...diffusion.losses import DenoisingLoss
-from ...diffusion.schedulers import check_chain
-from ..caption_trainer import CaptionRow, CaptionRun
+from ..caption_trainer import CaptionRow, CaptionTask
 from ..conditioning import Conditioning, unet_arguments
-from ..config import TextToImageConfig
-from ..data import encode_data
 from ..pipelines import load_pipeline, minilm, save_pipeline
+from .config import TextToImageConfig
 
 
-@dataclass(frozen=True)
-class TextToImageResult:
-    """What a run came to.
+def train(
+    config: TextToImageConfig, *, resume: bool = False, console: Console | None = None
+) -> TrainingResult[CaptionRow]:
+    """Train a text-to-image UNet with self-attention, from random weights or from a pipeline's.
 
-    Attributes:
-        output: The run's directory: ``config.yaml``, ``metrics.csv``, ``last``, ``samples``, ``checkpoints``.
-        last: The last row of the table.
-        is_main: Whether this is the process that writes and prints.
-    """
-
-    output: Path
-    last: CaptionRow | None
-    is_main: bool = True
-
-
-def train(config: TextToImageConfig, *, resume: bool = False, console: Console | None = None) -> TextToImageResult:
-    """Train a UNet with self-attention that draws what captions say, from nothing or further.
-
-    Latents and captions are encoded first, once, into ``data.cache``. Then as every training run here: in one process
-    or several, on accelerate, killed and resumed to the same weights. The output directory receives ``config.yaml``,
-    ``metrics.csv`` (a :class:`CaptionRow` an epoch), ``samples/``, and in ``last/`` a pipeline of diffusers with the
+    Latents and captions are first encoded, once, into ``data.cache``. The output directory receives ``config.yaml``,
+    ``metrics.csv`` (a :class:`CaptionRow` per epoch), ``samples/``, and in ``last/`` a pipeline of diffusers with the
     average of the weights where one is kept.
 
-    Args:
-        config: What to do.
-        resume: Continue from the newest whole checkpoint in the output directory; from the start if there is none.
-        console: Where to print; standard output by default.
+    Runs in one process or several, and resumes a killed run to the same weights: see :func:`gspn.tasks.core.loop.fit`.
 
-    Returns:
-        Where everything is.
+    Args:
+        config: The configuration.
+        resume: Continue from the newest complete checkpoint in the output directory, from the start if there is none.
+        console: The console to print on; standard output by default.
 
     Raises:
-        UsageError: a request that cannot be met; also where the loss is not finite any more.
+        UsageError: a request that cannot be met; also a loss that is not finite.
         MissingExtraError: diffusers, accelerate or another package is not installed.
 
     Example:
-        >>> from gspn.tasks.text_to_image.config import TextToImageConfig
-        >>> from gspn.tasks.text_to_image.train import train
+        >>> from gspn.tasks.text_to_image.train import TextToImageConfig, train
         >>> train(TextToImageConfig.load("emoji64").changed("model.vae=runs/vae/last"))  # doctest: +SKIP
     """
-    require("accelerate", "timm", "torchvision", "safetensors", "yaml")
-    require("diffusers", extra="diffusers")
-    return connected(lambda: _train(config, resume, console or Console()))
+    return UNetTraining(config).train(resume, console)
 
 
-def _train(config: TextToImageConfig, resume: bool, console: Console) -> TextToImageResult:
-    # Processes connect once: closed and opened again between encoding and training, one may find the other's old end.
-    make_accelerator(device=config.run.device)
-    pipeline = open_pipeline(config)
-    # What is wrong is said before hours of encoding.
-    check_chain(pipeline.scheduler, ("epsilon", "v_prediction"))
-    refuse_existing(config.run.output, resume)
-    cache = config.data.cache or config.run.output / "cache"
-    data = encode_data(config.data, pipeline, cache, device=config.run.device, console=console)
-    return _UNetRun(config, pipeline, data, resume, console).fit()
+class UNetTraining(CaptionTask[TextToImageConfig, CaptionRow]):
+    """Training of a UNet on encoded images and captions."""
+
+    row_type = CaptionRow
+    config: TextToImageConfig
+
+    def open_pipeline(self) -> Any:
+        """The pipeline of the configuration, its UNet seeded."""
+        return open_pipeline(self.config)
+
+    def build_model(self, context: Context) -> tuple[nn.Module, str, list[str]]:
+        """A copy of the pipeline's UNet: the pipeline's own holds what is written."""
+        del context
+        config, unet = self.config, self.pipeline.unet
+        scheduler = require("diffusers", extra="diffusers").DDPMScheduler.from_config(self.pipeline.scheduler.config)
+        objective, steps = scheduler.config.prediction_type, scheduler.config.num_train_timesteps
+        if config.model.pipeline is not None and objective != config.noise.objective:
+            raise UsageError(
+                f"noise.objective is {config.noise.objective!r}, and {config.model.pipeline!r} predicts {objective!r}; "
+                f"set noise.objective={objective}."
+            )
+        self.denoising = DenoisingLoss(
+            DiffusionConfig(objective=objective, timesteps=steps, learned_sigma=False), scheduler
+        )
+        with random_state_kept():
+            model = type(unet).from_config(unet.config)
+        model.load_state_dict(unet.state_dict())
+        if config.model.grad_checkpointing:
+            model.enable_gradient_checkpointing()
+        return model, "UNet with self-attention", []
+
+    @property
+    def caption_dropout(self) -> float:
+        """Probability of dropping a caption."""
+        return self.config.noise.caption_dropout
+
+    def losses(self, model: Any, start: Tensor, text: Conditioning, *, epoch: int | None = None) -> dict[str, Tensor]:
+        """The denoising loss of each image."""
+        del epoch
+        arguments = unet_arguments(self.pipeline.unet, text, *self.image_size)
+        # A tuple: what gathers outputs over processes and precisions does not know diffusers' classes.
+        loss = self.denoising.each(
+            lambda noisy, t, _: model(noisy, t, **arguments, return_dict=False)[0],
+            start,
+            torch.zeros(0),  # no labels
+        )
+        return {"loss": loss}
+
+    def write(self, weights: dict[str, Tensor], directory: Path) -> None:
+        """Write the pipeline."""
+        self.pipeline.to("cpu")
+        self.pipeline.unet.load_state_dict(weights)
+        with replaced_directory(directory) as part:
+            save_pipeline(self.pipeline, part)
+
+    def draw(self, weights: dict[str, Tensor], context: Context) -> dict[str, list[Image.Image]]:
+        """The prompts, drawn by the pipeline just written."""
+        del weights
+        images = self.drawn(self.pipeline, context)
+        self.pipeline.to("cpu")
+        return {"": images}
 
 
 def open_pipeline(config: TextToImageConfig) -> Any:
     """The pipeline of a configuration, its UNet seeded.
 
     Raises:
-        UsageError: a part of it cannot be opened, or the parts do not fit.
+        UsageError: a part of it cannot be opened, or the parts do not fit together.
     """
     diffusers = require("diffusers", extra="diffusers")
     model = config.model
@@ -129,7 +159,7 @@ def open_pipeline(config: TextToImageConfig) -> Any:
 
 
 def noise_scheduler(config: TextToImageConfig) -> Any:
-    """The scheduler that is saved with the weights: DDIM's steps on the chain that was learnt."""
+    """The scheduler that is saved with the weights: DDIM on the training's noise schedule."""
     noise = config.noise
     return require("diffusers", extra="diffusers").DDIMScheduler(
         num_train_timesteps=noise.timesteps,
@@ -142,58 +172,3 @@ def noise_scheduler(config: TextToImageConfig) -> Any:
         steps_offset=1,
         timestep_spacing="trailing",
     )
-
-
-class _UNetRun(CaptionRun):
-    def _open(self, config: TextToImageConfig) -> nn.Module:
-        self._open_loaders(config)
-        diffusers = require("diffusers", extra="diffusers")
-        scheduler = diffusers.DDPMScheduler.from_config(self.pipeline.scheduler.config)
-        objective, steps = scheduler.config.prediction_type, scheduler.config.num_train_timesteps
-        if config.model.pipeline is not None and objective != config.noise.objective:
-            raise UsageError(
-                f"noise.objective is {config.noise.objective!r}, and {config.model.pipeline!r} predicts {objective!r}; "
-                f"set noise.objective={objective}."
-            )
-        self.denoising = DenoisingLoss(
-            DiffusionConfig(objective=objective, timesteps=steps, learned_sigma=False), scheduler
-        )
-        # Another module than the pipeline's, which holds what is written.
-        with random_state_kept():
-            network = type(self.pipeline.unet).from_config(self.pipeline.unet.config)
-        network.load_state_dict(self.pipeline.unet.state_dict())
-        if config.model.grad_checkpointing:
-            network.enable_gradient_checkpointing()
-        return network
-
-    def _announcement(self) -> list[str]:
-        parameters = self.config.resolved.parameters / 1e6
-        return [f"UNet with self-attention, {parameters:.2f} M parameters, on {self._place()}", self._data_line()]
-
-    def fit(self) -> TextToImageResult:
-        """Train, and say what came of it."""
-        self.run()
-        return TextToImageResult(self.output, self.table.last(), self.main)
-
-    def _dropout(self) -> float:
-        return self.config.noise.caption_dropout
-
-    def _losses(self, model: Any, start: Tensor, text: Conditioning) -> dict[str, Tensor]:
-        given = unet_arguments(self.pipeline.unet, text, *self.image_size)
-        # A tuple: what gathers outputs over processes and precisions does not know diffusers' classes.
-        loss = self.denoising.each(
-            lambda noisy, t, _: model(noisy, t, **given, return_dict=False)[0],
-            start,
-            torch.zeros(0),  # no labels
-        )
-        return {"loss": loss}
-
-    def _write(self, weights: Any) -> None:
-        self.pipeline.to("cpu")
-        self.pipeline.unet.load_state_dict({key: value.cpu() for key, value in weights.items()})
-        with replaced_directory(self.output / "last") as part:
-            save_pipeline(self.pipeline, part)
-
-    def _draw(self, epoch: int, step: int) -> None:
-        self.save_sheet(epoch, step, {"": self.drawn(self.pipeline)})
-        self.pipeline.to("cpu")

@@ -1,4 +1,4 @@
-"""What a classifier is trained and evaluated on."""
+"""Training and evaluation data of a classifier."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def open_pair(data: DataConfig) -> tuple[Any, Any]:
     classes = class_names(train)
     options = dict(data.options)
     if data.name in ("", "folder"):
-        options.setdefault("classes", classes)  # a class without images to evaluate shifts no other
+        options.setdefault("classes", classes)  # a class without held-out images must not shift the others
     evaluated = open_data(data.name, data.eval_split, data.root, **options)
     if class_names(evaluated) != classes:
         raise UsageError(
-            f"data {data.name!r}: split {data.train_split!r} has {len(classes)} classes and {data.eval_split!r} others "
-            f"({len(class_names(evaluated))}); name splits of one set."
+            f"data {data.name!r}: split {data.train_split!r} has {len(classes)} classes and {data.eval_split!r} has "
+            f"{len(class_names(evaluated))} others; name two splits of one data set."
         )
     return train, evaluated
 
 
 def train_transform(augment: AugmentConfig, preprocessing: Preprocessing) -> Any:
-    """The training transform: timm's, and the whole image in place of a crop, and ``RandomAffine``."""
+    """The training transform: timm's, optionally with the whole image instead of a crop, and with ``RandomAffine``."""
     if not augment.enabled:
         return preprocessing.transform()
     timm_data = require("timm.data", "torchvision")
@@ -56,7 +56,7 @@ def train_transform(augment: AugmentConfig, preprocessing: Preprocessing) -> Any
     )
     steps = list(composed.transforms)
     if augment.crop == "none":
-        # What timm begins with is the random crop.
+        # timm's first step is the random crop.
         whole = preprocessing.interpolation if augment.interpolation == "random" else augment.interpolation
         steps[0] = transforms.Resize(size, transforms.InterpolationMode(whole))
     if augment.affine is not None:
@@ -78,7 +78,7 @@ def train_transform(augment: AugmentConfig, preprocessing: Preprocessing) -> Any
 def train_loader(
     dataset: Any, config: TrainConfig, preprocessing: Preprocessing, *, processes: int, process: int, pin: bool
 ) -> TrainLoader:
-    """The batches that a process trains on."""
+    """The training batches of a process."""
     dataset.transform = train_transform(config.augment, preprocessing)
     return seeded_loader(
         dataset,
@@ -102,11 +102,6 @@ def eval_loader(
     process: int = 0,
     pin: bool = False,
 ) -> EvalLoader:
-    """The batches that a process evaluates."""
+    """The evaluation batches of a process."""
     dataset.transform = preprocessing.transform()
     return share_loader(dataset, batch_size=batch_size, workers=workers, processes=processes, process=process, pin=pin)
-
-
-def eval_batch_size(data: DataConfig) -> int:
-    """Images in one forward pass when evaluating."""
-    return data.eval_batch_size or data.batch_size

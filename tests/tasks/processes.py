@@ -1,33 +1,53 @@
-"""Training in processes of its own, which share one import of what they need."""
+"""Training in processes of its own, all forked from one server that has imported what they need."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import signal
 import socket
+import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gspn.tasks.classify import train
 from gspn.tasks.core import checkpoints, devices
-from tasks.classify.runs import tiny
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["gspn.tasks.classify.training", "timm.data", "accelerate", "torchvision", __name__])
+_PRELOADED = [
+    "timm.data", "timm.optim", "torchvision", "accelerate", "transformers", "diffusers", "gspn.models",
+    "gspn.tasks.classify.training", "gspn.tasks.class_conditional.training",
+    "gspn.tasks.text_to_image.distill.training",
+]  # fmt: skip
+_CONTEXT.set_forkserver_preload([name for name in _PRELOADED if find_spec(name.partition(".")[0])])
 
 
-def start(output: Path, settings: list[str], *, die_in_checkpoint: int | None = None) -> Any:
-    """Train, resuming what is there; with ``die_in_checkpoint``, killed in the middle of writing that one."""
-    process = _CONTEXT.Process(target=_train, args=(output, settings, die_in_checkpoint))
+def start(work: Any, *arguments: Any, die_in_checkpoint: int | None = None) -> Any:
+    """Call ``work`` in a process; with ``die_in_checkpoint``, it is killed while it writes that checkpoint."""
+    process = _CONTEXT.Process(target=_run, args=(work, arguments, die_in_checkpoint))
     process.start()
     return process
 
 
+def kill_at_random(process: Any, checkpoints_of: Path, updates: int) -> None:
+    """Kill a training process some time after a random one of its first ``updates`` checkpoints."""
+    wanted = random.Random().randint(1, updates)
+    deadline = time.monotonic() + 120
+    while process.is_alive() and time.monotonic() < deadline:
+        if any(int(path.name[5:]) >= wanted for path in (checkpoints_of / "checkpoints").glob("step-*")):
+            time.sleep(random.Random().uniform(0, 0.05))
+            break
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
 def start_many(count: int, printed: Path, work: Any, *arguments: Any) -> None:
-    """Run ``work`` in so many connected processes, as torchrun would; ``printed`` receives what they print."""
+    """Call ``work`` in so many connected processes, as torchrun would; ``printed`` receives what they print."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -66,7 +86,7 @@ def shard_on_cpu() -> None:
     loop.make_accelerator = make_accelerator
 
 
-def _train(output: Path, settings: list[str], die_in_checkpoint: int | None) -> None:
+def _run(work: Any, arguments: tuple[Any, ...], die_in_checkpoint: int | None) -> None:
     torch.set_num_threads(1)
     if die_in_checkpoint is not None:
         plain, calls = checkpoints.write_text, []
@@ -74,18 +94,18 @@ def _train(output: Path, settings: list[str], die_in_checkpoint: int | None) -> 
         def write_text(path: Path, text: str) -> None:
             calls.append(path)
             if len(calls) == die_in_checkpoint:
-                # Weights and optimiser are there, half of what describes them is, and the name is not.
+                # Weights and optimizer are there, half of what describes them is, and the name is not.
                 path.write_text(text[: len(text) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
             plain(path, text)
 
         checkpoints.write_text = write_text
-    train(tiny(output, *settings), resume=True)
+    work(*arguments)
 
 
 def _connected(rank: int, count: int, port: int, printed: Path, work: Any, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    # Their own is that of the server that forked them, which another test may have started.
+    # Their own output is that of the server that forked them, which another test may have started.
     with printed.open("a") as file:
         os.dup2(file.fileno(), 1)
     os.environ |= {

@@ -1,0 +1,96 @@
+"""``metrics.csv``: one row per epoch, in a table that survives a kill."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from .files import write_text
+
+
+def metric(shown: str = "") -> Any:
+    """A column of a task's row, for ``dataclasses``: None, and an empty cell, where it was not measured.
+
+    Args:
+        shown: Its format in the line that is printed after an epoch, such as ``"eval {:.4f}"``; empty: not printed.
+    """
+    return field(default=None, metadata={"shown": shown})
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """The columns of ``metrics.csv`` that every task has; a task's row adds its metrics."""
+
+    epoch: int
+    """Epochs completed."""
+    step: int
+    """Updates completed."""
+    lr: float
+    """Learning rate of the epoch's last update, for layers whose rate is not reduced."""
+    train_loss: float
+    """Mean over the epoch's images, as augmented and mixed."""
+    seconds: float
+    """Time of the epoch's updates, without evaluation and checkpoints."""
+    images_per_second: float
+    peak_memory_mib: float
+    """Peak memory: allocated on the CUDA device, else occupied by the process."""
+    broken_images: int
+    """Images of the epoch that could not be read; others took their place."""
+
+    def shown_metrics(self) -> list[str]:
+        """The metrics that were measured, as they are printed after an epoch."""
+        shown = ((one.metadata.get("shown"), getattr(self, one.name)) for one in fields(self))
+        return [text.format(value) for text, value in shown if text and value is not None]
+
+
+Row = TypeVar("Row", bound=EpochRow)
+
+
+class MetricsTable(Generic[Row]):
+    """The table, replaced as a whole after each epoch, so that a kill leaves the old table or the new one.
+
+    Args:
+        path: The file.
+        row: The type of its rows.
+    """
+
+    def __init__(self, path: Path, row: type[Row]) -> None:
+        self.path = path
+        self.row = row
+        self._rows: list[dict[str, str]] = []
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                self._rows = list(csv.DictReader(file))
+
+    def last(self) -> Row | None:
+        """The last row, or None."""
+        if not self._rows:
+            return None
+        values = {}
+        for one in fields(self.row):
+            text = self._rows[-1][one.name]
+            values[one.name] = None if text == "" else (int if one.type == "int" else float)(text)
+        return self.row(**values)
+
+    def forget_after(self, step: int) -> None:
+        """Drop the rows after update ``step``, which a resumed run computes again."""
+        kept = [row for row in self._rows if int(row["step"]) <= step]
+        if len(kept) < len(self._rows):
+            self._rows = kept
+            self._write()
+
+    def append(self, row: Row) -> None:
+        """Add a row."""
+        values = asdict(row).items()
+        self._rows.append({key: "" if v is None else str(v) if isinstance(v, int) else f"{v:.9g}" for key, v in values})
+        self._write()
+
+    def _write(self) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [one.name for one in fields(self.row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._rows)
+        write_text(self.path, text.getvalue())
