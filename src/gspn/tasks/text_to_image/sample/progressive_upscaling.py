@@ -140,7 +140,7 @@ def plan_stages(
             raise UsageError(f"{name} {side} is not a multiple of {multiple}, the VAE's factor; take {near}.")
     if upscaling is None:
         return (Stage(height, width, steps),)
-    sizes = _stage_sizes(height, width, area, multiple)
+    sizes = stage_sizes(height, width, area, multiple)
     stages = [Stage(*sizes[0], steps)]
     for number, (h, w) in enumerate(sizes[1:], start=1):
         strength = upscaling.strength(number)
@@ -155,7 +155,8 @@ def plan_stages(
     return tuple(stages)
 
 
-def _stage_sizes(height: int, width: int, area: int, multiple: int) -> list[tuple[int, int]]:
+def stage_sizes(height: int, width: int, area: int, multiple: int) -> list[tuple[int, int]]:
+    """The heights and widths of the stages of an image with progressive upscaling."""
     scale = math.sqrt(height * width / area)
     count = max(0, math.ceil(math.log2(scale) - 1e-6))  # rounding must not put a power of two into another stage
     sizes = [(height, width)]

@@ -37,7 +37,7 @@ from .estimate import (
     model_bytes,
 )
 from .offload import MODELS, OFFLOADS, SKIPS, offloaded_skips
-from .progressive_upscaling import Stage, UpscalingConfig, map_lengths, plan_stages, trained_area
+from .progressive_upscaling import Stage, UpscalingConfig, map_lengths, plan_stages, stage_sizes, trained_area
 from .stage_cache import StageCache, read_settings
 from .stage_runner import RunProgress, StageRunner
 
@@ -371,17 +371,14 @@ def estimate(
         The plan with all decisions, its offloading in effect until ``stack`` closes; the cache of finished stages; and
         the estimate.
     """
-    request, estimated, small, flops = plan.request, None, plan.stages[0], (0, 0)
+    request, estimated, small, flops = plan.request, None, (0, 0), (0, 0)
     if request.check or request.estimate_only:
         plan, estimated = estimate_memory(plan)
         if not request.estimate_only:
             check_memory(estimated, plan)
         last, area = plan.stages[-1], trained_area(plan.pipeline.unet, plan.factor)
-        one_step = UpscalingConfig(strengths=(1.0,))
-        small = plan_stages(
-            last.height, last.width, area=area, multiple=plan.factor, steps=request.steps, upscaling=one_step
-        )[0]
-        flops = base_flops(plan, small.height, small.width)
+        small = stage_sizes(last.height, last.width, area, plan.factor)[0]
+        flops = base_flops(plan, *small)
     # Opened before anything that takes long, because it refuses other settings.
     cache = plan.open_cache()
     if plan.offload in MODELS:
@@ -389,7 +386,7 @@ def estimate(
         stack.callback(plan.pipeline.to, "cpu")
         stack.callback(plan.pipeline.remove_all_hooks)
     if estimated is not None:
-        estimated = estimate_times(estimated, plan, small.height, small.width, flops)
+        estimated = estimate_times(estimated, plan, *small, flops)
         console.print(estimated.table())
     if plan.offload in SKIPS and not request.estimate_only:
         stack.enter_context(offloaded_skips(plan.pipeline.unet, storage="cpu"))
