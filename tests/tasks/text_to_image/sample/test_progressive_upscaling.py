@@ -16,8 +16,8 @@ from gspn.diffusers import GSPNTokenMixer
 from gspn.tasks.core.errors import UsageError
 from gspn.tasks.diffusion.schedulers import named_scheduler
 from gspn.tasks.text_to_image.conditioning import encode_nothing, encode_prompts
-from gspn.tasks.text_to_image.denoising import GuidanceInputs, first_step, noise_level, predict
 from gspn.tasks.text_to_image.sample import stage_runner
+from gspn.tasks.text_to_image.sample.denoising import GuidanceInputs, first_step, noise_level, predict
 from gspn.tasks.text_to_image.sample.progressive_upscaling import (
     DilatedSampling,
     UpscalingConfig,
@@ -346,7 +346,7 @@ def test_damaged_settings(sd, tmp_path):
         sample(sd, "cat", **options)
 
 
-def test_lines_are_the_longer_sides(sd):
+def test_map_lengths_are_the_longer_sides(sd):
     text = encode_prompts(sd, ["red"])
     assert map_lengths(sd.unet, text, height=64, width=96, factor=8) == {}
     adapter = make_adapter(sd)

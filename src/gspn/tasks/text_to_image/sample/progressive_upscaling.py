@@ -21,7 +21,7 @@ from gspn.diffusers import GSPNTokenMixer
 
 from ...core.errors import UsageError
 from ..conditioning import Conditioning
-from ..denoising import GuidanceInputs, first_step, noise_level, predict
+from .denoising import GuidanceInputs, first_step, noise_level, predict
 from .memory_and_flops import unet_cost
 
 SPACES = ("latents", "pixels")
@@ -206,7 +206,7 @@ def skip_residual(
         power: The exponent a.
 
     Returns:
-        The ``blend`` of :func:`~gspn.tasks.text_to_image.denoising.denoise`.
+        The ``blend`` of :func:`~gspn.tasks.text_to_image.sample.denoising.denoise`.
     """
     steps = len(scheduler.timesteps) - begin
 

@@ -24,8 +24,8 @@ from ...diffusion.images import ImageRecord, is_sampled, save_png
 from ...diffusion.schedulers import check_chain, named_scheduler
 from ..conditioning import Conditioning, encode_nothing, encode_prompts
 from ..decoding import TILED_FROM, tiles, to_images, to_pixels
-from ..denoising import GuidanceInputs
 from ..pipelines import PIPELINES, load_adapter, load_pipeline
+from .denoising import GuidanceInputs
 from .estimate import (
     Estimate,
     base_flops,

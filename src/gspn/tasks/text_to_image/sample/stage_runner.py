@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ..decoding import to_latents, to_pixels
-from ..denoising import denoise, draw_noise, first_step, image_generators
+from .denoising import denoise, draw_noise, first_step, image_generators
 from .progressive_upscaling import DilatedSampling, Stage, enlarge, segmented_scans, skip_residual
 from .stage_cache import StageCache
 

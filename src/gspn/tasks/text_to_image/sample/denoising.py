@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.seeding import derived_seed
-from .conditioning import Conditioning, unet_arguments
+from ...core.seeding import derived_seed
+from ..conditioning import Conditioning, unet_arguments
 
 
 @dataclass(frozen=True)
