@@ -229,7 +229,7 @@ def test_numbers_beyond_half_precision_are_kept(tmp_path):
     assert open_latents(tmp_path / "out")[0][0][0].mean() == pytest.approx(1e5, rel=1e-3)
 
 
-def test_numbers_that_are_none_are_refused(tmp_path):
+def test_latents_that_are_not_finite_are_refused(tmp_path):
     broken = autoencoder()
     with torch.no_grad():
         broken.quant_conv.bias[0] = float("nan")

@@ -24,7 +24,7 @@ LABELS = torch.arange(6)
 
 @pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
 @pytest.mark.parametrize("objective", ["epsilon", "v_prediction", "flow"])
-def test_who_knows_the_image_has_no_loss(objective, sampling):
+def test_a_perfect_prediction_has_no_loss(objective, sampling):
     loss = loss_of(objective=objective, sampling=sampling)
     seen = []
 

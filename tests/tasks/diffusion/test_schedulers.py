@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
 
 from gspn.diffusers.class_conditional import takes_variance
 from gspn.tasks.class_conditional import DiffusionConfig
 from gspn.tasks.core.errors import UsageError
-from gspn.tasks.diffusion.schedulers import SCHEDULERS, named_scheduler, training_scheduler
+from gspn.tasks.diffusion.schedulers import PREDICTIONS, SCHEDULERS, check_chain, named_scheduler, training_scheduler
 
 FLOW = ("flow", "flow-heun")
 
@@ -46,3 +55,27 @@ def test_a_right_prediction_leads_to_the_image(name, objective):
 def test_a_name_that_does_not_exist():
     with pytest.raises(UsageError, match="did you mean 'ddim'"):
         named_scheduler("dim", training_scheduler(DiffusionConfig(), pixels=True))
+
+
+def test_auto_is_the_models_own_unless_that_needs_hundreds_of_steps():
+    sde = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
+    for own in (EulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler(), sde):
+        found = named_scheduler("auto", own)
+        assert type(found) is type(own) and found is not own
+    assert named_scheduler("auto", sde).config.algorithm_type == "sde-dpmsolver++"
+    assert named_scheduler("dpm++", sde).config.algorithm_type == "dpmsolver++"
+    for slow in (DDPMScheduler(), PNDMScheduler()):
+        assert type(named_scheduler("auto", slow)).__name__ == "DDIMScheduler"
+        assert type(named_scheduler("auto", slow, auto="unipc")).__name__ == "UniPCMultistepScheduler"
+
+
+def test_models_that_a_scheduler_cannot_run():
+    with pytest.raises(UsageError, match="'euler_a' does not run models that predict the sample"):
+        named_scheduler("euler_a", DDIMScheduler(prediction_type="sample"))
+    assert check_chain(DDIMScheduler(prediction_type="sample")) == "sample"
+    for trained, predictions in (
+        (DDIMScheduler(prediction_type="sample"), ("epsilon",)),
+        (EDMEulerScheduler(), PREDICTIONS),
+    ):
+        with pytest.raises(UsageError, match=type(trained).__name__):
+            check_chain(trained, predictions)

@@ -33,18 +33,9 @@ class FeatureModel(nn.Module):
 
     Attributes:
         label: Name to state with every figure: a FID compares only with others of the same features.
-        side: Height and width of its input in pixels.
     """
 
     label: str
-    side: int
-
-    def resized(self, images: Tensor) -> Tensor:
-        """The images at the size of the model, grey ones in three channels."""
-        if images.shape[1] == 1:
-            images = images.expand(-1, 3, -1, -1)
-        size = (self.side, self.side)
-        return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
 
 class Lite0Features(FeatureModel):
@@ -55,7 +46,6 @@ class Lite0Features(FeatureModel):
     """
 
     label = "EfficientNet-Lite0, ImageNet-1k, 224 px"
-    side = 224
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,8 +63,9 @@ class Lite0Features(FeatureModel):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Features:
-        """``[B, 3, H, W]`` in [0, 1] to features."""
-        x = self.resized(images) * 2 - 1
+        """From images in [0, 1], ``[B, 3 or 1, H, W]``, to features."""
+        x = F.interpolate(images, (224, 224), mode="bicubic", antialias=True, align_corners=False)
+        x = x.clamp(0, 1).expand(-1, 3, -1, -1) * 2 - 1
         last, maps = self.model.forward_intermediates(x, indices=[3])
         pooled = self.model.forward_head(last, pre_logits=True)  # [B, 1280]
         return Features(pooled, maps[0][:, :_SPATIAL].flatten(1), self.model.classifier(pooled))
@@ -88,7 +79,6 @@ class InceptionFeatures(FeatureModel):
     """
 
     label = "Inception-v3 (torch-fidelity, TensorFlow's weights)"
-    side = 299
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,15 +90,13 @@ class InceptionFeatures(FeatureModel):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Features:
-        """``[B, 3, H, W]`` in [0, 1] to features."""
-        # It resizes by itself, as for published figures.
-        if images.shape[1] == 1:
-            images = images.expand(-1, 3, -1, -1)
+        """From images in [0, 1], ``[B, 3 or 1, H, W]``, to features."""
         maps: list[Tensor] = []
         # torch-fidelity itself returns only pooled features of this layer.
         handle = self.model.Mixed_6d.branch1x1.register_forward_hook(lambda *call: maps.append(call[2]))
         try:
-            pooled, logits = self.model((images * 255).round().to(torch.uint8))
+            # It resizes by itself, as for published figures.
+            pooled, logits = self.model((images.expand(-1, 3, -1, -1) * 255).round().to(torch.uint8))
         finally:
             handle.remove()
         return Features(pooled, maps[0][:, :_SPATIAL].flatten(1), logits)
