@@ -7,14 +7,14 @@ pytest.importorskip("diffusers", reason="needs gspn[diffusers]")
 pytest.importorskip("transformers", reason="needs transformers")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def sd(tmp_path_factory: pytest.TempPathFactory):
     from tasks.text_to_image.t2i_support import make_sd
 
     return make_sd(tmp_path_factory.mktemp("sd"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory):
     from tasks.text_to_image.t2i_support import make_sdxl
 
