@@ -75,7 +75,7 @@ _EMOJI_PEERS = (
 )
 _OPTIONS = (
     Entry("default: aligned, global, shared taps, proxy 8, skip, 4 directions", "gspn_pico"),
-    Entry("merge as released (misaligned)", "gspn_pico", dict(alignment="released")),
+    Entry("merge as released (misaligned)", "gspn_pico", dict(alignment="official")),
     Entry("segments of 2", "gspn_pico", dict(segment=2)),
     Entry("segments of 4", "gspn_pico", dict(segment=4)),
     Entry("segments of 8", "gspn_pico", dict(segment=8)),

@@ -1,4 +1,4 @@
-"""Denoisers side by side: the same digits, preset, parameters within 10 % and steps; and GSPN as released.
+"""Denoisers side by side: the same digits, preset, parameters within 10 % and steps; and GSPN with the official alignment.
 
     python benchmarks/compare_denoisers.py run [--jobs 2]
     python benchmarks/compare_denoisers.py table [--output CSV]
@@ -47,7 +47,7 @@ ENTRIES = (
     Entry("GSPN", options={**_SMALL, "scan": {"skip": True}}),
     Entry("DiT", "dit", {"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 34}),
     Entry("attention in GSPN's place", "attention", {"dim": 88, "num_layers": 6}),
-    Entry("GSPN, merged as released", options={**_SMALL, "scan": {"skip": True, "alignment": "released"}}),
+    Entry("GSPN, merged as released", options={**_SMALL, "scan": {"skip": True, "alignment": "official"}}),
     Entry("GSPN, segments of 2", options={**_SMALL, "scan": {"skip": True, "segment": 2}}),
     Entry("GSPN, adaLN in each block", options={**_SMALL, "scan": {"skip": True}, "ada_norm": True}, seeds=(0,)),
 )
@@ -60,7 +60,7 @@ def _chain(entry: Entry, seed: int, root: Path) -> list[Step]:
     run = directory(root, PRESET, entry.label, seed)
     values = {
         "schedule.epochs": EPOCHS,
-        "model.network": entry.network,
+        "model.name": entry.network,
         "model.options": entry.options,
         "run.seed": seed,
     }
@@ -253,10 +253,10 @@ def _calls(entry: Entry, size: int, batch: int) -> dict[str, Any]:
     import torch
 
     from gspn.tasks.class_conditional import GenerateConfig
-    from gspn.tasks.class_conditional.model import build_network
+    from gspn.tasks.class_conditional.model import build_denoiser
 
-    config = GenerateConfig.load(PRESET).changed(**{"model.network": entry.network, "model.options": entry.options})
-    network = build_network(config, num_classes=10, channels=1, sample_size=28).to(memory_format=torch.channels_last)
+    config = GenerateConfig.load(PRESET).changed(**{"model.name": entry.network, "model.options": entry.options})
+    network = build_denoiser(config, num_classes=10, channels=1, sample_size=28).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     noisy = torch.randn(batch, 1, size, size)
     t, labels = torch.rand(batch) * 1000, torch.arange(batch) % 10

@@ -1,12 +1,12 @@
-"""What a point of a photograph reaches: one ``line_scan`` in each direction, with taps from the photograph itself.
+"""The pixels that a point of a photograph reaches: one ``line_scan`` in each direction, with taps from the photograph.
 
     python examples/spread.py --output runs/demo/spread.png
 
-An impulse is put on one pixel. On each line of a scan a pixel averages its three neighbours on the line before, and
-here it listens most to those of its own colour: the logit of a tap is ``a - b * colour distance``. What arrives is the
+The input is an impulse on one pixel. On each line of a scan a pixel averages its three neighbours on the previous line,
+here with more weight on those of its own colour: the logit of a tap is ``a - b * colour distance``. The result is the
 point's column of the paper's affinity matrix, drawn as an image: a cone of 90 degrees, bent by the edges.
 
-The fast kernels and the specification's loop both compute it; the times are printed and the results compared.
+The fast kernels and the specification's loop both compute it. Their results are compared, and their times printed.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from rich.table import Table
 from torch import Tensor
 
 import gspn
+from gspn._files import replaced
 from gspn.bench import environment
 from gspn.bench.accuracy_check import Figure as Accuracy
 from gspn.bench.accuracy_check import compare
-from gspn.bench.report import plain_number, replaced_file
+from gspn.bench.report import plain_number
 from gspn.bench.timing import Candidate, Timing, time_interleaved
 
 if TYPE_CHECKING:
@@ -51,10 +52,10 @@ REPEATS, MIN_TIME = 20, 0.1
 
 
 def load_photograph(path: Path | None) -> tuple[Tensor, float]:
-    """A photograph as ``[3, H, W]`` in 0 to 1, and by how much it was scaled: scikit-learn's temple, or a file.
+    """Load a file, or scikit-learn's temple, as ``[3, H, W]`` in 0 to 1, and return it with its scale.
 
     Raises:
-        typer.BadParameter: the file is missing, broken, no image, or too large to be opened safely.
+        typer.BadParameter: the file is missing, damaged, not an image, or too large to be opened safely.
     """
     from PIL import Image, ImageOps
 
@@ -65,7 +66,7 @@ def load_photograph(path: Path | None) -> tuple[Tensor, float]:
     else:
         try:
             with warnings.catch_warnings():
-                # PIL warns of a bomb up to twice its limit; the size, known from the header, is checked here instead.
+                # PIL only warns of images up to twice its limit. The size in the header is checked here instead.
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 with Image.open(path) as file:
                     if file.width * file.height > MOST_PIXELS:
@@ -76,7 +77,7 @@ def load_photograph(path: Path | None) -> tuple[Tensor, float]:
                         )
                     image = ImageOps.exif_transpose(file).convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            # What PIL raises for a file that is missing, truncated, malformed or no image at all.
+            # The errors of PIL for a file that is missing, truncated, malformed or not an image.
             raise typer.BadParameter(f"{path} cannot be read as an image: {error}", param_hint="--image") from None
     width = image.width
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
@@ -108,10 +109,10 @@ def parse_point(text: str | None, photograph: Tensor, scale: float, is_default: 
 
 
 def edge_aware_taps(photograph: Tensor, direction: gspn.Direction) -> Tensor:
-    """Taps ``[1, 1, 3, H, W]`` that listen to neighbours of the same colour.
+    """Taps ``[1, 1, 3, H, W]`` with more weight on neighbours of the same colour.
 
-    The neighbour that tap ``k`` weighs lies one line back and ``k - 1`` across. ``roll`` brings its colour here; where
-    that wraps around, the neighbour does not exist, and stochastic_taps leaves it out or the scan never asks for it.
+    The neighbour of tap ``k`` is on the previous line, ``k - 1`` pixels across. ``roll`` moves its colour to the pixel.
+    Where that wraps around, the neighbour does not exist: stochastic_taps leaves it out, or the scan does not use it.
     """
     logits = []
     for k in range(3):
@@ -131,7 +132,7 @@ def impulse(photograph: Tensor, point: tuple[int, int]) -> Tensor:
 def scan_all(
     x: Tensor, taps: dict[gspn.Direction, Tensor]
 ) -> tuple[dict[gspn.Direction, Tensor], dict[gspn.Direction, Accuracy], dict[str, Timing]]:
-    """Each direction's ``h``, how exact it is, and the times of the automatic choice and of the loop."""
+    """Each direction's ``h`` and its error, and the times of the automatic choice and of the loop."""
     states, accuracy, candidates = {}, {}, []
     for direction, tap in taps.items():
         scan = partial(gspn.line_scan, direction=direction)
@@ -147,7 +148,7 @@ def scan_all(
 
 
 def results_table(x: Tensor, accuracy: dict[gspn.Direction, Accuracy], timings: dict[str, Timing]) -> Table:
-    """One row a direction: times and errors."""
+    """The times and errors of each direction."""
     fast = next(name for name, reason in gspn.available_impls(x, op="line_scan").items() if reason is None)
     height, width = x.shape[2:]
     table = Table(
@@ -169,7 +170,7 @@ def results_table(x: Tensor, accuracy: dict[gspn.Direction, Accuracy], timings: 
             f"{figure.bound:.1e}",
             style=None if figure.ok else "red",
         )
-    table.caption = "error: against the loop in float64; accepted: twice the float32 loop's, or 4 roundings"
+    table.caption = "error: against the loop in float64; accepted: twice the error of the float32 loop, or 4 roundings"
     table.caption_justify = "left"
     return table
 
@@ -178,7 +179,7 @@ def results_table(x: Tensor, accuracy: dict[gspn.Direction, Accuracy], timings: 
 
 
 def draw(photograph: Tensor, point: tuple[int, int], states: dict[gspn.Direction, Tensor], output: Path) -> None:
-    """Write the photograph, what each direction reaches, and their sum, as one image of about 1800 pixels width."""
+    """Draw the photograph, the result of each direction, and their sum as one image about 1800 pixels wide."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
@@ -195,7 +196,7 @@ def draw(photograph: Tensor, point: tuple[int, int], states: dict[gspn.Direction
     def overlaid(h: Tensor) -> Tensor:
         level = (1 + h.double().clamp_min(1e-300).log10() / DECADES).clamp(0, 1)  # [H, W], 0 to 1 on the log scale
         colour = torch.from_numpy(colours(level.numpy())[..., :3]).permute(2, 0, 1)
-        # The farther the fainter, and never opaque: the photograph explains the shape.
+        # Never opaque, because the photograph explains the shape.
         opacity = torch.where(level > 0, 0.35 + 0.5 * level, 0)
         return dimmed * (1 - opacity) + colour * opacity
 
@@ -231,19 +232,19 @@ def draw(photograph: Tensor, point: tuple[int, int], states: dict[gspn.Direction
     )
     figure.supxlabel(
         "On every line of a scan a pixel averages three neighbours of the line before, here mostly those of its own "
-        "colour: edges bend what spreads.\nDashed: the 90\N{DEGREE SIGN} cone that one scan reaches. "
+        "colour: edges bend the cone.\nDashed: the 90\N{DEGREE SIGN} cone that one scan reaches. "
         f"Below $10^{{-{DECADES}}}$ nothing is drawn.",
         x=0.0044,
         ha="left",
         fontsize=9.5,
         color=muted,
     )
-    with replaced_file(output) as part:
+    with replaced(output) as part:
         figure.savefig(part, dpi=160, facecolor="white", format="png")
 
 
 def draw_cone(axis: Axes, point: tuple[int, int], direction: str, width: int, height: int) -> None:
-    """The two edges of the cone that a scan can reach from the point, up to the frame."""
+    """Draw the two edges of the cone that a scan can reach from the point, up to the frame."""
     along = {"down": (0, 1), "up": (0, -1), "right": (1, 0), "left": (-1, 0)}[direction]
     for side in (-1, 1):
         step = (along[0] or side, along[1] or side)
@@ -263,16 +264,16 @@ def draw_cone(axis: Axes, point: tuple[int, int], direction: str, width: int, he
 
 
 def write_readme_copy(image: Path, copy: Path) -> None:
-    """A smaller copy of at most 400 kB: 256 colours, and as wide as that allows."""
+    """Write a copy of at most 400 kB with 256 colours, as wide as that allows."""
     from PIL import Image
 
     with Image.open(image) as file:
         full = file.convert("RGB")
-    with replaced_file(copy) as part:
+    with replaced(copy) as part:
         for width in range(min(1300, full.width), 400, -100):
             small = full.resize((width, round(full.height * width / full.width)), Image.Resampling.LANCZOS)
             reduced = small.quantize(palette=small.quantize(256, kmeans=2))
-            # Pillow looks up the nearest colour coarsely and turns white into a light grey: set it right.
+            # Pillow looks up the nearest colour coarsely and turns white into light grey, which is corrected here.
             entries = reduced.getpalette() or []
             brightest = max(range(len(entries) // 3), key=lambda i: sum(entries[3 * i : 3 * i + 3]))
             entries[3 * brightest : 3 * brightest + 3] = 255, 255, 255

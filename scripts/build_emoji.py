@@ -3,12 +3,12 @@
     python scripts/build_emoji.py            # writes the file
     python scripts/build_emoji.py --check    # builds it again and compares
 
-Needs npm and Pillow. The result is the same byte for byte with the npm versions below and the Pillow of
-constraints.txt; another Pillow may compress otherwise, and then --check compares pixels and records instead.
+This needs npm and Pillow. The result is the same byte for byte with the npm versions below and the Pillow of
+constraints.txt. Another Pillow may compress differently; --check then compares pixels and records instead.
 
-The zip is stored, not compressed (WebP already is): ``index.json`` lists the emoji in the order of Unicode, and each
-has a lossless 64 x 64 WebP of at most 256 colours, on white. 256 colours instead of all save a third
-of the size, at a PSNR of 51 dB, 39 dB for the worst image.
+The zip is stored, not compressed, as WebP already is. ``index.json`` lists the emoji in the order of Unicode. Each has
+a lossless 64 x 64 WebP of at most 256 colours on white. Reducing to 256 colours saves a third of the size, at a PSNR of
+51 dB, and 39 dB for the worst image.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ COLOURS = 256
 OUTPUT = Path(__file__).resolve().parent.parent / "src" / "gspn" / "data" / "emoji.zip"
 # The oldest date that a zip can hold: a build date would make every build differ.
 DATE = (1980, 1, 1, 0, 0, 0)
-# The datasource draws these as another emoji, so that name and image disagree. They are packed, as the set is, and
-# marked, so that a data set of captions can leave them out.
+# The source draws these as another emoji, so name and image disagree. They are packed and marked, so that a data set
+# of captions can leave them out.
 MISDRAWN = {"1F1E8-1F1F6": "drawn as the flag of Saudi Arabia"}
 
 
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def install(folder: Path) -> None:
-    """Fetch the npm packages; their scripts are not run."""
+    """Install the npm packages without running their scripts."""
     names = [f"{name}@{version}" for name, version in PACKAGES.items()]
     # Without a package.json here npm would install into a parent folder that has one.
     (folder / "package.json").write_text("{}")
@@ -76,7 +76,7 @@ def read(modules: Path) -> tuple[list[dict], list[Image.Image]]:
     records, images = [], []
     for entry in sorted(json.loads((source / "emoji.json").read_text()), key=lambda entry: entry["sort_order"]):
         character = "".join(chr(int(code, 16)) for code in entry["unified"].split("-"))
-        # CLDR leaves the variation selector out.
+        # CLDR omits the variation selector.
         annotation = names.get(character) or names[character.replace("\ufe0f", "")]
         record = {
             "file": entry["image"].replace(".png", ".webp"),
@@ -120,7 +120,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Emoji that are variants of one drawing. A split must not part them: "man astronaut" in training would give away
+# Emoji that are variants of one drawing. A split must not separate them: "man astronaut" in training would give away
 # "woman astronaut" in validation.
 
 PEOPLE = "man men woman women person people boy girl child adult"
@@ -132,7 +132,7 @@ DIRECTIONS = (
     "down-left down-right left-right up-down clockwise counterclockwise oncoming lowered raised"
 )
 DROPPED = frozenset(f"{PEOPLE} {COLOURS_AND_SIZES} {DIRECTIONS}".split())
-# What the words do not show. The first pattern found names the group.
+# Groups that the words do not show. The first pattern that matches names the group.
 FAMILIES = [
     (r"^(family|couple with heart|kiss$|kiss: |.*holding hands)", "families and couples"),
     (r"^(boy|girl|child|man|woman|person|adult)$", "person"),
@@ -168,7 +168,7 @@ FAMILIES = [
 
 
 def groups(records: list[dict], images: list[Image.Image]) -> list[str]:
-    """The name of each emoji's group: variants by name, joined where two images are equal."""
+    """Name each emoji's group: variants by name, joined where two images are equal."""
     keys = [variant(record["name"]) for record in records]
     parent = {key: key for key in keys}
 
@@ -188,7 +188,7 @@ def groups(records: list[dict], images: list[Image.Image]) -> list[str]:
 
 
 def variant(name: str) -> str:
-    """What is left of a name without gender, colour, size, direction, and the word face at its end."""
+    """Reduce a name by gender, colour, size, direction, and the word face at its end."""
     for pattern, family in FAMILIES:
         if re.search(pattern, name):
             return family
@@ -203,8 +203,8 @@ def variant(name: str) -> str:
 def shrink(image: Image.Image) -> bytes:
     """A lossless WebP of at most 256 colours, white kept white."""
     if image.getcolors(COLOURS) is None:
-        # Median cut loses small patches of a colour and octree bands gradients; of the three this errs least. One
-        # colour is left for white.
+        # Median cut loses small patches of a colour, octree bands gradients, and this method errs least. One colour is
+        # left for white.
         reduced = image.quantize(COLOURS - 1, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
         reduced = reduced.convert("RGB")
         white = Image.new("RGB", image.size, "white")
@@ -227,7 +227,7 @@ def pack(records: list[dict], files: list[bytes]) -> bytes:
     text = json.dumps(index, ensure_ascii=False, separators=(",", ":")).encode()
     result = io.BytesIO()
     with zipfile.ZipFile(result, "w") as archive:
-        # The index alone gains from compression.
+        # Only the index gets smaller by compression.
         write(archive, "index.json", text, zipfile.ZIP_DEFLATED)
         for record, data in zip(records, files, strict=True):
             write(archive, record["file"], data, zipfile.ZIP_STORED)
@@ -235,7 +235,7 @@ def pack(records: list[dict], files: list[bytes]) -> bytes:
 
 
 def write(archive: zipfile.ZipFile, name: str, data: bytes, compression: int) -> None:
-    """Add a file with nothing in its header that a machine or a moment decides."""
+    """Add a file whose header does not depend on the machine or the time."""
     info = zipfile.ZipInfo(name, DATE)
     info.compress_type = compression
     info.create_system = 3
@@ -244,7 +244,7 @@ def write(archive: zipfile.ZipFile, name: str, data: bytes, compression: int) ->
 
 
 def check(built: bytes, present: bytes) -> int:
-    """0 where both hold the same; the bytes may differ between versions of Pillow, the content may not."""
+    """Return 0 if both have the same content; the bytes may differ between versions of Pillow."""
     if built == present:
         sys.stdout.write("the same byte for byte\n")
         return 0
@@ -253,7 +253,7 @@ def check(built: bytes, present: bytes) -> int:
             sys.stdout.write("the names of the files differ\n")
             return 1
         differing = [name for name in new.namelist() if content(name, new.read(name)) != content(name, old.read(name))]
-    sys.stdout.write(f"other bytes; {len(differing)} files of other content {differing[:5]}\n")
+    sys.stdout.write(f"different bytes; {len(differing)} files with different content {differing[:5]}\n")
     return bool(differing)
 
 

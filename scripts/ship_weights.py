@@ -1,8 +1,9 @@
-"""Turn a training run into weights of the package: float16 safetensors and a model card.
+r"""Convert a training run to weights of the package: float16 safetensors and a model card.
 
-    python scripts/ship_weights.py runs/mnist5k_pico gspn_pico.mnist5k
+    python scripts/ship_weights.py runs/mnist5k_pico gspn_pico.mnist5k --commit $(git rev-parse --short HEAD) \
+        --command "gspn classify train --config mnist5k_pico"
 
-The card states the command, seed, versions and what the shipped file, not the run, scores.
+The card states the command, the seed, the versions and the accuracy of the shipped file, not that of the run.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ MOST_BYTES = 8_000_000
 def main(
     run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Directory of a finished training run.")],
     name: Annotated[str, typer.Argument(help="Model and tag, such as gspn_pico.mnist5k.")],
-    command: Annotated[str, typer.Option(help="What made the run, for the card.")],
-    commit: Annotated[str, typer.Option(help="The commit that made it.")],
+    command: Annotated[str, typer.Option(help="The command of the run, for the card.")],
+    commit: Annotated[str, typer.Option(help="The commit of the run, for the card.")],
 ) -> None:
     """Write ``NAME.safetensors`` and ``NAME.md`` into the package and evaluate them."""
     state = {key: value.half() for key, value in load_file(run / "last" / "model.safetensors").items()}
     target = WEIGHTS / f"{name}.safetensors"
     WEIGHTS.mkdir(exist_ok=True)
     save_file(state, target, metadata={"format": "pt", "model": name})
-    target.chmod(0o644)  # safetensors writes files that only their owner reads
+    target.chmod(0o644)  # safetensors writes files that only their owner can read
     size = target.stat().st_size
     if size > MOST_BYTES:
-        raise typer.BadParameter(f"{target} has {size} bytes, more than the {MOST_BYTES} that the package takes.")
+        raise typer.BadParameter(f"{target} has {size} bytes, more than the {MOST_BYTES} bytes allowed in the package.")
 
     config = yaml.safe_load((run / "config.yaml").read_text())
     with (run / "metrics.csv").open() as file:
@@ -73,16 +74,16 @@ def main(
 |---|---|---|---|---|
 | {result.data} | {result.split} | {result.images} | **{result.top1:.2f} %** | {baseline:.1%} |
 
-Measured with the shipped float16 file (`{target.name}`, {size / 1e6:.1f} MB), computing in float32. The weights are the
-average kept by the training run (EMA) as it was after the last epoch: the split had no part in choosing them.
+Measured with the shipped float16 file (`{target.name}`, {size / 1e6:.1f} MB), computed in float32. The weights are the
+exponential moving average (EMA) after the last epoch of training: they were not chosen by a result on this split.
 
-Trained from scratch by
+Command of the training from scratch:
 
 ```
 {command}
 ```
 
-with seed {config["run"]["seed"]}, {len(rows)} epochs, {minutes:.0f} minutes on one busy CPU thread; gspn {gspn.__version__} at {commit},
+Seed {config["run"]["seed"]}, {len(rows)} epochs, {minutes:.0f} minutes on one busy CPU thread. gspn {gspn.__version__} at {commit},
 {versions}, Python {platform.python_version()}.
 
 Use:
@@ -94,8 +95,8 @@ import gspn.models
 model = timm.create_model("{name}", pretrained=True).eval()
 ```
 
-For images like those of the data set, to try the library with and as a start for fine-tuning: it has seen nothing
-else.
+Use it to try the library, or as a start for fine-tuning. It was trained on no other data, so it classifies only images
+like those of this data set.
 """  # noqa: E501  # lines of the card
     (WEIGHTS / f"{name}.md").write_text(card)
     typer.echo(f"{target}: {size} bytes, top-1 {result.top1:.2f} %")

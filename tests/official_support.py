@@ -1,7 +1,7 @@
-"""The authors' released classifier in float64, naive and from its description, to hold our reading of it against.
+"""The authors' official classifier in float64, written naively from its description, to compare our reading with.
 
-It computes on a state dict with the names and shapes of the released checkpoints. It shares nothing with ``gspn``: the
-turned inputs, the chunks and the sums are loops over the columns, as the release has them.
+It computes on a state dict with the names and shapes of the official checkpoints. It shares nothing with ``gspn``: the
+reoriented inputs, the chunks and the sums are loops over the columns, as in the official code.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def released_shapes(
+def official_shapes(
     dims: Sequence[int], depths: Sequence[int], *, state: int, ratio: float = 1.5, kernel: int = 7, classes: int = 1000
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a released checkpoint."""
+    """Names and shapes of an official checkpoint."""
     half = dims[0] // 2
     shapes: dict[str, tuple[int, ...]] = {
         "patch_embed.0.weight": (half, 3, 3, 3),
@@ -66,8 +66,8 @@ def released_shapes(
     return shapes
 
 
-def random_released(shapes: dict[str, tuple[int, ...]], *, seed: int = 0) -> dict[str, Tensor]:
-    """Weights at random, large enough that every part of the network shows in the logits."""
+def random_official_state(shapes: dict[str, tuple[int, ...]], *, seed: int = 0) -> dict[str, Tensor]:
+    """Weights at random, large enough that every part of the model shows in the logits."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator, dtype=torch.float64) * 0.3 for name, shape in shapes.items()}
 
@@ -138,7 +138,7 @@ def _operator(x: Tensor, state: dict[str, Tensor], place: str, chunk: int | None
     return _linear(z, weight("out_proj.weight"))
 
 
-def released_logits(state: dict[str, Tensor], x: Tensor, chunks: Sequence[Sequence[int | None]]) -> Tensor:
+def official_logits(state: dict[str, Tensor], x: Tensor, chunks: Sequence[Sequence[int | None]]) -> Tensor:
     """Logits of images ``[B, 3, H, W]``; ``chunks`` has the columns a scan runs, None for all, block by block."""
 
     def conv(x: Tensor, place: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the tests of ``propagate`` share: inputs, results with every gradient, and the size of what they are sums of."""
+"""Shared by the tests of ``propagate``: inputs, results with every gradient, and the size of what they are sums of."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMES = ("dx", "dproxy", "dtap_proj", "dlam_proj", "du_proj", "dskip_proj")
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the projections inside the operator."""
+    """The dtype of the projections inside the operator."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

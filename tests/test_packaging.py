@@ -1,4 +1,4 @@
-"""What is installed: one binary for every Python, and an install that succeeds without a compiler."""
+"""The installed package: one binary for every Python, and an install that succeeds without a compiler."""
 
 from __future__ import annotations
 

@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from gspn._files import replaced
 from gspn.analysis.drawing import draw_explanation
 from gspn.analysis.explain import explain
-from gspn.analysis.networks import open_network
+from gspn.analysis.loading import load_model
 from gspn.bench import environment
 from gspn.bench.comparison_plot import plot_mixers
 from gspn.bench.mixer import ATTENTION, SHARED, MixerProblem, check_mixers, exponents, measure_mixers
@@ -30,7 +31,6 @@ from gspn.data import Emoji, MNIST5k
 from gspn.tasks.class_conditional import sample
 from gspn.tasks.classify import TrainConfig, evaluate, predict, train
 from gspn.tasks.classify.confusion import save_confusion
-from gspn.tasks.core.files import replaced
 from gspn.tasks.diffusion.image_grid import draw_prompts
 from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
 from gspn.tasks.text_to_image.sample import UpscalingConfig
@@ -229,7 +229,7 @@ def look_inside(page: Page, output: Path, console: Console) -> None:
     from sklearn.datasets import load_sample_image
 
     photograph = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1) / 255
-    explanation = explain(open_network(EMOJI), photograph, POINT, stage=1)
+    explanation = explain(load_model(EMOJI), photograph, POINT, stage=1)
     save(draw_explanation(explanation, photograph), output / "affinity.png")
     rows = explanation.stability
     worst = max(max(abs(row.tap_sum_max - 1), abs(row.tap_sum_min - 1)) for row in rows)

@@ -11,7 +11,7 @@ from gspn.analysis import count_cost, gspn2d_macs
 from gspn.analysis.scans import find_scans, visit_scans
 from gspn.nn import GSPN2d
 
-# Millions of parameters, billions of multiply-adds at 224 x 224. Those of GSPN are counted from the authors' released
+# Millions of parameters, billions of multiply-adds at 224 x 224. Those of GSPN are counted from the authors' official
 # configurations; their paper (arXiv 2501.12381) says 30 / 5.3, 50 / 9.0 and 89 / 15.9, and the small one differs most.
 GSPN = {"gspn_tiny": (31.5, 5.3), "gspn_small": (50.8, 12.0), "gspn_base": (93.1, 15.9)}
 # Of GSPN-2 (arXiv 2512.07884) the paper's own: widths and depths are not published, and ours do no more than this.
@@ -25,7 +25,7 @@ def on_meta(name: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", GSPN)
-def test_the_sizes_of_gspn_are_those_of_the_released_configurations(name):
+def test_the_sizes_of_gspn_are_those_of_the_official_configurations(name):
     cost = count_cost(on_meta(name))
     params, macs = GSPN[name]
     assert cost.params / 1e6 == pytest.approx(params, rel=0.05)
@@ -41,7 +41,7 @@ def test_the_sizes_of_gspn2_are_the_papers(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_small_networks(name):
+def test_the_small_models(name):
     assert count_cost(on_meta(name)).params / 1e6 == pytest.approx(SMALL[name], rel=0.1)
 
 
@@ -52,7 +52,7 @@ def test_the_small_networks(name):
         {"groups": 1, "proxy_dim": 2},
         {"groups": 4, "segment": 2, "skip": False},
         {"directions": ("left", "up")},
-        {"alignment": "released"},
+        {"alignment": "official"},
     ],
 )
 def test_the_closed_form_is_the_count(options):
@@ -61,7 +61,7 @@ def test_the_closed_form_is_the_count(options):
     assert count_cost(module, (12, height, width)).macs == gspn2d_macs(module, height, width)
 
 
-def test_the_closed_form_is_the_count_inside_a_network():
+def test_the_closed_form_is_the_count_inside_a_model():
     model = timm.create_model("gspn_pico")
     cost = count_cost(model, (3, 37, 50))
     sizes = {}
@@ -72,7 +72,7 @@ def test_the_closed_form_is_the_count_inside_a_network():
     assert sum(cost.by_module[part] for part in parts) == cost.macs
 
 
-def test_the_network_stays_as_it_is():
+def test_the_model_stays_as_it_is():
     model = timm.create_model("gspn_pico").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     count_cost(model)
@@ -108,7 +108,7 @@ def test_fvcore_counts_the_same():
 
 
 def test_the_size_must_be_known():
-    with pytest.raises(ValueError, match="GSPN2d states no input size"):
+    with pytest.raises(ValueError, match="GSPN2d has no input size"):
         count_cost(GSPN2d(4))
     with pytest.raises(ValueError, match=r"input_size=\(4, 4\)"):
         count_cost(GSPN2d(4), (4, 4))

@@ -10,22 +10,22 @@ import torch
 from timm.models import save_for_hf
 
 from gspn.analysis.explain import explain
-from gspn.analysis.networks import Network, open_network
+from gspn.analysis.loading import LoadedModel, load_model
 from gspn.models import GSPN
 
 
-def network(**options) -> Network:
+def small_model(**options) -> LoadedModel:
     torch.manual_seed(0)
-    return Network(GSPN(dims=(8, 16), depths=(1, 1), **options).eval(), "small", "random")
+    return LoadedModel(GSPN(dims=(8, 16), depths=(1, 1), **options).eval(), "small", "random")
 
 
 @pytest.mark.parametrize(("height", "width"), [(60, 90), (90, 31), (300, 7), (1, 1), (50, 50)])
 def test_images_of_any_size(height, width):
-    found = explain(network(), torch.rand(3, height, width), (width - 1, height - 1), size=48, stage=0)
+    found = explain(small_model(), torch.rand(3, height, width), (width - 1, height - 1), size=48, stage=0)
     assert max(found.image.shape) == 48
     assert abs(found.image.shape[1] / found.image.shape[2] - height / width) < 0.2 * max(height / width, 1)
-    assert found.found.merged.shape == found.image.shape[1:]
-    assert all(0 <= at < side for at, side in zip(found.found.point, reversed(found.image.shape), strict=False))
+    assert found.affinity.merged.shape == found.image.shape[1:]
+    assert all(0 <= at < side for at, side in zip(found.affinity.point, reversed(found.image.shape), strict=False))
     assert len(found.stability) == 2 * 4
     assert found.module.startswith("stage 0, block 0: 12 channels")
 
@@ -33,11 +33,11 @@ def test_images_of_any_size(height, width):
 @pytest.mark.parametrize("segment", [None, 1])
 def test_the_figure_is_drawn(segment, tmp_path):
     pytest.importorskip("matplotlib")
+    from gspn._figures import save_figure
     from gspn.analysis.drawing import draw_explanation
-    from gspn.bench.report import save_figure
 
     image = torch.rand(3, 45, 80)
-    found = explain(network(segment=segment), image, (10, 40), size=64)
+    found = explain(small_model(segment=segment), image, (10, 40), size=64)
     figure = draw_explanation(found, image)
     assert len(figure.axes) == 2 + 4 + 1
     save_figure(figure, tmp_path / "out.png", dpi=50)
@@ -48,19 +48,19 @@ def test_one_that_takes_nothing_is_drawn_too():
     pytest.importorskip("matplotlib")
     from gspn.analysis.drawing import draw_explanation
 
-    small = network()
+    small = small_model()
     for parameter in small.model.parameters():
         torch.nn.init.zeros_(parameter)
     draw_explanation(explain(small, torch.zeros(3, 16, 16), (0, 0), size=16))
 
 
-def test_the_seed_is_the_networks_own():
+def test_the_seed_is_the_models_own():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first = open_network("gspn_nano.untrained", seed=1)
+    first = load_model("gspn_nano.untrained", seed=1)
     assert torch.equal(torch.rand(1), expected)
-    second = open_network("gspn_nano.untrained", seed=1)
+    second = load_model("gspn_nano.untrained", seed=1)
     assert first.weights == second.weights == "random, seed 1"
     for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -70,7 +70,7 @@ def test_weights_that_come_along_are_taken_and_named():
     named = timm.list_pretrained("gspn_pico*")
     if not named:
         pytest.skip("gspn_pico has no weights here")
-    assert open_network("gspn_pico").weights == f"pretrained, {named[0].partition('.')[2]}"
+    assert load_model("gspn_pico").weights == f"pretrained, {named[0].partition('.')[2]}"
 
 
 @pytest.mark.parametrize("prefix", ["", "local-dir:"])
@@ -78,28 +78,28 @@ def test_a_saved_folder(tmp_path, prefix):
     torch.manual_seed(3)
     saved = timm.create_model("gspn_pico", num_classes=4, in_chans=1, depths=(1, 1, 1))
     save_for_hf(saved, tmp_path, model_args={"in_chans": 1, "depths": [1, 1, 1]})
-    opened = open_network(f"{prefix}{tmp_path}")
+    opened = load_model(f"{prefix}{tmp_path}")
     assert opened.weights == f"from {tmp_path}"
     assert opened.name == "gspn_pico"
     assert torch.equal(opened.model.stem.conv1.weight, saved.stem.conv1.weight)
-    assert opened.normalised(torch.rand(3, 5, 6)).shape == (1, opened.input_size[0], 5, 6)
+    assert opened.normalize(torch.rand(3, 5, 6)).shape == (1, opened.input_size[0], 5, 6)
 
 
 def test_errors_show_the_value(tmp_path):
     with pytest.raises(ValueError, match=r"point=\(9, 0\).*9 x 8"):
-        explain(network(), torch.rand(3, 8, 9), (9, 0))
+        explain(small_model(), torch.rand(3, 8, 9), (9, 0))
     with pytest.raises(ValueError, match="size=0"):
-        explain(network(), torch.rand(3, 8, 9), (0, 0), size=0)
+        explain(small_model(), torch.rand(3, 8, 9), (0, 0), size=0)
     with pytest.raises(ValueError, match="one image"):
-        explain(network(), torch.rand(1, 8, 9), (0, 0))
+        explain(small_model(), torch.rand(1, 8, 9), (0, 0))
     with pytest.raises(ValueError, match="H == W"):
-        explain(network(scan={"alignment": "released"}), torch.rand(3, 8, 9), (0, 0))
-    with pytest.raises(ValueError, match="did you mean 'gspn_tiny'"):
-        open_network("gspn_tiney")
+        explain(small_model(scan={"alignment": "official"}), torch.rand(3, 8, 9), (0, 0))
+    with pytest.raises(ValueError, match="Did you mean 'gspn_tiny'"):
+        load_model("gspn_tiney")
     with pytest.raises(ValueError, match=r"imagenet99.*Leave the tag out"):
-        open_network("gspn_tiny.imagenet99")
-    with pytest.raises(ValueError, match="holds no network"):
-        open_network(str(tmp_path))
+        load_model("gspn_tiny.imagenet99")
+    with pytest.raises(ValueError, match="holds no model"):
+        load_model(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "none_such"}))
-    with pytest.raises(ValueError, match="holds no network"):
-        open_network(f"local-dir:{tmp_path}")
+    with pytest.raises(ValueError, match="holds no model"):
+        load_model(f"local-dir:{tmp_path}")

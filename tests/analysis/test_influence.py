@@ -41,7 +41,7 @@ def test_rows_are_those_of_the_explicit_matrix(groups, segment):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"groups": 1, "segment": 2}, {"skip": False}, {"directions": ("left", "down")}, {"alignment": "released"}],
+    [{}, {"groups": 1, "segment": 2}, {"skip": False}, {"directions": ("left", "down")}, {"alignment": "official"}],
 )
 def test_a_row_times_the_input_is_the_output(options):
     module, x = make(**options)
@@ -104,7 +104,7 @@ def test_scans_are_chosen_by_stage_and_block():
     [
         (lambda: pixel_influence(GSPN2d(4), torch.zeros(2, 4, 5, 5), (0, 0)), r"x.shape=torch.Size\(\[2, 4, 5, 5\]\)"),
         (lambda: pixel_influence(GSPN2d(4), torch.zeros(1, 4, 5, 5), (5, 0)), r"query=\(5, 0\).*5 x 5"),
-        (lambda: pixel_influence(GSPN2d(4, alignment="released"), torch.zeros(1, 4, 5, 6), (0, 0)), "H == W"),
+        (lambda: pixel_influence(GSPN2d(4, alignment="official"), torch.zeros(1, 4, 5, 6), (0, 0)), "H == W"),
         (lambda: choose_scan(GSPN(dims=(8,), depths=(1,)), stage=1), "no stage 1: counted from 0, the last is 0"),
         (lambda: choose_scan(GSPN(dims=(8,), depths=(1,)), block=-2), "no block of stage -1 -2"),
         (lambda: choose_scan(torch.nn.ReLU()), "ReLU has no stages"),

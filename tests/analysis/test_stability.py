@@ -36,7 +36,7 @@ def test_a_constant_input_uses_the_whole_bound(segment, growth):
             assert entry.bound_max == pytest.approx(growth[entry.direction])
 
 
-@pytest.mark.parametrize("options", [{}, {"groups": 1}, {"segment": 3}, {"alignment": "released"}])
+@pytest.mark.parametrize("options", [{}, {"groups": 1}, {"segment": 3}, {"alignment": "official"}])
 def test_random_modules_are_stable(options):
     torch.manual_seed(0)
     report = scan_stability("gspn", GSPN2d(8, **options), torch.randn(2, 8, 11, 11))
@@ -71,7 +71,7 @@ def test_nothing_and_not_a_number():
         scan_stability("gspn", GSPN2d(4), torch.zeros(0, 4, 3, 3))
 
 
-def test_a_network_and_its_csv(tmp_path):
+def test_a_model_and_its_csv(tmp_path):
     torch.manual_seed(0)
     model = GSPN(dims=(8, 16), depths=(1, 2), segment=(2, None))
     report = stability_report(model, torch.randn(1, 3, 37, 50))
@@ -84,5 +84,5 @@ def test_a_network_and_its_csv(tmp_path):
     assert [row["module"] for row in rows] == [entry.module for entry in report]
     assert {row["ok"] for row in rows} == {"True"}
     assert float(rows[-1]["bound_used"]) == report[-1].bound_used
-    with pytest.raises(ValueError, match="it has none"):
+    with pytest.raises(ValueError, match="of the model are: none"):
         stability_report(torch.nn.ReLU(), torch.zeros(1, 3, 4, 4))

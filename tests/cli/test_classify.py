@@ -102,7 +102,7 @@ def test_dry_run_shows_the_configuration_and_trains_nothing(run, tmp_path):
         (["train", "--config", "digit_pico"], 2, "did you mean 'digits_pico'"),
         (["train", "--set", "optim.rl=1"], 2, "did you mean 'lr'"),
         (["train", *TINY, "--model", "gspn_picoo", "--output", "none"], 2, "did you mean 'gspn_pico'"),
-        (["eval", "none", "--data", "digits"], 2, "'none' is no model"),
+        (["eval", "none", "--data", "digits"], 2, "unknown model 'none'"),
         (["predict", "x.png", "--model", "coatnet_0_224"], 2, "no pretrained weights"),
         (["preset", "digit"], 2, "did you mean"),
     ],

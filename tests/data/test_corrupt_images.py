@@ -46,7 +46,7 @@ def test_an_epoch_with_broken_images(damaged, training, workers) -> None:
         assert targets == [0, -1, -1, 0, 1, 1, 1, -1, 1, -1]
     assert record.names == NAMES
     assert record.count == 4
-    with pytest.warns(BrokenImageWarning, match="4 of 10 images were broken and left out") as caught:
+    with pytest.warns(BrokenImageWarning, match="4 of 10 images were corrupt and left out") as caught:
         line = record.end_epoch()
     assert len(caught) == 1 and "\n" not in line
     assert all(name in line for name in NAMES.values())

@@ -85,11 +85,11 @@ def test_damaged_exif_leaves_the_image() -> None:
     [
         (png()[:-40], "damaged or truncated"),
         (jpeg()[: len(jpeg()) // 2], "damaged or truncated"),
-        (b"not an image", "no image of a known format"),
-        (b"", "no image of a known format"),
+        (b"not an image", "not an image of a known format"),
+        (b"", "not an image of a known format"),
         (jpeg()[:200], "damaged header"),
         (png()[:20], "header|known format"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image of a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image of a known format"),
     ],
     ids=["png", "jpeg", "text", "empty", "jpeg header", "png header", "eps"],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import tarfile
 
@@ -10,15 +11,17 @@ import pytest
 from PIL import Image
 
 from data_support import folder, png, quadrants
-from gspn.data import DATASETS, BrokenImageError, open_dataset
+from gspn.data import BrokenImageError, help_text, open_captions, open_dataset
+from gspn.data.registry import ENTRIES, Entry
+from support import run_python
 
 
-@pytest.mark.parametrize("name", [name for name in DATASETS if name != "mnist5k"])
+@pytest.mark.parametrize("name", ["emoji", "emoji/subcategory", "digits"])
 def test_those_that_ship_open_by_name(name) -> None:
     dataset = open_dataset(name, "val", transform=np.asarray)
     assert dataset.name == name
     assert isinstance(dataset[0][0], np.ndarray)
-    with pytest.raises(ValueError, match=r"root='/data' has no meaning"):
+    with pytest.raises(ValueError, match=r"root='/data' does not apply to"):
         open_dataset(name, "val", root="/data")
 
 
@@ -41,9 +44,12 @@ def test_a_missing_split_is_not_replaced(tmp_path) -> None:
     pytest.importorskip("timm")
     root = folder(tmp_path, ("train",))
     # timm would take the root, and with it the images that were trained on.
-    with pytest.raises(ValueError, match=r"no folder for split='val'.*but \['train'\].*search_split=False"):
+    with pytest.raises(ValueError, match=r"split='val' is not a split of root=.*'train', and 'all'"):
         open_dataset("folder", "val", root=root)
-    assert len(open_dataset("folder", "val", root=root / "train", search_split=False)) == 6
+    for options in ({"split": "val", "search_split": False}, {"split": "all"}, {"split": "train"}):
+        assert len(open_dataset("folder", root=root / "train", **options)) == 6
+    with pytest.raises(ValueError, match=r"split='val' is not a split of root=.*not divided into splits"):
+        open_dataset("folder", "val", root=root / "train")
 
 
 def test_classes_of_training_hold_for_validation(tmp_path) -> None:
@@ -55,7 +61,7 @@ def test_classes_of_training_hold_for_validation(tmp_path) -> None:
     val = open_dataset("folder", "val", root=root, classes=train.classes)
     assert val.classes == ["cat", "dog"]
     assert {val.target(i) for i in range(len(val))} == {val[0][1]} == {1}
-    with pytest.raises(ValueError, match=r"not in the given ones: \['dog'\]"):
+    with pytest.raises(ValueError, match=r"not in classes=\['cat'\]: \['dog'\]"):
         open_dataset("folder", "val", root=root, classes=["cat"])
 
 
@@ -95,11 +101,16 @@ def test_torchvision_folders_are_opened_the_same_way(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
-        ("emojis", {}, r"name='emojis' is no data set. Did you mean 'emoji'\? There are 'emoji', .*'wds/<name>'"),
-        ("imagenet", {"root": "/data"}, "name='imagenet' is no data set"),
-        ("hfds/", {}, "name='hfds/' is no data set"),
-        ("folder", {}, "root=None: a folder data set needs root"),
-        ("folder", {"root": "/does/not/exist"}, "root='/does/not/exist' is neither a folder nor a .tar file"),
+        (
+            "emojis",
+            {},
+            r"unknown labelled data set name='emojis'. Did you mean 'emoji'\? The names are 'emoji', .*'wds/<name>'",
+        ),
+        ("imagenet", {"root": "/data"}, "unknown labelled data set name='imagenet'"),
+        ("hfds/", {}, "unknown labelled data set name='hfds/'"),
+        ("folder", {}, "root=None: 'folder' needs root"),
+        ("folder", {"root": "/does/not/exist"}, "root='/does/not/exist' is not a folder"),
+        ("digits", {"max_pixels": 9}, "max_pixels=9 does not apply to 'digits', which takes transform"),
         ("torch/cifar10", {}, "root=None: 'torch/cifar10' needs root"),
     ],
 )
@@ -121,3 +132,32 @@ def test_a_missing_package_is_named(name, module, monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda wanted, *rest: None if wanted == module else find(wanted))
     with pytest.raises(ImportError, match=f"needs {module}, which is not installed: pip install {module}"):
         open_dataset(name, "train", root="/data")
+
+
+def test_help_and_entries_need_no_other_package() -> None:
+    code = "import sys; from gspn.data.registry import help_text; print(help_text('labelled')); "
+    done = run_python(code + "assert not {'PIL', 'timm'} & set(sys.modules)")
+    assert done.stdout.startswith("emoji, emoji/subcategory, digits, mnist5k, folder, hfds/NAME")
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_every_entry_opens_what_is_there(kind) -> None:
+    for entry in ENTRIES[kind]:
+        module, _, function = entry.opens.partition(":")
+        if "timm" in entry.needs or "datasets" in entry.needs:
+            pytest.importorskip("timm")
+        assert callable(getattr(importlib.import_module(f"gspn.data.{module}"), function)), entry
+        assert entry.help and len({one.name for one in ENTRIES[kind]}) == len(ENTRIES[kind])
+        assert entry.name.replace("<name>", "NAME") in help_text(kind)
+
+
+def test_a_new_data_set_is_an_entry(monkeypatch) -> None:
+    entry = Entry("two/<name>", "digits:Digits", "two digits", root="optional")
+    monkeypatch.setattr("gspn.data.registry.ENTRIES", {"labelled": (entry,), "captioned": ()})
+    seen = []
+    monkeypatch.setattr("gspn.data.digits.Digits", lambda **options: seen.append(options))
+    open_dataset("Two/digits", "train", transform=abs)
+    assert seen == [{"split": "train", "root": None, "name": "Two/digits", "transform": abs}]
+    assert help_text("labelled") == "two/NAME"
+    with pytest.raises(ValueError, match="unknown captioned data set name='two/digits'"):
+        open_captions("two/digits")

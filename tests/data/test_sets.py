@@ -70,7 +70,7 @@ def test_samples_follow_the_contract(name, size) -> None:
 
 @pytest.mark.parametrize("name", SETS)
 def test_an_unknown_split_is_shown(name) -> None:
-    with pytest.raises(ValueError, match=rf"split='tset' is no split of {name}.*'train', 'val'"):
+    with pytest.raises(ValueError, match=rf"split='tset' is not a split of {name}.*'train', 'val'"):
         opened(name, "tset")
 
 
@@ -161,7 +161,7 @@ def test_the_emoji_split_is_stratified(target) -> None:
 
 
 def test_an_unknown_target_is_shown() -> None:
-    with pytest.raises(ValueError, match="target='name' is no target of emoji"):
+    with pytest.raises(ValueError, match="target='name' is not a target of emoji"):
         Emoji("train", "name")
 
 

@@ -1,12 +1,13 @@
 """What timm's users may expect of every model: one contract over the whole registry.
 
-Shapes and parameter counts are those of the real models, on the meta device. What computes does so in networks of the
-same depths, segments and options with a few channels a stage.
+Shapes and parameter counts are those of the real models, on the meta device. Computations run in models with the same
+segments and options, a few channels in each stage, and the same depths where these matter.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -43,11 +44,12 @@ def on_meta(name: str, **options: Any) -> GSPN:
     return timm.create_model(name, device="meta", **options)
 
 
-STAGES = {name: len(on_meta(name).stages) for name in NAMES}
+as_it_is = functools.cache(on_meta)  # for tests that do not change the model
+STAGES = {name: len(as_it_is(name).stages) for name in NAMES}
 
 
 def shallow(name: str) -> dict[str, Any]:
-    """For what only repeats itself in deep stages: one block in each, with segments of its own."""
+    """One block in each stage, for what would only repeat itself in deep stages."""
     return dict(depths=(1,) * STAGES[name], segment=(2, None, 3, None)[: STAGES[name]])
 
 
@@ -87,7 +89,7 @@ def test_size_and_cost(name) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_configuration(name) -> None:
-    model = on_meta(name)
+    model = as_it_is(name)
     cfg = model.default_cfg
     assert isinstance(model.get_submodule(cfg["first_conv"]), nn.Conv2d)
     assert model.get_submodule(cfg["classifier"]) is model.get_classifier()
@@ -343,19 +345,21 @@ def test_options_reach_the_scans(name) -> None:
 
     changed = dict(proxy_dim=3, groups=2, skip=False, directions=("up", "left"), impl="reference")
     for options in (changed, dict(scan=changed), dict(scan={**changed, "groups": 1}, groups=2)):
-        model = slim(name, segment=3, **copy.deepcopy(options))
+        model = slim(name, **{**shallow(name), "segment": 3}, **copy.deepcopy(options))
         for scan in scans(model):
             assert (scan.proxy_dim, scan.groups, scan.segment) == (3, 2, 3)
             assert (scan.skip_proj, scan.directions, scan.impl) == (None, ("up", "left"), "reference")
         assert model(image(16)).shape == (2, 7)
-    assert {scan.alignment for scan in scans(slim(name, alignment="released"))} == {"released"}
-    # timm leaves out options that are None, so global scans and taps for each channel are asked for like this.
-    model = slim(name, segment=(None,) * STAGES[name], scan=dict(groups=None))
+    assert {scan.alignment for scan in scans(slim(name, **shallow(name), alignment="official"))} == {"official"}
+    # timm drops options that are None, so this is how to get global scans and taps for each channel.
+    model = slim(name, **{**shallow(name), "segment": (None,) * STAGES[name]}, scan=dict(groups=None))
     assert {(scan.segment, scan.groups == scan.dim) for scan in scans(model)} == {(None, True)}
     # What one call changes, the next does not see.
-    assert {scan.proxy_dim for scan in scans(slim(name))} == {scan.proxy_dim for scan in scans(on_meta(name))}
+    assert {scan.proxy_dim for scan in scans(slim(name, **shallow(name)))} == {
+        scan.proxy_dim for scan in scans(as_it_is(name))
+    }
 
-    model = slim(name, layer_scale=0.5, lpu=True)
+    model = slim(name, **shallow(name), layer_scale=0.5, lpu=True)
     blocks = [block for stage in model.stages for block in stage.blocks]
     assert all((block.ls1.gamma == 0.5).all() and hasattr(block.lpu2, "conv_dw") for block in blocks)
     model = slim(name, drop_path_rate=0.3, drop_rate=0.2)
@@ -379,12 +383,12 @@ def test_segments_by_stage_and_block() -> None:
     [
         (dict(window=7), TypeError, "window"),
         (dict(scan=dict(window=7)), ValueError, r"unknown options \['window'\].*proxy_dim"),
-        (dict(segment=(2, 2)), ValueError, r"2 entries for 3 stages; give one for each, or one for all"),
-        (dict(segment=(2, 2, (1, 2))), ValueError, r"2 entries for the 4 blocks of stage 2"),
+        (dict(segment=(2, 2)), ValueError, r"2 entries for 3 stages; pass one for each, or one for all"),
+        (dict(segment=(2, 2, (1, 2))), ValueError, r"2 entries for 4 blocks in stage 2"),
         (dict(segment=0), ValueError, "segment=0"),
         (dict(dims=(8, 16)), ValueError, r"dims=\(8, 16\) and depths=\(1, 1, 4\).*one width"),
         (dict(dims=(), depths=()), ValueError, r"dims=\(\)"),
-        (dict(dims=(8, 8, 16)), ValueError, r"stages 0 and 1 have one width"),
+        (dict(dims=(8, 8, 16)), ValueError, r"stages 0 and 1 have the same width"),
         (dict(stem_stride=3), ValueError, r"stride=3.*by 2 or by 4"),
         (dict(groups=5), ValueError, r"groups=5 does not divide"),
         (dict(alignment="theirs"), ValueError, r"alignment='theirs'"),

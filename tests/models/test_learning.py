@@ -1,4 +1,4 @@
-"""A network learns: handwritten digits in seconds."""
+"""A model learns: handwritten digits in seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
-import gspn.models  # noqa: F401  (registers the networks)
+import gspn.models  # noqa: F401  (registers the models)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -33,5 +33,4 @@ def test_digits() -> None:
         schedule.step()
     with torch.inference_mode():
         accuracy = (model.eval()(test_x).argmax(1) == test_y).float().mean().item()
-    print(accuracy)
     assert accuracy >= 0.9

@@ -1,4 +1,4 @@
-"""The authors' released checkpoints: the same arithmetic, read by timm's own loaders."""
+"""The authors' official checkpoints: the same arithmetic, read by timm's own loaders."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from timm.models import load_checkpoint
 
 from gspn.models import GSPN
 from gspn.models.official_checkpoint import checkpoint_filter_fn
-from official_support import random_released, released_logits, released_shapes
+from official_support import official_logits, official_shapes, random_official_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DIMS, DEPTHS, STATE, CLASSES = (8, 16), (1, 2), 3, 5
-SHAPES = released_shapes(DIMS, DEPTHS, state=STATE, classes=CLASSES)
+SHAPES = official_shapes(DIMS, DEPTHS, state=STATE, classes=CLASSES)
 
-# What makes gspn_tiny the small network of these tests.
-SMALL = dict(dims=DIMS, depths=DEPTHS, segment=2, proxy_dim=STATE, num_classes=CLASSES, alignment="released")
+# The options that make gspn_tiny the small model of these tests.
+SMALL = dict(dims=DIMS, depths=DEPTHS, segment=2, proxy_dim=STATE, num_classes=CLASSES, alignment="official")
 
 
-def small(segment: Any = None, alignment: str = "released", **options: Any) -> GSPN:
+def small(segment: Any = None, alignment: str = "official", **options: Any) -> GSPN:
     scan = dict(proxy_dim=STATE, alignment=alignment)
     options = dict(dims=DIMS, depths=DEPTHS, num_classes=CLASSES, dtype=torch.float64) | options
     return GSPN(segment=segment, scan=scan, **options).eval()
@@ -35,13 +35,13 @@ def small(segment: Any = None, alignment: str = "released", **options: Any) -> G
 
 @pytest.mark.parametrize("size", [32, 25, 4])
 @pytest.mark.parametrize("segment", [None, 2, 3, (2, (None, 1))], ids=str)
-def test_the_arithmetic_is_the_releases(segment, size) -> None:
-    state = random_released(SHAPES)
+def test_the_arithmetic_is_the_official_one(segment, size) -> None:
+    state = random_official_state(SHAPES)
     model = small(segment)
     model.load_state_dict(checkpoint_filter_fn(state, model))
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
     chunks = [[segment], [segment] * 2] if segment is None or isinstance(segment, int) else [[2], [None, 1]]
-    expected = released_logits(state, x, chunks)
+    expected = official_logits(state, x, chunks)
     with torch.no_grad():
         torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
     assert expected.std() > 0.1  # or the tolerance would say nothing
@@ -49,7 +49,7 @@ def test_the_arithmetic_is_the_releases(segment, size) -> None:
 
 def test_the_directions_differ_in_the_weights_of_these_tests() -> None:
     # Each direction's maps matter: the same weights in another order of directions give other logits.
-    state = random_released(SHAPES)
+    state = random_official_state(SHAPES)
     model = small()
     model.load_state_dict(checkpoint_filter_fn(state, model))
     x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
@@ -65,7 +65,7 @@ def test_the_directions_differ_in_the_weights_of_these_tests() -> None:
 
 @pytest.mark.parametrize("wrapper", ["model", "model_ema", "state_dict", "state_dict_ema"])
 def test_wrapped_state_dicts(wrapper) -> None:
-    state = random_released(SHAPES)
+    state = random_official_state(SHAPES)
     model = small()
     plain = checkpoint_filter_fn(state, model)
     wrapped = checkpoint_filter_fn({wrapper: state, "epoch": 3}, model)
@@ -74,7 +74,7 @@ def test_wrapped_state_dicts(wrapper) -> None:
 
 
 def test_the_averaged_weights_go_first() -> None:
-    first, second = random_released(SHAPES, seed=1), random_released(SHAPES, seed=2)
+    first, second = random_official_state(SHAPES, seed=1), random_official_state(SHAPES, seed=2)
     result = checkpoint_filter_fn({"model": first, "model_ema": second}, small())
     assert torch.equal(result["head.fc.weight"], second["classifier.head.weight"])
 
@@ -88,7 +88,7 @@ def test_our_own_state_dicts_stay_as_they_are() -> None:
 
 
 def test_nothing_given_is_written_to() -> None:
-    state = random_released(SHAPES)
+    state = random_official_state(SHAPES)
     before = {name: value.clone() for name, value in state.items()}
     model = small()
     model.load_state_dict(checkpoint_filter_fn(state, model))
@@ -98,7 +98,7 @@ def test_nothing_given_is_written_to() -> None:
 
 
 def test_linear_weights_may_come_as_convolutions() -> None:
-    state = random_released(SHAPES)
+    state = random_official_state(SHAPES)
     model = small()
     plain = checkpoint_filter_fn(state, model)
     for name, value in state.items():
@@ -109,8 +109,8 @@ def test_linear_weights_may_come_as_convolutions() -> None:
 
 
 def test_a_model_of_the_papers_alignment_refuses_them() -> None:
-    with pytest.raises(ValueError, match=r"alignment='image'; create the model with alignment='released'"):
-        checkpoint_filter_fn(random_released(SHAPES), small(alignment="image"))
+    with pytest.raises(ValueError, match=r"alignment='image'; create the model with alignment='official'"):
+        checkpoint_filter_fn(random_official_state(SHAPES), small(alignment="image"))
 
 
 @pytest.mark.parametrize(
@@ -120,14 +120,14 @@ def test_a_model_of_the_papers_alignment_refuses_them() -> None:
         "layers.0.downsample.2.weight", "layers.0.blocks.0.ls.gamma",
     ],
 )  # fmt: skip
-def test_a_name_that_is_not_the_releases_is_named(name) -> None:
-    state = random_released(SHAPES) | {name: torch.zeros(3, 4)}
+def test_an_unknown_parameter_is_named(name) -> None:
+    state = random_official_state(SHAPES) | {name: torch.zeros(3, 4)}
     with pytest.raises(ValueError, match=rf"unknown parameter '{name}' \(3, 4\)"):
         checkpoint_filter_fn(state, small())
 
 
 def test_weights_of_another_size_do_not_load() -> None:
-    state = random_released(released_shapes(DIMS, DEPTHS, state=STATE, ratio=1.25, classes=CLASSES))
+    state = random_official_state(official_shapes(DIMS, DEPTHS, state=STATE, ratio=1.25, classes=CLASSES))
     model = small()
     with pytest.raises(RuntimeError, match=r"size mismatch for stages\.0\.blocks\.0\.mixer\.in_proj\.weight"):
         model.load_state_dict(checkpoint_filter_fn(state, model))
@@ -149,8 +149,8 @@ FULL = {
 def test_every_parameter_of_the_full_sizes_has_its_place(name) -> None:
     dims, depths, state_dim, parameters = FULL[name]
     with torch.device("meta"):
-        state = {key: torch.empty(shape) for key, shape in released_shapes(dims, depths, state=state_dim).items()}
-        model = timm.create_model(name, alignment="released")
+        state = {key: torch.empty(shape) for key, shape in official_shapes(dims, depths, state=state_dim).items()}
+        model = timm.create_model(name, alignment="official")
     assert sum(value.numel() for value in state.values()) == parameters
     model.load_state_dict(checkpoint_filter_fn(state, model), strict=True, assign=True)
 
@@ -177,7 +177,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture
 def averaged() -> dict[str, torch.Tensor]:
-    return {name: value.float() for name, value in random_released(SHAPES, seed=2).items()}
+    return {name: value.float() for name, value in random_official_state(SHAPES, seed=2).items()}
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ def training_file(tmp_path, averaged, monkeypatch) -> Path:
         patch.setitem(sys.modules, "yacs", package)
         patch.setitem(sys.modules, "yacs.config", module)
         config = CfgNode({"MODEL": CfgNode({"NAME": "gspn_tiny", "DEPTHS": list(DEPTHS)}), "TAG": "default"})
-        raw = {name: value.float() for name, value in random_released(SHAPES, seed=1).items()}
+        raw = {name: value.float() for name, value in random_official_state(SHAPES, seed=1).items()}
         torch.save({"model": raw, "model_ema": averaged, "config": config, "epoch": 3, "max_accuracy": 8.25}, path)
     assert "yacs" not in sys.modules
     return path
@@ -208,7 +208,7 @@ def test_a_training_file_through_timm(training_file, averaged, images) -> None:
         "gspn_tiny", pretrained=True,
         pretrained_cfg_overlay=dict(file=str(training_file), num_classes=CLASSES), **SMALL,
     )  # fmt: skip
-    expected = released_logits({k: v.double() for k, v in averaged.items()}, images.double(), [[2], [2, 2]])
+    expected = official_logits({k: v.double() for k, v in averaged.items()}, images.double(), [[2], [2, 2]])
     torch.testing.assert_close(model.eval()(images), expected.float(), rtol=1e-4, atol=1e-4)
 
 
@@ -237,7 +237,7 @@ def test_other_sources(how, tmp_path, training_file, averaged, images) -> None:
     assert torch.equal(loaded.eval()(images), expected)
 
 
-def test_fine_tuning_from_a_release(training_file, averaged) -> None:
+def test_fine_tuning_from_an_official_checkpoint(training_file, averaged) -> None:
     options = {**SMALL, "num_classes": 3}
     cfg = dict(file=str(training_file), num_classes=CLASSES)
     model = timm.create_model("gspn_tiny", pretrained=True, pretrained_cfg_overlay=cfg, in_chans=1, **options)
@@ -250,7 +250,7 @@ def test_fine_tuning_from_a_release(training_file, averaged) -> None:
     assert [f.shape for f in features(torch.randn(1, 3, 16, 16))] == [(1, 8, 4, 4), (1, 16, 2, 2)]
 
 
-def test_a_release_does_not_load_into_the_default_alignment(training_file) -> None:
+def test_it_does_not_load_into_the_default_alignment(training_file) -> None:
     options = {name: value for name, value in SMALL.items() if name != "alignment"}
-    with pytest.raises(ValueError, match="create the model with alignment='released'"):
+    with pytest.raises(ValueError, match="create the model with alignment='official'"):
         timm.create_model("gspn_tiny", pretrained=True, pretrained_cfg_overlay=dict(file=str(training_file)), **options)

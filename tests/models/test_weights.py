@@ -36,7 +36,7 @@ def test_file_is_small_half_precision_and_has_a_card(name: str) -> None:
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118  # no mapping
     card = (WEIGHTS / f"{name}.md").read_text()
     assert "gspn classify train --config" in card
-    assert "seed" in card
+    assert "Seed 0" in card
     assert "torch 2." in card
 
 

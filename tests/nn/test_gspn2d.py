@@ -121,7 +121,7 @@ def test_an_unequal_sum_of_directions_is_their_sum() -> None:
     torch.testing.assert_close(whole(x), total)
 
 
-@pytest.mark.parametrize("alignment", ["image", "released"])
+@pytest.mark.parametrize("alignment", ["image", "official"])
 @pytest.mark.parametrize("shape", [(0, 6, 5, 5), (0, 6, 1, 1)])
 def test_empty_batch(alignment, shape) -> None:
     x = torch.zeros(shape, requires_grad=True)
@@ -131,7 +131,7 @@ def test_empty_batch(alignment, shape) -> None:
     assert x.grad is not None
 
 
-@pytest.mark.parametrize("alignment", ["image", "released"])
+@pytest.mark.parametrize("alignment", ["image", "official"])
 @pytest.mark.parametrize("options", [dict(), dict(groups=1), dict(skip=False, segment=2)], ids=str)
 @pytest.mark.parametrize("layout", ["channels_last", "sliced", "transposed"])
 def test_layouts(alignment, options, layout) -> None:
@@ -171,7 +171,7 @@ def test_autocast_is_no_worse_than_computing_in_bfloat16(skip) -> None:
         assert parameter.grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize("alignment", ["image", "released"])
+@pytest.mark.parametrize("alignment", ["image", "official"])
 @pytest.mark.parametrize("options", [dict(), dict(groups=1, segment=2), dict(skip=False)], ids=str)
 def test_gradcheck(alignment, options) -> None:
     module = make(2, proxy_dim=2, dtype=torch.float64, alignment=alignment, **options)
@@ -185,7 +185,7 @@ def test_gradcheck(alignment, options) -> None:
     assert torch.autograd.gradgradcheck(forward, (x, *values), fast_mode=True)
 
 
-@pytest.mark.parametrize("alignment", ["image", "released"])
+@pytest.mark.parametrize("alignment", ["image", "official"])
 @pytest.mark.parametrize("skip", [True, False])
 def test_every_parameter_gets_a_gradient(alignment, skip) -> None:
     module = make(alignment=alignment, skip=skip)
@@ -225,7 +225,7 @@ def test_moving_the_image_exchanges_the_directions(move, exchange, across, segme
     torch.testing.assert_close(move(moved(move(x))), module(x))
 
 
-@pytest.mark.parametrize("alignment", ["image", "released"])
+@pytest.mark.parametrize("alignment", ["image", "official"])
 def test_an_image_does_not_depend_on_its_batch(alignment) -> None:
     module = make(alignment=alignment, dtype=torch.float64)
     x = torch.randn(3, 6, 9, 9, dtype=torch.float64)
@@ -282,7 +282,7 @@ def test_export_with_dynamic_sizes() -> None:
     torch.testing.assert_close(program.module()(x), module(x))
 
 
-@pytest.mark.parametrize("alignment", ["image", "released"])
+@pytest.mark.parametrize("alignment", ["image", "official"])
 def test_torch_fx_traces_it(alignment) -> None:
     module = make(4, alignment=alignment)
     traced = torch.fx.symbolic_trace(nn.Sequential(module))
@@ -349,8 +349,8 @@ def test_reset_parameters() -> None:
         (dict(directions=("down", "down")), ValueError, r"each once"),
         (dict(directions=("north",)), ValueError, r"directions=\('north',\)"),
         (dict(directions="down"), ValueError, r"directions='down'.*'down', 'up'"),
-        (dict(alignment="paper"), ValueError, r"alignment='paper'.*'image', 'released'"),
-        (dict(alignment="released", directions=("down", "up")), ValueError, r"all four directions"),
+        (dict(alignment="paper"), ValueError, r"alignment='paper'.*'image', 'official'"),
+        (dict(alignment="official", directions=("down", "up")), ValueError, r"all four directions"),
         (dict(impl="cuda"), ValueError, r"impl='cuda'.*auto, triton, cpu, reference"),
     ],
     ids=str,
@@ -360,14 +360,14 @@ def test_options_that_do_not_fit(options, error, message) -> None:
         GSPN2d(**{"dim": 6, **options})
 
 
-def test_released_alignment_needs_a_square() -> None:
+def test_official_alignment_needs_a_square() -> None:
     with pytest.raises(ValueError, match=r"\[1, 6, 4, 5\].*H == W.*square inputs, or alignment='image'"):
-        make(alignment="released")(torch.randn(1, 6, 4, 5))
+        make(alignment="official")(torch.randn(1, 6, 4, 5))
 
 
 def test_it_prints_what_distinguishes_it() -> None:
     assert GSPN2d(6).extra_repr() == "6, proxy_dim=8"
     text = GSPN2d(6, groups=1, segment=2, skip=False, directions=("up",)).extra_repr()
     assert text == "6, proxy_dim=8, groups=1, segment=2, skip=False, directions=('up',)"
-    text = GSPN2d(6, alignment="released").extra_repr()
-    assert text == "6, proxy_dim=8, alignment='released'"
+    text = GSPN2d(6, alignment="official").extra_repr()
+    assert text == "6, proxy_dim=8, alignment='official'"

@@ -41,6 +41,15 @@ def test_auto_takes_the_compiled_kernels_on_cpu() -> None:
     assert implementations.resolve("auto", torch.zeros(1), "line_scan").__name__ == "gspn.ops.cpu.line_scan"
 
 
+def test_auto_chooses_for_each_operator_device_and_dtype() -> None:
+    assert implementations.resolve("auto", torch.zeros(1), "line_scan").__name__ == "gspn.ops.cpu.line_scan"
+    assert implementations.resolve("auto", torch.zeros(1), "propagate").__name__ == "gspn.ops.cpu.propagate"
+    for other in (torch.zeros(1, dtype=torch.float8_e5m2), torch.zeros(1, device="meta")):
+        with pytest.warns(RuntimeWarning, match="slow PyTorch loop"):
+            module = implementations.resolve("auto", other, "line_scan")
+        assert module.__name__ == "gspn.ops.reference.line_scan"
+
+
 def test_reasons_name_the_dtype_and_device() -> None:
     x = torch.zeros(1, device="meta", dtype=torch.float8_e5m2)
     impls = gspn.available_impls(x, op="line_scan")

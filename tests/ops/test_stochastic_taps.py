@@ -35,6 +35,13 @@ def test_sums_to_one(direction, dtype) -> None:
     assert (taps.double().sum(2) - 1).abs().max() <= 1.5 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_rounded_once_at_the_end(dtype) -> None:
+    logits = (10 * torch.randn(2, 4, 3, 9, 7)).to(dtype)
+    taps = gspn.stochastic_taps(logits, direction="down")
+    assert torch.equal(taps, gspn.stochastic_taps(logits.float(), direction="down").to(dtype))
+
+
 @pytest.mark.parametrize("value", [-1e4, -200.0, 200.0, 1e4])
 def test_extreme_logits_stay_finite(value) -> None:
     # The sigmoid of -200 is 0 in float32; the quotient of two such sigmoids is not.

@@ -1,4 +1,4 @@
-"""What must not change the result: flips, transposes, the rest of the batch, threads, running it again."""
+"""Invariance of the result: flips, transposes, the rest of the batch, threads, running it again."""
 
 from __future__ import annotations
 

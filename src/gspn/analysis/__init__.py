@@ -1,35 +1,19 @@
-"""Looking at what the operators and the networks do: affinities, stability, cost.
+"""Analysis of operators and models: affinities, stability and cost.
 
-:func:`affinity_matrix` needs torch alone and is there at once; what looks into modules needs timm, and is imported when
-it is first asked for.
+:func:`affinity_matrix` needs torch alone. Everything else needs timm and is imported when it is first used.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .._lazy import lazy_exports
 from .affinity import affinity_matrix
 
 if TYPE_CHECKING:
     from .cost import Cost, count_cost, gspn2d_macs
     from .influence import ImageInfluence, Influence, affinity_rows, image_influence, pixel_influence
     from .stability import ScanStability, scan_stability, stability_report, write_stability
-
-_LAZY = {
-    "Cost": "cost",
-    "count_cost": "cost",
-    "gspn2d_macs": "cost",
-    "Influence": "influence",
-    "ImageInfluence": "influence",
-    "affinity_rows": "influence",
-    "image_influence": "influence",
-    "pixel_influence": "influence",
-    "ScanStability": "stability",
-    "scan_stability": "stability",
-    "stability_report": "stability",
-    "write_stability": "stability",
-}
 
 __all__ = [
     "Cost",
@@ -47,8 +31,14 @@ __all__ = [
     "write_stability",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        **dict.fromkeys(("Cost", "count_cost", "gspn2d_macs"), ".cost"),
+        **dict.fromkeys(
+            ("ImageInfluence", "Influence", "affinity_rows", "image_influence", "pixel_influence"), ".influence"
+        ),
+        **dict.fromkeys(("ScanStability", "scan_stability", "stability_report", "write_stability"), ".stability"),
+    },
+    ["affinity_matrix"],
+)

@@ -1,12 +1,12 @@
-"""The scan as the matrix it stands for."""
+"""The explicit matrix of a scan."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from gspn.ops import Direction
-from gspn.ops.directions import scan_axes
+from ..ops import Direction
+from ..ops.directions import scan_axes
 
 
 def affinity_matrix(
@@ -18,18 +18,18 @@ def affinity_matrix(
         G_{ij} = w_i\, w_{i-1} \cdots w_{j+1}\, \mathrm{diag}(\lambda_j) \quad (i \ge j), \qquad G_{ij} = 0 \; (i < j)
 
     with ``w_i`` the tri-diagonal matrix of line i's taps: the attention form of GSPN (arXiv 2501.12381, section 3.1).
-    Built from matrix products and independent of the recurrence, so that the two can be held against each other. It
-    has ``(H W)^2`` entries for each channel: meant for grids of some hundred pixels.
+    It is built from matrix products and independent of the recurrence, so that the two can be compared. It has
+    ``(H W)^2`` entries for each channel, so it is meant for grids of some hundred pixels.
 
     Args:
         taps: ``[B, G, 3, H, W]``, floating point.
-        lam: ``[B, C, H, W]``, ``G`` dividing ``C``; None for ones, and then ``C = G``.
+        lam: ``[B, C, H, W]``, where ``G`` divides ``C``; None for ones and ``C = G``.
         direction: the direction of the scan.
         segment: lines after which the recurrence restarts, at least 1; None for a global scan.
 
     Returns:
-        ``[B, C, H W, H W]`` in the dtype of ``taps``: row ``i W + j`` holds what the state at pixel ``(i, j)`` takes
-        from each pixel of ``x``, so that ``h.flatten(2) = (G @ x.flatten(2).unsqueeze(-1)).squeeze(-1)``.
+        ``[B, C, H W, H W]`` in the dtype of ``taps``: row ``i W + j`` holds the weight of each pixel of ``x``
+        in the state at pixel ``(i, j)``, so that ``h.flatten(2) = (G @ x.flatten(2).unsqueeze(-1)).squeeze(-1)``.
 
     Raises:
         ValueError: a shape, the direction or the segment does not fit.

@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of a network, counted and in closed form."""
+"""Parameters and multiply-adds of a model, counted and in closed form."""
 
 from __future__ import annotations
 
@@ -10,40 +10,38 @@ from typing import Any
 import torch
 from torch import nn
 
-from gspn.nn import GSPN2d
+from ..nn import GSPN2d
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network has and does."""
+    """The size of a model and the cost of its forward pass."""
 
     params: int
-    """Elements of all parameters, shared ones once."""
+    """Number of elements of all parameters; shared parameters count once."""
     macs: int
     """Multiply-adds of one forward pass."""
     by_module: Mapping[str, int]
-    """Multiply-adds within each module that has some, by name as in ``named_modules``, its children included."""
+    """Multiply-adds of each module that has any, children included, by the names of ``named_modules``."""
 
 
 def count_cost(model: nn.Module, input_size: Sequence[int] | None = None) -> Cost:
-    """Count a network's parameters and the multiply-adds of its forward pass on one image.
+    """Count a model's parameters and the multiply-adds of its forward pass on one image.
 
-    Counted as ``torch.utils.flop_counter`` does it: convolutions, matrix products, attention, and the scans, whose
-    formula is three taps and a gate for each element of the state. Products element by element (gates, norms,
-    activations) are left out, as in the figures that papers state.
+    ``torch.utils.flop_counter`` counts convolutions, matrix products, attention and scans; a scan has three taps and a
+    gate for each element of the state. Elementwise products (gates, norms, activations) are left out, as in papers.
 
-    The forward runs on a copy on the ``meta`` device: nothing is computed, and the network needs no more memory than
-    it has, however large the image.
+    The forward pass runs on a copy on the ``meta`` device: nothing is computed, and images of any size need no memory.
 
     Args:
-        model: the network, on any device; it is counted in evaluation mode and stays as it is.
-        input_size: of one image, (channels, height, width); None for that of its ``pretrained_cfg``.
+        model: the model, on any device; it is counted in evaluation mode and not changed.
+        input_size: (channels, height, width) of one image; None for the size of the model's ``pretrained_cfg``.
 
     Returns:
         The cost.
 
     Raises:
-        ValueError: no size was given and the network states none.
+        ValueError: no size was passed, and the model has none.
 
     Example:
         >>> import timm, gspn.models
@@ -54,24 +52,24 @@ def count_cost(model: nn.Module, input_size: Sequence[int] | None = None) -> Cos
         >>> f"{cost.by_module['stages.2'] / cost.macs:.0%} in the third stage"
         '49% in the third stage'
     """
-    # Imported here: it imports triton, where there is one.
+    # Imported here, because it imports triton where that is installed.
     from torch.utils.flop_counter import FlopCounterMode
 
-    from gspn.ops import flop_counts as _formulas  # noqa: F401  (registers those of the scans)
+    from ..ops import flop_counts as _formulas  # noqa: F401  (registers the formulas of the scans)
 
     if input_size is None:
         cfg: Any = getattr(model, "pretrained_cfg", None) or {}
         input_size = cfg.get("input_size")
         if input_size is None:
-            raise ValueError(f"{type(model).__name__} states no input size; pass input_size=(channels, height, width).")
+            raise ValueError(f"{type(model).__name__} has no input size; pass input_size=(channels, height, width).")
     if len(input_size) != 3:
         raise ValueError(f"{input_size=}: pass (channels, height, width).")
-    shadow = copy.deepcopy(model).to("meta").eval()
-    dtype = next((p.dtype for p in shadow.parameters() if p.is_floating_point()), torch.float32)
+    on_meta = copy.deepcopy(model).to("meta").eval()
+    dtype = next((p.dtype for p in on_meta.parameters() if p.is_floating_point()), torch.float32)
     image = torch.empty(1, *input_size, device="meta", dtype=dtype)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shadow(image)
-    root = type(shadow).__name__
+        on_meta(image)
+    root = type(on_meta).__name__
     by_module = {
         name.removeprefix(root).removeprefix("."): sum(counts.values()) // 2
         for name, counts in counter.get_flop_counts().items()
@@ -94,25 +92,25 @@ def gspn2d_macs(module: GSPN2d, height: int, width: int) -> int:
         \underbrace{C S}_{\text{proxy}} + D \bigl( \underbrace{3 G S}_{\text{taps}} + \underbrace{2 C S}_{\lambda, u}
         + \underbrace{4 C}_{\text{scan}} \bigr) + \underbrace{C S}_{\text{skip}}
 
-    linear in the number of pixels, whatever the segment. With ``alignment="released"`` the skip is projected for each
-    direction.
+    The cost is linear in the number of pixels and does not depend on the segment. With ``alignment="official"`` the
+    skip is projected for each direction.
 
     Args:
         module: the propagation.
-        height: of its map.
-        width: of its map.
+        height: height of the map.
+        width: width of the map.
 
     Returns:
         Multiply-adds, as :func:`count_cost` counts them.
 
     Example:
         >>> from gspn.analysis import gspn2d_macs
-        >>> from gspn.nn import GSPN2d
+        >>> from ..nn import GSPN2d
         >>> gspn2d_macs(GSPN2d(48, proxy_dim=2, groups=1), 56, 56)
         5494272
     """
     options: Any = module
     channels, proxy, groups, directions = options.dim, options.proxy_dim, options.groups, len(options.directions)
-    skips = 0 if options.skip_proj is None else directions if options.alignment == "released" else 1
+    skips = 0 if options.skip_proj is None else directions if options.alignment == "official" else 1
     pixel = channels * proxy + directions * (3 * groups * proxy + 2 * channels * proxy + 4 * channels)
     return (pixel + skips * channels * proxy) * height * width

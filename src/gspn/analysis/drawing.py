@@ -1,4 +1,4 @@
-"""Images of what :mod:`gspn.analysis` finds; needs matplotlib."""
+"""Figures of the results of :mod:`gspn.analysis`; needs matplotlib."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gspn.bench.report import require_matplotlib
-
+from .._figures import require_matplotlib
 from .explain import Explanation
 
 if TYPE_CHECKING:
@@ -18,23 +17,23 @@ if TYPE_CHECKING:
 
 INK, MUTED = "#1f2430", "#5b6270"
 COLOURS = "inferno"
-# A scale up to the point itself, which the skip adds to, would leave the rest dark. The scale begins at the weakest
-# twentieth, or so many decades below its end: what is fainter adds up to nothing.
+# The skip makes the point itself so bright that a scale up to it would leave the rest dark. The scale starts at the
+# weakest twentieth, but at most MOST_DECADES below its end, as fainter affinities add up to almost nothing.
 BRIGHTEST_QUANTILE, FAINTEST_QUANTILE, MOST_DECADES = 0.998, 0.05, 3.5
 
 
 def draw_explanation(explanation: Explanation, photograph: Tensor | None = None) -> Figure:
-    """The image with the point, the affinity of all directions over it, and each direction's.
+    """Draw the image with the point, the affinity of all directions over it, and the affinity of each direction.
 
-    Colours are on a logarithmic scale that all panels share, between two quantiles of the affinities there are; what is
-    fainter, or cannot be reached, shows the darkened image alone.
+    All panels share one logarithmic colour scale between two quantiles of the affinities. Where the affinity is fainter
+    or zero, the panel shows the darkened image.
 
     Args:
-        explanation: what :func:`gspn.analysis.explain.explain` found.
-        photograph: the same image at a better resolution, ``[3, H, W]`` in 0 to 1, to draw on.
+        explanation: the result of :func:`gspn.analysis.explain.explain`.
+        photograph: the same image at a higher resolution, ``[3, H, W]`` in 0 to 1, as the background.
 
     Returns:
-        The figure; save it with :func:`gspn.bench.report.save_figure`.
+        The figure; save it with :func:`gspn._figures.save_figure`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -45,10 +44,10 @@ def draw_explanation(explanation: Explanation, photograph: Tensor | None = None)
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    found = explanation.found.influence
+    influence = explanation.affinity.influence
     image = (explanation.image if photograph is None else photograph).cpu().double()
     height, width = image.shape[1:]
-    low, high = _limits([found.merged, *found.directions.values()])
+    low, high = _limits([influence.merged, *influence.directions.values()])
     colours = colormaps[COLOURS]
     grey = image.mean(0, keepdim=True)
     dimmed = 0.5 * (0.75 * grey + 0.25 * image)
@@ -56,18 +55,18 @@ def draw_explanation(explanation: Explanation, photograph: Tensor | None = None)
     def overlaid(map_: Tensor) -> Tensor:
         level = _levels(map_.cpu().double(), low, high, (height, width))  # [H, W], 0 to 1 on the logarithmic scale
         colour = torch.from_numpy(colours(level.numpy())[..., :3]).permute(2, 0, 1)
-        # The fainter the more of the photograph is seen, and it is seen everywhere: it explains the shape.
+        # The photograph shows through everywhere, and more where the affinity is faint, because it explains the shape.
         opacity = 0.8 * (level * 3).clamp(0, 1)
         shaded = colour * (0.8 + 0.2 * grey)
         return dimmed * (1 - opacity) + shaded * opacity
 
     point = (
-        (explanation.found.point[0] + 0.5) * width / explanation.image.shape[2] - 0.5,
-        (explanation.found.point[1] + 0.5) * height / explanation.image.shape[1] - 0.5,
+        (explanation.affinity.point[0] + 0.5) * width / explanation.image.shape[2] - 0.5,
+        (explanation.affinity.point[1] + 0.5) * height / explanation.image.shape[1] - 0.5,
     )
-    count = max(len(found.directions), 1)
+    count = max(len(influence.directions), 1)
     aspect = min(max(height / width, 0.3), 2.5)
-    # All in inches: two large panels above, one a direction below, and the scale on the right.
+    # In inches: two large panels above, a panel for each direction below, and the scale on the right.
     across, gap, margin, scale, title, label = 10.6, 0.12, 0.3, 1.0, 0.78, 0.28
     large, small = (across - gap) / 2, (across - (count - 1) * gap) / count
     page_width = margin + across + scale
@@ -75,8 +74,8 @@ def draw_explanation(explanation: Explanation, photograph: Tensor | None = None)
     figure = Figure(figsize=(page_width, page_height))
 
     def panel(left: float, top: float, side: float, heading: str, pixels: Tensor) -> None:
-        place = (left / page_width, 1 - (top + side * aspect) / page_height)
-        axis = figure.add_axes((*place, side / page_width, side * aspect / page_height))
+        corner = (left / page_width, 1 - (top + side * aspect) / page_height)
+        axis = figure.add_axes((*corner, side / page_width, side * aspect / page_height))
         axis.imshow(pixels.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="antialiased")
         axis.set_title(heading, loc="left", fontsize=11, color=INK, fontweight="bold", pad=4)
         axis.set_axis_off()
@@ -84,9 +83,9 @@ def draw_explanation(explanation: Explanation, photograph: Tensor | None = None)
 
     top = title + label
     panel(margin, top, large, "the image and the point", image)
-    panel(margin + large + gap, top, large, "what the point takes from each pixel", overlaid(found.merged))
+    panel(margin + large + gap, top, large, "affinity of the point to each pixel", overlaid(influence.merged))
     below = top + large * aspect + gap + label
-    for i, (direction, map_) in enumerate(found.directions.items()):
+    for i, (direction, map_) in enumerate(influence.directions.items()):
         panel(margin + i * (small + gap), below, small, direction, overlaid(map_))
 
     bar_axis = figure.add_axes(
@@ -106,7 +105,7 @@ def draw_explanation(explanation: Explanation, photograph: Tensor | None = None)
     figure.text(
         left,
         1 - 0.2 / page_height,
-        f"{explanation.network}, {explanation.module}",
+        f"{explanation.model}, {explanation.module}",
         fontsize=14,
         color=INK,
         fontweight="bold",
@@ -125,19 +124,19 @@ def draw_explanation(explanation: Explanation, photograph: Tensor | None = None)
 
 
 def _limits(maps: list[Tensor]) -> tuple[float, float]:
-    """The scale's ends: quantiles of the affinities that are not zero."""
+    """The ends of the scale: quantiles of the affinities that are not zero."""
     values = torch.cat([m.flatten() for m in maps]).cpu().double()
     values = values[values.isfinite() & (values > 0)]
     if not values.numel():
-        return 1e-3, 1.0  # nothing reaches anything: any scale will do
-    # Not torch.quantile, which refuses more than 16 million values.
+        return 1e-3, 1.0  # all affinities are zero: any scale will do
+    # torch.quantile refuses more than 16 million values.
     values = values.sort().values
     low, high = (values[round(q * (len(values) - 1))].item() for q in (FAINTEST_QUANTILE, BRIGHTEST_QUANTILE))
     return min(max(low, high * 10**-MOST_DECADES), high / 10), high
 
 
 def _levels(map_: Tensor, low: float, high: float, size: tuple[int, int]) -> Tensor:
-    """0 at ``low`` to 1 at ``high`` on the logarithmic scale, enlarged on that scale, where the map is smooth."""
+    """The map on a logarithmic scale, 0 at ``low`` and 1 at ``high``, enlarged on that scale, where it is smooth."""
     logs = map_.nan_to_num(0.0).clamp_min(low).log()
     logs = (logs - torch.tensor(low).log()) / torch.tensor(high / low).log()
     return F.interpolate(logs[None, None], size, mode="bicubic", align_corners=False)[0, 0].clamp(0, 1)

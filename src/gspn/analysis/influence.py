@@ -1,67 +1,66 @@
-r"""What one pixel takes from every other: rows of the affinity matrix, without the matrix.
+r"""The affinity of one pixel to every other: rows of the affinity matrix, computed without the matrix.
 
-With the maps (taps, ``lam``, ``u``) held fixed, :class:`gspn.nn.GSPN2d` is linear in its input, and its row for a pixel
-is a vector-Jacobian product: the attention form :math:`y_i = u_i \sum_j G_{ij} x_j` of GSPN (arXiv 2501.12381, section
-3.1) costs one scan a direction to look at, for every channel at once, where ``G`` itself has ``(H W)^2`` entries each.
+With fixed maps (taps, ``lam``, ``u``) :class:`gspn.nn.GSPN2d` is linear in its input. So its row for a pixel is a
+vector-Jacobian product: one scan in each direction computes :math:`y_i = u_i \sum_j G_{ij} x_j`, the attention form of
+GSPN (arXiv 2501.12381, section 3.1), for all channels, where ``G`` itself has ``(H W)^2`` entries for each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gspn.nn import GSPN2d
-from gspn.ops import Direction, line_scan
-
+from ..nn import GSPN2d
+from ..ops import Direction
 from .scans import Scan, choose_scan, scans_of, visit_scans
 
 
 @dataclass(frozen=True)
 class Influence:
-    """What one pixel takes from every other through one :class:`gspn.nn.GSPN2d`, as maps of the module's input."""
+    """The influence of every pixel on one pixel through one :class:`gspn.nn.GSPN2d`, as maps of the module's input."""
 
     query: tuple[int, int]
-    """The pixel, (row, column)."""
+    """The pixel that is influenced, (row, column)."""
     merged: Tensor
-    """``[H, W]``: the affinity to each pixel, all directions and the skip added; the mean magnitude over channels."""
+    """``[H, W]``: the affinity to each pixel, with all directions and the skip; the mean magnitude over channels."""
     directions: Mapping[Direction, Tensor]
-    """``[H, W]`` each: the same of one direction alone, its merge weight included and the skip left out."""
+    """``[H, W]`` each: the same for one direction, with its merge weight and without the skip."""
     reach: Mapping[Direction, Tensor]
-    """``[H, W]`` each: the propagation weights alone (``lam = u = 1``), the mean over groups; not negative, and one on
-    each line reached."""
+    """``[H, W]`` each: the propagation weights alone (``lam = u = 1``), the mean over groups. They are not negative and
+    sum to one on each line that is reached."""
 
 
 @dataclass(frozen=True)
 class ImageInfluence:
-    """An :class:`Influence` found inside a network, with its maps at the image's size."""
+    """An :class:`Influence` inside a model, with its maps at the image's size."""
 
     name: str
-    """The module's name in the network."""
+    """The module's name in the model."""
     point: tuple[int, int]
     """The query point in the image, (x, y)."""
     influence: Influence
     """At the size of the module's input."""
     merged: Tensor
-    """``[H, W]`` of the image, interpolated bilinearly; as the maps below."""
+    """``[H, W]`` of the image, interpolated bilinearly, as are the maps below."""
     directions: Mapping[Direction, Tensor]
     reach: Mapping[Direction, Tensor]
 
 
 def affinity_rows(module: GSPN2d, x: Tensor, query: tuple[int, int]) -> tuple[dict[Direction, Tensor], Tensor]:
-    r"""One row of the affinity matrix, for each channel and with its sign.
+    r"""Compute one row of the affinity matrix for each channel, with its sign.
 
     .. math::
         A_{ij} = \sum_d m_d u_{d,i} G^d_{ij} + [i = j] \sum_d m_d s_{d,i}, \qquad y_i = \sum_j A_{ij} x_j
 
-    with the maps as the input makes them, held fixed: not the derivative of y, which would also move the maps.
+    The maps are computed from the input and then fixed. So this is not the derivative of y, which changes them too.
 
     Args:
         module: the propagation.
-        x: its input, ``[1, C, H, W]``.
+        x: the input of the module, ``[1, C, H, W]``.
         query: pixel i, (row, column).
 
     Returns:
@@ -69,7 +68,7 @@ def affinity_rows(module: GSPN2d, x: Tensor, query: tuple[int, int]) -> tuple[di
         ``x`` is.
 
     Raises:
-        ValueError: ``x`` has another shape, or the query lies outside of it.
+        ValueError: ``x`` has another shape, or the query is outside of it.
 
     Example:
         >>> import torch
@@ -82,39 +81,41 @@ def affinity_rows(module: GSPN2d, x: Tensor, query: tuple[int, int]) -> tuple[di
     """
     _check(module, x, query)
     with torch.inference_mode(False):
-        x = x.clone()  # one made in inference mode could not be differentiated
+        x = x.clone()  # a tensor made in inference mode cannot be differentiated
         scans = scans_of(module, x)
-        rows: dict[Direction, Tensor] = {scan.direction: _row(scan, x, query) for scan in scans}
+        rows: dict[Direction, Tensor] = {}
+        for scan in scans:  # channels do not mix, so one product with ones over the channels is the row of each
+            rows[scan.direction] = _vjp(scan.states, x.to(scan.taps.dtype), _one_pixel(scan.u, query))
         merged = torch.stack(list(rows.values())).sum(0)
         for scan in scans:
             if scan.skip is not None:
-                merged += _pull(scan.turned, x.to(merged.dtype), _one_pixel(scan.skip, query))
+                merged += _vjp(scan.reoriented, x.to(merged.dtype), _one_pixel(scan.skip, query))
     return rows, merged
 
 
 def pixel_influence(module: GSPN2d, x: Tensor, query: tuple[int, int]) -> Influence:
-    """What one pixel takes from every other, summarised over channels by the mean magnitude.
+    """Compute the influence of every pixel on one pixel, as the mean magnitude over channels.
 
-    Signs differ between channels and would cancel: a pixel that half of the channels add and the other half subtract
-    has influence all the same. :func:`affinity_rows` has every channel with its sign.
+    Signs differ between channels and would cancel in a sum: a pixel that half of the channels add and the other half
+    subtract still has influence. :func:`affinity_rows` returns every channel with its sign.
 
     Args:
         module: the propagation.
-        x: its input, ``[1, C, H, W]``.
+        x: the input of the module, ``[1, C, H, W]``.
         query: the pixel, (row, column).
 
     Returns:
-        Maps ``[H, W]``, merged and for each direction.
+        The maps ``[H, W]``, merged and for each direction.
 
     Raises:
-        ValueError: ``x`` has another shape, or the query lies outside of it.
+        ValueError: ``x`` has another shape, or the query is outside of it.
 
     Example:
         >>> import torch
         >>> from gspn.analysis import pixel_influence
         >>> from gspn.nn import GSPN2d
-        >>> found = pixel_influence(GSPN2d(8), torch.randn(1, 8, 5, 6), (2, 4))
-        >>> found.merged.shape, [round(line, 4) for line in found.reach["down"].sum(1).tolist()]
+        >>> influence = pixel_influence(GSPN2d(8), torch.randn(1, 8, 5, 6), (2, 4))
+        >>> influence.merged.shape, [round(line, 4) for line in influence.reach["down"].sum(1).tolist()]
         (torch.Size([5, 6]), [1.0, 1.0, 1.0, 0.0, 0.0])
     """
     rows, merged = affinity_rows(module, x, query)
@@ -137,29 +138,29 @@ def image_influence(
     stage: int = -1,
     block: int = -1,
 ) -> ImageInfluence:
-    """:func:`pixel_influence` of a scan inside a network, on an image.
+    """Compute :func:`pixel_influence` of a scan inside a model, on an image.
 
     Args:
-        model: the network.
-        image: ``[1, in_chans, H, W]``, normalised as the network wants it.
+        model: the model.
+        image: ``[1, in_chans, H, W]``, normalized for the model.
         point: the query, (x, y) in pixels of the image.
         name: the module, one of :func:`gspn.analysis.scans.find_scans`; None to choose it by stage and block.
-        stage: counted from 0, or from the end if negative.
-        block: of the stage, likewise.
+        stage: index of the stage; a negative index counts from the end.
+        block: index of the block in that stage; a negative index counts from the end.
 
     Returns:
         The maps at the size of the module's input, and interpolated to the image's.
 
     Raises:
-        ValueError: the image's shape, the point, or the choice of the module does not fit.
+        ValueError: the image's shape, the point, or the module does not fit.
 
     Example:
         >>> import torch
         >>> from gspn.analysis import image_influence
         >>> from gspn.models import GSPN
         >>> model = GSPN(dims=(16, 32), depths=(1, 1))
-        >>> found = image_influence(model, torch.randn(1, 3, 40, 64), (50, 10), stage=0)
-        >>> found.name, found.influence.query, found.influence.merged.shape, found.merged.shape
+        >>> result = image_influence(model, torch.randn(1, 3, 40, 64), (50, 10), stage=0)
+        >>> result.name, result.influence.query, result.influence.merged.shape, result.merged.shape
         ('stages.0.blocks.0.mixer.gspn', (2, 12), torch.Size([10, 16]), torch.Size([40, 64]))
     """
     if image.dim() != 4 or image.shape[0] != 1:
@@ -167,15 +168,17 @@ def image_influence(
     height, width = image.shape[-2:]
     px, py = point
     if not (0 <= px < width and 0 <= py < height):
-        raise ValueError(f"{point=} lies outside the image of {width} x {height} pixels; it is (x, y), from 0.")
+        raise ValueError(f"{point=} is outside the image of {width} x {height} pixels; pass (x, y), counted from 0.")
     name = choose_scan(model, stage, block) if name is None else name
-    found: list[Influence] = []
+    influences: list[Influence] = []
 
     def visit(_: str, module: GSPN2d, x: Tensor) -> None:
         rows, columns = x.shape[-2:]
-        found.append(pixel_influence(module, x, (py * rows // height, px * columns // width)))
+        influences.append(pixel_influence(module, x, (py * rows // height, px * columns // width)))
 
     visit_scans(model, image, visit, [name])
+
+    (influence,) = influences
 
     def enlarged(map_: Tensor) -> Tensor:
         return F.interpolate(map_[None, None], (height, width), mode="bilinear", align_corners=False)[0, 0]
@@ -183,10 +186,10 @@ def image_influence(
     return ImageInfluence(
         name=name,
         point=point,
-        influence=found[0],
-        merged=enlarged(found[0].merged),
-        directions={d: enlarged(m) for d, m in found[0].directions.items()},
-        reach={d: enlarged(m) for d, m in found[0].reach.items()},
+        influence=influence,
+        merged=enlarged(influence.merged),
+        directions={d: enlarged(m) for d, m in influence.directions.items()},
+        reach={d: enlarged(m) for d, m in influence.reach.items()},
     )
 
 
@@ -194,36 +197,28 @@ def _check(module: GSPN2d, x: Tensor, query: tuple[int, int]) -> None:
     if x.dim() != 4 or x.shape[0] != 1 or x.shape[1] != module.dim:
         raise ValueError(f"{x.shape=}: pass the input of one image, [1, {module.dim}, H, W].")
     if not (0 <= query[0] < x.shape[2] and 0 <= query[1] < x.shape[3]):
-        raise ValueError(f"{query=} lies outside the map of {x.shape[2]} x {x.shape[3]}; it is (row, column), from 0.")
-    if module.alignment == "released" and x.shape[2] != x.shape[3]:
-        raise ValueError(f"{x.shape=}: alignment='released' needs H == W.")
+        raise ValueError(f"{query=} is outside the map of {x.shape[2]} x {x.shape[3]}; pass (row, column), from 0.")
+    if module.alignment == "official" and x.shape[2] != x.shape[3]:
+        raise ValueError(f"{x.shape=}: alignment='official' needs H == W.")
 
 
 def _one_pixel(map_: Tensor, query: tuple[int, int]) -> Tensor:
-    """The map's values at the query and zero elsewhere."""
+    """The map at the query, and zero elsewhere."""
     cotangent = torch.zeros_like(map_)
     i, j = query
     cotangent[..., i, j] = map_[..., i, j]
     return cotangent
 
 
-def _row(scan: Scan, x: Tensor, query: tuple[int, int]) -> Tensor:
-    # Channels do not mix: one product with ones over the channels is the row of each.
-    return _pull(scan.states, x.to(scan.taps.dtype), _one_pixel(scan.u, query))
-
-
 def _reach(scan: Scan, query: tuple[int, int]) -> Tensor:
     ones = torch.ones_like(scan.taps[:, :, 0])  # [1, G, H, W]
-
-    def states(x: Tensor) -> Tensor:
-        return line_scan(scan.turned(x), scan.taps, direction=scan.along, segment=scan.segment, impl=scan.impl)
-
-    return _pull(states, ones, _one_pixel(ones, query)).mean(0)
+    unweighted = replace(scan, lam=None)
+    return _vjp(unweighted.states, ones, _one_pixel(ones, query)).mean(0)
 
 
-def _pull(function: Callable[[Tensor], Tensor], x: Tensor, cotangent: Tensor) -> Tensor:
-    """The cotangent of one image's input, ``[C, H, W]``."""
+def _vjp(function: Callable[[Tensor], Tensor], x: Tensor, cotangent: Tensor) -> Tensor:
+    """The vector-Jacobian product for one image, ``[C, H, W]``."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        (pulled,) = torch.autograd.grad(function(x), x, cotangent.to(x.dtype))
-    return pulled[0].detach()
+        (product,) = torch.autograd.grad(function(x), x, cotangent.to(x.dtype))
+    return product[0].detach()

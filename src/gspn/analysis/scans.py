@@ -1,4 +1,4 @@
-"""The scans inside a network: which there are, what reaches them, and the maps they run with."""
+"""The scans inside a model: their names, their inputs and their maps."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gspn.nn import GSPN2d
-from gspn.nn.official_alignment import turn
-from gspn.ops import Direction, line_scan, stochastic_taps
-from gspn.ops.projections import project, project_taps
+from ..nn import GSPN2d
+from ..nn.official_alignment import reorient
+from ..ops import Direction, line_scan, stochastic_taps
+from ..ops.projections import project, project_taps
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One direction of a :class:`gspn.nn.GSPN2d` on one input, with all maps computed: linear in ``x`` from here on."""
+    """One direction of a :class:`gspn.nn.GSPN2d` with the maps of one input: a linear function of ``x``."""
 
     direction: Direction
-    """The module's name of it."""
-    along: Direction
-    """The direction in which ``line_scan`` runs; differs from ``direction`` with ``alignment="released"`` alone."""
+    """The direction as the module names it."""
+    scan_direction: Direction
+    """The direction in which ``line_scan`` runs; it differs from ``direction`` only with ``alignment="official"``."""
     taps: Tensor
     """``[B, G, 3, H, W]``."""
-    lam: Tensor
-    """``[B, C, H, W]``."""
+    lam: Tensor | None
+    """``[B, C, H, W]``, or None for ones."""
     u: Tensor
     """``[B, C, H, W]``, times the direction's merge weight."""
     skip: Tensor | None
@@ -35,55 +35,57 @@ class Scan:
     segment: int | None
     impl: str
 
-    def turned(self, x: Tensor) -> Tensor:
+    def reoriented(self, x: Tensor) -> Tensor:
         """``x`` as this scan reads it."""
-        return x if self.along == self.direction else turn(x, self.direction)
+        return x if self.scan_direction == self.direction else reorient(x, self.direction)
 
     def states(self, x: Tensor) -> Tensor:
         """``h``, ``[B, C, H, W]``."""
         return line_scan(
-            self.turned(x), self.taps, self.lam, direction=self.along, segment=self.segment, impl=self.impl
+            self.reoriented(x), self.taps, self.lam, direction=self.scan_direction, segment=self.segment, impl=self.impl
         )
 
 
 @torch.no_grad()
 def scans_of(module: GSPN2d, x: Tensor) -> list[Scan]:
-    """The scans of ``module`` on ``x``, in the order of its directions.
+    """Compute the maps of all scans of ``module`` on ``x``, in the order of its directions.
 
-    Maps are computed in the module's precision, as its forward does, and kept in that of ``x`` or float32, whichever
-    is wider.
+    Maps are computed in the module's precision, as in its forward pass, and kept in the wider of that of ``x`` and
+    float32.
 
     Args:
         module: the propagation.
-        x: its input, ``[B, C, H, W]``.
+        x: the input of the module, ``[B, C, H, W]``.
 
     Returns:
         A scan for each direction.
     """
-    return list(_scans_of(module, x))
-
-
-def _scans_of(module: Any, x: Tensor) -> Iterator[Scan]:
+    options: Any = module  # whose attributes torch types as Tensor | Module
     wide = torch.promote_types(x.dtype, torch.float32)
-    proxy = module.proxy(x)
-    for d, direction in enumerate(module.directions):
-        along: Direction = "right" if module.alignment == "released" else direction
-        logits = project_taps(proxy, module.tap_proj[d])
-        merge = module.merge[d].to(wide)
-        yield Scan(
-            direction=direction,
-            along=along,
-            taps=stochastic_taps(logits.to(wide), direction=along),
-            lam=project(proxy, module.lam_proj[d]).to(wide),
-            u=project(proxy, module.u_proj[d]).to(wide) * merge,
-            skip=None if module.skip_proj is None else project(proxy, module.skip_proj[d]).to(wide) * merge,
-            segment=module.segment,
-            impl=module.impl,
+    proxy = options.proxy(x)
+    scans = []
+    for d, direction in enumerate(options.directions):
+        scan_direction: Direction = "right" if options.alignment == "official" else direction
+        logits = project_taps(proxy, options.tap_proj[d])
+        merge = options.merge[d].to(wide)
+        skip = None if options.skip_proj is None else project(proxy, options.skip_proj[d]).to(wide) * merge
+        scans.append(
+            Scan(
+                direction=direction,
+                scan_direction=scan_direction,
+                taps=stochastic_taps(logits.to(wide), direction=scan_direction),
+                lam=project(proxy, options.lam_proj[d]).to(wide),
+                u=project(proxy, options.u_proj[d]).to(wide) * merge,
+                skip=skip,
+                segment=options.segment,
+                impl=options.impl,
+            )
         )
+    return scans
 
 
 def find_scans(model: nn.Module) -> dict[str, GSPN2d]:
-    """Every :class:`gspn.nn.GSPN2d` of a network by its name, in the order of the network.
+    """Find every :class:`gspn.nn.GSPN2d` of a model by its name, in the order of the model.
 
     Example:
         >>> from gspn.analysis.scans import find_scans
@@ -95,40 +97,40 @@ def find_scans(model: nn.Module) -> dict[str, GSPN2d]:
 
 
 def choose_scan(model: nn.Module, stage: int = -1, block: int = -1) -> str:
-    """The name of the :class:`gspn.nn.GSPN2d` of a stage's block, both counted from 0, or from the end if negative.
+    """Find the name of the :class:`gspn.nn.GSPN2d` in a stage's block.
 
     Args:
-        model: a network with ``stages`` of ``blocks``, as those of :mod:`gspn.models`.
-        stage: which stage.
-        block: which block of it.
+        model: a model with ``stages`` of ``blocks``, such as those of :mod:`gspn.models`.
+        stage: index of the stage; a negative index counts from the end.
+        block: index of the block in that stage; a negative index counts from the end.
 
     Returns:
         The name, as in :func:`find_scans`.
 
     Raises:
-        ValueError: there is no such block, or no such module in it.
+        ValueError: the block does not exist, or has no such module.
     """
     stages = list(getattr(model, "stages", []))
     if not stages:
         raise ValueError(
-            f"{type(model).__name__} has no stages; name one of its scans instead: {_names(find_scans(model))}."
+            f"{type(model).__name__} has no stages; pass the name of one of its scans: {_names(find_scans(model))}."
         )
-    chosen = _at(stages, stage, "stage")
-    at = _at(list(getattr(chosen, "blocks", [])), block, f"block of stage {stage}")
-    for name, module in model.named_modules():
-        if isinstance(module, GSPN2d) and any(module is inner for inner in at.modules()):
+    blocks = list(getattr(_item(stages, stage, "stage"), "blocks", []))
+    inner = set(_item(blocks, block, f"block of stage {stage}").modules())
+    for name, module in find_scans(model).items():
+        if module in inner:
             return name
-    raise ValueError(f"block {block} of stage {stage} has no GSPN2d; there are {_names(find_scans(model))}.")
+    raise ValueError(f"block {block} of stage {stage} has no GSPN2d; the model has {_names(find_scans(model))}.")
 
 
-def _at(items: Sequence[nn.Module], index: int, what: str) -> nn.Module:
+def _item(items: Sequence[nn.Module], index: int, what: str) -> nn.Module:
     if not -len(items) <= index < len(items):
         raise ValueError(f"there is no {what} {index}: counted from 0, the last is {len(items) - 1}.")
     return items[index]
 
 
 def _names(scans: dict[str, GSPN2d]) -> str:
-    return ", ".join(scans) or "it has none"
+    return ", ".join(scans) or "none"
 
 
 @contextmanager
@@ -146,23 +148,23 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def visit_scans(
     model: nn.Module, image: Tensor, visit: Callable[[str, GSPN2d, Tensor], None], names: Sequence[str] | None = None
 ) -> None:
-    """Run a network in evaluation mode and show ``visit`` each scan's module and its input on the way.
+    """Run a model in evaluation mode and call ``visit`` with the module and the input of each scan.
 
     Args:
-        model: the network; its training flags are as before afterwards.
-        image: ``[B, in_chans, H, W]``, normalised as the network wants it.
-        visit: called with name, module and input, once for each module in the order of the network. What it is given
-            is not kept, so that a deep network on a large image needs no more memory than its own forward.
-        names: those of :func:`find_scans` to visit; None for all.
+        model: the model; its training flags are restored afterwards.
+        image: ``[B, in_chans, H, W]``, normalized for the model.
+        visit: called with name, module and input, once for each module in the order of the model. The inputs are not
+            kept, so a deep model on a large image needs no more memory than its forward pass.
+        names: names of :func:`find_scans` to visit; None for all.
 
     Raises:
-        ValueError: a name is not there, the network has no scans, or one of them was not reached.
+        ValueError: a name is unknown, the model has no scans, or the forward pass did not reach one of them.
     """
     scans = find_scans(model)
-    wanted = list(scans) if names is None else list(names)
-    unknown = [name for name in wanted if name not in scans]
-    if unknown or not wanted:
-        raise ValueError(f"{unknown or type(model).__name__}: the network's GSPN2d modules are: {_names(scans)}.")
+    requested = list(scans) if names is None else list(names)
+    unknown = [name for name in requested if name not in scans]
+    if unknown or not requested:
+        raise ValueError(f"{unknown or type(model).__name__}: the GSPN2d modules of the model are: {_names(scans)}.")
     seen: set[str] = set()
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -173,13 +175,13 @@ def visit_scans(
 
         return call
 
-    handles = [scans[name].register_forward_pre_hook(hook(name)) for name in wanted]
+    handles = [scans[name].register_forward_pre_hook(hook(name)) for name in requested]
     try:
         with _evaluating(model):
             model(image)
     finally:
         for handle in handles:
             handle.remove()
-    missed = [name for name in wanted if name not in seen]
+    missed = [name for name in requested if name not in seen]
     if missed:
-        raise ValueError(f"the forward did not reach {missed}.")
+        raise ValueError(f"the forward pass did not reach {missed}.")

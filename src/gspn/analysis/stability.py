@@ -1,12 +1,12 @@
-r"""Whether the scans of a network are as stable on an image as the theory says.
+r"""The stability of a model's scans on an image, compared with the theory.
 
-With taps that sum to one over the neighbours that exist (the Stability-Context Condition, GSPN, arXiv 2501.12381,
-section 3.2) every path is non-expansive, and a state is a sum of as many averages as lines were scanned:
+If taps sum to one over the neighbours that exist (the Stability-Context Condition; GSPN, arXiv 2501.12381, section
+3.2), every path is non-expansive, and the state of a line is a sum of one average for each line scanned so far:
 
 .. math::
     |h_i| \le b_i = \sum_{j \le i} \max_{\text{line } j} |\lambda_j x_j|
 
-It grows with the length of the scan, which half precision has to hold.
+This bound grows with the length of the scan, which half precision has to represent.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from gspn.bench.report import replaced_file
-from gspn.nn import GSPN2d
-from gspn.ops import Direction
-from gspn.ops.directions import scan_axes
-
+from .._files import replaced
+from ..nn import GSPN2d
+from ..ops import Direction
+from ..ops.directions import scan_axes
 from .scans import Scan, scans_of, visit_scans
 
 
 @dataclass(frozen=True)
 class ScanStability:
-    """One scan of a network on an image, all channels together."""
+    """One scan of a model on an image, for all channels together."""
 
     module: str
     direction: Direction
@@ -38,7 +38,7 @@ class ScanStability:
     channels: int
     segment: int | None
     tap_sum_min: float
-    """The smallest sum, over the neighbours that exist, of a pixel's taps: 1 to rounding."""
+    """The smallest sum of a pixel's taps over the neighbours that exist: 1 up to rounding."""
     tap_sum_max: float
     """The largest."""
     input_max: float
@@ -46,20 +46,20 @@ class ScanStability:
     state_max: float
     """The largest magnitude of a state."""
     bound_max: float
-    """The largest bound b_i of a line, over all lines and channels: what the states might have grown to."""
+    """The largest bound b_i over all lines and channels."""
     bound_used: float
-    """The largest ``max |h_i| / b_i`` of a line of a channel: at most 1 to rounding, and 1 on a first line."""
+    """The largest ``max |h_i| / b_i`` over all lines and channels: at most 1 up to rounding, and 1 on a first line."""
     float16_finite: bool
     """Whether every state is finite in float16, whose largest number is 65504."""
 
     @property
     def growth(self) -> float:
-        """How many times the largest input the largest state is: at most the lines scanned without a restart."""
+        """The largest state divided by the largest input: at most the number of lines scanned without a restart."""
         return self.state_max / self.input_max if self.input_max else 0.0
 
     @property
     def ok(self) -> bool:
-        """Whether the condition and the bound hold, to the rounding of float32 sums over the lines."""
+        """Whether the condition and the bound hold up to the rounding of float32 sums over the lines."""
         lines = self.height if scan_axes(self.direction).line == -2 else self.width
         slack = 4 * torch.finfo(torch.float32).eps * (lines + 3)
         in_bound = self.bound_used <= 1 + slack  # False for NaN
@@ -67,12 +67,12 @@ class ScanStability:
 
 
 def scan_stability(name: str, module: GSPN2d, x: Tensor) -> list[ScanStability]:
-    """The stability of each scan of a module on its input.
+    """Measure the stability of each scan of a module on its input.
 
     Args:
-        name: what to call the module.
+        name: the name of the module in the report.
         module: the propagation.
-        x: its input, ``[B, C, H, W]``, not empty.
+        x: the input of the module, ``[B, C, H, W]``, not empty.
 
     Returns:
         An entry for each direction.
@@ -90,17 +90,17 @@ def scan_stability(name: str, module: GSPN2d, x: Tensor) -> list[ScanStability]:
 
 
 def stability_report(model: nn.Module, image: Tensor) -> list[ScanStability]:
-    """The stability of every scan of a network on an image.
+    """Measure the stability of every scan of a model on an image.
 
     Args:
-        model: the network; run once, in evaluation mode.
-        image: ``[B, in_chans, H, W]``, normalised as the network wants it.
+        model: the model, which runs once in evaluation mode.
+        image: ``[B, in_chans, H, W]``, normalized for the model.
 
     Returns:
-        An entry for each :class:`gspn.nn.GSPN2d` and direction, in the order of the network.
+        An entry for each :class:`gspn.nn.GSPN2d` and direction, in the order of the model.
 
     Raises:
-        ValueError: the network has no scans.
+        ValueError: the model has no scans.
 
     Example:
         >>> import torch
@@ -116,13 +116,13 @@ def stability_report(model: nn.Module, image: Tensor) -> list[ScanStability]:
 
 
 def write_stability(path: Path, report: Sequence[ScanStability]) -> None:
-    """Write a CSV of one row for each entry, replacing the file as a whole or not at all.
+    """Write a CSV with a row for each entry, replacing the file as a whole or not at all.
 
     Raises:
         OSError: the file cannot be written.
     """
     names = [field.name for field in fields(ScanStability)]
-    with replaced_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with replaced(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=[*names, "growth", "ok"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(entry) | {"growth": entry.growth, "ok": entry.ok} for entry in report)
@@ -130,7 +130,7 @@ def write_stability(path: Path, report: Sequence[ScanStability]) -> None:
 
 @torch.no_grad()
 def _measured(name: str, scan: Scan, x: Tensor) -> ScanStability:
-    axes = scan_axes(scan.along)
+    axes = scan_axes(scan.scan_direction)
     states = scan.states(x)
     # The taps of neighbours that do not exist are left out, whatever they hold.
     taps = scan.taps.movedim(axes.cross, -1)  # [B, G, 3, lines, n]
@@ -139,7 +139,7 @@ def _measured(name: str, scan: Scan, x: Tensor) -> ScanStability:
     sums[..., :-1] += taps[:, :, 2, :, :-1]
 
     heights = states.abs().amax(axes.cross)  # [B, C, lines]
-    added = (scan.lam * scan.turned(x)).abs().amax(axes.cross)
+    added = (cast("Tensor", scan.lam) * scan.reoriented(x)).abs().amax(axes.cross)
     if axes.reverse:
         heights, added = heights.flip(-1), added.flip(-1)
     bounds = _sums_so_far(added.double(), scan.segment)

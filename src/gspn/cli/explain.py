@@ -62,10 +62,10 @@ def explain(
     where = (width // 2, height // 2) if point is None else _point(point, width, height)
 
     from gspn.analysis.explain import explain as run
-    from gspn.analysis.networks import open_network
+    from gspn.analysis.loading import load_model
 
     try:
-        network = open_network(model, seed=seed)
+        network = load_model(model, seed=seed)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from None
     except OSError as error:
@@ -82,10 +82,10 @@ def explain(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
-    console.print(_table(explanation.stability, explanation.found.name, f"{network.name} on {image.name}"))
+    console.print(_table(explanation.stability, explanation.affinity.name, f"{network.name} on {image.name}"))
     if output is not None:
+        from gspn._figures import save_figure
         from gspn.analysis.drawing import draw_explanation
-        from gspn.bench.report import save_figure
 
         save_figure(draw_explanation(explanation, _at_most(pixels, _DRAWN_SIDE)), output)
         _wrote(console, output)
@@ -107,7 +107,7 @@ def _require_extras(output: Path | None) -> None:
     except ImportError as error:
         raise _failed(f'gspn explain needs {error.name}; pip install "gspn[train]".') from None
     if output is not None:
-        from gspn.bench.report import require_matplotlib
+        from gspn._figures import require_matplotlib
 
         try:
             require_matplotlib()

@@ -1,16 +1,23 @@
-"""Data sets, and what keeps an epoch whole and repeatable; needs ``pip install 'gspn[train]'``."""
+"""Data sets, and wrappers that make an epoch complete and repeatable; needs ``pip install 'gspn[train]'``."""
 
-from gspn.data.base import LabelledImages
-from gspn.data.captions.emoji import CaptionedImages, EmojiCaptions, open_captions
-from gspn.data.corrupt_images import BrokenImages, BrokenImageWarning, SkipBroken, collate
-from gspn.data.deterministic_augmentation import Seeded
-from gspn.data.digits import Digits, MNIST5k
-from gspn.data.emoji import Emoji, EmojiRecord
-from gspn.data.images import MAX_PIXELS, BrokenImageError, load_image
-from gspn.data.registry import DATASETS, open_dataset
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .base import LabelledImages
+    from .captions.base import CaptionedImages
+    from .captions.emoji import EmojiCaptions
+    from .corrupt_images import BrokenImages, BrokenImageWarning, SkipBroken, collate
+    from .deterministic_augmentation import Seeded
+    from .digits import Digits, MNIST5k
+    from .emoji import Emoji, EmojiRecord
+    from .images import MAX_PIXELS, BrokenImageError, load_image
+    from .registry import help_text, open_captions, open_dataset
 
 __all__ = [
-    "DATASETS",
     "MAX_PIXELS",
     "BrokenImageError",
     "BrokenImageWarning",
@@ -25,7 +32,23 @@ __all__ = [
     "Seeded",
     "SkipBroken",
     "collate",
+    "help_text",
     "load_image",
     "open_captions",
     "open_dataset",
 ]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "LabelledImages": ".base",
+        "CaptionedImages": ".captions.base",
+        "EmojiCaptions": ".captions.emoji",
+        **dict.fromkeys(("BrokenImages", "BrokenImageWarning", "SkipBroken", "collate"), ".corrupt_images"),
+        "Seeded": ".deterministic_augmentation",
+        **dict.fromkeys(("Digits", "MNIST5k"), ".digits"),
+        **dict.fromkeys(("Emoji", "EmojiRecord"), ".emoji"),
+        **dict.fromkeys(("MAX_PIXELS", "BrokenImageError", "load_image"), ".images"),
+        **dict.fromkeys(("help_text", "open_captions", "open_dataset"), ".registry"),
+    },
+)

@@ -1,4 +1,4 @@
-"""What all data sets of gspn have in common."""
+"""Base classes of the data sets."""
 
 from __future__ import annotations
 
@@ -11,57 +11,16 @@ from torch.utils.data import Dataset
 
 Transform = Callable[[Image.Image], Any]
 
-_TRAIN = ("train", "training")
-_VAL = ("val", "valid", "validation", "eval", "evaluation", "test")
-
-
-def is_train_split(split: str) -> bool:
-    """Whether a name of a split means the part that is trained on."""
-    return split.partition("[")[0] in _TRAIN
-
-
-def canonical_split(split: str, name: str) -> str:
-    """``"train"``, ``"val"`` or ``"all"`` for any of their usual names.
-
-    Raises:
-        ValueError: another name.
-    """
-    if split in _TRAIN:
-        return "train"
-    if split in _VAL:
-        return "val"
-    if split == "all":
-        return "all"
-    raise ValueError(f"{split=} is no split of {name}; it has 'train', 'val' (also called 'test') and 'all'.")
-
-
-def first_fifths(targets: Sequence[int], split: str) -> list[int]:
-    """Indices of a split that takes four fifths of each class, rounded down, in the order of the file for training.
-
-    No random generator has a part in it, so no version of one can change it.
-    """
-    if split == "all":
-        return list(range(len(targets)))
-    seen: dict[int, int] = {}
-    total = {target: list(targets).count(target) for target in set(targets)}
-    chosen = []
-    for index, target in enumerate(targets):
-        position = seen.get(target, 0)
-        seen[target] = position + 1
-        if (position < total[target] * 4 // 5) == (split == "train"):
-            chosen.append(index)
-    return chosen
-
 
 class LabelledImages(Dataset):
     """A map-style data set of images and class indices.
 
-    ``dataset[i]`` is ``(image, target)``: a PIL image, RGB, or what ``transform`` makes of it, and an int.
+    ``dataset[i]`` is ``(image, target)``: an RGB PIL image, or the result of ``transform``, and an int.
 
     Attributes:
-        name: of the data set.
-        classes: the name of each target.
-        transform: applied to each image; None for none. May be set at any time, as timm does.
+        name: name of the data set.
+        classes: name of each target.
+        transform: the transform of each image; None for none. May be set at any time, as timm does.
     """
 
     def __init__(self, name: str, classes: Sequence[str], transform: Transform | None = None) -> None:
@@ -70,13 +29,8 @@ class LabelledImages(Dataset):
         self.transform = transform
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"{index=} is out of range for {self!r}.")
-        index %= len(self)
-        image = self.image(index)
-        if self.transform is not None:
-            image = self.transform(image)
-        return image, self.target(index)
+        image, target = self._sample(self._position(index))
+        return image if self.transform is None else self.transform(image), target
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -90,16 +44,25 @@ class LabelledImages(Dataset):
         """The class of image ``index``, without decoding it."""
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """A name for image ``index``; the flags are timm's, and mean nothing where there is no file."""
+        """A name for image ``index``; timm's flags have no effect where there is no file."""
         del basename, absolute
         return f"{self.name}/{index}"
+
+    def _sample(self, index: int) -> tuple[Image.Image, int]:
+        return self.image(index), self.target(index)
+
+    def _position(self, index: int) -> int:
+        """``index`` counted from the beginning, for a negative one."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{index=} is out of range for {self!r}.")
+        return index % len(self)
 
     def __repr__(self) -> str:
         return f"<{self.name}: {len(self)} images, {len(self.classes)} classes>"
 
 
 class Wrapped(Dataset):
-    """A data set around another map-style one, whose names, classes and transform it passes on.
+    """A data set around another map-style data set, whose name, classes and transform it passes on.
 
     Raises:
         TypeError: the data set has no ``__getitem__`` and ``__len__``.
@@ -136,6 +99,6 @@ class Wrapped(Dataset):
         self.dataset.transform = transform  # pyright: ignore[reportAttributeAccessIssue]
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """A name for sample ``index``."""
-        named = getattr(self.dataset, "filename", None)
-        return f"{self.name}/{index}" if named is None else named(index, basename, absolute)
+        """The name of sample ``index``."""
+        inner = getattr(self.dataset, "filename", None)
+        return f"{self.name}/{index}" if inner is None else inner(index, basename, absolute)

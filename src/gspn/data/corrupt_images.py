@@ -1,4 +1,4 @@
-"""Broken images: no epoch ends at one, and each is named and counted."""
+"""Corrupt images: an epoch does not end at one, and each is named and counted."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from gspn.data.base import Wrapped
-from gspn.data.images import BrokenImageError
+from .base import Wrapped
+from .images import BrokenImageError
 
-# What a data set raises where a file is at fault: our own error; the operating system and most decoders of PIL; PIL's
-# PNG decoder; a bomb. A bug in a transform raises none of these, and is not hidden.
-_BROKEN = (BrokenImageError, OSError, SyntaxError, Image.DecompressionBombError)
-# So many in a row are no accident: a folder that is not mounted, a disk that fails.
+# The errors of a corrupt file: our own; of the operating system and most decoders of PIL; of PIL's PNG decoder; of a
+# decompression bomb. A bug in a transform raises none of these and is not hidden.
+_CORRUPT = (BrokenImageError, OSError, SyntaxError, Image.DecompressionBombError)
+# So many in a row are not an accident, but a folder that is not mounted or a disk that fails.
 _MOST_IN_A_ROW = 100
 _SHOWN = 5
 
 
 class BrokenImageWarning(UserWarning):
-    """Images were left out of an epoch."""
+    """Corrupt images were left out of an epoch."""
 
 
 class SkipBroken(Wrapped):
-    """A map-style data set in which a broken image takes nothing down.
+    """A map-style data set around another one, in which corrupt images raise no error.
 
-    ``dataset[i]`` is ``(image, target, broken)``. ``broken`` is -1 for a sound image. Where image ``i`` is broken it is
-    ``i``, and the other two are
+    ``dataset[i]`` is ``(image, target, corrupt)``. ``corrupt`` is -1 for a sound image. For a corrupt one it is ``i``,
+    and the image and target are those of the next sound sample of the data set, counted cyclically:
 
-    - in training the next sound sample of the data set, round its end: always the same one;
-    - in evaluation the same image with target -1, by which the sample is to be left out of every count.
+    - in training with its target, so that the same sample always replaces the corrupt one;
+    - in evaluation with target -1, so that the sample can be left out of every count.
 
-    Make batches of them with ``collate`` and hand ``broken`` to ``BrokenImages.add``: that is how the indices come back
-    from the workers of a ``DataLoader``.
+    Make batches with ``collate`` and pass ``corrupt`` to ``BrokenImages.add``: so the indices come back from the
+    workers of a ``DataLoader``.
 
     Args:
-        dataset: map-style, of ``(image, target)``.
-        training: whether a sample in place of a broken one may take part.
+        dataset: a map-style data set of ``(image, target)``.
+        training: whether another sample takes part in place of a corrupt one.
 
     Raises:
         TypeError: the data set is a stream.
-        RuntimeError: from ``__getitem__``: 100 images in a row, or all, are broken.
+        RuntimeError: from ``__getitem__``: 100 images in a row, or all, are corrupt.
 
     Example:
         >>> from gspn.data import Digits, SkipBroken
-        >>> image, target, broken = SkipBroken(Digits("val"), training=False)[0]
-        >>> broken
+        >>> image, target, corrupt = SkipBroken(Digits("val"), training=False)[0]
+        >>> corrupt
         -1
     """
 
@@ -66,7 +66,7 @@ class SkipBroken(Wrapped):
         for step in range(min(length, _MOST_IN_A_ROW)):
             try:
                 image, target = self.dataset[(index + step) % length]
-            except _BROKEN as error:
+            except _CORRUPT as error:
                 first = first or error
                 continue
             if step == 0:
@@ -77,24 +77,24 @@ class SkipBroken(Wrapped):
         ) from first
 
     def reason(self, index: int) -> str | None:
-        """What is wrong with image ``index``, by opening it once more; None if it opens now."""
+        """Open image ``index`` once more and return what is wrong with it; None if it opens now."""
         try:
             self.dataset[index]
-        except _BROKEN as error:
+        except _CORRUPT as error:
             return error.reason if isinstance(error, BrokenImageError) else str(error)
         return None
 
 
 class BrokenImages:
-    """The broken images of a ``SkipBroken``, collected in the main process.
+    """The record of a ``SkipBroken``'s corrupt images, in the main process.
 
-    Each process of a distributed run keeps its own record, of the samples that it has drawn.
+    Each process of a distributed run records the samples that it has loaded.
 
     Args:
-        dataset: gives the names: the ``SkipBroken``, or a wrapper of it.
+        dataset: the ``SkipBroken``, or a wrapper of it, which gives the names.
 
     Attributes:
-        names: of every broken image so far, by index.
+        names: name of every corrupt image so far, by index.
         epoch: indices since the last ``end_epoch``.
 
     Example:
@@ -113,28 +113,28 @@ class BrokenImages:
 
     @property
     def count(self) -> int:
-        """How many different images have been broken so far."""
+        """The number of different corrupt images so far."""
         return len(self.names)
 
-    def add(self, broken: Tensor | Iterable[int]) -> None:
-        """Take note of the third part of a batch: ``[B]``, int64, an index or -1."""
-        for index in broken.tolist() if isinstance(broken, Tensor) else broken:
+    def add(self, corrupt: Tensor | Iterable[int]) -> None:
+        """Record the third part of a batch: ``[B]``, int64, indices or -1."""
+        for index in corrupt.tolist() if isinstance(corrupt, Tensor) else corrupt:
             if index >= 0:
                 self.epoch.add(index)
                 if index not in self.names:
                     self.names[index] = self._dataset.filename(index)
 
     def summary(self) -> str | None:
-        """One line on the epoch, with the first five names; None if all images were sound."""
+        """Describe the epoch in one line, with the first five names; None if no image was corrupt."""
         if not self.epoch:
             return None
         shown = sorted(self.epoch)[:_SHOWN]
-        named = "; ".join(f"{self.names[index]} ({self._reason(index)})" for index in shown)
+        names = "; ".join(f"{self.names[index]} ({self._reason(index)})" for index in shown)
         more = f"; and {len(self.epoch) - len(shown)} more" if len(self.epoch) > len(shown) else ""
-        return f"{len(self.epoch)} of {len(self._dataset)} images were broken and left out: {named}{more}"
+        return f"{len(self.epoch)} of {len(self._dataset)} images were corrupt and left out: {names}{more}"
 
     def end_epoch(self) -> str | None:
-        """Warn of the epoch's broken images in one line, return it, and begin a new epoch; None if all were sound."""
+        """Warn of the epoch's corrupt images with ``summary``, return that line, and begin a new epoch."""
         line = self.summary()
         self.epoch.clear()
         if line is not None:
@@ -151,22 +151,22 @@ class BrokenImages:
 
 
 def collate(batch: Sequence[tuple[Any, ...]]) -> tuple[Any, Tensor, Tensor]:
-    """A batch of ``(image, target, broken)``, or of ``(image, target)``, such as a stream yields.
+    """Make a batch of ``(image, target, corrupt)``, or of ``(image, target)`` as a stream yields.
 
     Args:
-        batch: samples; images as tensors or arrays of one shape.
+        batch: samples, with images as tensors or arrays of one shape.
 
     Returns:
-        Images ``[B, ...]``, targets ``[B]`` int64 and broken ``[B]`` int64, with -1 for sound images.
+        Images ``[B, ...]``, targets ``[B]`` int64 and corrupt ``[B]`` int64, with -1 for sound images.
 
     Example:
         >>> import torch
         >>> from gspn.data import collate
-        >>> images, targets, broken = collate([(torch.zeros(3, 2, 2), 4, -1), (torch.ones(3, 2, 2), -1, 17)])
-        >>> images.shape, targets, broken
+        >>> images, targets, corrupt = collate([(torch.zeros(3, 2, 2), 4, -1), (torch.ones(3, 2, 2), -1, 17)])
+        >>> images.shape, targets, corrupt
         (torch.Size([2, 3, 2, 2]), tensor([ 4, -1]), tensor([-1, 17]))
     """
     images = default_collate([sample[0] for sample in batch])
     targets = torch.tensor([int(sample[1]) for sample in batch])
-    broken = torch.tensor([int(sample[2]) if len(sample) > 2 else -1 for sample in batch])
-    return images, targets, broken
+    corrupt = torch.tensor([int(sample[2]) if len(sample) > 2 else -1 for sample in batch])
+    return images, targets, corrupt

@@ -1,4 +1,4 @@
-"""Augmentation that does not depend on who computes it."""
+"""Augmentation that does not depend on the process that computes it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from gspn.data.base import Wrapped
+from .base import Wrapped
 
 
 class Seeded(Wrapped):
-    """A map-style data set whose sample ``i`` is a function of ``(seed, epoch, i)`` alone.
+    """A map-style data set around another one, whose sample ``i`` depends only on ``(seed, epoch, i)``.
 
-    Transforms draw from the global generators of ``random``, numpy and torch. Here they are seeded for each sample from
-    these three numbers, and put back afterwards. So the number of workers, the number of processes, the order of the
-    samples and whatever else draws random numbers make no difference; a run that is resumed at epoch n continues as if
-    it had not been interrupted. About 0.1 ms a sample.
+    Transforms draw from the global generators of ``random``, numpy and torch. For each sample these are seeded with the
+    three numbers, and restored afterwards. So the number of workers and processes, the order of the samples and other
+    random draws make no difference, and a run that is resumed at epoch n continues as if it had not been interrupted.
+    This takes about 0.1 ms for each sample.
 
-    Not covered: what is drawn elsewhere, such as the order of a sampler, mixup, and timm's random erasing in its
-    prefetcher on the device.
+    It does not cover draws elsewhere, such as the order of a sampler, mixup, or timm's random erasing in its prefetcher
+    on the device.
 
     Args:
-        dataset: map-style.
+        dataset: a map-style data set.
         seed: any int.
 
     Raises:
@@ -50,7 +50,7 @@ class Seeded(Wrapped):
     def __init__(self, dataset: Dataset, seed: int) -> None:
         super().__init__(dataset)
         self.seed = seed
-        # In shared memory: persistent workers hold a copy of everything else.
+        # Shared memory, because persistent workers hold a copy of everything else.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @property
@@ -59,9 +59,9 @@ class Seeded(Wrapped):
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch, also in workers that are running.
+        """Begin an epoch, also in running workers.
 
-        Call it before ``iter(loader)``, which already asks workers for samples.
+        Call it before ``iter(loader)``, which already requests samples from the workers.
         """
         self._epoch.fill_(epoch)
         inner = getattr(self.dataset, "set_epoch", None)
@@ -76,12 +76,12 @@ class Seeded(Wrapped):
 @contextmanager
 def _generators(seed: int, epoch: int, index: int) -> Iterator[None]:
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
-    # A hash, as neighbouring seeds give neighbouring numbers in some generators.
+    # A hash, because neighbouring seeds give similar numbers in some generators.
     text = f"{seed} {epoch} {index}".encode()
     for_random, for_numpy, for_torch = struct.unpack("<QIQ", hashlib.blake2b(text, digest_size=20).digest())
     random.seed(for_random)
     np.random.seed(for_numpy)  # noqa: NPY002  (transforms draw from the legacy global generator)
-    # torch.manual_seed would also seed, or queue a seeding of, every CUDA device.
+    # torch.manual_seed would also seed every CUDA device.
     torch.default_generator.manual_seed(for_torch)
     try:
         yield

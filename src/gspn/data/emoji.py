@@ -1,4 +1,4 @@
-"""The Noto emoji, which ship with gspn."""
+"""The Noto emoji, which come with gspn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from typing import Literal
 
 from PIL import Image
 
-from gspn.data.base import LabelledImages, Transform, canonical_split
+from .base import LabelledImages, Transform
+from .splits import find_split
 
 _FILE = Path(__file__).with_name("emoji.zip")
 _TARGETS = ("category", "subcategory")
@@ -23,7 +24,7 @@ _TARGETS = ("category", "subcategory")
 
 @dataclass(frozen=True)
 class EmojiRecord:
-    """What is known of an emoji."""
+    """The description of an emoji."""
 
     name: str
     """In English, from CLDR: ``"cat with wry smile"``."""
@@ -36,13 +37,13 @@ class EmojiRecord:
     unified: str
     """Code points: ``"1F468-200D-1F680"``."""
     short_names: tuple[str, ...]
-    """As in chat programs: ``("smirk_cat",)``."""
+    """Names in chat programs: ``("smirk_cat",)``."""
     group: str
-    """Emoji of one group are variants of one drawing, and on one side of the split."""
+    """Emoji of one group are variants of one drawing, and are on the same side of the split."""
     misdrawn: str
     """What is wrong with the image; empty for nearly all."""
     file: str
-    """Name inside the package's file."""
+    """Name of the image inside ``emoji.zip``."""
 
     @property
     def character(self) -> str:
@@ -53,26 +54,26 @@ class EmojiRecord:
 class Emoji(LabelledImages):
     """1,906 Noto emoji, 64 x 64, on white, with names, keywords, categories and subcategories.
 
-    **Split.** 80 to 20 within each subcategory, by the hash of a group's name, so that it never depends on a random
+    **Split.** 80 to 20 within each subcategory, by the hash of a group's name, so it does not depend on a random
     generator. A group holds the variants of one drawing (man, woman and person; colours; directions; hours; families;
-    flags drawn alike), and lies on one side as a whole: no name in ``"val"``, and no variant of its drawing, has been
-    seen in ``"train"``. Groups of more than a fifth of a subcategory are in ``"train"``. There is no third part: a
-    number on ``"val"`` after choosing settings by it is optimistic.
+    flags that look alike) and is on one side as a whole: no name in ``"val"`` and no variant of its drawing is in
+    ``"train"``. Groups of more than a fifth of a subcategory are in ``"train"``. There is no third part, so a result on
+    ``"val"`` is optimistic if settings were chosen by it.
 
-    LabelledImages: Google Noto, Apache-2.0, 16.0, reduced to 256 colours each. Names and keywords: Unicode CLDR 48,
-    Unicode-3.0. Categories: emoji-data 16.0.0, MIT. The five skin tones of its category Component are left out. See
-    the file NOTICE of this package.
+    Images: Google Noto 16.0, Apache-2.0, each reduced to 256 colours. Names and keywords: Unicode CLDR 48, Unicode-3.0.
+    Categories: emoji-data 16.0.0, MIT. The five skin tones of the category Component are left out. See the file NOTICE
+    of this package.
 
     Args:
-        split: ``"train"`` (1,546), ``"val"`` (360), or ``"all"``.
+        split: ``"train"`` (1,546), ``"val"`` (360; also called ``"test"``), or ``"all"``.
         target: ``"category"``, 9 classes, or ``"subcategory"``, 98.
-        transform: applied to each image.
+        transform: the transform of each image.
 
     Attributes:
         records: an ``EmojiRecord`` for each image.
 
     Raises:
-        ValueError: another split or target.
+        ValueError: the split or target is unknown.
 
     Example:
         >>> from gspn.data import Emoji
@@ -90,13 +91,13 @@ class Emoji(LabelledImages):
         transform: Transform | None = None,
     ) -> None:
         if target not in _TARGETS:
-            raise ValueError(f"{target=} is no target of emoji; pass one of {', '.join(map(repr, _TARGETS))}.")
-        split = canonical_split(split, "emoji")
+            raise ValueError(f"{target=} is not a target of emoji; pass one of {', '.join(map(repr, _TARGETS))}.")
+        split = find_split(split, ("train", "val", "test"), "emoji")
         records, files = _read()
         classes = sorted({getattr(record, target) for record in records})
         super().__init__("emoji" if target == "category" else "emoji/subcategory", classes, transform)
         held_out = _held_out()
-        chosen = [i for i in range(len(records)) if split == "all" or (i in held_out) == (split == "val")]
+        chosen = [i for i in range(len(records)) if split == "all" or (i in held_out) == (split != "train")]
         self.records = [records[i] for i in chosen]
         self._files = [files[i] for i in chosen]
         index = {name: i for i, name in enumerate(classes)}
@@ -126,7 +127,7 @@ class Emoji(LabelledImages):
 
 @cache
 def _read() -> tuple[Sequence[EmojiRecord], Sequence[bytes]]:
-    """Every record without the skin tones, and its compressed image: 3 MB, which all data sets share."""
+    """All records but the skin tones, and their compressed images: 3 MB that all data sets share."""
     records, files = [], []
     with zipfile.ZipFile(_FILE) as archive:
         for entry in json.loads(archive.read("index.json"))["emoji"]:
@@ -141,7 +142,7 @@ def _read() -> tuple[Sequence[EmojiRecord], Sequence[bytes]]:
 
 @cache
 def _held_out() -> frozenset[int]:
-    """The indices of validation: groups in the order of their hash, while each subcategory has room for a fifth."""
+    """The indices of validation: groups in the order of their hash, as long as no subcategory exceeds a fifth."""
     records, _ = _read()
     groups: dict[str, list[int]] = defaultdict(list)
     for i, record in enumerate(records):

@@ -1,4 +1,4 @@
-"""Opening image files that nobody has checked."""
+"""Decoding of unchecked image files."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-# Where PIL begins to warn of a decompression bomb, and where it refuses only at twice as many.
+# PIL warns of a decompression bomb from this size on, and refuses images of twice as many pixels.
 MAX_PIXELS = 89_478_485
-"""Pixels of the largest image that is decoded unless the caller says otherwise."""
+"""The default limit of pixels in an image."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""The formats that are decoded. PIL knows more, some of which start other programs (EPS) or hold no image."""
+"""The formats that are decoded. PIL knows others, which may start other programs (EPS) or hold no image."""
 
 _WITH_ALPHA = {"RGBA", "LA", "PA", "La", "RGBa"}
 
@@ -22,12 +22,12 @@ class BrokenImageError(ValueError):
     """An image that cannot or must not be decoded.
 
     Attributes:
-        name: the file, as far as it is known.
+        name: the name of the file, if known.
         reason: what is wrong with it, without the name.
     """
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason)  # both in args, so that the error passes between processes
+        super().__init__(name, reason)  # both in args, so that the error can be pickled
         self.name = name
         self.reason = reason
 
@@ -40,22 +40,21 @@ def load_image(
 ) -> Image.Image:
     """Open and decode an image as 8-bit RGB.
 
-    Format and size are checked from the header, before anything is decoded. The pixels are decoded here and not when
-    they are first used, so that a truncated file is found where its name is known. The orientation that cameras write
-    into EXIF is applied; transparency is put on white; 16-bit grey keeps its upper 8 bits, rounded.
+    Format and size are checked in the header before anything is decoded. The pixels are decoded here rather than when
+    they are first used, so that the error of a truncated file has its name. The EXIF orientation of cameras is applied,
+    transparency is put on white, and 16-bit grey is rounded to its upper 8 bits.
 
     Args:
-        file: a path, or a file open for reading bytes; such a file is left open.
-        max_pixels: width times height beyond which the image is refused. PIL has a limit of its own,
-            ``2 * PIL.Image.MAX_IMAGE_PIXELS``, which stays in force.
-        name: what errors call the file; its path where None.
+        file: a path, or a file that is open for reading bytes, which stays open.
+        max_pixels: the limit of width times height. PIL's own limit, ``2 * PIL.Image.MAX_IMAGE_PIXELS``, also applies.
+        name: the name of the file in errors; None for its path.
 
     Returns:
-        The image, mode RGB. Of an animation, the first frame.
+        The image in mode RGB, the first frame of an animation.
 
     Raises:
-        BrokenImageError: a ``ValueError``: the file is no image of a known format, is damaged or truncated, has more
-            than ``max_pixels``, or has a mode without a defined range.
+        BrokenImageError: the file is not an image of a known format, is damaged or truncated, has more than
+            ``max_pixels``, or has a mode without a defined range.
         OSError: the file cannot be opened or read.
 
     Example:
@@ -79,13 +78,13 @@ def load_image(
         raise BrokenImageError(
             name,
             f"{width} x {height} = {width * height:,} pixels are more than {max_pixels=:,}. "
-            "A small file of so many pixels may be made to exhaust the memory; pass a larger max_pixels if it is not.",
+            "A small file of so many pixels may be an attack on the memory; if it is not, pass a larger max_pixels.",
         )
     try:
         image.load()
     except MemoryError:
         raise
-    except Exception as error:  # each decoder has its own: OSError, SyntaxError, struct.error, zlib.error, ...
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
         raise BrokenImageError(name, f"cannot be decoded, damaged or truncated ({error})") from error
     return _rgb(_upright(image), name)
 
@@ -94,12 +93,12 @@ def _open(file: IO[bytes], name: str) -> Image.Image:
     try:
         return Image.open(file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        # PIL raises before it hands out the size, which its message states.
+        # PIL raises this before the size is known here; its message states the size.
         raise BrokenImageError(
             name, f"{error} If the file is sound, raise PIL.Image.MAX_IMAGE_PIXELS and pass a larger max_pixels."
         ) from error
     except UnidentifiedImageError as error:
-        raise BrokenImageError(name, f"is no image of a known format ({', '.join(FORMATS)})") from error
+        raise BrokenImageError(name, f"is not an image of a known format ({', '.join(FORMATS)})") from error
     except OSError as error:
         if error.errno is not None:  # from the operating system, not from a decoder
             raise
@@ -112,7 +111,7 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
-    except Exception:  # an image with damaged EXIF is still an image, and has no orientation
+    except Exception:  # an image with damaged EXIF has no orientation
         return image
 
 

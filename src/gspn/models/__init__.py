@@ -1,6 +1,6 @@
-"""Networks, registered with timm on import: ``import gspn.models`` and then ``timm.create_model("gspn_tiny")``.
+"""Models, registered with timm on import: ``import gspn.models`` and then ``timm.create_model("gspn_tiny")``.
 
-:class:`GSPNDenoiser2DModel` is a component of diffusers, which is imported only where it is asked for.
+:class:`GSPNDenoiser2DModel` is a diffusers model; diffusers is imported only when it is used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``GSPNDenoiser2DModel``: the denoiser of GSPN's class-conditional diffusion, as a component of diffusers."""
+"""``GSPNDenoiser2DModel``: the denoiser of GSPN's class-conditional diffusion, as a diffusers model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from timm.layers.drop import DropPath
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
-from gspn.nn import GSPN2d, SelfAttention2d
+from ..nn import GSPN2d, SelfAttention2d
 
 MixerKind = Literal["gspn", "attention"]
 
@@ -26,27 +26,27 @@ SIZES: dict[str, dict[str, int]] = {
     "L": {"dim": 1200, "num_layers": 56},
     "XL": {"dim": 1500, "num_layers": 56},
 }
-"""Widths and depths: S to XL are the published ones, T is for images of 32 to 64 pixels."""
+"""Widths and depths: S to XL are the published ones, and T is for images of 32 to 64 pixels."""
 
 _FREQUENCIES = 256
 
 
 class GSPNDenoiserBlock(nn.Module):
-    r"""A block of the denoiser: one residual branch, without a separate feed-forward network.
+    r"""A block of the denoiser: one residual branch, without a separate MLP.
 
     .. math::
         x \leftarrow x + W_3\, \rho\bigl(D_{3}\, W_2\; \mathrm{mix}(D_{7}\, W_1\, \mathrm{LN}(x))\bigr),
         \qquad \rho(v) = v \max(v, 0)
 
-    with 1x1 convolutions :math:`W`, depthwise convolutions :math:`D_7` and :math:`D_3`, and ``mix`` the propagation,
-    or self-attention in the twin.
+    with 1x1 convolutions :math:`W` and depthwise convolutions :math:`D_7` and :math:`D_3`. ``mix`` is the propagation,
+    or self-attention in the model to compare with.
 
     Args:
         dim: channels.
         mixer: ``"gspn"`` or ``"attention"``.
-        drop_path: probability of leaving the branch out in training.
-        ada_norm: scale, shift and gate the branch by the embedding of time and class (adaLN-Zero).
-        **scan: options of :class:`gspn.nn.GSPN2d`; of no meaning to attention.
+        drop_path: probability of skipping the branch in training.
+        ada_norm: whether the embedding of time and class scales, shifts and gates the branch (adaLN-Zero).
+        **scan: options of :class:`gspn.nn.GSPN2d`; ignored by attention.
 
     Shape:
         ``[B, dim, H, W]`` and the embedding ``[B, dim]`` to ``[B, dim, H, W]``.
@@ -82,30 +82,29 @@ class GSPNDenoiserBlock(nn.Module):
 class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
     r"""A denoiser without attention and without positional embedding (GSPN, arXiv 2501.12381, section 4.2).
 
-    Patches of the noisy image or latent become pixels of a map; the embedding of time and class is added to all of
-    them once; ``num_layers // 2`` blocks, one in the middle, and as many again follow, each of the second half
-    beginning with a linear map of its input and of the output of its mirror in the first half (long skips). Only the
-    last norm is modulated by the embedding, unless ``ada_norm`` is given. It is called as
-    :class:`diffusers.DiTTransformer2DModel` is, so that :class:`diffusers.DiTPipeline` runs it, and takes any height
-    and width that the patch divides.
+    Patches of the noisy image or latent become pixels of a map, and the embedding of time and class is added to each of
+    them. ``2 (num_layers // 2) + 1`` blocks follow, with long skips as in U-ViT: each block of the second half projects
+    the concatenation of its input and the output of the mirrored block of the first half. Only the last norm is
+    modulated by the embedding unless ``ada_norm`` is set. The model is called as
+    :class:`diffusers.DiTTransformer2DModel` is, so that :class:`diffusers.DiTPipeline` runs it. It takes any height and
+    width that the patch divides.
 
     Args:
-        sample_size: height and width that pipelines sample at if nothing else is said; the network does not depend
-            on it.
-        in_channels: of the image or latent.
-        out_channels: of the output; None for ``in_channels``. Twice as many predict a variance too.
-        patch_size: pixels of a side of a patch.
+        sample_size: default height and width of the samples that pipelines draw; the model does not depend on it.
+        in_channels: channels of the image or latent.
+        out_channels: channels of the output; None for ``in_channels``. Twice as many also predict a variance.
+        patch_size: side of a patch in pixels.
         dim: channels of the map.
-        num_layers: depth N as published; the network has ``2 (N // 2) + 1`` blocks.
+        num_layers: depth N as published; the model has ``2 (N // 2) + 1`` blocks.
         proxy_dim: channels of the propagation's proxy; None for ``dim // 16``.
-        num_class_embeds: number of classes K. Labels from K on mean "no class", as do those that
-            ``class_dropout_prob`` drops: ``DiTPipeline`` says 1000. None for a model without classes.
-        class_dropout_prob: probability of leaving a label out in training, for classifier-free guidance.
-        drop_path: largest probability of leaving a branch out, growing linearly with depth.
-        ada_norm: modulate every block by the embedding (adaLN-Zero), as DiT does.
-        mixer: ``"gspn"``, or ``"attention"`` for the twin with self-attention in the place of the propagation.
-        scan: further options of :class:`gspn.nn.GSPN2d`: ``groups``, ``segment``, ``skip`` (False unless given, the
-            published form), ``directions``, ``alignment``, ``impl``.
+        num_class_embeds: number of classes K, or None for a model without classes. Labels of K and above mean "no
+            class", for which ``DiTPipeline`` passes 1000.
+        class_dropout_prob: probability of replacing a label by "no class" in training, for classifier-free guidance.
+        drop_path: probability of skipping the last branch in training; probabilities grow linearly from 0.
+        ada_norm: whether the embedding modulates every block (adaLN-Zero), as in DiT.
+        mixer: ``"gspn"``, or ``"attention"`` for self-attention in place of the propagation.
+        scan: further options of :class:`gspn.nn.GSPN2d`: ``groups``, ``segment``, ``skip`` (default here: False, as
+            published), ``directions``, ``alignment``, ``impl``.
 
     Raises:
         ValueError: an option does not fit.
@@ -127,7 +126,7 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 32,  # noqa: ARG002  (of the configuration alone)
+        sample_size: int = 32,  # noqa: ARG002  (part of the configuration only)
         in_channels: int = 4,
         out_channels: int | None = None,
         patch_size: int = 2,
@@ -144,7 +143,7 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
         super().__init__()
         _check(in_channels, patch_size, dim, num_layers, num_class_embeds, mixer)
         out_channels = in_channels if out_channels is None else out_channels
-        # Pipelines read it from the configuration.
+        # Pipelines read out_channels from the configuration.
         self.register_to_config(out_channels=out_channels)
         self.gradient_checkpointing = False
         self.patch_size = patch_size
@@ -157,7 +156,7 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
         self.time_embedding = TimestepEmbedding(_FREQUENCIES, dim)
         self.class_embedding = None
         if num_class_embeds is not None:
-            # A row for "no class" is there only where labels are ever dropped.
+            # There is an embedding of "no class" only if labels may be dropped.
             self.class_embedding = LabelEmbedding(num_class_embeds, dim, class_dropout_prob)
         half = num_layers // 2
         depth = 2 * half + 1
@@ -179,26 +178,26 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_size(cls, size: str, **options: Any) -> GSPNDenoiser2DModel:
-        """A model by the name of its size and patch, such as ``"B/2"``.
+        """Create a model from the name of its size and patch, such as ``"B/2"``.
 
         Args:
             size: ``T``, ``S``, ``B``, ``L`` or ``XL``, a slash, and the side of a patch.
-            **options: any further arguments; those that the name says may be given too, and count.
+            **options: arguments of the constructor; they take precedence over the size.
 
         Raises:
-            ValueError: there is no such size.
+            ValueError: the size is unknown.
 
         Example:
             >>> import torch
             >>> from gspn.models import GSPNDenoiser2DModel
             >>> with torch.device("meta"):
             ...     model = GSPNDenoiser2DModel.from_size("XL/2", out_channels=8)
-            >>> round(model.num_parameters() / 1e6)  # of which the table of classes has 1.5
+            >>> round(model.num_parameters() / 1e6)  # 1.5 of these embed the classes
             692
         """
         name, _, patch = size.partition("/")
         if name not in SIZES or not patch.isdigit() or int(patch) < 1:
-            raise ValueError(f"{size=}: use one of {', '.join(SIZES)}, a slash and the side of a patch, as in 'B/2'.")
+            raise ValueError(f"{size=}: use one of {', '.join(SIZES)}, a slash and the side of a patch, such as 'B/2'.")
         return cls(**{**SIZES[name], "patch_size": int(patch), **options})
 
     def forward(
@@ -208,24 +207,25 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Predict what was added to an image or latent.
+        """Predict what the scheduler asks for, such as the noise, from a noisy image or latent.
 
         Args:
-            hidden_states: ``[B, in_channels, H, W]``; H and W are multiples of ``patch_size``.
+            hidden_states: the noisy input, ``[B, in_channels, H, W]``; H and W are multiples of ``patch_size``.
             timestep: ``[B]`` or a scalar, in the scheduler's units.
             class_labels: ``[B]``, integers; None for "no class".
-            return_dict: an object with ``sample``, or a tuple.
+            return_dict: whether to return an object with ``sample`` instead of a tuple.
 
         Returns:
             ``sample``: ``[B, out_channels, H, W]``.
 
         Raises:
-            ValueError: the patch does not divide H or W, or there are labels and the model has no classes.
+            ValueError: the patch does not divide H or W, labels are passed to a model without classes, or none to one
+                without "no class".
         """
         batch, _, height, width = hidden_states.shape
         patch = self.patch_size
         if height % patch or width % patch:
-            raise ValueError(f"{hidden_states.shape=}: H and W have to be multiples of {patch=}.")
+            raise ValueError(f"{hidden_states.shape=}: H and W must be multiples of {patch=}.")
         embedding = self._embedding(timestep, class_labels, batch, hidden_states)  # [B, dim]
         x = self.patch_embed(hidden_states) + embedding[:, :, None, None]  # [B, dim, H/p, W/p]
 
@@ -252,17 +252,19 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
         embedding = self.time_embedding(self.time_frequencies(timestep).to(like.dtype))  # [B, dim]
         if self.class_embedding is None or self.num_classes is None:
             if labels is not None:
-                raise ValueError("class_labels were given to a model without classes; build it with num_class_embeds.")
+                raise ValueError(
+                    "class_labels were passed to a model with no classes; pass num_class_embeds to create it."
+                )
             return embedding
         if labels is None:
             if not self.class_dropout_prob:
-                raise ValueError("class_labels=None, and class_dropout_prob=0 left the model without 'no class'.")
+                raise ValueError("class_labels=None: a model with class_dropout_prob=0 has no 'no class'; pass labels.")
             labels = torch.full((batch,), self.num_classes, device=like.device)
-        labels = labels.clamp(max=self.num_classes)  # beyond the classes lies "no class"
+        labels = labels.clamp(max=self.num_classes)  # labels beyond the classes mean "no class"
         return embedding + self.class_embedding(labels).to(like.dtype)
 
     def _initialize(self) -> None:
-        """As DiT: linear maps uniform, embeddings normal; what modulates and what ends a branch or the network zero."""
+        """As in DiT: linear maps uniform, embeddings normal, modulations and the last maps of branches and model 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -272,8 +274,8 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
             nn.init.normal_(linear.weight, std=0.02)
         if self.class_embedding is not None:
             nn.init.normal_(self.class_embedding.embedding_table.weight, std=0.02)
-        # Every block begins as the identity: by the gate where it has one, else by its last map, never by both, or
-        # neither would ever get a gradient.
+        # Every block starts as the identity: its gate is zero if it has one, else its last map. With both at zero,
+        # neither would get a gradient.
         blocks = [block for block in self.modules() if isinstance(block, GSPNDenoiserBlock)]
         ends = [block.out_proj if block.modulation is None else block.modulation for block in blocks]
         for end in (*ends, self.norm_modulation, self.out_proj):
@@ -293,6 +295,6 @@ def _check(
         ("num_class_embeds", num_class_embeds),
     ):
         if value is not None and value < 1:
-            raise ValueError(f"{name}={value}: it has to be at least 1.")
+            raise ValueError(f"{name}={value} is below 1.")
     if mixer not in get_args(MixerKind):
         raise ValueError(f"{mixer=}: use one of {get_args(MixerKind)}.")

@@ -1,7 +1,7 @@
 """GSPN backbones for timm.
 
-GSPN (arXiv 2501.12381), the sizes tiny, small and base as the authors' configurations have them, GSPN-2 (arXiv
-2512.07884), and two small networks for small images.
+GSPN (arXiv 2501.12381) in the sizes tiny, small and base of the authors' configurations, GSPN-2 (arXiv 2512.07884), and
+two small models for small images.
 """
 
 from __future__ import annotations
@@ -20,27 +20,26 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from gspn.nn import GSPNBlock
-from gspn.ops import flop_counts as _flop_counts  # noqa: F401  (lets torch's counter see the scans)
-
+from ..nn import GSPNBlock
+from ..ops import flop_counts as _flop_counts  # noqa: F401  (lets torch's counter see the scans)
 from .official_checkpoint import checkpoint_filter_fn
 
 Segment = int | None | Sequence["int | None"]
 
-# What GSPN2d takes besides the width and the segment; networks pass it on as ``scan``.
+# The options of GSPN2d besides the width and the segment, which models pass on as ``scan``.
 _SCAN_OPTIONS = ("proxy_dim", "groups", "skip", "directions", "alignment", "impl")
 
 
 class Stem(nn.Module):
-    """Two 3x3 convolutions that take the image to the first stage's resolution.
+    """Two 3x3 convolutions that reduce the image to the first stage's resolution.
 
     Args:
         in_chans: channels of the image.
         dim: channels out.
         stride: 4 or 2.
-        norm_eps: of the LayerNorms.
-        device: of the parameters.
-        dtype: of the parameters.
+        norm_eps: epsilon of the LayerNorms.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class Stem(nn.Module):
     ) -> None:
         super().__init__()
         if stride not in (2, 4):
-            raise ValueError(f"{stride=}: the stem reduces by 2 or by 4.")
+            raise ValueError(f"{stride=}: the stem reduces the image by 2 or by 4.")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
         self.norm1 = LayerNorm2d(dim // 2, eps=norm_eps, **dd)
@@ -70,14 +69,14 @@ class Stem(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A 3x3 convolution of stride 2 and a LayerNorm.
+    """A 3x3 convolution with stride 2 and a LayerNorm.
 
     Args:
         in_dim: channels in.
         dim: channels out.
-        norm_eps: of the LayerNorm.
-        device: of the parameters.
-        dtype: of the parameters.
+        norm_eps: epsilon of the LayerNorm.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
     """
 
     def __init__(
@@ -102,12 +101,12 @@ class Stage(nn.Module):
     """Blocks at one resolution, after a downsampling if the width changes.
 
     Args:
-        in_dim: channels in; where it differs from ``dim``, the stage begins with a downsampling.
-        dim: channels of its blocks.
-        segments: of the scans, one for each block.
-        drop_path: one rate for each block.
-        device: of the parameters.
-        dtype: of the parameters.
+        in_dim: channels in; the stage begins with a downsampling if it differs from ``dim``.
+        dim: channels of the blocks.
+        segments: lines after which the scans restart, one entry for each block.
+        drop_path: stochastic depth rates, one for each block.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
         **block: options of :class:`gspn.nn.GSPNBlock`.
     """
 
@@ -141,25 +140,25 @@ class Stage(nn.Module):
 class GSPN(nn.Module):
     """A backbone of GSPN blocks in stages of growing width and falling resolution.
 
-    Images of any size go in, at any time: there is no positional embedding and nothing to interpolate.
+    The model takes images of any size: there is no positional embedding, and nothing is interpolated.
 
     Args:
         in_chans: channels of the image.
-        num_classes: classes; 0 for none, and then the pooled features come out.
+        num_classes: number of classes; with 0 the model returns the pooled features.
         global_pool: pooling of the head, ``"avg"``, ``"max"``, ... or ``""`` for none.
         dims: width of each stage.
-        depths: blocks of each stage.
+        depths: number of blocks of each stage.
         stem_stride: 4, or 2 for small images.
-        segment: lines after which the scans restart, None for global scans: one for all blocks, or one for each stage,
-            each of them one for all blocks of the stage or one for each of its blocks.
+        segment: lines after which the scans restart, None for global scans. One value for all blocks, or one entry for
+            each stage, which is one value for its blocks or a sequence with one value for each.
         scan: options of :class:`gspn.nn.GSPN2d`: ``proxy_dim``, ``groups``, ``skip``, ``directions``, ``alignment``,
             ``impl``.
-        lpu: whether blocks have local perception units.
-        layer_scale: initial value of the blocks' layer scale; None for none.
+        lpu: whether the blocks have local perception units.
+        layer_scale: initial value of the blocks' layer scale; None for no layer scale.
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
-        device: of the parameters.
-        dtype: of the parameters.
+        drop_path_rate: stochastic depth rate of the last block; rates grow linearly from 0.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Example:
         >>> import torch
@@ -189,7 +188,7 @@ class GSPN(nn.Module):
     ) -> None:
         super().__init__()
         if len(dims) != len(depths) or not dims:
-            raise ValueError(f"{dims=} and {depths=}: one width and one depth for each stage.")
+            raise ValueError(f"{dims=} and {depths=}: pass one width and one depth for each stage.")
         unknown = sorted(set(scan or {}) - set(_SCAN_OPTIONS))
         if unknown:
             raise ValueError(f"scan has unknown options {unknown}; it takes {list(_SCAN_OPTIONS)}.")
@@ -208,7 +207,7 @@ class GSPN(nn.Module):
         before, reduction = dims[0], stem_stride
         for i, dim in enumerate(dims):
             if i > 0 and dim == before:
-                raise ValueError(f"{dims=}: stages {i - 1} and {i} have one width; each stage has a width of its own.")
+                raise ValueError(f"{dims=}: stages {i - 1} and {i} have the same width; pass a different one for each.")
             stages.append(Stage(before, dim, segments=segments[i], drop_path=rates[i], **options, **dd))
             reduction *= 2 if i > 0 else 1
             self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f"stages.{i}"))
@@ -221,7 +220,7 @@ class GSPN(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draw projections, MLPs and classifier from a normal of 0.02, as usual; the rest keeps its own start."""
+        """Initialize projections, MLPs and classifier from a normal of 0.02, as usual, and nothing else."""
         for module in self.modules():
             pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
             if isinstance(module, nn.Linear) or pointwise:
@@ -229,16 +228,16 @@ class GSPN(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)  # type: ignore[arg-type]
         for module in self.modules():
-            # Its 1x1 convolution predicts maps, and small maps would leave next to nothing of the scans.
+            # GSPN2d keeps its own: small maps would leave next to nothing of the scans.
             if hasattr(module, "tap_proj"):
                 module.reset_parameters()  # type: ignore[operator]
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay, besides those of one axis."""
+        """Parameters without weight decay, besides those with one axis."""
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that put each parameter into a layer, for layer-wise learning rates."""
+        """Patterns that assign each parameter to a layer, for layer-wise learning rates."""
         return dict(
             stem=r"^stem",
             blocks=r"^stages\.(\d+)"
@@ -251,7 +250,7 @@ class GSPN(nn.Module):
         )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward instead of keeping what it computed."""
+        """Recompute each block in the backward pass instead of keeping its activations."""
         for stage in self.stages.children():
             cast("Stage", stage).grad_checkpointing = enable
 
@@ -260,20 +259,20 @@ class GSPN(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier, on the parameters' device and in their dtype.
+        """Replace the classifier by a new one with the parameters' device and dtype.
 
         Args:
-            num_classes: classes; 0 for none.
+            num_classes: number of classes; 0 for no classifier.
             global_pool: a new pooling; None keeps the present one.
         """
         self.num_classes = num_classes
-        self.head.in_features = self.num_features  # fewer than at first if stages were pruned
+        self.head.in_features = self.num_features  # changed if stages were pruned
         self.head.reset(num_classes, pool_type=global_pool)
-        weight = self.stem.conv1.weight  # the head itself may have had no parameters to take these from
+        weight = self.stem.conv1.weight  # the head itself may have no parameters
         self.head.to(device=weight.device, dtype=weight.dtype)
 
     def init_non_persistent_buffers(self) -> None:
-        """Nothing to do: there are no buffers."""
+        """Do nothing: there are no buffers."""
 
     def forward_intermediates(
         self,
@@ -284,18 +283,18 @@ class GSPN(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The features, and those of chosen stages on the way.
+        """Compute the features and the intermediate features of selected stages.
 
         Args:
             x: ``[B, in_chans, H, W]``.
-            indices: stages: these, or the last n, or None for all.
-            norm: whether the last stage's features are normalised.
-            stop_early: whether to leave out the stages after the last chosen one.
+            indices: the stages, or a number n for the last n, or None for all.
+            norm: whether to normalize the last stage's features.
+            stop_early: whether to skip the stages after the last selected one.
             output_fmt: ``"NCHW"``.
-            intermediates_only: whether to return the list alone.
+            intermediates_only: whether to return the list only.
 
         Returns:
-            The features as :meth:`forward_features` gives them, and a list of ``[B, C_i, H_i, W_i]``.
+            The features as :meth:`forward_features` returns them, and a list of ``[B, C_i, H_i, W_i]``.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"{output_fmt=}: these features are maps; use 'NCHW'.")
@@ -317,21 +316,21 @@ class GSPN(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the chosen intermediates do not need.
+        """Remove the modules that the selected intermediates do not need.
 
         Args:
-            indices: stages, as in :meth:`forward_intermediates`.
-            prune_norm: whether the last norm goes.
-            prune_head: whether the classifier goes.
+            indices: the stages, as in :meth:`forward_intermediates`.
+            prune_norm: whether to remove the last norm.
+            prune_head: whether to remove the classifier.
 
         Returns:
-            The chosen stages.
+            The selected stages.
         """
         take, last = feature_take_indices(len(self.stages), indices)
         shorter = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
         if prune_norm or shorter:
-            self.norm = nn.Identity()  # of the last stage's width
+            self.norm = nn.Identity()  # the norm has the width of the last stage
         if shorter:
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_head or shorter:
@@ -339,13 +338,13 @@ class GSPN(nn.Module):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """``[B, in_chans, H, W]`` to the normalised map ``[B, num_features, H', W']``."""
+        """``[B, in_chans, H, W]`` to the normalized map ``[B, num_features, H', W']``."""
         x = self.stem(x)
         x = self.stages(x)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """``[B, num_features, H', W']`` to logits ``[B, num_classes]``, or to what enters the classifier."""
+        """``[B, num_features, H', W']`` to logits ``[B, num_classes]``, or to the classifier's input."""
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -354,17 +353,19 @@ class GSPN(nn.Module):
 
 
 def segments_of_blocks(segment: Segment | Sequence[Segment], depths: Sequence[int]) -> list[list[int | None]]:
-    """One segment for each block of each stage, from one for all, one for each stage or one for each block."""
+    """Expand one segment for all, one for each stage or one for each block to one for each block of each stage."""
     stages = [segment] * len(depths) if segment is None or isinstance(segment, int) else list(segment)
     if len(stages) != len(depths):
         raise ValueError(
-            f"{segment=} has {len(stages)} entries for {len(depths)} stages; give one for each, or one for all."
+            f"{segment=} has {len(stages)} entries for {len(depths)} stages; pass one for each, or one for all."
         )
     result = []
     for i, (stage, depth) in enumerate(zip(stages, depths, strict=True)):
         blocks = [stage] * depth if stage is None or isinstance(stage, int) else list(stage)
         if len(blocks) != depth:
-            raise ValueError(f"{segment=} has {len(blocks)} entries for the {depth} blocks of stage {i}.")
+            raise ValueError(
+                f"{segment=} has {len(blocks)} entries for {depth} blocks in stage {i}; pass one for each."
+            )
         result.append(blocks)
     return result
 
@@ -392,7 +393,7 @@ _GSPN2 = dict(paper_ids="arXiv:2512.07884", paper_name="GSPN-2: Efficient Parall
 
 
 def _packaged(name: str, classes: Sequence[str], **kwargs: Any) -> dict[str, Any]:
-    """The configuration of weights that come in the package; how they were made is in the card beside them."""
+    """The configuration of weights that ship with the package; the card beside them says how they were trained."""
     file = Path(__file__).parent / "weights" / f"{name}.safetensors"
     return _cfg(file=str(file), num_classes=len(classes), label_names=tuple(classes), crop_pct=1.0, **kwargs)
 
@@ -425,13 +426,14 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-# Where a stage of the authors' networks is global, its first seven blocks and every seventh are; others see two lines.
+# In the third stage of the authors' GSPN-B the first seven blocks and every seventh are global; the others have
+# segments of two lines.
 def _mostly_global(depth: int) -> tuple[int | None, ...]:
     return tuple(None if j < 7 or (j + 1) % 7 == 0 else 2 for j in range(depth))
 
 
 def _create_gspn(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> GSPN:
-    # The options of the scan may come one by one, as users of timm write them.
+    # Users of timm pass the options of the scan one by one.
     flat = {name: kwargs.pop(name) for name in _SCAN_OPTIONS if name in kwargs}
     scan = {**defaults.pop("scan", {}), **(kwargs.pop("scan", None) or {}), **flat}
     args = {**defaults, **kwargs, "scan": scan}
@@ -447,9 +449,9 @@ def _create_gspn(variant: str, pretrained: bool, defaults: dict[str, Any], kwarg
 
 @register_model
 def gspn_pico(pretrained: bool = False, **kwargs: Any) -> GSPN:
-    """GSPN-Pico, for images of 28 to 96 pixels: three stages from half the image's resolution.
+    """GSPN-Pico, for images of 28 to 96 pixels: three stages from half the image's resolution, with global scans.
 
-    Global scans, and taps shared by all channels: half the time of taps for each.
+    All channels share the taps, which takes half the time of taps for each channel.
     """
     defaults = dict(dims=(32, 64, 128), depths=(1, 1, 4), stem_stride=2, scan=dict(groups=1))
     return _create_gspn("gspn_pico", pretrained, defaults, kwargs)
@@ -457,10 +459,7 @@ def gspn_pico(pretrained: bool = False, **kwargs: Any) -> GSPN:
 
 @register_model
 def gspn_nano(pretrained: bool = False, **kwargs: Any) -> GSPN:
-    """GSPN-Nano, for images of 28 to 96 pixels: four stages from half the image's resolution.
-
-    Global scans, and taps shared by all channels, as :func:`gspn_pico`.
-    """
+    """GSPN-Nano, for images of 28 to 96 pixels: four stages from half the image's resolution, as :func:`gspn_pico`."""
     defaults = dict(dims=(32, 64, 128, 256), depths=(1, 1, 4, 3), stem_stride=2, scan=dict(groups=1))
     return _create_gspn("gspn_nano", pretrained, defaults, kwargs)
 
@@ -486,8 +485,8 @@ def gspn_base(pretrained: bool = False, **kwargs: Any) -> GSPN:
     return _create_gspn("gspn_base", pretrained, defaults, kwargs)
 
 
-# GSPN-2 shares the taps between the channels, has a proxy of two channels and local perception units. Its widths and
-# depths are not published: these meet its published numbers of parameters and operations.
+# GSPN-2 shares the taps between the channels and has a proxy of two channels and local perception units. Its widths and
+# depths are not published: these match its published numbers of parameters and operations.
 _GSPN2_SCAN = dict(proxy_dim=2, groups=1)
 
 

@@ -1,4 +1,4 @@
-"""Reading state dicts of the authors' published classifier."""
+"""Conversion of state dicts of the authors' official classifier."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# The published projections hold the directions as left to right, top to bottom, right to left, bottom to top. Place d
-# here is where they hold gspn.DIRECTIONS[d].
-_PUBLISHED_ORDER = (1, 3, 0, 2)
+# The official projections hold the directions in the order right, down, left, up. Entry d is the index at which they
+# hold gspn.DIRECTIONS[d].
+_OFFICIAL_ORDER = (1, 3, 0, 2)
 
-# Published modules and ours, for parameters that keep their values.
+# Official modules and ours, for parameters that keep their values.
 _OUTSIDE_BLOCKS = {
     "patch_embed.0": "stem.conv1",
     "patch_embed.2": "stem.norm1",
@@ -41,29 +41,30 @@ _LEAVES = {"gamma": "weight", "beta": "bias"}
 _BLOCK = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.(.+)\.(\w+)")
 _BETWEEN = re.compile(r"layers\.(\d+)\.downsample\.(\d+)\.(\w+)")
 
-# Published files hold a configuration object of yacs beside the weights, which a safe load would refuse. It is read as
-# the mapping that it is; nothing of it runs and yacs is not needed.
+# Official files hold a configuration object of yacs beside the weights, which a safe load would refuse. It is read as a
+# plain mapping: none of its code runs, and yacs is not needed.
 torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """The state dict in the layout of :class:`gspn.models.GSPN`, whatever it came in.
+    """Convert a state dict to the layout of :class:`gspn.models.GSPN`.
 
-    timm calls this for every source of weights, local file, URL or hub id:
+    timm calls this function for every source of weights, be it a local file, a URL or a hub id:
     ``timm.create_model("gspn_tiny", pretrained=True, pretrained_cfg_overlay=dict(file="gspn_tiny.pth"),
-    alignment="released")``.
+    alignment="official")``.
 
     Args:
-        state_dict: of this class; or of the authors' classifier (keys ``layers.i.blocks.j.op.x_conv_down.weight`` and
-            so on). Either may be wrapped in ``model_ema``, which then goes first, ``model`` or ``state_dict``.
-        model: that the weights are for.
+        state_dict: the weights of this class, or of the authors' classifier (keys such as
+            ``layers.i.blocks.j.op.x_conv_down.weight``). Either may be wrapped in ``model_ema``, ``model`` or
+            ``state_dict``; the first of these takes precedence.
+        model: the model that the weights are for.
 
     Returns:
         A new mapping with the names and shapes of ``model``.
 
     Raises:
-        ValueError: the weights are the published classifier's and ``model`` has another alignment than theirs, or a
-            name in them is unknown.
+        ValueError: the weights are the official classifier's and ``model`` has another alignment, or a parameter is
+            unknown.
     """
     for wrapper in ("model_ema", "state_dict_ema", "model", "state_dict"):
         if isinstance(state_dict.get(wrapper), Mapping):
@@ -72,16 +73,16 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     if not any(".op.x_conv_down." in name for name in state_dict):
         return dict(state_dict)
     for name, module in model.named_modules():
-        if getattr(module, "alignment", "released") != "released":
+        if getattr(module, "alignment", "official") != "official":
             raise ValueError(
-                f"these weights were trained with the misaligned scans of the authors' release, and {name} has "
-                f"alignment={module.alignment!r}; create the model with alignment='released'."
+                f"these weights were trained with the misaligned scans of the official code, and {name} has "
+                f"alignment={module.alignment!r}; create the model with alignment='official'."
             )
     shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
     result = {}
     for name, value in state_dict.items():
         ours, converted = _convert(name, value)
-        # Linear layers of the release are our 1x1 convolutions, and its vectors carry axes of length one.
+        # Official linear layers are 1x1 convolutions here, and official vectors have additional axes of length one.
         if ours in shapes and converted.numel() == shapes[ours].numel():
             converted = converted.reshape(shapes[ours])
         result[ours] = converted
@@ -91,20 +92,20 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
 def _convert(name: str, value: Tensor) -> tuple[str, Tensor]:
     if match := _BLOCK.fullmatch(name):
         stage, block, module, leaf = match.groups()
-        place = f"stages.{stage}.blocks.{block}."
+        prefix = f"stages.{stage}.blocks.{block}."
         if module in _IN_BLOCKS:
-            return f"{place}{_IN_BLOCKS[module]}.{_LEAVES.get(leaf, leaf)}", value
+            return f"{prefix}{_IN_BLOCKS[module]}.{_LEAVES.get(leaf, leaf)}", value
         if module == "op.w_conv_up":
             # [3, 4, C, S] in memory: tap, direction, channel.
-            taps = value.flatten(1).unflatten(0, (3, 4, -1))[:, list(_PUBLISHED_ORDER)]
-            return f"{place}mixer.gspn.tap_proj", taps.permute(1, 2, 0, 3).contiguous()
+            taps = value.flatten(1).unflatten(0, (3, 4, -1))[:, list(_OFFICIAL_ORDER)]
+            return f"{prefix}mixer.gspn.tap_proj", taps.permute(1, 2, 0, 3).contiguous()
         if module == "op.m_conv":
-            return f"{place}mixer.gspn.merge", value.flatten()[list(_PUBLISHED_ORDER)]
+            return f"{prefix}mixer.gspn.merge", value.flatten()[list(_OFFICIAL_ORDER)]
         gates = {"op.l_conv_up": "lam_proj", "op.u_conv_up": "u_proj", "op.d_conv": "skip_proj"}
         if module in gates:
-            return f"{place}mixer.gspn.{gates[module]}", value.flatten(1).unflatten(0, (4, -1))[list(_PUBLISHED_ORDER)]
+            return f"{prefix}mixer.gspn.{gates[module]}", value.flatten(1).unflatten(0, (4, -1))[list(_OFFICIAL_ORDER)]
     elif match := _BETWEEN.fullmatch(name):
-        # A downsampling ends its stage there and begins the next one here.
+        # The downsampling is the end of a stage in the official layout and the beginning of the next one here.
         stage, module, leaf = match.groups()
         if module in _DOWNSAMPLE:
             return f"stages.{int(stage) + 1}.downsample.{_DOWNSAMPLE[module]}.{leaf}", value
@@ -112,4 +113,4 @@ def _convert(name: str, value: Tensor) -> tuple[str, Tensor]:
         module, _, leaf = name.rpartition(".")
         if module in _OUTSIDE_BLOCKS:
             return f"{_OUTSIDE_BLOCKS[module]}.{leaf}", value
-    raise ValueError(f"unknown parameter {name!r} {tuple(value.shape)} in a state dict of the published layout.")
+    raise ValueError(f"unknown parameter {name!r} {tuple(value.shape)} in a state dict of the official layout.")

@@ -1,7 +1,7 @@
-"""Modules: the propagation in four directions, the mixer around it, a network's block; attention to compare with."""
+"""Modules: the propagation in four directions, its token mixer, the block of a model; attention to compare with."""
 
 try:
-    import timm as _timm  # noqa: F401  # whose norms, MLP and stochastic depth the modules are made with
+    import timm as _timm  # noqa: F401  (its norms, MLP and stochastic depth are used here)
 except ImportError as error:
     raise ImportError(f"gspn.nn needs timm: pip install 'gspn[train]' ({error})") from error
 

@@ -1,4 +1,4 @@
-"""``SelfAttention2d``: what GSPN is compared with, over the pixels of a map."""
+"""``SelfAttention2d``: self-attention over the pixels of a map, to compare GSPN with."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from torch import Tensor, nn
 class SelfAttention2d(nn.Module):
     r"""Softmax attention of every pixel to every pixel, without an output projection and without positions.
 
-    It stands where :class:`~gspn.nn.GSPN2d` stands in the networks that GSPN is held against: same map in, same map
-    out, and the projections around it are the block's.
+    It takes the place of :class:`~gspn.nn.GSPN2d` in the models that GSPN is compared with: it has the same input and
+    output, and the block around it has the other projections.
 
     Args:
         dim: channels C of the map.
-        head_dim: channels of a head; the heads are as many as make ``dim``, and where ``head_dim`` does not divide it,
-            the nearest smaller divisor is taken.
-        bias: of the projection to queries, keys and values.
+        head_dim: channels of a head. Where ``head_dim`` does not divide ``dim``, the nearest smaller divisor is taken.
+        bias: whether the projection to queries, keys and values has a bias.
 
     Shape:
         ``[B, C, H, W]`` to ``[B, C, H, W]``.
@@ -31,7 +30,7 @@ class SelfAttention2d(nn.Module):
     def __init__(self, dim: int, *, head_dim: int = 64, bias: bool = True) -> None:
         super().__init__()
         if dim < 1 or head_dim < 1:
-            raise ValueError(f"{dim=}, {head_dim=}: both have to be at least 1.")
+            raise ValueError(f"{dim=}, {head_dim=}: both must be at least 1.")
         self.dim = dim
         self.head_dim = next(size for size in range(min(head_dim, dim), 0, -1) if dim % size == 0)
         self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=bias)
@@ -46,5 +45,5 @@ class SelfAttention2d(nn.Module):
         return mixed.transpose(2, 3).reshape(batch, dim, height, width)
 
     def extra_repr(self) -> str:
-        """What distinguishes this module in a printed network."""
+        """The sizes, for a printed model."""
         return f"{self.dim}, head_dim={self.head_dim}"

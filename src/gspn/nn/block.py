@@ -15,12 +15,12 @@ from .mixer import GSPNMixer
 
 
 class LocalPerceptionUnit(nn.Module):
-    """``x + DWConv3x3(x)``: what GSPN-2 (arXiv 2512.07884) puts before each mixer and each MLP.
+    """``x + DWConv3x3(x)``, which GSPN-2 (arXiv 2512.07884) puts before each mixer and each MLP.
 
     Args:
         dim: channels.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
     """
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
@@ -33,17 +33,17 @@ class LocalPerceptionUnit(nn.Module):
 
 
 class GSPNBlock(nn.Module):
-    """A block of a GSPN network: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))``.
+    """A block of a GSPN model: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))``.
 
     Args:
         dim: channels.
-        mlp_ratio: hidden width of the MLP over ``dim``.
-        lpu: whether a local perception unit, a residual depthwise 3x3 convolution, stands before mixer and MLP.
-        layer_scale: initial value of a learned factor a channel on each branch; None for no such factor.
+        mlp_ratio: hidden width of the MLP, as a multiple of ``dim``.
+        lpu: whether a local perception unit, a residual depthwise 3x3 convolution, precedes the mixer and the MLP.
+        layer_scale: initial value of a learned factor for each channel on both branches; None for no such factor.
         drop_path: probability with which a sample skips a branch in training.
-        norm_eps: of the LayerNorms.
-        device: of the parameters.
-        dtype: of the parameters.
+        norm_eps: epsilon of the LayerNorms.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
         **mixer: options of :class:`GSPNMixer`.
 
     Shape:

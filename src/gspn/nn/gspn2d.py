@@ -10,57 +10,57 @@ import torch
 from timm.layers._fx import register_notrace_module
 from torch import Tensor, nn
 
-from gspn.ops import DIRECTIONS, Direction, propagate
-from gspn.ops.implementations import check_impl
+from ..ops import DIRECTIONS, Direction, propagate
+from ..ops.implementations import check_impl
+from .official_alignment import propagate_official
 
-from .official_alignment import propagate_released
+Alignment = Literal["image", "official"]
 
-Alignment = Literal["image", "released"]
-
-# These check their arguments in Python, which torch.fx cannot trace: calls of them become nodes.
-for _name in ("propagate", "propagate_released"):
+# These functions check their arguments in Python, which torch.fx cannot trace: their calls become nodes of the graph.
+for _name in ("propagate", "propagate_official"):
     torch.fx.wrap(_name)
 
 
-@register_notrace_module  # and for timm's feature extraction the whole module is one
+@register_notrace_module  # timm's feature extraction takes the whole module as one node
 class GSPN2d(nn.Module):
     r"""Propagation in four directions with taps, gates and skip predicted from the input.
 
-    With :math:`p = W_p x` the proxy of S channels and, for each direction :math:`d`,
+    With the proxy :math:`p = W_p x` of S channels and, for each direction :math:`d`,
 
     .. math::
         h_d = \mathrm{line\_scan}_d\bigl(x,\; \mathrm{stochastic\_taps}(T_d\, p),\; \Lambda_d\, p\bigr), \qquad
         y = \sum_d m_d \bigl( U_d\, p \odot h_d + S_d\, p \odot x \bigr)
 
-    where all maps are linear in the proxy, pixel by pixel, and the proxy in x unless ``proxy_bias``: GSPN (arXiv
-    2501.12381, section 3.3 and figure 3), with the input-dependent skip ``S_d`` of the authors' networks. ``groups=1``
-    shares the taps between all channels, which is GSPN-2 (arXiv 2512.07884). There is no positional embedding and any
-    height and width will do. The result has the memory layout of the input. The maps are never written to memory: all
-    of it after the proxy is one :func:`gspn.propagate`, or one for each direction with ``alignment="released"``.
+    All maps are linear in the proxy, pixel by pixel, and the proxy is linear in x unless ``proxy_bias``. This is GSPN
+    (arXiv 2501.12381, section 3.3 and figure 3) with the input-dependent skip ``S_d`` of the authors' models.
+    ``groups=1`` shares the taps between all channels, which is GSPN-2 (arXiv 2512.07884). There is no positional
+    embedding, and any height and width will do. The result has the memory layout of the input. The maps are never
+    written to memory: :func:`gspn.propagate` computes everything after the proxy, in one call, or in one call for each
+    direction with ``alignment="official"``.
 
     Args:
         dim: channels C of the map.
         proxy_dim: channels S of the proxy.
-        groups: sets of taps G, a divisor of ``dim``; None for ``dim``, taps for each channel.
+        groups: number G of groups of channels that share taps, a divisor of ``dim``; None for ``dim``, taps for each
+            channel.
         segment: lines after which the scans restart; None for global scans, which connect every pixel with every other.
         skip: whether to add the input-dependent skip.
-        proxy_bias: whether the proxy has a bias, through which taps and gates can have a part that does not depend on
-            the input.
-        directions: those of :data:`gspn.DIRECTIONS` to scan in.
-        alignment: ``"image"``, the paper's operator: maps and results stay at their pixels. ``"released"`` is the
-            arithmetic of the authors' published classifier, whose maps are not turned with the input of a direction
-            and whose results are added without being turned back. It computes something else, for square maps only,
+        proxy_bias: whether the proxy has a bias, which gives taps and gates a part that does not depend on the input.
+        directions: the directions of :data:`gspn.DIRECTIONS` to scan in.
+        alignment: ``"image"`` is the paper's operator: maps and results stay at their pixels. ``"official"`` is the
+            arithmetic of the authors' published classifier. Its maps are not reoriented with the input of a direction,
+            and its results are added without being reoriented back. It computes something else, for square maps only,
             and exists so that checkpoints trained that way give what they were trained to give.
         impl: as for :func:`gspn.propagate`.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape:
         ``[B, C, H, W]`` to ``[B, C, H, W]``.
 
     Raises:
         TypeError: ``segment`` is not an integer.
-        ValueError: an option does not fit, or ``alignment="released"`` meets a map that is not square.
+        ValueError: an option does not fit, or ``alignment="official"`` meets a map that is not square.
 
     Example:
         >>> import torch
@@ -107,7 +107,7 @@ class GSPN2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the projections as those of a 1x1 convolution without bias; the merge starts as a plain sum."""
+        """Initialize the projections as those of a 1x1 convolution without bias, and the merge as a plain sum."""
         self.proxy.reset_parameters()
         bound = 1 / math.sqrt(self.proxy_dim)
         for projection in (self.tap_proj, self.lam_proj, self.u_proj, self.skip_proj):
@@ -117,22 +117,10 @@ class GSPN2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` to ``[B, C, H, W]``."""
-        # Under autocast a projection and x may differ in precision; the scan takes x's.
+        # Under autocast the proxy may have another dtype than x; the scan runs in that of x.
         proxy = self.proxy(x).to(x.dtype)  # [B, S, H, W]
-        if self.alignment == "released":
-            return propagate_released(
-                x,
-                proxy,
-                self.tap_proj,
-                self.lam_proj,
-                self.u_proj,
-                self.skip_proj,
-                self.merge,
-                directions=self.directions,
-                segment=self.segment,
-                impl=self.impl,
-            )
-        return propagate(
+        function = propagate_official if self.alignment == "official" else propagate
+        return function(
             x,
             proxy,
             self.tap_proj,
@@ -146,7 +134,7 @@ class GSPN2d(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """What distinguishes this module in a printed network."""
+        """The options that differ from the defaults, for a printed model."""
         parts = [f"{self.dim}", f"proxy_dim={self.proxy_dim}"]
         if self.groups != self.dim:
             parts.append(f"groups={self.groups}")
@@ -181,5 +169,5 @@ def _check_options(
         raise ValueError(f"{directions=}: pass one or more of {DIRECTIONS}, each once.")
     if alignment not in get_args(Alignment):
         raise ValueError(f"{alignment=}: use one of {get_args(Alignment)}.")
-    if alignment == "released" and tuple(directions) != DIRECTIONS:
-        raise ValueError(f"{alignment=} has all four directions; {directions=} is for 'image'.")
+    if alignment == "official" and tuple(directions) != DIRECTIONS:
+        raise ValueError(f"{alignment=} scans in all four directions; for {directions=} use alignment='image'.")

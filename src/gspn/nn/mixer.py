@@ -15,17 +15,17 @@ from .gspn2d import GSPN2d
 def _channel_norms(x: Tensor) -> Tensor:
     if x.dtype not in (torch.float32, torch.float64):
         return x.norm(p=2, dim=(2, 3), keepdim=True)  # squares may overflow in half precision
-    # The smallest number keeps the root's derivative finite where a channel is zero.
+    # The added number keeps the root's derivative finite where a channel is zero.
     return (x.square().sum((2, 3), keepdim=True) + torch.finfo(x.dtype).tiny).sqrt()
 
 
-torch.fx.wrap("_channel_norms")  # which formula it takes depends on the dtype; a trace keeps the choice open
+torch.fx.wrap("_channel_norms")  # the formula depends on the dtype, which a trace does not know
 
 
 class _ResponseNorm(GlobalResponseNorm):
-    """timm's GRN over ``[B, C, H, W]``, the norm of each channel taken as the root of a sum of squares.
+    """timm's GRN over ``[B, C, H, W]``, with the norm of each channel computed as the root of a sum of squares.
 
-    ``Tensor.norm`` over two of four axes runs on one thread and 3 to 8 times as long.
+    ``Tensor.norm`` over two of four axes runs on one thread and takes 3 to 8 times as long.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,19 +36,19 @@ class _ResponseNorm(GlobalResponseNorm):
 
 
 class GSPNMixer(nn.Module):
-    """The token mixer of GSPN (arXiv 2501.12381, figure 3): what stands in the place of self-attention.
+    """The token mixer of GSPN (arXiv 2501.12381, figure 3), which takes the place of self-attention.
 
     1x1 projection to ``expand_ratio * dim`` channels, depthwise convolution, :class:`GSPN2d`, LayerNorm over the
-    channels, global response normalisation, and the 1x1 projection back. Nothing has a bias and there is no
-    activation, as in the authors' networks: the products with the predicted gates are what is not linear.
+    channels, global response normalization, and the 1x1 projection back. As in the authors' models, no layer has a bias
+    and there is no activation: the nonlinearity comes from the products with the predicted gates.
 
     Args:
         dim: channels in and out.
-        expand_ratio: width of the propagated map over ``dim``.
-        kernel_size: of the depthwise convolution, odd.
-        norm_eps: of the LayerNorm.
-        device: of the parameters.
-        dtype: of the parameters.
+        expand_ratio: width of the propagated map, as a multiple of ``dim``.
+        kernel_size: size of the depthwise convolution, odd.
+        norm_eps: epsilon of the LayerNorm.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
         **propagation: options of :class:`GSPN2d`: ``proxy_dim``, ``groups``, ``segment``, ``skip``, ``directions``,
             ``alignment``, ``impl``.
 

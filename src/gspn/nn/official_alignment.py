@@ -1,9 +1,9 @@
-"""The arithmetic of the authors' published classifier, for its checkpoints alone.
+"""The arithmetic of the authors' official classifier, which only its checkpoints need.
 
-Its four inputs are turned so that every direction is scanned from left to right. The maps of taps, gates and skip are
-not turned with them, and the four results are added where they come to lie. Pixel (i, j) of the sum then holds four
-different pixels' states, each scanned with the maps of yet another. A network trained so has learnt to live with it,
-and gives its accuracy only so.
+The official code transposes and flips the input so that each direction is scanned from left to right. It does not
+reorient the maps of taps, gates and skip with the input, and it adds the four results without reorienting them back. So
+pixel (i, j) of the sum holds the states of four different pixels, each computed with the maps of other pixels. Weights
+trained this way reach their accuracy only this way.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import cast
 
 from torch import Tensor
 
-from gspn.ops import Direction, propagate
+from ..ops import Direction, propagate
 
 
-def turn(x: Tensor, direction: Direction) -> Tensor:
-    """The input as the published code scans it: from left to right, in place of ``direction``."""
+def reorient(x: Tensor, direction: Direction) -> Tensor:
+    """Transpose and flip ``[..., H, W]``, as the official code does: ``direction`` then runs from left to right."""
     if direction in ("down", "up"):
         x = x.transpose(-1, -2)
     return x.flip(-1) if direction in ("up", "left") else x
 
 
-def propagate_released(
+def propagate_official(
     x: Tensor,
     proxy: Tensor,
     tap_proj: Tensor,
@@ -36,23 +36,24 @@ def propagate_released(
     segment: int | None,
     impl: str,
 ) -> Tensor:
-    r"""The misaligned sum
+    r"""The misaligned sum of the official classifier.
 
     .. math::
         y = \sum_d m_d \bigl( u_d \odot \mathrm{line\_scan}_{right}(R_d x,\, w_d,\, \lambda_d) + s_d \odot R_d x \bigr)
 
-    with :math:`R_d` the turn that brings direction d to ``"right"``.
+    where :math:`R_d` is :func:`reorient` for direction d. The arguments are those of :func:`gspn.propagate`, with
+    ``directions`` naming each first index of the projections and ``segment`` counting reoriented columns.
 
     Args:
         x: ``[B, C, N, N]``.
         proxy: ``[B, S, N, N]``.
-        tap_proj: ``[4, G, 3, S]``; the other projections are ``[4, C, S]``, ``merge`` is ``[4]``.
-        lam_proj: see ``tap_proj``.
-        u_proj: see ``tap_proj``.
-        skip_proj: see ``tap_proj``; None for no skip.
-        merge: see ``tap_proj``.
-        directions: the direction of each first index.
-        segment: as for :func:`gspn.propagate`, counted in turned columns.
+        tap_proj: ``[D, G, 3, S]``.
+        lam_proj: ``[D, C, S]``.
+        u_proj: ``[D, C, S]``.
+        skip_proj: ``[D, C, S]``; None for no skip.
+        merge: ``[D]``.
+        directions: the D directions.
+        segment: lines after which the scans restart; None for global scans.
         impl: as for :func:`gspn.propagate`.
 
     Returns:
@@ -63,15 +64,15 @@ def propagate_released(
     """
     if x.shape[-1] != x.shape[-2]:
         raise ValueError(
-            f"{x.shape=}: alignment='released' adds maps to their transposes and needs H == W; "
+            f"{x.shape=}: alignment='official' adds maps to their transposes and needs H == W; "
             "use square inputs, or alignment='image' with weights trained for it."
         )
     y = None
-    # What is not turned comes first: a sum takes the memory layout of its first term, here x's.
+    # "right" comes first, as it needs no reorientation: a sum takes the memory layout of its first term, here x's.
     for d in sorted(range(len(directions)), key=lambda d: directions[d] != "right"):
         own = slice(d, d + 1)
         out = propagate(
-            turn(x, directions[d]),
+            reorient(x, directions[d]),
             proxy,
             tap_proj[own],
             lam_proj[own],

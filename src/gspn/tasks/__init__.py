@@ -1,1 +1,1 @@
-"""What is done with the networks: :mod:`gspn.tasks.classify` trains, evaluates and applies classifiers."""
+"""Training and applying models: one package per task, on :mod:`~gspn.tasks.core` and :mod:`~gspn.tasks.diffusion`."""

@@ -31,7 +31,7 @@ def opened(request, tmp_path) -> tuple[CaptionedImages, str]:
     return open_captions(name, "train", root=write(tmp_path)), broken
 
 
-def test_a_sample_is_a_image_and_its_index(opened) -> None:
+def test_a_sample_is_an_image_and_its_index(opened) -> None:
     dataset, _ = opened
     assert len(dataset) == 4 and dataset.classes == []
     image, target = dataset[-1]
@@ -74,7 +74,7 @@ def test_another_image_comes_with_its_own_index(opened, workers) -> None:
         assert "truncated" in record.summary()
 
 
-def test_workers_that_are_started_anew_read_the_same(tmp_path) -> None:
+def test_workers_that_are_started_again_read_the_same(tmp_path) -> None:
     sets = []
     for kind, (name, write, _) in KINDS.items():
         if kind != "rows" or importlib.util.find_spec("datasets"):
@@ -158,20 +158,24 @@ def test_the_limit_of_pixels_holds(name, tmp_path) -> None:
         (
             "emojis",
             {},
-            r"name='emojis' is no data set with captions\. Did you mean 'emoji'\? There are 'emoji', .*'hfds/",
+            r"unknown captioned data set name='emojis'\. Did you mean 'emoji'\? The names are 'emoji', .*'hfds/",
         ),
         ("fodler", {}, r"Did you mean 'folder'"),
         ("hfd/cats", {}, r"Did you mean 'hfds/<name>'"),
-        ("hfds/", {}, r"name='hfds/' is no data set with captions"),
+        ("hfds/", {}, r"unknown captioned data set name='hfds/'"),
         ("wds/cats", {}, r"Did you mean 'wds'"),
-        ("", {}, r"name='' is no data set with captions\. There are"),
-        ("emoji", {"root": "/data"}, r"root='/data' has no meaning for 'emoji'"),
-        ("emoji", {"split": "dev"}, r"split='dev' is no split of emoji"),
-        ("emoji", {"caption_column": "name"}, r"caption_column='name' has no meaning"),
-        ("wds", {"root": "/data", "image_column": "jpg"}, r"image_column='jpg' has no meaning for 'wds'"),
+        ("", {}, r"unknown captioned data set name=''\. The names are"),
+        ("emoji", {"root": "/data"}, r"root='/data' does not apply to 'emoji'"),
+        ("emoji", {"split": "dev"}, r"split='dev' is not a split of emoji"),
+        ("emoji", {"caption_column": "name"}, r"caption_column='name' does not apply to 'emoji'"),
+        (
+            "wds",
+            {"root": "/data", "image_column": "jpg"},
+            r"image_column='jpg' does not apply to 'wds', which takes ",
+        ),
         ("folder", {}, r"root=None: 'folder' needs root"),
         ("wds", {}, r"root=None: 'wds' needs root"),
-        ("folder", {"root": "/does/not/exist"}, r"root='/does/not/exist' is no folder"),
+        ("folder", {"root": "/does/not/exist"}, r"root='/does/not/exist' is not a folder"),
         ("wds", {"root": "/does/not/exist"}, r"root='/does/not/exist': 1 of 1 shards do not exist"),
     ],
 )

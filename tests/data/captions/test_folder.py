@@ -23,14 +23,14 @@ from gspn.data import (
 def test_the_root_stands_for_training_alone(name, write, tmp_path) -> None:
     write(tmp_path / "whole")
     assert len(open_captions(name, root=tmp_path / "whole")) == len(open_captions(name, "all", tmp_path / "whole")) == 4
-    with pytest.raises(ValueError, match=r"not divided into splits, so it has no split='val'.*split='all'"):
+    with pytest.raises(ValueError, match=r"split='val' is not a split of root=.*not divided.*; pass 'train' or 'all'"):
         open_captions(name, "val", root=tmp_path / "whole")
     write(tmp_path / "parts" / "validation")
     assert len(open_captions(name, "val", root=str(tmp_path / "parts"))) == 4
     for split in ("train", "test"):
-        with pytest.raises(ValueError, match=rf"no folder for split='{split}', but \['validation'\]"):
+        with pytest.raises(ValueError, match=rf"split='{split}' is not a split of .*: it has 'validation', and 'all'"):
             open_captions(name, split, root=tmp_path / "parts")
-    with pytest.raises(ValueError, match=r"split='\.\./whole' is no name of a split"):
+    with pytest.raises(ValueError, match=r"split='\.\./whole' is not a name of a split"):
         open_captions(name, "../whole", root=tmp_path / "parts")
 
 
@@ -103,15 +103,15 @@ def test_a_pipe_is_no_file(tmp_path) -> None:
             r"line 1 has no caption_column='text'; it has 'file_name', 'caption'",
         ),
         ([GOOD, {"text": "a"}], r"line 2 has no 'file_name'; it has 'text'"),
-        ([{"file_name": 3, "text": "a"}], r"file_name=3 names no file"),
+        ([{"file_name": 3, "text": "a"}], r"file_name=3 is not the name of a file"),
         ([{"file_name": "a.png", "text": 3}], r"line 1: a caption is a string or a list of strings, not 3"),
         ([{"file_name": "a.png", "text": ["a", None]}], r"list of strings, not \['a', None\]"),
         ([{"file_name": "a.png", "text": {"a": 1}}], r"list of strings, not \{'a': 1\}"),
-        (['{"file_name": "a.png", "text": "\\ud800"}'], r"line 1: .*is no valid text \(surrogates"),
-        (["[1]"], r"line 1 is no JSON object"),
-        (["{"], r"line 1 is no JSON: Expecting property name"),
-        (["[" * 100_000], r"line 1 is no JSON: maximum recursion depth"),
-        (['{"file_name": ' + "9" * 5000 + "}"], r"line 1 is no JSON: .*4300 digits"),
+        (['{"file_name": "a.png", "text": "\\ud800"}'], r"line 1: .*is not valid text \(surrogates"),
+        (["[1]"], r"line 1 is not a JSON object"),
+        (["{"], r"line 1 is not JSON: Expecting property name"),
+        (["[" * 100_000], r"line 1 is not JSON: maximum recursion depth"),
+        (['{"file_name": ' + "9" * 5000 + "}"], r"line 1 is not JSON: .*4300 digits"),
         ([{"file_name": "b.png", "text": "b"}, GOOD], r"lacks 1 images that its metadata names: b\.png"),
         ([{"file_name": "a.png", "text": " \n"}], r"1 of 1 images have no caption: a\.png"),
         ([{"file_name": "a.png", "text": []}], r"1 of 1 images have no caption: a\.png"),
@@ -130,11 +130,11 @@ def test_bad_rows_of_jsonl(records, says, tmp_path) -> None:
     [
         ("text\na", "has no 'file_name'"),
         ("file_name,caption\na.png,a", "has no caption_column='text'"),
-        ("file_name,text\na.png,a, b", "line 2 has not the 2 fields of the first line; put quotes"),
-        ("file_name,text\na.png", "line 2 has not the 2 fields"),
-        ('file_name,text\na.png,"a', "is no CSV: unexpected end of data"),
+        ("file_name,text\na.png,a, b", "line 2 does not have the 2 fields of the first line; put quotes"),
+        ("file_name,text\na.png", "line 2 does not have the 2 fields"),
+        ('file_name,text\na.png,"a', "is not CSV: unexpected end of data"),
         ("file_name,text\na.png,", "1 of 1 images have no caption"),
-        ("file_name,text\na.png," + "x" * 200_000, "is no CSV: field larger than field limit"),
+        ("file_name,text\na.png," + "x" * 200_000, "is not CSV: field larger than field limit"),
         ("file_name,text" + "," * 2_000_000, "line 1 has more than 1,048,576 bytes"),
         ("", "1 of 1 images have no caption"),
     ],

@@ -21,19 +21,22 @@ from gspn.data import (
 def test_the_columns_of_rows(tmp_path) -> None:
     import datasets
 
-    plain = datasets.Dataset.from_dict({"image": [png(), b"", None], "said": ["one", "two", "three"]})
+    plain = datasets.Dataset.from_dict({"photo": [png(), b"", None], "said": ["one", "two", "three"]})
     plain.save_to_disk(str(tmp_path / "plain"))
-    dataset = open_captions("hfds/plain", root=tmp_path, image_column="image", caption_column="said")
+    dataset = open_captions("hfds/plain", root=tmp_path, image_column="photo", caption_column="said")
     assert [dataset.captions(index) for index in range(3)] == [("one",), ("two",), ("three",)]
     assert np.array_equal(dataset[0][0], quadrants())
     for index in (1, 2):
         with pytest.raises(BrokenImageError, match=rf"hfds/plain/{index}: the row holds no image"):
             dataset[index]
     for options, says in [
-        ({"caption_column": "said"}, r"image_column='image' is no column of 'hfds/plain', which has 'image', 'said'"),
-        ({"image_column": "image"}, r"caption_column='text' is no column"),
+        (
+            {"caption_column": "said"},
+            r"image_column='image' is not a column of 'hfds/plain'; pass image_column= one of 'photo', 'said'",
+        ),
+        ({"image_column": "photo"}, r"caption_column='text' is not a column"),
         ({"image_column": "said", "caption_column": "said"}, r"image_column='said' .* is of type Value"),
-        ({"image_column": "image", "caption_column": "image"}, r"row 0, 'image': a caption is a string"),
+        ({"image_column": "photo", "caption_column": "photo"}, r"row 0, 'photo': a caption is a string"),
         ({"config": "a"}, r"config='a', .*was saved to disk"),
     ]:
         with pytest.raises(ValueError, match=says):
@@ -67,7 +70,7 @@ def test_a_path_in_a_row_does_not_lead_elsewhere(tmp_path) -> None:
     stored = datasets.Dataset.from_dict(table, features=features.copy())
     dataset = gspn_rows(stored)
     with pytest.raises(
-        BrokenImageError, match=r"the row holds no bytes, and '.*secret\.png' is no file of this data set"
+        BrokenImageError, match=r"the row holds no bytes, and '.*secret\.png' is not a file of this data set"
     ):
         dataset[0]
     assert np.array_equal(gspn_rows(stored, folders=(tmp_path,))[0][0], quadrants())
@@ -93,10 +96,10 @@ def test_splits_of_rows(tmp_path) -> None:
         assert [dataset.captions(index)[0] for index in range(len(dataset))] == captions
     assert open_captions(f"hfds/{tmp_path}/one").captions(0) == ("c",)
     with pytest.raises(
-        ValueError, match=r"split='test' is no split of .*two', which has 'train', 'validation', and 'all'"
+        ValueError, match=r"split='test' is not a split of .*two': it has 'train', 'validation', and 'all'"
     ):
         open_captions("hfds/two", "test", root=tmp_path)
-    with pytest.raises(ValueError, match=r"one' is not divided into splits, so it has no split='val'"):
+    with pytest.raises(ValueError, match=r"split='val' is not a split of .*one': it is not divided into splits"):
         open_captions("hfds/one", "val", root=tmp_path)
 
 

@@ -40,11 +40,11 @@ def test_patterns_and_single_shards(tmp_path) -> None:
     assert said("all", f"{tmp_path}/{{train,val}}-{{0000..0001}}.tar") == ["train 0", "train 1", "val 0", "val 1"]
     assert said("train", tmp_path / "train-0001.tar") == ["train 1"]
     for split, root, says in [
-        ("test", tmp_path, r"no shards for split='test', but for \['train', 'val'\]"),
-        ("val", tmp_path / "val-0001.tar", r"without \{split\} in it, is not divided"),
+        ("test", tmp_path, r"split='test' is not a split of the shards of root=.*: it has 'train', 'val'"),
+        ("val", tmp_path / "val-0001.tar", r"which has no \{split\} in it: it is not divided into splits"),
         ("train", f"{tmp_path}/train-{{0002..0004}}.tar", r"2 of 3 shards do not exist: .*0003\.tar"),
-        ("train", f"{tmp_path}/train-{{0001..0000}}.tar", r"\{0001\.\.0000\} is no pattern"),
-        ("train", f"{tmp_path}/{{train}}-0000.tar", r"\{train\} is no pattern"),
+        ("train", f"{tmp_path}/train-{{0001..0000}}.tar", r"\{0001\.\.0000\} is not a pattern"),
+        ("train", f"{tmp_path}/{{train}}-0000.tar", r"\{train\} is not a pattern"),
         ("train", f"{tmp_path}/train-{{0..{10**30}}}.tar", r"more than 100,000 shards"),
         ("train", f"{tmp_path}/{{0..999}}-{{0..999}}.tar", r"more than 100,000 shards"),
         ("train", f"{tmp_path}/train-000{{1,1}}.tar", r"names a shard twice"),
@@ -64,7 +64,7 @@ def test_every_form_of_tar(form, tmp_path) -> None:
     dataset = open_captions("wds", root=tmp_path)
     assert [dataset.captions(index) for index in range(len(dataset))] == [("a",), ("b", "c")]
     assert [dataset[index][0].size for index in range(2)] == [(256, 256)] * 2
-    with pytest.raises(ValueError, match=r"a\.tar: .* is no JSON|have no caption|1 of 2 images"):
+    with pytest.raises(ValueError, match=r"a\.tar: .* is not JSON|have no caption|1 of 2 images"):
         open_captions("wds", root=tmp_path, caption_column="caption")
 
 
@@ -134,7 +134,7 @@ def test_damaged_shards_are_named(damage, tmp_path) -> None:
     assert len(open_captions("wds", root=tmp_path)) == 2
     (tmp_path / "bad.tar").write_bytes(DAMAGES[damage](data))
     with pytest.raises(
-        ValueError, match=r"bad\.tar is no tar, or is damaged or cut off \(.+\); fetch or write it again"
+        ValueError, match=r"bad\.tar is not a tar, or damaged or cut off \(.+\); fetch or write it again"
     ):
         open_captions("wds", root=tmp_path)
 
@@ -168,9 +168,9 @@ def test_no_damage_passes_unseen_or_unnamed(tmp_path) -> None:
         ([("a.png", b""), ("a.txt", b" ")], r"1 of 1 images have no caption: a\.tar/a\.png"),
         ([("a.png", b""), ("b.txt", b"b")], r"1 of 1 images have no caption"),
         ([("x/a.png", b""), ("y/a.txt", b"b")], r"1 of 1 images have no caption"),
-        ([("a.png", b""), ("a.jpg", b""), ("a.txt", b"a")], r"a\.tar: a\.jpg, a\.png have one name"),
+        ([("a.png", b""), ("a.jpg", b""), ("a.txt", b"a")], r"a\.tar: a\.jpg, a\.png have the same name"),
         ([("a.png", b""), ("a.png", b""), ("a.txt", b"a")], r"a\.tar: a\.png is there twice"),
-        ([("a.png", b""), ("a.json", b"{")], r"a\.tar: a\.json is no JSON"),
+        ([("a.png", b""), ("a.json", b"{")], r"a\.tar: a\.json is not JSON"),
         ([("a.png", b""), ("a.json", b"x" * (2 << 20))], r"a\.json has more than 1,048,576 bytes"),
         ([("a.txt", b"a")], r"a\.tar: no image"),
         ([], r"a\.tar: no image"),

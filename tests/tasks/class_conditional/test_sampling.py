@@ -160,7 +160,7 @@ def test_training_from_the_command(tmp_path):
     result = run(app, ["class-conditional", "train", *options, *(f"--set={one}" for one in settings)])
     assert result.exit_code == 0, result.output
     assert "epoch 1/1" in result.output and (tmp_path / "run" / "last" / "model_index.json").is_file()
-    result = run(app, ["class-conditional", "train", "--set", "model.network=unet"])
+    result = run(app, ["class-conditional", "train", "--set", "model.name=unet"])
     assert result.exit_code == 2 and "unet" in result.output
     result = run(app, ["class-conditional", "presets"])
     assert result.exit_code == 0 and "mnist5k" in result.output

@@ -54,9 +54,9 @@ def test_the_pipeline_holds_the_average(trained):
     [
         ["diffusion.objective=flow", "diffusion.learned_sigma=false", "diffusion.sampling=logit_normal"],
         ["diffusion.objective=v_prediction", "diffusion.learned_sigma=false"],
-        ["model.network=attention"],
-        ["model.network=dit", "model.options={num_layers: 2, num_attention_heads: 2, attention_head_dim: 8}"],
-        ["model.options={dim: 8, num_layers: 2, ada_norm: true, scan: {alignment: released}}"],
+        ["model.name=attention"],
+        ["model.name=dit", "model.options={num_layers: 2, num_attention_heads: 2, attention_head_dim: 8}"],
+        ["model.options={dim: 8, num_layers: 2, ada_norm: true, scan: {alignment: official}}"],
         ["data.channels=3", "model.grad_checkpointing=true", "optim.accumulate=2", "data.batch_size=16"],
     ],
 )

@@ -84,7 +84,7 @@ def test_confusions_as_an_image(tmp_path, count):
 def test_refuses_data_of_other_classes(trained):
     with pytest.raises(UsageError, match="10 classes"):
         evaluate(trained, data="emoji")
-    with pytest.raises(UsageError, match="is no data set"):
+    with pytest.raises(UsageError, match="unknown labelled data set"):
         evaluate(trained, data="digit")
 
 

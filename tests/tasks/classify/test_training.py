@@ -134,7 +134,7 @@ def test_stopped_and_resumed_is_the_same_run(tmp_path):
         assert (stopped / path).read_bytes() == (whole / path).read_bytes()
 
 
-def test_presets_are_complete_and_name_registered_networks():
+def test_presets_are_complete_and_name_registered_models():
     pytest.importorskip("gspn.models")
     names = TrainConfig.preset_names()
     assert {"imagenet_tiny", "imagenet_small", "imagenet_base", "mnist5k_pico", "emoji_nano", "digits_pico"} <= set(

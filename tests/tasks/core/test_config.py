@@ -105,10 +105,11 @@ def test_settings_that_may_differ_when_a_run_is_resumed(kind, further):
 def test_differences_from_a_saved_run():
     config = TrainConfig().changed("augment.mixup=0.1")
     saved = to_mapping(TrainConfig().changed("optim.lr=1", "run.device=cpu", "augment.re_mode=rand"))
-    assert config.differences(saved) == {
+    assert config.differences({**saved, "resolved": {"side": (1, 2)}}, {"side": [1, 3]}) == {
         "augment.mixup": (0.0, 0.1),
         "augment.re_mode": ("rand", "pixel"),
         "optim.lr": (1.0, 5e-4),
+        "resolved.side": ((1, 2), [1, 3]),
     }
 
 
@@ -117,16 +118,18 @@ def test_a_run_of_version_0_1_0_is_read_under_the_present_names(tmp_path):
     saved = to_mapping(config)
     saved["pictures"] = saved.pop("samples")
     saved["model"]["resume_from"] = saved["model"].pop("init_from")
-    assert config.differences(saved) == {}
+    saved["resolved"] = {}
+    assert config.differences(saved, {}) == {}
     assert DistillConfig.from_values(saved) == config
     del saved["resolved"]
     with pytest.raises(UsageError, match="unknown configuration key"):
         DistillConfig.from_values(saved)  # a file of one's own has the present names
-    generate = to_mapping(GenerateConfig())
+    generate = {**to_mapping(GenerateConfig()), "resolved": {}}
     generate["samples"]["sampler"] = generate["samples"].pop("scheduler")
-    assert GenerateConfig().differences(generate) == {}
+    generate["model"]["network"] = generate["model"].pop("name")
+    assert GenerateConfig().differences(generate, {}) == {}
     generate["samples"]["sampler"] = "ddim"
-    assert GenerateConfig().differences(generate) == {"samples.scheduler": ("ddim", "auto")}
+    assert GenerateConfig().differences(generate, {}) == {"samples.scheduler": ("ddim", "auto")}
 
 
 @pytest.mark.parametrize(

@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 
 from gspn.tasks.core.errors import UsageError
-from gspn.tasks.core.loaders import ShareSampler, UpdateSampler
+from gspn.tasks.core.loaders import ShareBatches, UpdateBatches
 
 
-def test_update_sampler_splits_each_update_over_processes():
+def test_update_batches_split_each_update_over_processes():
     def order(processes, batch, accumulate, epoch=0, update=0):
         parts = []
         for process in range(processes):
-            sampler = UpdateSampler(
+            batches = UpdateBatches(
                 50, batch_size=batch, accumulate=accumulate, processes=processes, process=process, seed=3
             )
-            sampler.start(epoch, update)
-            parts.append(list(sampler))
+            batches.start(epoch, update)
+            parts.append(list(batches))
         # Update by update, the images of all processes.
         updates = len(parts[0]) // accumulate
         return [
@@ -32,18 +32,18 @@ def test_update_sampler_splits_each_update_over_processes():
 
 
 @pytest.mark.parametrize(("images", "processes", "batch"), [(11, 2, 4), (12, 3, 5), (2, 4, 3), (7, 1, 7)])
-def test_share_sampler_covers_each_image_once(images, processes, batch):
+def test_share_batches_cover_each_image_once(images, processes, batch):
     real, batches = [], set()
     for process in range(processes):
-        sampler = ShareSampler(images, batch_size=batch, processes=processes, process=process)
-        own = [i for one in sampler for i in one]
-        assert len(list(sampler)) == len(sampler)
-        real += own[: sampler.real]
-        batches.add(tuple(len(one) for one in sampler))
+        share = ShareBatches(images, batch_size=batch, processes=processes, process=process)
+        own = [i for one in share for i in one]
+        assert len(list(share)) == len(share)
+        real += own[: share.real]
+        batches.add(tuple(len(one) for one in share))
     assert sorted(real) == list(range(images))
     assert len(batches) == 1  # as many, and as large, in each process
 
 
 def test_fewer_images_than_an_update_takes_are_refused():
     with pytest.raises(UsageError, match=r"lower data\.batch_size"):
-        UpdateSampler(10, batch_size=6, accumulate=2, processes=1, process=0, seed=0)
+        UpdateBatches(10, batch_size=6, accumulate=2, processes=1, process=0, seed=0)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,6 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset
 
-from gspn.tasks.core.loaders import seeded_loader, share_loader
 from gspn.tasks.core.loop import fit
 from gspn.tasks.core.metrics_table import EpochRow, metric
 from gspn.tasks.core.sections import (
@@ -30,7 +28,7 @@ CLASSES = 4
 
 
 class Points(Dataset):
-    """Noisy one-pixel images of 16 channels; the noise is drawn anew for each sample, as augmentations are."""
+    """Noisy one-pixel images of 16 channels; each sample has its own noise, as augmented images do."""
 
     def __init__(self, count: int, broken: int = -1) -> None:
         self.count = count
@@ -53,15 +51,12 @@ class Points(Dataset):
 
 @dataclass(frozen=True)
 class ToyConfig(Configuration):
-    data: ImageData = field(default_factory=lambda: ImageData(batch_size=8, workers=0))
-    model: ModelExecution = field(default_factory=lambda: ModelExecution(channels_last=False))
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=0.01, lr_base_batch=None, clip_grad=1.0))
-    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(epochs=3, warmup_epochs=0.5))
-    ema: EmaConfig = field(default_factory=lambda: EmaConfig(decay=0.9))
-    run: RunConfig = field(
-        default_factory=lambda: RunConfig(trackers=[], device="cpu", checkpoint_every_s=0.0, log_every=3)
-    )
-    resolved: dict[str, Any] | None = None
+    data: ImageData = ImageData(batch_size=8, workers=0)
+    model: ModelExecution = ModelExecution(channels_last=False)
+    optim: OptimConfig = OptimConfig(lr=0.01, lr_base_batch=None, clip_grad=1.0)
+    schedule: ScheduleConfig = ScheduleConfig(epochs=3, warmup_epochs=0.5)
+    ema: EmaConfig = EmaConfig(decay=0.9)
+    run: RunConfig = RunConfig(trackers=[], device="cpu", checkpoint_every_s=0.0, log_every=3)
 
 
 @dataclass(frozen=True)
@@ -79,14 +74,11 @@ class Toy(Task[ToyConfig, ToyRow]):
         self.saved: list[tuple[int, bool]] = []
 
     def setup(self, context):
-        data = self.config.data
-        train = seeded_loader(
-            self.points, batch_size=data.batch_size, accumulate=self.config.optim.accumulate,
-            seed=self.config.run.seed, workers=data.workers, **context.process_info,
-        )  # fmt: skip
-        self.held_out = share_loader(Points(11), batch_size=4, workers=0, **context.process_info)
+        self.held_out = context.eval_loader(Points(11), batch_size=4, workers=0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Dropout(0.2), nn.GELU(), nn.Linear(16, CLASSES))
-        return Setup(model, train, "toy", "points", ("a note",), self.held_out, CLASSES, {"side": 1})
+        return Setup(
+            model, context.train_loader(self.points), "toy", "points", ("a note",), self.held_out, CLASSES, {"side": 1}
+        )
 
     def loss(self, model, images, targets, epoch):
         noise = 0.1 * torch.randn_like(images)

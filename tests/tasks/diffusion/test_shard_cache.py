@@ -12,12 +12,12 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from tasks.classify.processes import start_many
 
 from gspn.tasks.core.errors import UsageError
 from gspn.tasks.diffusion.shard_cache import FORMAT, ShardReader
 from tasks.class_conditional.latent_runs import files
 from tasks.diffusion.shard_runs import NumberIndex, start, write
+from tasks.processes import start_many
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def train(
             "--set", "-s", metavar="KEY=VALUE", help="A key of the configuration, as optim.lr=1e-4. Repeatable."
         ),
     ] = None,
-    network: Annotated[str | None, typer.Option(metavar="NAME", help="model.network: gspn, attention, dit.")] = None,
+    network: Annotated[str | None, typer.Option(metavar="NAME", help="model.name: gspn, attention, dit.")] = None,
     size: Annotated[str | None, typer.Option(metavar="SIZE", help="model.size, such as B/2.")] = None,
     data: Annotated[str | None, typer.Option(metavar="NAME", help="data.name: mnist5k, emoji, folder, ...")] = None,
     root: Annotated[Path | None, typer.Option(metavar="DIR", help="data.root.")] = None,
@@ -59,7 +59,7 @@ def train(
     from gspn.tasks.core.config import write_yaml
 
     flags = {
-        "model.network": network,
+        "model.name": network,
         "model.size": size,
         "data.name": data,
         "data.root": root,

@@ -1,4 +1,4 @@
-"""A folder of images with captions beside them."""
+"""A folder of images with captions in files beside them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import IO, Any
 
 from PIL import Image
 
-from gspn.data.base import Transform
-from gspn.data.captions.emoji import CaptionedImages
-from gspn.data.captions.parsing import (
+from ..base import Transform
+from ..images import MAX_PIXELS, load_image
+from ..splits import split_folder
+from .base import TEXT_COLUMN, CaptionedImages
+from .parsing import (
     MAX_RECORD,
     MAX_TEXT,
-    TEXT_COLUMN,
     CaptionTexts,
     clean,
     column,
@@ -26,9 +27,7 @@ from gspn.data.captions.parsing import (
     lines_of,
     record_of,
     some,
-    split_folder,
 )
-from gspn.data.images import MAX_PIXELS, load_image
 
 _IMAGES = frozenset(
     (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif")
@@ -38,21 +37,21 @@ _MAX_METADATA = 1 << 30
 
 
 class CaptionedFolder(CaptionedImages):
-    """The images below a folder, in the order of their paths; see ``open_captions`` for where captions are.
+    """The images below a folder, in the order of their paths.
 
-    Names that begin with a dot, and linked folders, are left out. All captions are read at once, so that no run ends
-    at a missing one.
+    The captions of ``a.png`` are the lines of ``a.txt`` beside it, or the rows of a ``metadata.jsonl`` or
+    ``metadata.csv`` that name it as ``file_name``. Names that begin with a dot and linked folders are left out.
 
     Args:
-        root: the folder that holds the splits, or is one.
-        split: which.
-        caption_column: of ``metadata.jsonl`` and ``metadata.csv``.
-        transform: applied to each image.
-        max_pixels: of an image that is decoded.
+        root: the folder of the splits, or of a single one; see :func:`~gspn.data.splits.split_folder`.
+        split: the split.
+        caption_column: the column of ``metadata.jsonl`` and ``metadata.csv`` with the captions.
+        transform: the transform of each image.
+        max_pixels: the limit of pixels in an image.
 
     Raises:
-        ValueError: there is no such split, an image has no caption, or a file of captions is damaged, ambiguous or
-            names what is not there.
+        ValueError: the split is missing, an image has no caption, or a file of captions is damaged, ambiguous or names
+            an image that is missing.
     """
 
     def __init__(
@@ -82,35 +81,35 @@ class CaptionedFolder(CaptionedImages):
         Raises:
             BrokenImageError: it cannot be decoded.
         """
-        path = self._paths[self._place(index)]
+        path = self._paths[self._position(index)]
         return load_image(self.root / path, max_pixels=self.max_pixels, name=path)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of image ``index``."""
-        return self._texts[self._place(index)]
+        return self._texts[self._position(index)]
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         """The file of image ``index``, within the folder unless ``absolute``."""
-        path = self._paths[self._place(index)]
+        path = self._paths[self._position(index)]
         return posixpath.basename(path) if basename else str(self.root / path) if absolute else path
 
     def _read_metadata(self, files: set[str], root: Path, caption_column: str) -> dict[str, tuple[str, ...]]:
-        """What all metadata says, by the path of the image."""
+        """The captions of all metadata, by the path of the image."""
         own = "" if self.root == root else self.root.name + "/"
-        found = [own + path for path in files if posixpath.basename(path) in _METADATA]
-        if own:  # that of all splits may lie above their folders
-            found += [name for name in _METADATA if (root / name).is_file()]
-        folders = Counter(posixpath.dirname(path) for path in found)
+        metadata = [own + path for path in files if posixpath.basename(path) in _METADATA]
+        if own:  # the metadata of all splits may be above their folders
+            metadata += [name for name in _METADATA if (root / name).is_file()]
+        folders = Counter(posixpath.dirname(path) for path in metadata)
         twice = sorted(str(root / folder) for folder, count in folders.items() if count > 1)
         if twice:
             raise ValueError(f"{some(twice)} holds both metadata.jsonl and metadata.csv; remove one.")
         captions: dict[str, tuple[str, ...]] = {}
         missing = []
         images = set(self._paths)
-        for path in sorted(found):
+        for path in sorted(metadata):
             for name, value, where in _rows(root / path, caption_column):
                 image = posixpath.normpath(posixpath.join(posixpath.dirname(path), _inside(name, where)))
-                if not image.startswith(own):  # of another split
+                if not image.startswith(own):  # it belongs to another split
                     continue
                 image = image.removeprefix(own)
                 if image in images:
@@ -120,7 +119,7 @@ class CaptionedFolder(CaptionedImages):
         if missing:
             raise ValueError(
                 f"root={str(self.root)!r} lacks {len(missing):,} images that its metadata names: {some(missing)}. "
-                "Add them, or remove their rows; hidden and linked folders do not count."
+                "Add them or remove their rows; images in hidden and linked folders do not count."
             )
         return captions
 
@@ -159,15 +158,15 @@ def _files(root: Path) -> Iterator[str]:
                 path = posixpath.join(folder, entry.name)
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(path)
-                elif entry.is_file():  # no pipe, which would wait for a writer
+                elif entry.is_file():  # opening a pipe would wait for a writer
                     yield path
 
 
 def _inside(name: Any, where: str) -> str:
-    """A ``file_name`` that stays below the folder of its metadata."""
+    """Check that a ``file_name`` stays below the folder of its metadata."""
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{where}: file_name={cut(repr(name))} names no file.")
-    windows = PureWindowsPath(name)  # knows both slashes and drives, as a hostile name may use any
+        raise ValueError(f"{where}: file_name={cut(repr(name))} is not the name of a file.")
+    windows = PureWindowsPath(name)  # knows both slashes and drives, any of which a hostile name may use
     if windows.drive or windows.root or ".." in windows.parts:
         raise ValueError(
             f"{where}: file_name={cut(repr(name))} leaves the folder; write it relative to the metadata, without '..'."
@@ -176,9 +175,11 @@ def _inside(name: Any, where: str) -> str:
 
 
 def _rows(file: Path, caption_column: str) -> Iterator[tuple[Any, Any, str]]:
-    """``file_name``, caption and place of each row of metadata."""
+    """``file_name``, caption and position of each row of metadata."""
     if file.stat().st_size > _MAX_METADATA:
-        raise ValueError(f"{file} has more than {_MAX_METADATA:,} bytes; divide it, or keep so many images in shards.")
+        raise ValueError(
+            f"{file} has more than {_MAX_METADATA:,} bytes; divide it, or store that many images in shards."
+        )
     with file.open("rb") as opened:
         if file.suffix == ".jsonl":
             rows = (
@@ -205,12 +206,12 @@ def _csv_rows(opened: IO[bytes], file: Path) -> Iterator[tuple[dict[str, Any], s
             where = f"{file}, line {reader.line_num}"
             if None in record or None in record.values():
                 raise ValueError(
-                    f"{where} has not the {len(reader.fieldnames or ())} fields of the first line; put quotes around "
-                    "what contains a comma."
+                    f"{where} does not have the {len(reader.fieldnames or ())} fields of the first line; put quotes "
+                    "around values that contain a comma."
                 )
             yield record, where
     except csv.Error as error:
-        raise ValueError(f"{file}, line {reader.line_num} is no CSV: {error}.") from error
+        raise ValueError(f"{file}, line {reader.line_num} is not CSV: {error}.") from error
 
 
 def _lines(opened: IO[bytes], file: Path) -> Iterator[bytes]:

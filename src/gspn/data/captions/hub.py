@@ -1,4 +1,4 @@
-"""Data sets of the package ``datasets`` with captions: of the Hugging Face hub, or local."""
+"""Data sets with captions of the package ``datasets``: from the Hugging Face hub, or local."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 
 from PIL import Image
 
-from gspn.data.base import Transform
-from gspn.data.captions.emoji import IMAGE_COLUMN, CaptionedImages
-from gspn.data.captions.parsing import TEXT_COLUMN, CaptionTexts, clean, some, split_names, undivided
-from gspn.data.images import MAX_PIXELS, BrokenImageError, load_image
+from ..base import Transform
+from ..images import MAX_PIXELS, BrokenImageError, load_image
+from ..splits import find_split
+from .base import IMAGE_COLUMN, TEXT_COLUMN, CaptionedImages
+from .parsing import CaptionTexts, clean, some
 
-# What datasets writes beside what it saves.
+# Files by which a folder is recognized as saved by datasets.
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 _ROWS = 1000
 
@@ -24,18 +25,17 @@ _ROWS = 1000
 class CaptionedRows(CaptionedImages):
     """The rows of a ``datasets.Dataset`` with a column of images and one of captions.
 
-    ``datasets`` decodes no image: the bytes go to ``load_image``. All captions are read at once, so that no run ends
-    at a missing one.
+    Images are decoded by ``load_image`` and not by ``datasets``.
 
     Args:
-        dataset: map-style.
-        name: of the data set.
-        image_column: of type ``Image``, or bytes.
-        caption_column: strings, or lists of strings.
-        transform: applied to each image.
-        max_pixels: of an image that is decoded.
-        folders: from which an image may be read where the row holds no bytes but a path. A path is part of the
-            data, which nobody has checked.
+        dataset: a map-style data set.
+        name: name of the data set.
+        image_column: a column of type ``Image``, or of bytes.
+        caption_column: a column of strings, or of lists of strings.
+        transform: the transform of each image.
+        max_pixels: the limit of pixels in an image.
+        folders: the folders from which an image may be read if its row holds a path instead of bytes. A path is part
+            of the data, which nobody has checked.
 
     Raises:
         ValueError: a column is missing or of another type, or a row has no caption.
@@ -55,12 +55,12 @@ class CaptionedRows(CaptionedImages):
         super().__init__(name, transform)
         self.max_pixels = max_pixels
         self._folders = tuple(Path(folder).resolve() for folder in folders)
-        dataset = dataset.with_format(None)  # one that was saved with a format gives tensors
-        for option, asked in (("image_column", image_column), ("caption_column", caption_column)):
-            if asked not in dataset.column_names:
+        dataset = dataset.with_format(None)  # a saved format would return tensors
+        for option, value in (("image_column", image_column), ("caption_column", caption_column)):
+            if value not in dataset.column_names:
                 raise ValueError(
-                    f"{option}={asked!r} is no column of {name!r}, which has {some(map(repr, dataset.column_names))}; "
-                    f"pass {option}=..."
+                    f"{option}={value!r} is not a column of {name!r}; pass {option}= one of "
+                    f"{some(map(repr, dataset.column_names))}."
                 )
         feature = dataset.features[image_column]
         image = _datasets().Image
@@ -97,28 +97,28 @@ class CaptionedRows(CaptionedImages):
         """Image ``index``, RGB, before the transform.
 
         Raises:
-            BrokenImageError: it cannot be decoded, the row holds none, or a path that leads elsewhere.
+            BrokenImageError: it cannot be decoded, or the row holds no image or a path outside the data set.
         """
-        index = self._place(index)
+        index = self._position(index)
         name = self.filename(index)
-        found = self._images[index][self._column]
-        found = found if isinstance(found, dict) else {"bytes": found}
-        if found.get("bytes"):
-            return load_image(io.BytesIO(found["bytes"]), max_pixels=self.max_pixels, name=name)
-        if not found.get("path"):
+        value = self._images[index][self._column]
+        value = value if isinstance(value, dict) else {"bytes": value}
+        if value.get("bytes"):
+            return load_image(io.BytesIO(value["bytes"]), max_pixels=self.max_pixels, name=name)
+        if not value.get("path"):
             raise BrokenImageError(name, "the row holds no image")
-        path = Path(found["path"]).resolve()
+        path = Path(value["path"]).resolve()
         if not (path.is_file() and any(path.is_relative_to(folder) for folder in self._folders)):
-            raise BrokenImageError(name, f"the row holds no bytes, and {str(path)!r} is no file of this data set")
+            raise BrokenImageError(name, f"the row holds no bytes, and {str(path)!r} is not a file of this data set")
         return load_image(path, max_pixels=self.max_pixels, name=name)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of image ``index``."""
-        return self._texts[self._place(index)]
+        return self._texts[self._position(index)]
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         """The data set and the row of image ``index``."""
-        return super().filename(self._place(index), basename, absolute)
+        return super().filename(self._position(index), basename, absolute)
 
 
 def open_rows(
@@ -130,13 +130,13 @@ def open_rows(
     revision: str | None = None,
     **options: Any,
 ) -> CaptionedRows:
-    """``hfds/<name>``; see ``open_captions``."""
+    """Open ``hfds/<name>``; see ``open_captions``."""
     datasets = _datasets()
     rest = name.partition("/")[2]
     local = next((path for path in (*([Path(root) / rest] if root else []), Path(rest)) if path.is_dir()), None)
     if local is not None and any((local / mark).is_file() for mark in (_SAVED, _SAVED_SPLITS)):
         if config or revision:
-            raise ValueError(f"{config=}, {revision=} have no meaning for {str(local)!r}, which was saved to disk.")
+            raise ValueError(f"{config=}, {revision=} do not apply to {str(local)!r}, which was saved to disk.")
         return CaptionedRows(_saved(name, local, split), name, **options)
     cache = None if root is None or local is not None else os.fspath(root)
     dataset = _load(
@@ -148,30 +148,26 @@ def open_rows(
 
 def _saved(name: str, folder: Path, split: str) -> Any:
     datasets = _datasets()
-    found = _load(name, datasets.load_from_disk, str(folder))
-    if not isinstance(found, datasets.DatasetDict):
-        undivided(split, f"{str(folder)!r}")
-        return found
-    if split == "all":
-        return datasets.concatenate_datasets([*found.values()])
-    for one in split_names(split):
-        if one in found:
-            return found[one]
-    raise ValueError(f"{split=} is no split of {str(folder)!r}, which has {some(map(repr, found))}, and 'all'.")
+    saved = _load(name, datasets.load_from_disk, str(folder))
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {}
+    chosen = find_split(split, splits.keys(), repr(str(folder)))
+    if chosen != "all":
+        return splits[chosen]
+    return datasets.concatenate_datasets([*splits.values()]) if splits else saved
 
 
 def _load(name: str, load: Callable[..., Any], *args: Any, **options: Any) -> Any:
     try:
         return load(*args, **options)
-    except (OSError, ValueError, ImportError, MemoryError):  # these say what is wrong
+    except (OSError, ValueError, ImportError, MemoryError):  # these have clear messages
         raise
-    except Exception as error:  # datasets and pyarrow raise whatever their parsing meets
+    except Exception as error:  # datasets and pyarrow raise any error when parsing fails
         raise ValueError(
             f"{name!r} cannot be opened by datasets: {type(error.__cause__ or error).__name__}, "
-            f"{error.__cause__ or error}. Write or fetch it again."
+            f"{error.__cause__ or error}. Write or download it again."
         ) from error
 
 
 def _datasets() -> Any:
-    # Not at the top, as this file is collected by tests where datasets is not installed.
+    # Imported here, because doctests import this module where datasets is not installed.
     return importlib.import_module("datasets")

@@ -14,13 +14,13 @@ from typing import IO
 
 from PIL import Image
 
-from gspn.data.base import Transform
-from gspn.data.captions.emoji import CaptionedImages
-from gspn.data.captions.parsing import (
+from ..base import Transform
+from ..images import MAX_PIXELS, BrokenImageError, load_image
+from ..splits import SPLIT_NAMES, find_split, split_folder, split_names
+from .base import TEXT_COLUMN, CaptionedImages
+from .parsing import (
     MAX_RECORD,
     MAX_TEXT,
-    SPLIT_NAMES,
-    TEXT_COLUMN,
     CaptionTexts,
     clean,
     column,
@@ -28,18 +28,14 @@ from gspn.data.captions.parsing import (
     lines_of,
     record_of,
     some,
-    split_folder,
-    split_names,
-    undivided,
 )
-from gspn.data.images import MAX_PIXELS, BrokenImageError, load_image
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 _COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
 _PACKED_NAMES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 _MAX_FILE = 1 << 29
 _MAX_SHARDS = 100_000
-# Of what follows the end of a tar: writers fill up to 10 KiB.
+# Bytes that are read after the end of a tar, which writers fill up to a multiple of 10 KiB.
 _TAIL = 1 << 20
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -48,23 +44,23 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 class CaptionedShards(CaptionedImages):
     """The samples of uncompressed tar files: an image and its caption under one name.
 
-    The headers are read once, and all captions with them; images are read where they lie, so that any sample can be
-    had at any time and a run that is resumed finds its place. What is called alike up to the first dot of its file name
-    is a sample: ``0001.jpg`` with ``0001.txt``, or with ``0001.json``. Whatever has no image is left out.
+    The headers and all captions are read once. Images are read from the tar when they are needed, so every sample can
+    be reached at any time, and a resumed run continues at its position. Files with the same name up to the first dot
+    are one sample: ``0001.jpg`` with ``0001.txt`` or ``0001.json``. Files without an image are left out.
 
     Args:
-        root: a folder of shards, one shard, or a pattern such as ``data/train-{0000..0003}.tar``, see
+        root: a folder of shards, one shard, or a pattern such as ``data/train-{0000..0003}.tar``; see
             ``open_captions``.
-        split: which.
-        caption_column: of ``.json``. ``.txt`` goes first, unless another column than ``"text"`` is asked for.
-        transform: applied to each image.
-        max_pixels: of an image that is decoded.
+        split: the split.
+        caption_column: the key in ``.json``. ``.txt`` takes precedence unless this is not ``"text"``.
+        transform: the transform of each image.
+        max_pixels: the limit of pixels in an image.
 
     Attributes:
-        shards: the files, in the order of the samples.
+        shards: the tar files, in the order of the samples.
 
     Raises:
-        ValueError: there is no shard, one is compressed or damaged, or an image has no caption or an ambiguous one.
+        ValueError: no shard is found, one is compressed or damaged, or an image has no caption or an ambiguous one.
     """
 
     def __init__(
@@ -80,7 +76,7 @@ class CaptionedShards(CaptionedImages):
         self.max_pixels = max_pixels
         self.shards = _find_shards(os.fspath(root), split)
         self._base = os.path.commonpath([shard.parent for shard in self.shards])
-        # Arrays, as a list of numbers is copied page by page into each worker that looks at it.
+        # Arrays, because each worker that reads a list of numbers gets its own copy of it.
         self._shard, self._offset, self._size = array("q"), array("q"), array("q")
         self._members: list[str] = []
         self._texts = CaptionTexts()
@@ -90,7 +86,7 @@ class CaptionedShards(CaptionedImages):
         if without:
             raise ValueError(
                 f"{len(without):,} of {len(self):,} images have no caption: {some(without)}. Each needs a .txt of "
-                f"its name, or a .json with {caption_column!r}; leave the others out when the shards are written."
+                f"its name, or a .json with {caption_column!r}; leave images without one out of the shards."
             )
         if not self._members:
             raise ValueError(
@@ -107,24 +103,24 @@ class CaptionedShards(CaptionedImages):
         Raises:
             BrokenImageError: it cannot be decoded, or its shard has become shorter.
         """
-        index = self._place(index)
+        index = self._position(index)
         size, name = self._size[index], self.filename(index)
         if size > _MAX_FILE:
             raise BrokenImageError(name, f"has {size:,} bytes, more than the {_MAX_FILE:,} that an image may have")
-        # Opened anew each time: no worker shares a position with another, and no limit of open files is met.
+        # Opened each time: workers share no position in a file, and the limit of open files is never reached.
         with self.shards[self._shard[index]].open("rb") as file:
             data = _read(file, self._offset[index], size)
         if len(data) < size:
-            raise BrokenImageError(name, "the shard ends within it, and did not when it was opened; open it again")
+            raise BrokenImageError(name, "the shard ends within it, which it did not when it was opened; open it again")
         return load_image(io.BytesIO(data), max_pixels=self.max_pixels, name=name)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of image ``index``."""
-        return self._texts[self._place(index)]
+        return self._texts[self._position(index)]
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """The shard, within their common folder unless ``absolute``, and the name inside it of image ``index``."""
-        index = self._place(index)
+        """The shard of image ``index``, relative to the common folder unless ``absolute``, and the name inside it."""
+        index = self._position(index)
         member = self._members[index]
         shard = self.shards[self._shard[index]]
         if basename:
@@ -143,10 +139,10 @@ class CaptionedShards(CaptionedImages):
                     continue
                 if not member.isreg() or member.sparse is not None:
                     raise ValueError(
-                        f"{shard}: {cut(member.name)} is a link or a sparse file; write it as a plain one."
+                        f"{shard}: {cut(member.name)} is a link or a sparse file; write it as a regular file."
                     )
                 if extension in samples.setdefault(f"{folder}/{stem}", {}):
-                    raise ValueError(f"{shard}: {cut(member.name)} is there twice; give each sample a name of its own.")
+                    raise ValueError(f"{shard}: {cut(member.name)} is there twice; give each sample its own name.")
                 samples[f"{folder}/{stem}"][extension] = member
             for parts in samples.values():
                 images = [parts[extension] for extension in _IMAGES if extension in parts]
@@ -154,7 +150,9 @@ class CaptionedShards(CaptionedImages):
                     continue
                 if len(images) > 1:
                     names = some(member.name for member in images)
-                    raise ValueError(f"{shard}: {names} have one name up to the first dot; a sample has one image.")
+                    raise ValueError(
+                        f"{shard}: {names} have the same name up to the first dot; a sample has one image."
+                    )
                 captions = _captions(file, shard, parts, caption_column)
                 if not captions:
                     without.append(f"{shard.name}/{images[0].name}")
@@ -172,8 +170,8 @@ def _captions(file: IO[bytes], shard: Path, parts: dict[str, tarfile.TarInfo], c
         return clean(lines_of(_read(file, text.offset_data, min(text.size, MAX_TEXT + 1)), where), where)
     if record is not None:
         where = f"{shard}: {cut(record.name)}"
-        found = record_of(_read(file, record.offset_data, min(record.size, MAX_RECORD + 1)), where)
-        return clean(column(found, caption_column, where), where)
+        parsed = record_of(_read(file, record.offset_data, min(record.size, MAX_RECORD + 1)), where)
+        return clean(column(parsed, caption_column, where), where)
     return ()
 
 
@@ -183,26 +181,26 @@ def _read(file: IO[bytes], offset: int, size: int) -> bytes:
 
 
 def _members(file: IO[bytes], shard: Path) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar, which ends where it says that it does.
+    """The members of a tar, up to the mark of its end.
 
     tarfile takes a damaged header for the end of the archive, and an archive that was cut between two members for a
-    whole one: samples would be missing, and nobody would know.
+    complete one: samples would be missing without an error.
     """
     start = file.read(8)
     file.seek(0)
     for magic, remedy in _COMPRESSED.items():
         if start.startswith(magic):
             raise ValueError(
-                f"{shard} is compressed, and no sample can be found in it without unpacking all before it; "
+                f"{shard} is compressed, so a sample cannot be found without unpacking all before it; "
                 f"unpack the shard: {remedy}"
             )
     try:
         yield from _walk(file)
     except MemoryError:
         raise
-    except Exception as error:  # tarfile raises whatever its parsing meets: ValueError, KeyError, RecursionError, ...
+    except Exception as error:  # tarfile raises any error when parsing fails: ValueError, KeyError, RecursionError, ...
         raise ValueError(
-            f"{shard} is no tar, or is damaged or cut off ({error or type(error).__name__}); fetch or write it again."
+            f"{shard} is not a tar, or damaged or cut off ({error or type(error).__name__}); fetch or write it again."
         ) from error
 
 
@@ -210,7 +208,7 @@ def _walk(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     before = -1
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as archive:
         while (member := archive.next()) is not None:
-            # An older tarfile follows a negative size back, for ever.
+            # Older versions of tarfile follow a negative size back without end.
             if member.offset <= before or member.size < 0:
                 raise tarfile.ReadError(f"the header at byte {member.offset:,} leads back")
             before = member.offset
@@ -226,11 +224,10 @@ def _walk(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
 def _find_shards(root: str, split: str) -> list[Path]:
     if Path(root).is_dir():
         return _shards_in(Path(root), split)
-    names = split_names(split)
     if "{split}" in root:
-        root = root.replace("{split}", names[0])
+        root = root.replace("{split}", split_names(split)[0])
     else:
-        undivided(split, f"{root=}, without {{split}} in it,")
+        find_split(split, (), f"{root=}, which has no {{split}} in it")
     shards = [Path(path) for path in ([root] if Path(root).is_file() else _expand(root))]
     missing = [str(shard) for shard in shards if not shard.is_file()]
     if missing:
@@ -244,29 +241,25 @@ def _find_shards(root: str, split: str) -> list[Path]:
 
 
 def _shards_in(root: Path, split: str) -> list[Path]:
-    """The shards of a split: in its folder, or with its name at the beginning of theirs."""
-    wanted = split_names(split)
+    """The shards of a split: those in its folder, or those whose names begin with the split."""
+    names = split_names(split)
     by_name = {
         path: prefix
         for path in sorted(root.glob("*.tar"))
         if (prefix := re.split(r"[-_.]", path.name)[0]) in SPLIT_NAMES or prefix == split
     }
-    folders = [name for name in (*wanted, *SPLIT_NAMES) if (root / name).is_dir()]
+    folders = [name for name in (*names, *SPLIT_NAMES) if (root / name).is_dir()]
     if by_name and not folders and split != "all":
-        shards = [path for path, prefix in by_name.items() if prefix in wanted]
-        if not shards:
-            raise ValueError(
-                f"root={str(root)!r} has no shards for {split=}, but for {sorted(set(by_name.values()))}. Pass one of "
-                "these, or split='all' to open all of them."
-            )
+        find_split(split, sorted(set(by_name.values())), f"the shards of root={str(root)!r}")
+        shards = [path for path, prefix in by_name.items() if prefix in names]
     else:
         root = split_folder(root, split)
         shards = sorted(path for path in root.glob("*.tar") if path.is_file() and not path.name.startswith("."))
     packed = sorted(path.name for path in root.iterdir() if path.name.lower().endswith(_PACKED_NAMES))
     if packed:
         raise ValueError(
-            f"root={str(root)!r} holds compressed shards, in which no sample can be found without unpacking all before "
-            f"it: {some(packed)}. Unpack them to .tar, or move them away."
+            f"root={str(root)!r} holds compressed shards, in which a sample cannot be found without unpacking all "
+            f"before it: {some(packed)}. Unpack them to .tar, or move them away."
         )
     if not shards:
         raise ValueError(f"root={str(root)!r} holds no *.tar.")
@@ -274,9 +267,9 @@ def _shards_in(root: Path, split: str) -> list[Path]:
 
 
 def _expand(pattern: str) -> list[str]:
-    """``a-{00..02}.tar`` and ``{a,b}.tar`` as lists."""
+    """Expand ``a-{00..02}.tar`` and ``{a,b}.tar``."""
     paths = [pattern]
-    while match := _BRACES.search(paths[0]):  # all have the same braces left
+    while match := _BRACES.search(paths[0]):  # the same braces are left in all
         inside = match[1]
         numbers = _RANGE.fullmatch(inside)
         if numbers:
@@ -284,8 +277,10 @@ def _expand(pattern: str) -> list[str]:
         else:
             span, width = range(inside.count(",") + 1), 0
         if span.stop - span.start < (1 if numbers else 2):
-            raise ValueError(f"root={pattern!r}: {match[0]} is no pattern; write {{0000..0003}}, upwards, or {{a,b}}.")
-        # Before anything is written out: a range may have more numbers than the memory has room for.
+            raise ValueError(
+                f"root={pattern!r}: {match[0]} is not a pattern; write {{0000..0003}}, upwards, or {{a,b}}."
+            )
+        # Checked first, because a range may have more numbers than fit in the memory.
         if len(paths) * (span.stop - span.start) > _MAX_SHARDS:
             raise ValueError(f"root={pattern!r} stands for more than {_MAX_SHARDS:,} shards; name fewer.")
         parts = [f"{number:0{width}}" for number in span] if numbers else inside.split(",")

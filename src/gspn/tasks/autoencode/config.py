@@ -78,16 +78,17 @@ class AutoencodeConfig(Configuration):
 
     PRESETS: ClassVar[str] = "gspn.tasks.autoencode.presets"
 
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, lr_base_batch=None, weight_decay=0.0))
-    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(epochs=100))
-    ema: EmaConfig = field(default_factory=lambda: EmaConfig(decay=0.999))
-    run: RunConfig = field(default_factory=lambda: RunConfig(output=Path("runs/autoencoder")))
-    resolved: dict[str, Any] | None = None
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig(lr=1e-4, lr_base_batch=None, weight_decay=0.0)
+    schedule: ScheduleConfig = ScheduleConfig(epochs=100)
+    ema: EmaConfig = EmaConfig(decay=0.999)
+    run: RunConfig = RunConfig(output=Path("runs/autoencoder"))
 
     def __post_init__(self) -> None:
+        if self.run.fsdp:
+            raise UsageError("FSDP is not supported for autoencoders; set run.fsdp=false (DDP).")
         super().__post_init__()
         data, model = self.data, self.model
         if not model.block_out_channels:
@@ -100,5 +101,3 @@ class AutoencodeConfig(Configuration):
                 )
         if data.crop is not None and data.crop > data.size:
             raise UsageError(f"data.crop is {data.crop} and data.size {data.size}; a crop cannot exceed its image.")
-        if self.run.fsdp:
-            raise UsageError("FSDP is not supported for autoencoders; set run.fsdp=false (DDP).")

@@ -12,9 +12,9 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..._files import replaced_directory
 from ..core.errors import UsageError, require
-from ..core.files import replaced_directory
-from ..core.loaders import EvalLoader, open_data, seeded_loader, share_loader
+from ..core.loaders import EvalLoader, open_data
 from ..core.loop import fit
 from ..core.metrics_table import EpochRow, metric
 from ..core.seeding import random_state_kept
@@ -67,7 +67,8 @@ def train(
 
     Example:
         >>> from gspn.tasks.autoencode import AutoencodeConfig, train
-        >>> train(AutoencodeConfig.load("emoji64").changed("schedule.epochs=1", "run.output=/tmp/vae"))  # doctest: +SKIP
+        >>> config = AutoencodeConfig.load("emoji64").changed("schedule.epochs=3", "run.output=/tmp/vae")
+        >>> train(config)  # doctest: +SKIP
     """
     require("diffusers", extra="diffusers")
     return fit(Autoencoding(config), resume=resume, console=console)
@@ -86,20 +87,12 @@ class Autoencoding(Task[AutoencodeConfig, AutoencoderRow]):
         data, model = self.config.data, self.config.model
         images = open_data(data.name, data.train_split, data.root, **data.options)
         images.transform = image_transform(data.size, channels=data.channels, crop=data.crop, hflip=data.hflip)
-        train = seeded_loader(
-            images,
-            batch_size=data.batch_size,
-            accumulate=self.config.optim.accumulate,
-            seed=self.config.run.seed,
-            workers=data.workers,
-            **context.process_info,
-        )
         self.held_out = None if data.eval_split is None else self._whole_images(data.eval_split, context)
         self.measured = self._whole_images(data.train_split, context)
         side = data.size // model.factor
         return Setup(
             model=build_autoencoder(self.config),
-            train=train,
+            train=context.train_loader(images),
             evaluation=self.held_out,
             model_title="AutoencoderKL",
             data_title=f"{data.name} {data.train_split}: {len(images):,} images, {data.size} pixels to latents of "
@@ -111,7 +104,7 @@ class Autoencoding(Task[AutoencodeConfig, AutoencoderRow]):
         data = self.config.data
         images = open_data(data.name, split, data.root, **data.options)
         images.transform = image_transform(data.size, channels=data.channels)
-        return share_loader(images, batch_size=data.batch_size, workers=0, **context.process_info)
+        return context.eval_loader(images, workers=0)
 
     def loss(self, model: nn.Module, images: Tensor, targets: Tensor, epoch: int) -> Tensor:
         """Reconstruction error plus weighted divergence of the posterior."""

@@ -21,7 +21,7 @@ from ..core.sections import (
 )
 from ..diffusion.config import DiffusionConfig
 
-Network = Literal["gspn", "attention", "dit"]
+DenoiserName = Literal["gspn", "attention", "dit"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class DataConfig(ImageData):
 class ModelConfig(ModelExecution):
     """The denoiser."""
 
-    network: Network = "gspn"
+    name: DenoiserName = "gspn"
     """`gspn`: :class:`gspn.models.GSPNDenoiser2DModel`; `attention`: the same with self-attention; `dit`: diffusers'
     ``DiTTransformer2DModel``."""
     size: str = "T/2"
@@ -84,17 +84,16 @@ class GenerateConfig(Configuration):
     """
 
     PRESETS: ClassVar[str] = "gspn.tasks.class_conditional.presets"
-    RENAMED: ClassVar[Mapping[str, str]] = {"samples.sampler": "samples.scheduler"}
+    RENAMED: ClassVar[Mapping[str, str]] = {"model.network": "model.name", "samples.sampler": "samples.scheduler"}
 
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    samples: SamplesConfig = field(default_factory=SamplesConfig)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, lr_base_batch=None, weight_decay=0.0))
-    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(epochs=100))
-    ema: EmaConfig = field(default_factory=lambda: EmaConfig(decay=0.9999))
-    run: RunConfig = field(default_factory=lambda: RunConfig(output=Path("runs/class_conditional")))
-    resolved: dict[str, Any] | None = None
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    samples: SamplesConfig = SamplesConfig()
+    optim: OptimConfig = OptimConfig(lr=1e-4, lr_base_batch=None, weight_decay=0.0)
+    schedule: ScheduleConfig = ScheduleConfig(epochs=100)
+    ema: EmaConfig = EmaConfig(decay=0.9999)
+    run: RunConfig = RunConfig(output=Path("runs/class_conditional"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,5 +116,6 @@ class GenerateConfig(Configuration):
             if data.latents is not None and value != default:
                 shown = str(value) if isinstance(value, Path) else value
                 raise UsageError(
-                    f"data.{key} is {shown!r}, and data.latents is set, which needs no images; set data.{key}={written}."
+                    f"data.{key} is {shown!r}, and data.latents is set, which needs no images; set "
+                    f"data.{key}={written}."
                 )

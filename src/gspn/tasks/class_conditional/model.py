@@ -42,7 +42,7 @@ def build_denoiser(config: GenerateConfig, *, num_classes: int, channels: int, s
         "out_channels": channels * (2 if config.diffusion.learned_sigma else 1),
     }
     try:
-        if model.network == "dit":
+        if model.name == "dit":
             denoiser = _build_dit(config, num_classes, shared)
         else:
             from gspn.models import GSPNDenoiser2DModel
@@ -51,12 +51,12 @@ def build_denoiser(config: GenerateConfig, *, num_classes: int, channels: int, s
                 model.size,
                 num_class_embeds=num_classes,
                 class_dropout_prob=model.class_dropout,
-                mixer=model.network,
+                mixer=model.name,
                 **shared,
                 **model.options,
             )
     except (ValueError, TypeError) as error:
-        raise UsageError(f"model {model.network} {model.size!r} with {model.options}: {error}") from None
+        raise UsageError(f"model {model.name} {model.size!r} with {model.options}: {error}") from None
     patch = denoiser.config["patch_size"]
     if sample_size % patch:
         raise UsageError(

@@ -11,8 +11,8 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..._files import replaced_directory
 from ..core.errors import require
-from ..core.files import replaced_directory
 from ..core.loop import fit
 from ..core.metrics_table import EpochRow, metric
 from ..core.seeding import random_state_kept
@@ -86,13 +86,13 @@ class ClassConditionalDenoising(Task[GenerateConfig, GeneratorRow]):
                 module.dropout_prob = 0.0
         self.scheduler = training_scheduler(self.config.diffusion, pixels=self.data.vae is None)
         self.denoising = DenoisingLoss(self.config.diffusion, self.scheduler)
-        images, side = self.data.train.sampler.images, self.data.sample_size
+        images, side = self.data.train.order.images, self.data.sample_size
         kind = "pixels" if self.data.vae is None else "latents"
         return Setup(
             model=model,
             train=self.data.train,
             evaluation=self.data.held_out,
-            model_title=f"{model_config.network} {model_config.size}",
+            model_title=f"{model_config.name} {model_config.size}",
             data_title=f"{self.data.name}: {images:,} images, {len(self.data.classes)} classes, "
             f"{self.data.channels} x {side} x {side} {kind}",
             num_classes=len(self.data.classes),

@@ -10,12 +10,9 @@ from ..core.config import setting
 from ..core.errors import UsageError
 from ..core.sections import (
     Configuration,
-    EmaConfig,
     ImageData,
     ModelExecution,
-    OptimConfig,
     RunConfig,
-    ScheduleConfig,
 )
 
 
@@ -111,9 +108,9 @@ class TrainConfig(Configuration):
         UsageError: a value out of range, or two that exclude each other.
 
     Example:
-        >>> config = TrainConfig(data=DataConfig(name="digits", size=16), schedule=ScheduleConfig(epochs=3))
+        >>> config = TrainConfig(data=DataConfig(name="digits", size=16))
         >>> config.schedule.epochs, config.optim.name
-        (3, 'adamw')
+        (300, 'adamw')
         >>> config.changed("optim.lr=1e-3").optim.lr
         0.001
         >>> TrainConfig.load("digits_pico").data.name
@@ -123,14 +120,10 @@ class TrainConfig(Configuration):
     PRESETS: ClassVar[str] = "gspn.tasks.classify.presets"
     HAS_LABELS: ClassVar[bool] = True
 
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    run: RunConfig = field(default_factory=lambda: RunConfig(output=Path("runs/classify")))
-    resolved: dict[str, Any] | None = None
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    augment: AugmentConfig = AugmentConfig()
+    run: RunConfig = RunConfig(output=Path("runs/classify"))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..core.errors import UsageError, require
-from ..core.loaders import EvalLoader, TrainLoader, class_names, open_data, seeded_loader, share_loader
-from .config import AugmentConfig, DataConfig, TrainConfig
+from ..core.loaders import class_names, open_data
+from .config import AugmentConfig, DataConfig
 from .model import Preprocessing
 
 
@@ -73,35 +73,3 @@ def train_transform(augment: AugmentConfig, preprocessing: Preprocessing) -> Any
             ),
         )
     return transforms.Compose(steps)
-
-
-def train_loader(
-    dataset: Any, config: TrainConfig, preprocessing: Preprocessing, *, processes: int, process: int, pin: bool
-) -> TrainLoader:
-    """The training batches of a process."""
-    dataset.transform = train_transform(config.augment, preprocessing)
-    return seeded_loader(
-        dataset,
-        batch_size=config.data.batch_size,
-        accumulate=config.optim.accumulate,
-        seed=config.run.seed,
-        workers=config.data.workers,
-        processes=processes,
-        process=process,
-        pin=pin,
-    )
-
-
-def eval_loader(
-    dataset: Any,
-    preprocessing: Preprocessing,
-    *,
-    batch_size: int,
-    workers: int,
-    processes: int = 1,
-    process: int = 0,
-    pin: bool = False,
-) -> EvalLoader:
-    """The evaluation batches of a process."""
-    dataset.transform = preprocessing.transform()
-    return share_loader(dataset, batch_size=batch_size, workers=workers, processes=processes, process=process, pin=pin)

@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..._files import write_text
 from ..core.devices import make_accelerator, peak_memory_mib, to_device
 from ..core.errors import UsageError, require
-from ..core.files import write_text
-from ..core.loaders import class_names, open_data
+from ..core.loaders import class_names, open_data, share_loader
 from ..core.progress import progress_bar
-from .data import eval_loader
 from .model import label_names, load_model, resolve_preprocessing
 
 if TYPE_CHECKING:
@@ -149,9 +148,9 @@ def evaluate(
     classifier = classifier.to(where)
     if channels_last:
         classifier = classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    loader = eval_loader(
+    dataset.transform = resolve_preprocessing(classifier).transform()
+    loader = share_loader(
         dataset,
-        resolve_preprocessing(classifier),
         batch_size=batch_size,
         workers=workers,
         processes=accelerator.num_processes,
@@ -200,7 +199,7 @@ def evaluate(
 def _model_speed(model: nn.Module, loader: Any, accelerator: Any, channels_last: bool) -> float:
     """Images per second through the model alone, all processes together, on one batch repeatedly."""
     size = resolve_preprocessing(model).input_size
-    batch = min(loader.sampler.batch_size, len(loader.loader.dataset))
+    batch = min(loader.share.batch_size, len(loader.loader.dataset))
     images = torch.zeros(batch, *size, device=accelerator.device)
     if channels_last:
         images = images.contiguous(memory_format=torch.channels_last)

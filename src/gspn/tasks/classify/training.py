@@ -10,11 +10,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..core.errors import require
+from ..core.loaders import class_names
 from ..core.loop import fit
 from ..core.metrics_table import EpochRow, metric
 from ..core.task import Context, Models, Setup, Task, TrainingResult, Weights
 from .config import TrainConfig
-from .data import class_names, eval_loader, open_pair, train_loader
+from .data import open_pair, train_transform
 from .evaluation import Accuracy, evaluate_batches
 from .model import build_model, resolve_preprocessing, save_config, save_weights
 
@@ -79,13 +80,9 @@ class Classification(Task[TrainConfig, ClassifierRow]):
         self.classes = class_names(train_data)
         self.model = build_model(config.model, num_classes=len(self.classes), size=data.size)
         self.preprocessing = resolve_preprocessing(self.model, data)
-        self.eval_loader = eval_loader(
-            eval_data,
-            self.preprocessing,
-            batch_size=data.eval_batch_size or data.batch_size,
-            workers=data.workers,
-            **context.process_info,
-        )
+        train_data.transform = train_transform(config.augment, self.preprocessing)
+        eval_data.transform = self.preprocessing.transform()
+        self.eval_loader = context.eval_loader(eval_data, data.eval_batch_size)
         self.mixup = None
         self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing)
         if config.mixes:
@@ -102,7 +99,7 @@ class Classification(Task[TrainConfig, ClassifierRow]):
         images = f"{len(train_data):,} + {len(eval_data):,} images, {len(self.classes)} classes"
         return Setup(
             model=self.model,
-            train=train_loader(train_data, config, self.preprocessing, **context.process_info),
+            train=context.train_loader(train_data),
             evaluation=self.eval_loader,
             model_title=config.model.name,
             data_title=f"{data.name}: {images}, {data.size} pixels",

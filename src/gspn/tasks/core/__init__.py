@@ -1,1 +1,1 @@
-"""What training runs of every task share: configuration, loaders, optimiser, records, and the loop itself."""
+"""The parts that every task shares: the ``Task`` protocol, the training loop, configurations, loaders, checkpoints."""

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils import data as torch_data
 
 from .errors import MissingExtraError, UsageError, require
 from .seeding import derived_seed
 
 
-class UpdateSampler(Sampler[list[int]]):
+class UpdateBatches(torch_data.Sampler[list[int]]):
     """The batches of one process in the order of the updates, from any update of any epoch on.
 
     Each epoch is a permutation that depends on the seed and the epoch alone. An update takes the next
@@ -32,8 +32,8 @@ class UpdateSampler(Sampler[list[int]]):
         UsageError: there are fewer images than one update takes.
 
     Example:
-        >>> whole = UpdateSampler(10, batch_size=4, accumulate=1, processes=1, process=0, seed=0)
-        >>> halves = [UpdateSampler(10, batch_size=2, accumulate=1, processes=2, process=i, seed=0) for i in range(2)]
+        >>> whole = UpdateBatches(10, batch_size=4, accumulate=1, processes=1, process=0, seed=0)
+        >>> halves = [UpdateBatches(10, batch_size=2, accumulate=1, processes=2, process=i, seed=0) for i in range(2)]
         >>> list(whole) == [a + b for a, b in zip(*halves)]
         True
     """
@@ -73,7 +73,7 @@ class UpdateSampler(Sampler[list[int]]):
         return (self.updates - self._first) * self.accumulate
 
 
-class ShareSampler(Sampler[list[int]]):
+class ShareBatches(torch_data.Sampler[list[int]]):
     """Every ``processes``-th image once, in order, with the same number of batches in each process.
 
     Where the images do not divide evenly, the last batches of some processes are filled up with images from the start.
@@ -101,15 +101,15 @@ class ShareSampler(Sampler[list[int]]):
 class TrainLoader:
     """Training batches, from any update of any epoch on."""
 
-    loader: DataLoader[Any]
-    sampler: UpdateSampler
+    loader: torch_data.DataLoader[Any]
+    order: UpdateBatches
     seeded: Any
     broken: Any
     """The images that could not be read, a :class:`gspn.data.BrokenImages`."""
 
     def batches(self, epoch: int, update: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The batches of this process, from an update of an epoch on."""
-        self.sampler.start(epoch, update)
+        self.order.start(epoch, update)
         self.seeded.set_epoch(epoch)
         for images, targets, broken in self.loader:
             self.broken.add(broken)
@@ -120,14 +120,14 @@ class TrainLoader:
 class EvalLoader:
     """Evaluation batches; the target of an image that does not count is -1."""
 
-    loader: DataLoader[Any]
-    sampler: ShareSampler
+    loader: torch_data.DataLoader[Any]
+    share: ShareBatches
     broken: Any
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         seen = 0
         for images, targets, broken in self.loader:
-            left = max(self.sampler.real - seen, 0)
+            left = max(self.share.real - seen, 0)
             seen += len(targets)
             targets[left:] = -1
             self.broken.add(broken[:left])
@@ -163,7 +163,7 @@ def seeded_loader(
     """
     data = require("gspn.data")
     seeded = data.Seeded(data.SkipBroken(dataset, training=True), derived_seed(seed, "augment"))
-    sampler = UpdateSampler(
+    order = UpdateBatches(
         len(dataset),
         batch_size=batch_size,
         accumulate=accumulate,
@@ -171,7 +171,7 @@ def seeded_loader(
         process=process,
         seed=seed,
     )
-    return TrainLoader(make_loader(seeded, sampler, workers, pin), sampler, seeded, data.BrokenImages(seeded))
+    return TrainLoader(make_loader(seeded, order, workers, pin), order, seeded, data.BrokenImages(seeded))
 
 
 def share_loader(
@@ -179,9 +179,9 @@ def share_loader(
 ) -> EvalLoader:
     """The batches of a process's share of the data, in order, each image once."""
     data = require("gspn.data")
-    sampler = ShareSampler(len(dataset), batch_size=batch_size, processes=processes, process=process)
+    share = ShareBatches(len(dataset), batch_size=batch_size, processes=processes, process=process)
     whole = data.SkipBroken(dataset, training=False)
-    return EvalLoader(make_loader(whole, sampler, workers, pin), sampler, data.BrokenImages(whole))
+    return EvalLoader(make_loader(whole, share, workers, pin), share, data.BrokenImages(whole))
 
 
 def open_data(name: str, split: str, root: Any = None, *, captions: bool = False, **options: Any) -> Any:
@@ -221,11 +221,13 @@ def class_names(dataset: Any) -> list[str]:
     return [str(one) for one in names]
 
 
-def make_loader(dataset: Dataset[Any], sampler: Sampler[list[int]], workers: int, pin: bool) -> DataLoader[Any]:
-    """Batches of (images, targets, broken images), in the order of the sampler."""
-    return DataLoader(
+def make_loader(
+    dataset: torch_data.Dataset[Any], batches: torch_data.Sampler[list[int]], workers: int, pin: bool
+) -> torch_data.DataLoader[Any]:
+    """Batches of (images, targets, broken images), in the order of ``batches``."""
+    return torch_data.DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=batches,
         num_workers=workers,
         pin_memory=pin,
         collate_fn=require("gspn.data").collate,

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..._files import replaced, write_text
 from .checkpoints import CheckpointStore
-from .config import read_yaml, write_yaml
+from .config import read_yaml, to_mapping, write_yaml
 from .devices import distributed_context, make_accelerator, peak_memory_mib
 from .errors import UsageError, require
-from .files import replaced, write_text
 from .metrics_table import MetricsTable, Row
 from .optimization import make_optimizer, make_scheduler
 from .progress import Reporter
@@ -116,9 +116,9 @@ class _Run(Generic[Row]):
 
         seed_everything(derived_seed(config.run.seed, "weights"))
         self.setup = task.setup(self.context)
-        self.updates = self.setup.train.sampler.updates
+        self.updates = self.setup.train.order.updates
         self.resolved = self._resolve(config, self.setup)
-        self.config = replace(config, resolved={**asdict(self.resolved), **self.setup.resolved})
+        self.config = config
         self._save_config(resume)
         self._prepare()
 
@@ -143,25 +143,25 @@ class _Run(Generic[Row]):
         self.accelerator.wait_for_everyone()
 
     def _resolve(self, config: Any, setup: Setup) -> Resolved:
-        sampler, base = setup.train.sampler, config.optim.lr_base_batch
-        scale = 1.0 if base is None else sampler.images_per_update / base
+        order, base = setup.train.order, config.optim.lr_base_batch
+        scale = 1.0 if base is None else order.images_per_update / base
         return Resolved(
             processes=self.accelerator.num_processes,
-            images_per_update=sampler.images_per_update,
-            updates_per_epoch=sampler.updates,
+            images_per_update=order.images_per_update,
+            updates_per_epoch=order.updates,
             lr=config.optim.lr * scale,
             min_lr=config.schedule.min_lr * scale,
             warmup_lr=config.schedule.warmup_lr * scale,
             parameters=sum(one.numel() for one in setup.model.parameters() if one.requires_grad),
             num_classes=setup.num_classes,
-            train_images=sampler.images,
+            train_images=order.images,
         )
 
     def _save_config(self, resume: bool) -> None:
-        path = self.output / _CONFIG
+        path, resolved = self.output / _CONFIG, {**asdict(self.resolved), **self.setup.resolved}
         if resume and path.is_file():
             saved = read_yaml(path.read_text(encoding="utf-8"), str(path))
-            for key, (old, new) in self.config.differences(saved).items():
+            for key, (old, new) in self.config.differences(saved, resolved).items():
                 raise UsageError(
                     f"{key} is {new!r}, and the run in {str(self.output)!r} has {old!r}; a resumed run keeps it. "
                     "Leave it out, or start another run with --output."
@@ -169,7 +169,7 @@ class _Run(Generic[Row]):
         self.accelerator.wait_for_everyone()
         if self.main:
             self.output.mkdir(parents=True, exist_ok=True)
-            write_text(path, write_yaml(self.config))
+            write_text(path, write_yaml({**to_mapping(self.config), "resolved": resolved}))
 
     def _prepare(self) -> None:
         config, model = self.config, self.setup.model

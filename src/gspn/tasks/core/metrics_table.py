@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from .files import write_text
+from ..._files import write_text
 
 
 def metric(shown: str = "") -> Any:

@@ -146,10 +146,12 @@ class RunConfig:
     """Experiment trackers that accelerate knows: tensorboard, wandb, ..."""
 
 
+@dataclass(frozen=True)
 class Configuration:
-    """Base of a task's configuration, a frozen dataclass of the sections below.
+    """Base of a task's configuration, a dataclass of sections; a task overrides some and adds others.
 
-    The field ``resolved`` states what follows from the others. It is computed in each run and never read.
+    A run saves it as ``config.yaml``, with a section ``resolved`` of the values that follow from it, which is never
+    read.
     """
 
     PRESETS: ClassVar[str]
@@ -159,13 +161,12 @@ class Configuration:
     HAS_LABELS: ClassVar[bool] = False
     """Whether ``optim.label_smoothing`` applies."""
 
-    data: Any
-    model: Any
-    optim: OptimConfig
-    schedule: ScheduleConfig
-    ema: EmaConfig
-    run: RunConfig
-    resolved: dict[str, Any] | None
+    data: ImageData = ImageData()
+    model: Any = ModelExecution()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    ema: EmaConfig = EmaConfig()
+    run: RunConfig = RunConfig()
 
     def __post_init__(self) -> None:
         for key_path, one, value in settings(self):
@@ -197,7 +198,7 @@ class Configuration:
         Raises:
             UsageError: an unknown key, or a value of the wrong type or out of range.
         """
-        values = {key: value for key, value in to_mapping(self).items() if key != "resolved"}
+        values = to_mapping(self)
         for key, value in [*map(parse_override, overrides), *keys.items()]:
             values = assigned(values, key, value)
         return self.from_values(values)
@@ -210,8 +211,8 @@ class Configuration:
             UsageError: an unknown key, or a value of the wrong type or out of range.
         """
         if not isinstance(values, Mapping):
-            sections = [one.name for one in fields(cls) if one.name != "resolved"]  # type: ignore[arg-type]
-            raise UsageError(f"the configuration is {values!r}, not a mapping with {', '.join(sections)}.")
+            sections = ", ".join(one.name for one in fields(cls))
+            raise UsageError(f"the configuration is {values!r}, not a mapping with {sections}.")
         if "resolved" in values:
             values = cls._with_present_keys(values)
         return from_mapping(cls, {key: value for key, value in values.items() if key != "resolved"})
@@ -260,15 +261,15 @@ class Configuration:
         """The preset's first comment line."""
         return cls.preset_text(name).partition("\n")[0].lstrip("# ").strip()
 
-    def differences(self, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    def differences(self, saved: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """The keys that keep a run from being resumed with this configuration: by key, the saved and the present value.
 
         Args:
             saved: The content of the run's ``config.yaml``.
+            resolved: The present values of the section ``resolved``.
         """
-        free = {key_path for key_path, one, _ in settings(self) if one.metadata.get("free")}
-        free.add("resolved.processes")
-        old, new = flat(self._with_present_keys(saved)), flat(to_mapping(self))
+        free = {key_path for key_path, one, _ in settings(self) if one.metadata.get("free")} | {"resolved.processes"}
+        old, new = flat(self._with_present_keys(saved)), flat({**to_mapping(self), "resolved": to_mapping(resolved)})
         keys = sorted((old.keys() | new.keys()) - free)
         return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 

@@ -1,4 +1,4 @@
-"""The seam between a task and the training loop: what a task provides, and what the loop provides to it."""
+"""The seam between the training loop and a task: the ``Task`` protocol and the ``Context`` that the loop provides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .devices import to_device
-from .loaders import EvalLoader, TrainLoader
+from .loaders import EvalLoader, TrainLoader, seeded_loader, share_loader
 from .metrics_table import EpochRow
 from .progress import Reporter
 from .sections import Configuration
@@ -42,7 +42,7 @@ class Setup:
     """The held-out images, if there are any; broken ones among them are reported."""
     num_classes: int = 0
     resolved: Mapping[str, Any] = field(default_factory=dict)
-    """What else follows from the configuration; saved under ``resolved``, and the same when the run is resumed."""
+    """Further values that follow from the configuration; saved under ``resolved``. A resumed run must have the same."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Context:
-    """What the loop provides to a task."""
+    """The loop's side of the seam: configuration, devices, processes and progress, for use by the task."""
 
     config: Configuration
     accelerator: Accelerator
@@ -99,6 +99,28 @@ class Context:
             "process": self.accelerator.process_index,
             "pin": self.accelerator.device.type == "cuda",
         }
+
+    def train_loader(self, dataset: Any) -> TrainLoader:
+        """The training batches of this process, from a data set of (input, target)."""
+        data = self.config.data
+        return seeded_loader(
+            dataset,
+            batch_size=data.batch_size,
+            accumulate=self.config.optim.accumulate,
+            seed=self.config.run.seed,
+            workers=data.workers,
+            **self.process_info,
+        )
+
+    def eval_loader(self, dataset: Any, batch_size: int | None = None, workers: int | None = None) -> EvalLoader:
+        """The evaluation batches of this process; batch size and workers are those of the training by default."""
+        data = self.config.data
+        return share_loader(
+            dataset,
+            batch_size=batch_size or data.batch_size,
+            workers=data.workers if workers is None else workers,
+            **self.process_info,
+        )
 
     @property
     def sharded(self) -> bool:
@@ -149,7 +171,7 @@ class Context:
 
 
 class Task(Protocol[Config, Row]):
-    """What is trained: a configuration, the model and data made from it, a loss, and what is measured and saved.
+    """A training task: a configuration, the model and data made from it, a loss, metrics, and the files to write.
 
     :func:`~.loop.fit` trains it. It calls the methods in the order below, in every process unless stated otherwise.
     """

@@ -26,7 +26,7 @@ AUTOENCODER = "vae"
 """The folder of the autoencoder."""
 
 REMEDY = "start `gspn class-conditional latents` again with the same arguments, which replaces what is damaged"
-"""What to do about missing or damaged files."""
+"""The remedy for missing or damaged files, as errors say it."""
 
 
 @dataclass(frozen=True)

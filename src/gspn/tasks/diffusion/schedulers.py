@@ -22,7 +22,7 @@ SCHEDULERS: dict[str, str] = {
 """Names of schedulers and their classes in diffusers. Those for chains of noise call the model once a step."""
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-"""What a model of a chain of noise may predict."""
+"""The prediction types of models of a chain of noise that are supported."""
 
 _FLOWS = ("flow", "flow-heun")
 

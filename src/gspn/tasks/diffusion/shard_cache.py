@@ -21,17 +21,17 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 from rich.console import Console
 from torch import Tensor
 
+from ..._files import replaced, write_text
 from ..core.config import flat, from_mapping, to_mapping
 from ..core.devices import distributed_context, make_accelerator
 from ..core.errors import UsageError, require
-from ..core.files import replaced, write_text
 from ..core.progress import progress_bar
 from .digests import file_digest
 
 INDEX = "index.json"
 
 FORMAT = 2
-"""Of the index that is written; format 1, of gspn 0.1.0, is read as well."""
+"""The format of an index that is written. Format 1, of gspn 0.1.0, is read as well."""
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class CaptionTask(Task[Config, Row]):
             train=train,
             evaluation=self.held_out,
             model_title=title,
-            data_title=f"{self.data.name}: {train.sampler.images:,} images, {text.rows - 1:,} captions, latents of "
+            data_title=f"{self.data.name}: {train.order.images:,} images, {text.rows - 1:,} captions, latents of "
             f"{' x '.join(map(str, shape))}",
             notes=tuple(notes),
             resolved={

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from ...core.config import setting
 from ...core.errors import UsageError
@@ -78,17 +78,18 @@ class DistillConfig(Configuration):
 
     teacher: str = "gspn_text_to_image.emoji64"
     """A text-to-image pipeline, by path, hub id or name."""
-    data: DataConfig = field(default_factory=DataConfig)
-    model: AdapterConfig = field(default_factory=AdapterConfig)
-    distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    samples: SamplesConfig = field(default_factory=SamplesConfig)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, lr_base_batch=None, weight_decay=0.0))
-    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(epochs=20))
-    ema: EmaConfig = field(default_factory=lambda: EmaConfig(decay=0.999))
-    run: RunConfig = field(default_factory=lambda: RunConfig(output=Path("runs/distill")))
-    resolved: dict[str, Any] | None = None
+    data: DataConfig = DataConfig()
+    model: AdapterConfig = AdapterConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    samples: SamplesConfig = SamplesConfig()
+    optim: OptimConfig = OptimConfig(lr=1e-4, lr_base_batch=None, weight_decay=0.0)
+    schedule: ScheduleConfig = ScheduleConfig(epochs=20)
+    ema: EmaConfig = EmaConfig(decay=0.999)
+    run: RunConfig = RunConfig(output=Path("runs/distill"))
 
     def __post_init__(self) -> None:
+        if self.run.fsdp:
+            raise UsageError("FSDP is not supported for distillation; set run.fsdp=false (DDP).")
         super().__post_init__()
         model, loss = self.model, self.distillation
         if loss.noise == loss.teacher == loss.attention == 0:
@@ -112,5 +113,3 @@ class DistillConfig(Configuration):
             raise UsageError(
                 f"model.segment is {model.segment} and model.segments {model.segments}; set only one of them."
             )
-        if self.run.fsdp:
-            raise UsageError("FSDP is not supported for distillation; set run.fsdp=false (DDP).")

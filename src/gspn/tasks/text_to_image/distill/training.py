@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from gspn.diffusers import GSPNAdapter
 
+from ...._files import replaced_directory
 from ...core.errors import UsageError, require
-from ...core.files import replaced_directory
 from ...core.metrics_table import metric
 from ...core.seeding import derived_seed, random_state_kept, seed_everything
 from ...core.task import Context, TrainingResult

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ...._files import write_text
 from ...core.errors import UsageError, require
-from ...core.files import write_text
 from ...diffusion.digests import digest
 from ...diffusion.shard_cache import save_tensors, short
 

@@ -57,15 +57,14 @@ class TextToImageConfig(Configuration):
     PRESETS: ClassVar[str] = "gspn.tasks.text_to_image.train.presets"
     RENAMED: ClassVar[Mapping[str, str]] = {"pictures": "samples"}
 
-    data: DataConfig = field(default_factory=DataConfig)
-    model: UNetConfig = field(default_factory=UNetConfig)
-    noise: NoiseConfig = field(default_factory=NoiseConfig)
-    samples: SamplesConfig = field(default_factory=SamplesConfig)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, lr_base_batch=None, weight_decay=0.0))
-    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(epochs=100))
-    ema: EmaConfig = field(default_factory=lambda: EmaConfig(decay=0.9999))
-    run: RunConfig = field(default_factory=lambda: RunConfig(output=Path("runs/t2i")))
-    resolved: dict[str, Any] | None = None
+    data: DataConfig = DataConfig()
+    model: UNetConfig = UNetConfig()
+    noise: NoiseConfig = NoiseConfig()
+    samples: SamplesConfig = SamplesConfig()
+    optim: OptimConfig = OptimConfig(lr=1e-4, lr_base_batch=None, weight_decay=0.0)
+    schedule: ScheduleConfig = ScheduleConfig(epochs=100)
+    ema: EmaConfig = EmaConfig(decay=0.9999)
+    run: RunConfig = RunConfig(output=Path("runs/t2i"))
 
     def __post_init__(self) -> None:
         super().__post_init__()

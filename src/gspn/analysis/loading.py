@@ -1,0 +1,97 @@
+"""Models by name or folder, with pretrained weights where there are any."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from .. import models as _models  # noqa: F401  (registers the models of gspn with timm)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode and the source of its weights."""
+
+    model: nn.Module
+    name: str
+    weights: str
+    """``"pretrained"`` and its tag, ``"from FOLDER"`` or ``"random, seed 0"``."""
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """The channels, height and width that the model was made for."""
+        return tuple(self._cfg.get("input_size", (3, 224, 224)))
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """Turn an image ``[3, H, W]`` in 0 to 1 into the model's input ``[1, in_chans, H, W]``."""
+        channels = self.input_size[0]
+        if channels == 1:
+            image = image.mean(0, keepdim=True)
+        elif channels != 3:
+            raise ValueError(f"{self.name} takes {channels} channels; an image has 3, or 1 in grey.")
+        mean = image.new_tensor(self._cfg.get("mean", IMAGENET_DEFAULT_MEAN))[:channels].view(-1, 1, 1)
+        std = image.new_tensor(self._cfg.get("std", IMAGENET_DEFAULT_STD))[:channels].view(-1, 1, 1)
+        return ((image - mean) / std).unsqueeze(0)
+
+    @property
+    def _cfg(self) -> dict[str, Any]:
+        return dict(getattr(self.model, "pretrained_cfg", None) or {})
+
+
+def load_model(name: str, *, seed: int = 0) -> LoadedModel:
+    """Load a model of timm's registry, which includes those of gspn, or one that was saved to a folder.
+
+    Args:
+        name: a registered name with or without a tag, ``hf-hub:...``, or a folder with ``config.json`` and weights as
+            written by ``timm.models.save_for_hf``, with or without the prefix ``local-dir:``.
+        seed: the seed of the weights if there are no pretrained ones. The caller's random state is not changed.
+
+    Returns:
+        The model, with its pretrained weights if it has any.
+
+    Raises:
+        ValueError: the name is unknown, or the folder holds no model.
+        OSError: pretrained weights cannot be fetched or read.
+
+    Example:
+        >>> from gspn.analysis.loading import load_model
+        >>> load_model("gspn_nano.untrained", seed=3).weights
+        'random, seed 3'
+    """
+    folder = Path(name.removeprefix("local-dir:"))
+    if name.startswith("local-dir:") or folder.is_dir():
+        return _from_folder(folder)
+    if name.startswith("hf-hub:"):
+        return LoadedModel(timm.create_model(name, pretrained=True).eval(), name, "pretrained")
+    plain = name.partition(".")[0]
+    if not timm.is_model(plain):
+        close = difflib.get_close_matches(plain, timm.list_models(), n=1)
+        meant = f"Did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"{name!r} is neither a folder nor a model of timm. {meant}`gspn models` lists those of gspn.")
+    try:
+        cfg = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise ValueError(f"{name!r}: {error} Leave the tag out for the default.") from None
+    if cfg is not None and cfg.has_weights:
+        tag = f", {cfg.tag}" if cfg.tag else ""
+        return LoadedModel(timm.create_model(name, pretrained=True).eval(), name, f"pretrained{tag}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LoadedModel(timm.create_model(plain).eval(), name, f"random, seed {seed}")
+
+
+def _from_folder(folder: Path) -> LoadedModel:
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        # config.json is missing or damaged, the architecture is unknown, or weights are missing or do not fit.
+        raise ValueError(f"{folder} holds no model that timm can load: {error}") from error
+    cfg: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
+    return LoadedModel(model.eval(), cfg.get("architecture") or folder.name, f"from {folder}")

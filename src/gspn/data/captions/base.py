@@ -1,0 +1,38 @@
+"""``CaptionedImages``: the interface of all data sets with captions."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from ..base import LabelledImages, Transform
+
+IMAGE_COLUMN, TEXT_COLUMN = "image", "text"
+"""The default names of the columns of images and captions."""
+
+
+class CaptionedImages(LabelledImages):
+    """A map-style data set of images and their captions.
+
+    ``dataset[i]`` is ``(image, i)``: an RGB PIL image, or the result of ``transform``, and its own index, by which
+    ``captions`` are looked up. So ``SkipBroken``, ``Seeded`` and ``collate`` apply as to any data set. Where another
+    image replaces a corrupt one, the index is that of the replacement. There are no classes.
+
+    Attributes:
+        name: name of the data set.
+        classes: an empty list.
+        transform: the transform of each image; None for none. May be set at any time.
+    """
+
+    def __init__(self, name: str, transform: Transform | None = None) -> None:
+        super().__init__(name, [], transform)
+
+    @abstractmethod
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of image ``index``, one or more alternatives, without decoding it."""
+
+    def target(self, index: int) -> int:
+        """The index of the image itself, never negative."""
+        return self._position(index)
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {len(self)} images with captions>"
