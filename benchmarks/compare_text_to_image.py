@@ -6,8 +6,8 @@
     python benchmarks/compare_text_to_image.py speed [--output CSV]
     python benchmarks/compare_text_to_image.py starts [--output CSV]
 
-``run`` draws the captions of the training set and of held-out images at the size of the training and, with the
-ladder, at two and four times it, and measures them. What is there is not drawn again. ``starts`` distils the adapter
+``run`` draws the captions of the training set and of held-out images at the trained size and, with progressive
+upscaling, at two and four times it, and measures them. Finished images are not drawn again. ``starts`` distils the adapter
 for a few epochs from each of its starting points.
 """
 
@@ -95,7 +95,7 @@ def run(
                     width=SIDE * scale,
                     steps=STEPS,
                     guidance=GUIDANCE,
-                    ladder=scale > 1,
+                    upscale=scale > 1,
                     batch_size=max(1, 16 // scale**2),
                     device="cpu",
                     console=console,

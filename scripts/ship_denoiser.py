@@ -33,11 +33,13 @@ NUMBER, STEPS, GUIDANCES = 1000, 25, (1.0, 2.0)
 
 def main(
     run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Directory of a finished training run.")],
-    name: Annotated[str, typer.Argument(help="Of the pipeline, such as gspn_denoiser.mnist5k.")],
-    command: Annotated[str, typer.Option(help="What made the run, for the card.")],
+    name: Annotated[str, typer.Argument(help="Name of the pipeline, such as gspn_denoiser.mnist5k.")],
+    command: Annotated[str, typer.Option(help="The command that made the run, for the card.")],
     commit: Annotated[str, typer.Option(help="The commit that made it.")],
-    classifier: Annotated[str, typer.Option(help="Says whether images are of their class.")],
-    scratch: Annotated[Path, typer.Option(help="For the images that are measured.")] = Path("runs/ship_denoiser"),
+    classifier: Annotated[str, typer.Option(help="The classifier that says whether images are of their class.")],
+    scratch: Annotated[Path, typer.Option(help="Directory for the images that are measured.")] = Path(
+        "runs/ship_denoiser"
+    ),
 ) -> None:
     """Write the pipeline and its card into the package, and measure what it draws."""
     pipeline = load_pipeline(run)
@@ -110,19 +112,20 @@ def _card(
     )
     return f"""# {name}
 
-Draws images of {config["resolved"]["num_classes"]} classes, {shape} pixels: {parameters:,} parameters, a denoiser of GSPN's line
-scans without attention (`gspn.models.GSPNDenoiser2DModel`), trained as a {config["diffusion"]["objective"]} model.
+A class-conditional model that draws images of {config["resolved"]["num_classes"]} classes, {shape} pixels: a denoiser with GSPN's line scans instead
+of attention (`gspn.models.GSPNDenoiser2DModel`, {parameters:,} parameters), trained as a {config["diffusion"]["objective"]} model.
 
 | | images | FID | KID x 1000 | IS | precision | recall | of its class |
 |---|---|---|---|---|---|---|---|
 {table}| held-out images themselves | {floor.sample_count} | {floor.fid:.2f} | {1000 * floor.kid:.2f} | {floor.inception_score:.2f} | {floor.precision:.2f} | {floor.recall:.2f} | |
 
-Features: {first.features}; the figures compare only with others of the same features. Reference: the {first.reference_count:,}
-images of `{first.reference}`. {STEPS} steps, seed 0. "Of its class" is what `{first.classifier}` says. The floor is
-what real images that were not trained on come to. Measured with the shipped float16 file ({size / 1e6:.1f} MB), computing in
-float32. The weights are the average kept by the training run (EMA) after the last epoch.
+Features: {first.features}. The figures can be compared only with others of the same features. The reference is the
+{first.reference_count:,} images of `{first.reference}`. Sampled with {STEPS} steps and seed 0. "Of its class" is the share that
+`{first.classifier}` assigns to the requested class. The last row, real images that were not trained on, is the best that can be
+expected. Measured in float32 with the shipped float16 file ({size / 1e6:.1f} MB). The weights are the training run's exponential
+moving average (EMA) after the last epoch.
 
-Trained from scratch by
+Trained from scratch with
 
 ```
 {command}
@@ -143,7 +146,7 @@ from gspn.tasks.class_conditional import load_pipeline
 images = load_pipeline("{name}")([3, 7], guidance_scale=2.0, num_inference_steps={STEPS}).images
 ```
 
-To try the library with and as a start for more: it has seen nothing but `{first.reference}`.
+It is meant for trying the library and as a starting point: it was trained on `{first.reference}` and nothing else.
 """  # noqa: E501  # lines of the card
 
 

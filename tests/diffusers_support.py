@@ -72,7 +72,7 @@ def make_dit(**options: Any) -> DiTTransformer2DModel:
 
 
 def inputs(model: Any, height: int = 12, width: int = 20, batch: int = 2, seed: int = 1) -> dict[str, Any]:
-    """What ``model`` is called with: noise, steps, text, and SDXL's further conditions."""
+    """The arguments of ``model``: noise, timesteps, text, and SDXL's further conditions."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:

@@ -33,7 +33,7 @@ from gspn.tasks.classify import TrainConfig, evaluate, predict, train
 from gspn.tasks.classify.confusion import save_confusion
 from gspn.tasks.diffusion.image_grid import draw_prompts
 from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
-from gspn.tasks.text_to_image.sample import LadderConfig
+from gspn.tasks.text_to_image.sample import UpscalingConfig
 from gspn.tasks.text_to_image.sample import sample as sample_text
 
 EPOCHS = 4
@@ -187,9 +187,9 @@ def draw_from_text(page: Page, output: Path, console: Console) -> None:
     large = output / "text-large"
     if large.exists():
         shutil.rmtree(large)
-    ladder = sample_text(
+    upscaled = sample_text(
         pipeline, PROMPTS[:4], adapter=adapter, output=large, steps=STEPS, guidance=GUIDANCE, batch_size=4, height=256,
-        width=256, ladder=LadderConfig(dilated=True), check=False, device="cpu", console=console,
+        width=256, upscale=UpscalingConfig(dilated=True), check=False, device="cpu", console=console,
     )  # fmt: skip
     enlarged = {"GSPN": [_opened(large / f"{i:05d}.png") for i in range(4)]}
     _write(draw_prompts(enlarged, PROMPTS[:4], columns=4), output / "text-large.png")
@@ -206,10 +206,10 @@ def draw_from_text(page: Page, output: Path, console: Console) -> None:
     page.command(f'gspn t2i sample "{PROMPTS[0]}" --model {TEACHER} --adapter {ADAPTER} --steps {STEPS} --guidance 4')
     page.images((output / "text.png", "Attention above, GSPN below."))
     page.text(
-        f"At four times the size of the training, by a ladder of three stages, each beginning from the one before: "
-        f"{ladder.seconds / 4:.1f} s an image."
+        f"At four times the size of the training, by progressive upscaling in three stages, each starting "
+        f"from the one before: {upscaled.seconds / 4:.1f} s an image."
     )
-    page.command(f'gspn t2i sample "{PROMPTS[0]}" --model {TEACHER} --adapter {ADAPTER} --size 256 --ladder --dilated')
+    page.command(f'gspn t2i sample "{PROMPTS[0]}" --model {TEACHER} --adapter {ADAPTER} --size 256 --upscale --dilated')
     page.images((output / "text-large.png", "256 x 256 pixels, from a model of 64 x 64."))
 
 

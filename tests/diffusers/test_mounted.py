@@ -1,4 +1,4 @@
-"""What a model computes with an adapter mounted: the right map at every layer, however the model is run."""
+"""The computation of a model with an adapter mounted: the right map at every layer, however the model is run."""
 
 import logging
 import math
@@ -254,7 +254,7 @@ def test_arguments_meant_for_attention_alone():
         mixer(torch.randn(1, 6, 16))
     with pytest.raises(ValueError, match=r"map_size=\(2, 4\)"):
         mixer(torch.randn(1, 6, 16), map_size=(2, 4))
-    with pytest.raises(NotImplementedError, match="itself alone"):
+    with pytest.raises(NotImplementedError, match="replaces self-attention only"):
         mixer(torch.randn(1, 6, 16), torch.randn(1, 3, 16), map_size=(2, 3))
 
 

@@ -1,6 +1,6 @@
-"""What plugs into diffusers: importing this module lets saved pipelines find the components of gspn.
+"""Components for diffusers. Importing this module lets saved pipelines find them.
 
-diffusers loads a component of another library only from a module that has been imported.
+diffusers loads a component of another library only if its module has been imported.
 
 Example:
     >>> import gspn.diffusers

@@ -1,4 +1,4 @@
-"""``GSPNAdapter``: GSPN in the place of the self-attention of a text-to-image model, as a component of its own."""
+"""``GSPNAdapter``: GSPN mixers that replace the self-attentions of a text-to-image model, as a separate component."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _LEVELS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 
 
 class GSPNAdapter(ModelMixin, ConfigMixin):
-    r"""The mixers that take the place of a model's self-attentions, apart from the model.
+    r"""GSPN mixers for the self-attentions of a model, separate from the model.
 
-    :meth:`from_model` makes one for a :class:`diffusers.UNet2DConditionModel` (Stable Diffusion 1.5, 2.1, XL and
-    smaller ones), a :class:`diffusers.PixArtTransformer2DModel` or a :class:`diffusers.DiTTransformer2DModel`;
-    :meth:`mount` puts its mixers in the place of the ``attn1`` of the blocks, and :meth:`unmount` gives the attentions
-    back. In between the model works as it did, in every pipeline, at any height and width: each mixer is told those of
-    its map. The adapter is saved and loaded on its own; its weights have the names that they have in the mounted model.
+    :meth:`from_model` makes an adapter for a :class:`diffusers.UNet2DConditionModel` (Stable Diffusion 1.5, 2.1, XL and
+    smaller ones), a :class:`diffusers.PixArtTransformer2DModel` or a :class:`diffusers.DiTTransformer2DModel`.
+    :meth:`mount` replaces the ``attn1`` of the blocks with its mixers, and :meth:`unmount` restores the attentions. A
+    mounted model works in every pipeline and at any height and width; each mixer gets those of its map. The adapter is
+    saved and loaded separately; its weights have the same names as in the mounted model.
 
     Args:
-        layers: the options of :class:`GSPNTokenMixer`, ``dim`` among them, by the name of the attention it replaces.
+        layers: The options of each :class:`GSPNTokenMixer`, by the name of the attention that it replaces.
 
     Raises:
-        TypeError: an option is unknown.
-        ValueError: an option does not fit, or there are no layers.
+        TypeError: An option is unknown.
+        ValueError: An option is out of range, or there are no layers.
 
     Example:
         >>> import torch
@@ -59,10 +59,10 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
     def __init__(self, *, layers: Mapping[str, Mapping[str, Any]]) -> None:
         super().__init__()
         if not layers:
-            raise ValueError(f"{layers=}: an adapter needs at least one layer; GSPNAdapter.from_model finds a model's.")
+            raise ValueError(f"{layers=}: an adapter needs at least one layer; use GSPNAdapter.from_model.")
         self._mount: Mount | None = None
         for name, options in layers.items():
-            _plant(self, name, GSPNTokenMixer(**options))
+            _add_submodule(self, name, GSPNTokenMixer(**options))
         self._weights = frozenset(self.state_dict())
 
     @classmethod
@@ -78,27 +78,27 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
         proxy_bias: bool = False,
         copy_projections: bool = True,
     ) -> GSPNAdapter:
-        """An adapter for a model, which is neither changed nor kept.
+        """Make an adapter for a model. The model is not changed, and no reference to it is kept.
 
         Args:
-            model: a ``UNet2DConditionModel``, ``PixArtTransformer2DModel`` or ``DiTTransformer2DModel``.
-            layers: which self-attentions to replace: levels, ``"down.0"``, ``"mid"``, ``"up.1"``, ``"down"`` for all of
-                them, or names of modules that contain them, ``"mid_block.attentions.0"``, ``"transformer_blocks.3"``.
-                None for all.
-            proxy_dim: channels of the proxy; None for an eighth of each layer's.
-            groups: sets of taps; None for taps for each channel, 1 for shared ones.
-            segment: lines after which the scans restart: one number for all layers, None for global scans, or numbers
-                by level or name, of which the longest that fits a layer counts; layers without one are global.
-            skip: whether to add the input-dependent skip.
-            proxy_bias: whether the proxies have a bias, through which taps and gates can have a constant part; what
-                ``gspn t2i distill`` fits to the attention before it begins.
-            copy_projections: start from the attentions' ``to_v`` and ``to_out``.
+            model: A ``UNet2DConditionModel``, ``PixArtTransformer2DModel`` or ``DiTTransformer2DModel``.
+            layers: The self-attentions to replace, None for all: levels such as ``"down.0"``, ``"mid"``, ``"up.1"``, or
+                ``"down"`` for all down levels; or names of modules that contain them, such as
+                ``"mid_block.attentions.0"`` or ``"transformer_blocks.3"``.
+            proxy_dim: Channels of the proxy; None for an eighth of each layer's.
+            groups: Sets of taps; None for a set for each channel, 1 for taps that all channels share.
+            segment: Lines after which the scans restart: one number for all layers, None for global scans, or numbers
+                by level or name. The most specific name counts for a layer; layers without one have global scans.
+            skip: Whether to add the input-dependent skip.
+            proxy_bias: Whether the proxies have a bias, so that taps and gates can have a constant part.
+                ``gspn t2i distill`` needs it to fit them to the attention before training.
+            copy_projections: Whether to start from the attentions' ``to_v`` and ``to_out``.
 
         Raises:
-            RuntimeError: an attention has been replaced already.
-            TypeError: another kind of model, or ``segment`` is no integer.
-            ValueError: a level or name has no self-attention, an option does not fit, or an attention does what GSPN
-                does not express.
+            RuntimeError: An attention has been replaced already.
+            TypeError: The model is of another class, or ``segment`` is not an integer.
+            ValueError: A level or name has no self-attention, an option is out of range, or an attention has an option
+                that GSPN does not support.
 
         Example:
             >>> from diffusers import PixArtTransformer2DModel
@@ -115,8 +115,8 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
         if layers is not None:
             if isinstance(layers, str):
                 raise TypeError(f"{layers=} is one name; pass a list of them, [{layers!r}].")
-            wanted = {name for one in layers for name in _within(one, chosen)}
-            chosen = [name for name in chosen if name in wanted]
+            requested = {name for one in layers for name in _within(one, chosen)}
+            chosen = [name for name in chosen if name in requested]
         segments = _segments(segment, chosen)
         attentions = {name: check_attention(name, blocks[name]) for name in chosen}
         adapter = cls(
@@ -142,35 +142,35 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
         return adapter
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_mount": None}  # a copy, an average say, is not mounted, and brings no model along
+        return {**self.__dict__, "_mount": None}  # a copy, such as an EMA, is not mounted and does not copy the model
 
     @property
     def mixers(self) -> dict[str, GSPNTokenMixer]:
-        """The mixers by the name of the attention that each replaces."""
+        """The mixers, by the name of the attention that each replaces."""
         return {name: module for name, module in self.named_modules() if isinstance(module, GSPNTokenMixer)}
 
     @property
     def mounted_on(self) -> ModelMixin | None:
-        """The model that the adapter is mounted on."""
+        """The model that the adapter is mounted on, or None."""
         return None if self._mount is None else self._mount.model
 
     def mount(self, model: ModelMixin) -> GSPNAdapter:
-        """Put the mixers in the place of the model's self-attentions.
+        """Replace the model's self-attentions with the mixers.
 
-        They take the model's dtype and devices, and are trained and saved as the adapter's; ``save_pretrained`` of the
-        model refuses until :meth:`unmount`, since the stock class would lack queries and keys in what it wrote.
+        The mixers take the model's dtype and devices. The model's ``save_pretrained`` raises until :meth:`unmount`,
+        because its file would lack the queries and keys that its class needs.
 
         Args:
-            model: of the architecture that the adapter was made for.
+            model: A model of the architecture that the adapter was made for.
 
         Returns:
             The adapter.
 
         Raises:
-            RuntimeError: the adapter is mounted already, the model has another one, something else has replaced an
-                attention, a LoRA has been loaded into one, or weights are offloaded.
-            TypeError: another kind of model.
-            ValueError: the model lacks layers or has other dimensions.
+            RuntimeError: The adapter is mounted already, the model has another adapter, an attention has been replaced
+                or has a LoRA, or weights are offloaded.
+            TypeError: The model is of another class.
+            ValueError: The model lacks layers or has other dimensions.
         """
         if self._mount is not None:
             raise RuntimeError(f"the adapter is mounted on a {type(self._mount.model).__name__}: unmount() it first.")
@@ -178,20 +178,19 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
         return self
 
     def unmount(self) -> None:
-        """Give the model its attentions back; it then computes what it did before, bit for bit.
+        """Restore the model's attentions; it then computes the same as before, bit for bit.
 
         Raises:
-            RuntimeError: the adapter is not mounted, a LoRA is loaded, or something else has replaced a mixer.
+            RuntimeError: The adapter is not mounted, a LoRA is loaded, or something else has replaced a mixer.
         """
-        if self._mount is None:
-            raise RuntimeError("the adapter is not mounted; mount(model) it first.")
+        mount = self._mounted_or_raise()
         self._check_weights("unmounted")
-        self._mount.undo()
+        mount.undo()
         self._mount = None
 
     @contextmanager
     def mounted(self, model: Model) -> Iterator[Model]:
-        """A context in which the adapter is mounted on ``model``, which it yields; raises as mount and unmount do."""
+        """Mount the adapter on ``model`` within the block; raises as :meth:`mount` and :meth:`unmount` do."""
         self.mount(model)
         try:
             yield model
@@ -199,17 +198,17 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
             self.unmount()
 
     def set_segment(self, segment: int | Mapping[str, int | None] | None) -> None:
-        """Let the scans restart after as many lines, which no weight depends on; saved with the adapter from then on.
+        """Set the number of lines after which the scans restart; no weight depends on it, and it is saved.
 
-        A scan sums up what lies before a pixel: over maps larger than those of the training it comes to more than it
-        did there, unless it restarts after as many lines as they had.
+        A scan accumulates its input along the lines. Over maps larger than in training its states grow larger than in
+        training, unless it restarts after as many lines as the maps in training had.
 
         Args:
-            segment: as for :meth:`from_model`.
+            segment: As for :meth:`from_model`.
 
         Raises:
-            TypeError: a number of lines is no integer.
-            ValueError: it is below 1, or a level or name has no layer.
+            TypeError: A number of lines is not an integer.
+            ValueError: A number is below 1, or a level or name has no layer.
 
         Example:
             >>> from diffusers import PixArtTransformer2DModel
@@ -221,30 +220,28 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
             [None, 8]
         """
         mixers = self.mixers
-        found = _segments(segment, list(mixers))
-        for lines in found.values():
+        segments = _segments(segment, list(mixers))
+        for lines in segments.values():
             if lines is not None and (isinstance(lines, bool) or not isinstance(lines, int)):
                 raise TypeError(f"segment={lines!r} is a {type(lines).__name__}; pass a number of lines, or None.")
             if lines is not None and lines < 1:
                 raise ValueError(f"segment={lines} is below 1; pass a number of lines, or None for global scans.")
         for name, mixer in mixers.items():
             scan: Any = mixer.scan
-            scan.segment = found[name]
-        layers = {name: {**options, "segment": found[name]} for name, options in self.config["layers"].items()}
+            scan.segment = segments[name]
+        layers = {name: {**options, "segment": segments[name]} for name, options in self.config["layers"].items()}
         self.register_to_config(layers=layers)
 
     def freeze_model(self) -> list[nn.Parameter]:
-        """Leave the adapter's parameters as the only ones of the mounted model that are trained.
+        """Freeze the mounted model's parameters, except the adapter's.
 
         Returns:
             The adapter's parameters, for an optimiser.
 
         Raises:
-            RuntimeError: the adapter is not mounted.
+            RuntimeError: The adapter is not mounted.
         """
-        if self._mount is None:
-            raise RuntimeError("the adapter is not mounted; mount(model) it first.")
-        self._mount.model.requires_grad_(False)
+        self._mounted_or_raise().model.requires_grad_(False)
         self.requires_grad_(True)
         return list(self.parameters())
 
@@ -252,21 +249,26 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
         """Save the adapter, mounted or not, as :meth:`diffusers.ModelMixin.save_pretrained` does.
 
         Raises:
-            RuntimeError: a LoRA is loaded.
+            RuntimeError: A LoRA is loaded.
         """
         self._check_weights("saved")
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """An adapter computes nothing by itself.
+        """Not supported: an adapter computes nothing by itself.
 
         Raises:
-            NotImplementedError: always.
+            NotImplementedError: Always.
         """
         raise NotImplementedError("an adapter is not called: mount(model) it, and call the model.")
 
+    def _mounted_or_raise(self) -> Mount:
+        if self._mount is None:
+            raise RuntimeError("the adapter is not mounted; mount(model) it first.")
+        return self._mount
+
     def _check_weights(self, done: str) -> None:
-        # A LoRA renames the weights that it adds to; its own say more.
+        # A LoRA also renames the weights that it adds to; its own are named first, because they are clearer.
         foreign = sorted(set(self.state_dict()) - self._weights, key=lambda name: (".base_layer." in name, name))
         if foreign:
             raise RuntimeError(
@@ -275,8 +277,8 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
             )
 
 
-def _plant(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Make ``module`` the submodule ``name`` of ``root``, so that its weights have the names of the mounted model's."""
+def _add_submodule(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Add ``module`` as the submodule ``name`` of ``root``, so that its weights are named as in the mounted model."""
     *path, last = name.split(".")
     for part in path:
         if part not in root._modules:
@@ -292,11 +294,11 @@ def _prefix(level: str) -> str:
 
 def _within(level: str, names: Sequence[str]) -> list[str]:
     prefix = _prefix(level)
-    found = [name for name in names if name == prefix or name.startswith(prefix + ".")]
-    if not found:
+    within = [name for name in names if name == prefix or name.startswith(prefix + ".")]
+    if not within:
         known = sorted({_level(name) for name in names})
-        raise ValueError(f"{level!r} has no self-attention to replace; there is some in {', '.join(known)}.")
-    return found
+        raise ValueError(f"{level!r} has no self-attention to replace; the model has some in {', '.join(known)}.")
+    return within
 
 
 def _level(name: str) -> str:

@@ -1,7 +1,8 @@
-"""``ClassConditionalPipeline``: from classes to images, with any denoiser that is called as DiT is."""
+"""``ClassConditionalPipeline``: images from classes, with any denoiser that has the signature of DiT."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,19 +17,19 @@ __all__ = ["ClassConditionalPipeline", "ModelMixin"]
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    r"""From classes to images, by a denoiser of pixels or of an autoencoder's latents.
+    r"""Generates images of classes with a denoiser of pixels or of an autoencoder's latents.
 
-    What :class:`diffusers.DiTPipeline` does, and: pixels, any height and width, grey images, any number of classes,
-    the learned variance where the scheduler takes one, flows, and a generator for each image. With guidance scale g
-    the prediction is that without a class plus g times what the class adds (arXiv 2207.12598).
+    Beyond :class:`diffusers.DiTPipeline` it supports pixels, any height and width, grey images, any number of classes,
+    a learned variance where the scheduler takes one, flows, and a generator for each image. With guidance scale g, the
+    prediction is p + g (p_class - p), with p the prediction without a class (arXiv 2207.12598).
 
     Args:
-        transformer: :class:`gspn.models.GSPNDenoiser2DModel`, :class:`diffusers.DiTTransformer2DModel`, or what is
-            called as they are.
-        scheduler: Any of diffusers' that steps from one image to the next.
+        transformer: A :class:`gspn.models.GSPNDenoiser2DModel`, a :class:`diffusers.DiTTransformer2DModel`, or a model
+            with the same signature.
+        scheduler: A scheduler of diffusers.
         vae: The autoencoder of the latents; None for a model of pixels in [-1, 1].
         id2label: The names of the classes.
-        latent_scale: What latents were multiplied with in training beyond the autoencoder's own factor.
+        latent_scale: The factor on latents in training, beyond the autoencoder's own scaling factor.
 
     Example:
         >>> import torch
@@ -54,35 +55,35 @@ class ClassConditionalPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        names = {str(key): value for key, value in (id2label or {}).items()}  # JSON has no other keys
+        names = {str(key): value for key, value in (id2label or {}).items()}  # as JSON keys are strings
         self.register_to_config(id2label=names, latent_scale=latent_scale)
         self.latent_scale = latent_scale
         self.labels = {name: int(key) for key, name in names.items()}
 
     @property
     def num_classes(self) -> int | None:
-        """The number of classes; None for a model without."""
+        """The number of classes; None for a model without classes."""
         config = self.transformer.config
         return config.get("num_class_embeds", config.get("num_embeds_ada_norm"))
 
     @property
     def pixels_per_latent(self) -> int:
-        """Pixels of an image for one of the model's, along a side."""
+        """Pixels of the image per pixel of the model, along a side."""
         return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def default_size(self) -> int:
-        """Height and width of the images of the training."""
+        """Height and width of the images in training."""
         return self.transformer.config.sample_size * self.pixels_per_latent
 
     def label_ids(self, classes: Sequence[int | str]) -> list[int]:
-        """Classes by number or name as numbers.
+        """Convert numbers or names of classes to numbers.
 
         Raises:
-            ValueError: a name is unknown or a number out of range.
+            ValueError: A name is unknown or a number is out of range.
         """
         count = self.num_classes or 0
-        found = []
+        numbers = []
         for one in classes:
             if isinstance(one, str) and one not in self.labels:
                 known = ", ".join(list(self.labels)[:10])
@@ -90,8 +91,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             number = self.labels[one] if isinstance(one, str) else int(one)
             if not 0 <= number < count:
                 raise ValueError(f"class {number} is out of range; the model has {count} classes, from 0.")
-            found.append(number)
-        return found
+            numbers.append(number)
+        return numbers
 
     @torch.no_grad()
     def __call__(
@@ -110,36 +111,35 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Generate an image for each class.
 
         Args:
-            class_labels: Numbers or names; B of them.
-            height: Of the images; by default that of the model's training.
-            width: Likewise.
-            guidance_scale: 1: none. 0: the class has no say.
-            num_inference_steps: Steps of the scheduler.
-            generator: Of the noise; one for each image makes it independent of the batch.
-            latents: Noise ``[B, C, h, w]`` to start from, of variance 1.
+            class_labels: Numbers or names of B classes.
+            height: Of the images; by default that in training.
+            width: Of the images; by default that in training.
+            guidance_scale: Guidance scale; 1 disables guidance, 0 ignores the class.
+            num_inference_steps: Denoising steps.
+            generator: Generator of the noise; with one for each image, an image does not depend on its batch.
+            latents: Noise ``[B, C, h, w]`` of variance 1 to start from.
             output_type: ``"pil"``, ``"np"`` (``[B, H, W, C]`` in [0, 1]), ``"pt"`` (``[B, C, H, W]`` in [0, 1]) or
-                ``"latent"`` (as the model works on them).
-            return_dict: An object with ``images``, or a tuple.
-
-        Returns:
-            ``images``.
+                ``"latent"`` (the model's output).
+            return_dict: Whether to return an object with ``images`` instead of a tuple.
 
         Raises:
-            ValueError: an unknown class or output type, a size that the patches or the autoencoder do not divide.
+            ValueError: A class or output type is unknown, or a size is not a multiple of the patches and the
+                autoencoder's factor.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"{output_type=}: use 'pil', 'np', 'pt' or 'latent'.")
         labels = torch.tensor(self.label_ids(class_labels), device=self._execution_device)
         x = self._noise(len(labels), height, width, generator, latents)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        # A flow starts from noise as it is; others may have another variance to start with.
+        # Flows have no such attribute: they start from noise of variance 1.
         x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        further = {"generator": generator} if _takes_generator(self.scheduler) else {}
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        options = {"generator": generator} if takes_generator else {}
         for t in self.progress_bar(self.scheduler.timesteps):  # type: ignore[reportGeneralTypeIssues, reportCallIssue]
             scaled = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
             predicted = self._predict(scaled, t, labels, guidance_scale)
-            x = self.scheduler.step(predicted, t, x, **further).prev_sample
-        images: Any = x if output_type == "latent" else self._finished(x, output_type)
+            x = self.scheduler.step(predicted, t, x, **options).prev_sample
+        images: Any = x if output_type == "latent" else self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -153,13 +153,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
         for name, value in (("height", height), ("width", width)):
             value = self.default_size if value is None else value
             if value < 1 or value % step:
-                raise ValueError(f"{name}={value}: it has to be a multiple of {step}.")
+                raise ValueError(f"{name}={value} has to be a multiple of {step}.")
             sides.append(value // factor)
         shape = (batch, config.in_channels, *sides)
         if latents is None:
             return randn_tensor(shape, generator, self._execution_device, self.transformer.dtype)
         if tuple(latents.shape) != shape:
-            raise ValueError(f"{latents.shape=}: it has to be {list(shape)}.")
+            raise ValueError(f"{latents.shape=} has to be {list(shape)}.")
         return latents.to(self._execution_device, self.transformer.dtype)
 
     def _predict(self, x: Tensor, t: Tensor, labels: Tensor, guidance: float) -> Tensor:
@@ -174,12 +174,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
             both = self.transformer(
                 torch.cat([x, x]), timestep=torch.cat([timestep, timestep]), class_labels=torch.cat([labels, none])
             ).sample
-            given, free = both.chunk(2)
-            guided = free[:, :channels] + guidance * (given[:, :channels] - free[:, :channels])
-            out = torch.cat([guided, given[:, channels:]], dim=1)  # the variance is that of the class
+            with_class, without = both.chunk(2)
+            guided = without[:, :channels] + guidance * (with_class[:, :channels] - without[:, :channels])
+            out = torch.cat([guided, with_class[:, channels:]], dim=1)  # the variance is that with the class
         return out if takes_variance(self.scheduler) else out[:, :channels]
 
-    def _finished(self, x: Tensor, output_type: str) -> Any:
+    def _decode(self, x: Tensor, output_type: str) -> Any:
         if self.vae is not None:
             shift = self.vae.config.get("shift_factor") or 0.0
             x = x / (self.vae.config.scaling_factor * self.latent_scale) + shift
@@ -192,10 +192,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
 
 def takes_variance(scheduler: Any) -> bool:
-    """Whether a scheduler wants a predicted variance behind the prediction."""
-    # Its own attribute: the configuration also keeps what the scheduler before it had.
+    """Whether a scheduler takes a predicted variance after the prediction."""
+    # The attribute, because the config also keeps values of the scheduler that it was made from.
     return vars(scheduler).get("variance_type") in ("learned", "learned_range")
-
-
-def _takes_generator(scheduler: Any) -> bool:
-    return "generator" in scheduler.step.__code__.co_varnames[: scheduler.step.__code__.co_argcount]

@@ -1,9 +1,9 @@
-"""Where a model of diffusers has self-attention over maps, and how something else takes its place and gives it back.
+"""Finding the self-attentions of a diffusers model, replacing them, and restoring them.
 
-Tokens do not say what map they were flattened from. A hook before each host, the module that flattens a map and runs
-its blocks, adds the map's height and width to the ``cross_attention_kwargs`` that the blocks hand to their attentions,
-and hooks before the attentions that were not replaced take them out again. Nothing is stored: under gradient
-checkpointing a block that runs again gets the same arguments again, and a compiled model sees arguments alone.
+A mixer needs the height and width of the map that its tokens were flattened from. A hook before each host, the module
+that flattens a map and runs its blocks, adds them to the ``cross_attention_kwargs`` that the blocks pass to their
+attentions; hooks before the attentions that were not replaced remove them again. Nothing is stored: a block that is
+recomputed under gradient checkpointing gets the same arguments, and a compiled model sees nothing but arguments.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from .token_mixer import GSPNTokenMixer
 
 MODELS = (UNet2DConditionModel, PixArtTransformer2DModel, DiTTransformer2DModel)
-"""What can be mounted on."""
+"""The models that an adapter can be mounted on."""
 
 _HOSTS = (Transformer2DModel, PixArtTransformer2DModel, DiTTransformer2DModel)
 _ATTENTION = "attn1"
@@ -42,13 +42,13 @@ def check_model(model: nn.Module) -> None:
     names = ", ".join(one.__name__ for one in MODELS)
     wrapped = next((name for name in ("_orig_mod", "module") if isinstance(getattr(model, name, None), MODELS)), None)
     remedy = f"pass the model inside it, .{wrapped}" if wrapped else f"pass a {names}"
-    raise TypeError(f"a {type(model).__name__} cannot be mounted on; {remedy}.")
+    raise TypeError(f"an adapter cannot be mounted on a {type(model).__name__}; {remedy}.")
 
 
 def self_attention_blocks(model: nn.Module) -> dict[str, BasicTransformerBlock]:
     """The blocks whose ``attn1`` is self-attention over a map, by the name of that ``attn1``.
 
-    Where ``only_cross_attention`` makes ``attn1`` a second cross-attention there is none.
+    With ``only_cross_attention``, ``attn1`` is a second cross-attention, and the block is left out.
     """
     blocks = {}
     for prefix, host in _hosts(model):
@@ -59,11 +59,11 @@ def self_attention_blocks(model: nn.Module) -> dict[str, BasicTransformerBlock]:
 
 
 def check_attention(name: str, block: BasicTransformerBlock) -> Any:
-    """A block's ``attn1``, an ``Attention`` with all its projections, where a mixer can stand for it.
+    """A block's ``attn1``, checked to be an ``Attention`` that a mixer can replace.
 
     Raises:
-        RuntimeError: it has been replaced already, or a LoRA was loaded into it.
-        ValueError: it does what a mixer does not.
+        RuntimeError: It has been replaced already, or a LoRA was loaded into it.
+        ValueError: It has an option that a mixer does not have.
     """
     attention: Any = block.attn1
     if isinstance(attention, GSPNTokenMixer):
@@ -71,14 +71,14 @@ def check_attention(name: str, block: BasicTransformerBlock) -> Any:
     if not isinstance(attention, Attention):
         raise RuntimeError(f"{name} is a {type(attention).__name__}, not diffusers' Attention: undo what replaced it.")
     for layer in ("to_q", "to_k", "to_v", "to_out.0"):
-        found = attention.get_submodule(layer)
-        if not isinstance(found, nn.Linear):
+        linear = attention.get_submodule(layer)
+        if not isinstance(linear, nn.Linear):
             raise RuntimeError(
-                f"{name}.{layer} is a {type(found).__module__}.{type(found).__name__}: a LoRA would be set aside with "
-                "the attention. Unload it (pipeline.unload_lora_weights()), mount, and load it again."
+                f"{name}.{layer} is a {type(linear).__module__}.{type(linear).__name__}: a LoRA would have no effect "
+                "on the mixer. Unload it (pipeline.unload_lora_weights()), mount, and load it again."
             )
-    # What else Attention can do is for other places than a transformer block's first attention.
-    inexpressible = {
+    # Attention has further options, but none that a transformer block uses for its first attention.
+    unsupported = {
         "group_norm": attention.group_norm is not None,
         "spatial_norm": attention.spatial_norm is not None,
         "norm_q": attention.norm_q is not None,
@@ -88,9 +88,9 @@ def check_attention(name: str, block: BasicTransformerBlock) -> Any:
         "added_kv_proj_dim": attention.added_kv_proj_dim is not None,
         "is_causal": attention.is_causal,
     }
-    given = {option: getattr(attention, option) for option, is_set in inexpressible.items() if is_set}
-    if given:
-        raise ValueError(f"{name} has {given}, which GSPN does not express; leave this layer out.")
+    values = {option: getattr(attention, option) for option, is_set in unsupported.items() if is_set}
+    if values:
+        raise ValueError(f"{name} has {values}, which GSPN does not support; leave this layer out.")
     widths = {attention.query_dim, attention.inner_dim, attention.inner_kv_dim, attention.out_dim}
     if len(widths) > 1:
         raise ValueError(f"{name} maps between the widths {sorted(widths)}; a mixer has one. Leave this layer out.")
@@ -99,7 +99,7 @@ def check_attention(name: str, block: BasicTransformerBlock) -> Any:
 
 @dataclass
 class Mount:
-    """Mixers in the place of attentions, and what it takes to undo it."""
+    """The mixers mounted on a model, and the state that unmounting restores."""
 
     model: ModelMixin
     blocks: dict[str, BasicTransformerBlock]
@@ -112,12 +112,12 @@ class Mount:
 
     @classmethod
     def make(cls, model: ModelMixin, mixers: Mapping[str, GSPNTokenMixer]) -> Mount:
-        """Put ``mixers`` in the place of the attentions of their names, with the dtype and devices of the model.
+        """Replace the attentions with the ``mixers`` of the same names, in the dtype and on the devices of the model.
 
         Raises:
-            RuntimeError: something else has replaced an attention, weights are offloaded, or the mixers' are missing.
-            TypeError: the model is none of :data:`MODELS`.
-            ValueError: layers are missing or have other dimensions.
+            RuntimeError: An attention has been replaced already, or weights are offloaded or missing.
+            TypeError: The model is not one of :data:`MODELS`.
+            ValueError: Layers are missing or have other dimensions.
         """
         check_model(model)
         if any(isinstance(module, GSPNTokenMixer) for module in model.modules()):
@@ -149,30 +149,20 @@ class Mount:
             blocks[name].attn1 = mixer  # type: ignore[reportAttributeAccessIssue]
         saver = vars(model).get("save_pretrained")
         model.save_pretrained = functools.partial(_refuse_to_save, type(model).__name__, len(mixers))  # type: ignore[reportAttributeAccessIssue]
-        return cls(
-            model,
-            {name: blocks[name] for name in mixers},
-            attentions,
-            dict(mixers),
-            _add_hooks(model),
-            dtype,
-            devices,
-            saver,
-        )
+        replaced = {name: blocks[name] for name in mixers}
+        return cls(model, replaced, attentions, dict(mixers), _add_hooks(model), dtype, devices, saver)
 
     def undo(self) -> None:
-        """Put the attentions back.
-
-        They follow where the model's other weights went in between: another device, another dtype.
+        """Restore the attentions, in the dtype and on the devices that the model has now.
 
         Raises:
-            RuntimeError: something else has replaced a mixer, or weights are offloaded.
+            RuntimeError: Something else has replaced a mixer, or weights are offloaded.
         """
         replaced = [name for name, block in self.blocks.items() if block.attn1 is not self.mixers[name]]
         if replaced:
-            found = type(self.blocks[replaced[0]].attn1).__name__
+            kind = type(self.blocks[replaced[0]].attn1).__name__
             raise RuntimeError(
-                f"{replaced[0]} (and {len(replaced) - 1} more) is a {found}, no longer the adapter's mixer: what "
+                f"{replaced[0]} (and {len(replaced) - 1} more) is a {kind}, no longer the adapter's mixer: what "
                 "replaced it would be lost. Undo that first."
             )
         devices = {name: _device(name, block) for name, block in self.blocks.items()}
@@ -200,28 +190,28 @@ def _hosts(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def _add_hooks(model: nn.Module) -> list[RemovableHandle]:
     handles = []
     for _, host in _hosts(model):
-        found = [attention for block in host.transformer_blocks for attention in (block.attn1, block.attn2)]
-        if not any(isinstance(one, GSPNTokenMixer) for one in found):
+        attentions = [attention for block in host.transformer_blocks for attention in (block.attn1, block.attn2)]
+        if not any(isinstance(one, GSPNTokenMixer) for one in attentions):
             continue
         names = tuple(inspect.signature(type(host).forward).parameters)[1:]
-        give = functools.partial(_give_map_size, names, host.config.get("patch_size") or 1)
-        handles.append(host.register_forward_pre_hook(give, with_kwargs=True))
-        others = [one for one in found if isinstance(one, Attention)]
-        handles += [one.register_forward_pre_hook(_take_map_size, with_kwargs=True) for one in others]
+        add = functools.partial(_add_map_size, names, host.config.get("patch_size") or 1)
+        handles.append(host.register_forward_pre_hook(add, with_kwargs=True))
+        others = [one for one in attentions if isinstance(one, Attention)]
+        handles += [one.register_forward_pre_hook(_remove_map_size, with_kwargs=True) for one in others]
     return handles
 
 
-def _give_map_size(
+def _add_map_size(
     names: tuple[str, ...], patch: int, _host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[()], dict[str, Any]]:
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    height, width = given["hidden_states"].shape[-2:]
-    further = given.get("cross_attention_kwargs") or {}
-    given["cross_attention_kwargs"] = {**further, _MAP_SIZE: (height // patch, width // patch)}
-    return (), given
+    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    height, width = arguments["hidden_states"].shape[-2:]
+    size = (height // patch, width // patch)
+    arguments["cross_attention_kwargs"] = {**(arguments.get("cross_attention_kwargs") or {}), _MAP_SIZE: size}
+    return (), arguments
 
 
-def _take_map_size(
+def _remove_map_size(
     _attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, {name: value for name, value in kwargs.items() if name != _MAP_SIZE}
@@ -239,7 +229,6 @@ def _device(name: str, block: BasicTransformerBlock) -> torch.device:
 
 def _refuse_to_save(model: str, count: int, *_args: Any, **_kwargs: Any) -> NoReturn:
     raise RuntimeError(
-        f"this {model} has GSPN in the place of {count} self-attentions. Saved so, the stock class would find no "
-        "queries and keys and leave them uninitialised. Save the adapter (adapter.save_pretrained), and the model "
-        "after adapter.unmount()."
+        f"this {model} has GSPN instead of {count} self-attentions. A file of it would lack the queries and keys that "
+        "its class needs. Save the adapter (adapter.save_pretrained), and the model after adapter.unmount()."
     )

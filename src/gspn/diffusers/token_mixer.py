@@ -1,4 +1,4 @@
-"""``GSPNTokenMixer``: what stands in the place of a block's self-attention."""
+"""``GSPNTokenMixer``: GSPN as a drop-in replacement for the self-attention of a transformer block."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from gspn.nn import GSPN2d
 
 
 class GSPNTokenMixer(nn.Module):
-    r"""Self-attention's place in a transformer block of diffusers, taken by the propagation.
+    r"""Replaces the self-attention in a transformer block of diffusers.
 
     .. math::
         y = W_{out}\; \mathrm{GSPN2d}(W_v\, x)
 
-    over the map that the tokens were flattened from. It is called as diffusers' ``Attention`` is, with the map's height
-    and width besides, and has its names where they have a meaning: ``to_v`` and ``to_out.0`` are the same linear
-    layers, so that weights and LoRAs of an attention fit. There are no queries and keys: taps and gates come from a
-    proxy of the values. GSPN (arXiv 2501.12381) replaces the self-attention of text-to-image models so, with proxies of
+    on the feature map that the tokens were flattened from. The signature is that of diffusers' ``Attention``, plus the
+    map's height and width. ``to_v`` and ``to_out.0`` are the same linear layers under the same names, so that an
+    attention's weights and LoRAs fit. There are no queries and keys: taps and gates are projected from a proxy of the
+    values. This is how GSPN (arXiv 2501.12381) replaces the self-attention of text-to-image models, with proxies of
     D / 8 channels.
 
     Args:
-        dim: channels D of a token.
-        proxy_dim: channels of the proxy; None for D / 8, as published.
-        groups: sets of taps, a divisor of ``dim``; None for taps for each channel.
-        segment: lines after which the scans restart; None for global scans.
-        skip: whether to add the input-dependent skip.
-        bias: of ``to_v``.
-        out_bias: of ``to_out.0``.
-        dropout: of the result, in training.
+        dim: Channels D of a token.
+        proxy_dim: Channels of the proxy; None for D / 8, as published.
+        groups: Sets of taps, a divisor of ``dim``; None for a set for each channel.
+        segment: Lines after which the scans restart; None for global scans.
+        skip: Whether to add the input-dependent skip.
+        proxy_bias: Whether the proxy has a bias.
+        bias: Whether ``to_v`` has a bias.
+        out_bias: Whether ``to_out.0`` has a bias.
+        dropout: Dropout of the result, in training.
 
     Shape:
-        ``[B, H W, D]`` to ``[B, H W, D]``, rows of the map one after the other.
+        ``[B, H W, D]`` to ``[B, H W, D]``, the tokens in row-major order.
 
     Raises:
         TypeError: ``segment`` is not an integer.
-        ValueError: an option does not fit.
+        ValueError: An option is out of range.
 
     Example:
         >>> import torch
@@ -72,22 +73,22 @@ class GSPNTokenMixer(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         map_size: tuple[int, int] | None = None,
-        **kwargs: Any,  # noqa: ARG002  (of processors of attention, which meet every attention of a model)
+        **kwargs: Any,  # noqa: ARG002  (for attention processors: a model passes them to all its attentions)
     ) -> Tensor:
         """Mix the tokens of a map.
 
         Args:
             hidden_states: ``[B, H W, D]``.
-            encoder_hidden_states: None; there is nothing else to attend to.
-            attention_mask: None; a scan passes all pixels.
+            encoder_hidden_states: Has to be None; a mixer does not do cross-attention.
+            attention_mask: Has to be None; a scan passes all pixels.
             map_size: H and W.
-            **kwargs: of no meaning here; what a model's other attentions are given, such as masks for IP-Adapters.
+            **kwargs: Ignored; arguments for a model's other attentions, such as masks for IP-Adapters.
 
         Returns:
             ``[B, H W, D]``.
 
         Raises:
-            NotImplementedError: there is a mask or something else to attend to.
+            NotImplementedError: A mask or ``encoder_hidden_states`` is passed.
             ValueError: H and W are missing, or H W is not the number of tokens.
         """
         if attention_mask is not None:
@@ -95,11 +96,11 @@ class GSPNTokenMixer(nn.Module):
                 f"{attention_mask.shape=}: a scan cannot leave out pixels; pass no attention_mask."
             )
         if encoder_hidden_states is not None:
-            raise NotImplementedError(f"{encoder_hidden_states.shape=}: GSPN mixes a map with itself alone.")
+            raise NotImplementedError(f"{encoder_hidden_states.shape=}: GSPN replaces self-attention only.")
         if map_size is None:
             raise ValueError(
-                "map_size=None: the mixer does not know its map's height and width. A mounted model brings them where "
-                "it is called as model(...); model.forward(...) leaves out the hooks that do."
+                "map_size=None: the mixer needs its map's height and width. Hooks of a mounted model pass them: call "
+                "model(...), because model.forward(...) skips hooks."
             )
         height, width = map_size
         if hidden_states.shape[1] != height * width:
@@ -110,5 +111,5 @@ class GSPNTokenMixer(nn.Module):
         return self.to_out[1](self.to_out[0](y))
 
     def extra_repr(self) -> str:
-        """What distinguishes this module in a printed network."""
+        """The options shown in a printed model."""
         return f"{self.dim}"

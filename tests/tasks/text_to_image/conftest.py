@@ -7,11 +7,6 @@ pytest.importorskip("diffusers", reason="needs gspn[diffusers]")
 pytest.importorskip("transformers", reason="needs transformers")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread: None) -> None:
-    """Maps as small as these gain nothing from a second one."""
-
-
 @pytest.fixture(scope="module")
 def sd(tmp_path_factory: pytest.TempPathFactory):
     from tasks.text_to_image.t2i_support import make_sd

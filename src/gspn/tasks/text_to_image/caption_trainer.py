@@ -20,9 +20,9 @@ from ..core.seeding import derived_seed, random_state_kept
 from ..core.task import Config, Context, Models, Setup, Task, TrainingResult, Weights
 from ..diffusion.digests import fingerprint
 from ..diffusion.image_grid import draw_prompts
+from ..diffusion.schedulers import check_chain
 from .conditioning import Conditioning
 from .data import encode_data, read_text
-from .denoising import check_chain
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a text-to-image UNet is told of its text: encoded by the pipeline's own encoders, given as the UNet takes it."""
+"""The conditioning of a text-to-image UNet: prompts encoded by the pipeline's own text encoders."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Conditioning:
     """Encoded prompts.
 
     Attributes:
-        states: ``[B, L, D]``, for cross-attention.
-        pooled: ``[B, P]`` where the UNet has further conditions (Stable Diffusion XL), else None.
+        states: ``[B, L, D]``, the encoders' hidden states for cross-attention.
+        pooled: ``[B, P]`` for Stable Diffusion XL, else None.
     """
 
     states: Tensor
@@ -31,59 +31,56 @@ class Conditioning:
         return len(self.states)
 
     def __getitem__(self, rows: Any) -> Conditioning:
-        """Some of the prompts: a slice, a list or a tensor of indices."""
+        """The prompts that a slice, a list or a tensor of indices selects."""
         return Conditioning(self.states[rows], None if self.pooled is None else self.pooled[rows])
 
     def to(self, *args: Any, **kwargs: Any) -> Conditioning:
-        """As :meth:`torch.Tensor.to`."""
+        """Move or convert all tensors, as :meth:`torch.Tensor.to`."""
         pooled = None if self.pooled is None else self.pooled.to(*args, **kwargs)
         return Conditioning(self.states.to(*args, **kwargs), pooled)
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Those of several, one after another."""
+        """Concatenate several."""
         pooled = [part.pooled for part in parts if part.pooled is not None]
         return Conditioning(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
 
 
 @torch.no_grad()
 def encode_prompts(pipeline: Any, prompts: Sequence[str], *, batch_size: int = 64) -> Conditioning:
-    """Prompts through the text encoders of a pipeline, on their device and in their dtype.
+    """Encode prompts with a pipeline's text encoders, on their device and in their dtype.
 
     Args:
-        pipeline: a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``, with its text encoders.
-        prompts: at least one.
-        batch_size: prompts at a time.
+        pipeline: A ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline`` with its text encoders.
+        prompts: At least one.
+        batch_size: Prompts in a batch.
 
     Raises:
-        UsageError: there is no prompt, or the pipeline has no text encoder.
+        UsageError: There is no prompt, or the pipeline has no text encoder.
     """
     if not prompts:
-        raise UsageError("there is no prompt; give one at least.")
+        raise UsageError("there is no prompt; give at least one.")
     if pipeline.text_encoder is None and getattr(pipeline, "text_encoder_2", None) is None:
         raise UsageError(
-            f"this {type(pipeline).__name__} has no text encoder; load it with gspn.tasks.text_to_image.load_pipeline, "
-            "or pass text_encoder and tokenizer to from_pretrained."
+            f"this {type(pipeline).__name__} has no text encoder; load it with load_pipeline of "
+            "gspn.tasks.text_to_image.pipelines, or pass text_encoder and tokenizer to from_pretrained."
         )
+    encoder = pipeline.text_encoder if pipeline.text_encoder is not None else pipeline.text_encoder_2
+    # Encoders that are offloaded are elsewhere until their hooks move them.
+    device = pipeline._execution_device if hasattr(encoder, "_hf_hook") else encoder.device
     parts = []
     for begin in range(0, len(prompts), batch_size):
-        some = list(prompts[begin : begin + batch_size])
-        shared: dict[str, Any] = {
-            "device": _device_of_text(pipeline),
-            "num_images_per_prompt": 1,
-            "do_classifier_free_guidance": False,
-        }
-        if has_further_conditions(pipeline.unet):
-            states, _, pooled, _ = pipeline.encode_prompt(some, **shared)
-            parts.append(Conditioning(states, pooled))
-        else:
-            parts.append(Conditioning(pipeline.encode_prompt(some, **shared)[0]))
+        encoded = pipeline.encode_prompt(
+            list(prompts[begin : begin + batch_size]), device=device, num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )  # fmt: skip
+        parts.append(Conditioning(encoded[0], encoded[2] if has_further_conditions(pipeline.unet) else None))
     return Conditioning.cat(parts)
 
 
 @contextmanager
 def encoders_on(pipeline: Any, device: torch.device) -> Iterator[None]:
-    """The text encoders of a pipeline on a device, and nothing else of it; afterwards they are on the CPU."""
+    """Within the block, a pipeline's text encoders are on a device, and nothing else of it; then back on the CPU."""
     encoders = [one for one in (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)) if one is not None]
     for encoder in encoders:
         encoder.to(device)
@@ -94,16 +91,10 @@ def encoders_on(pipeline: Any, device: torch.device) -> Iterator[None]:
             encoder.to("cpu")
 
 
-def _device_of_text(pipeline: Any) -> torch.device:
-    """Where the text encoders are, or, where hooks bring them, where they will be."""
-    encoder = pipeline.text_encoder if pipeline.text_encoder is not None else pipeline.text_encoder_2
-    return pipeline._execution_device if hasattr(encoder, "_hf_hook") else encoder.device
-
-
 def encode_nothing(pipeline: Any) -> Conditioning:
-    """The conditioning of guidance without a negative prompt, of one image.
+    """The conditioning of one image for guidance without a negative prompt.
 
-    The empty prompt's; zeros where the pipeline was trained so (``force_zeros_for_empty_prompt``).
+    It is that of the empty prompt, or zeros if the pipeline was trained so (``force_zeros_for_empty_prompt``).
     """
     empty = encode_prompts(pipeline, [""])
     if pipeline.config.get("force_zeros_for_empty_prompt", False):
@@ -113,21 +104,21 @@ def encode_nothing(pipeline: Any) -> Conditioning:
 
 
 def has_further_conditions(unet: Any) -> bool:
-    """Whether a UNet takes pooled text and sizes besides the text's states, as Stable Diffusion XL's does."""
+    """Whether a UNet also takes pooled text and image sizes, as Stable Diffusion XL's does."""
     return unet.config.addition_embed_type == _TEXT_TIME
 
 
 def unet_arguments(unet: Any, text: Conditioning, height: int, width: int) -> dict[str, Any]:
-    """The keyword arguments of a UNet for some prompts, besides the latents and the time.
+    """The keyword arguments of a UNet for encoded prompts, besides the latents and the timestep.
 
     Args:
-        unet: a ``UNet2DConditionModel``.
-        text: ``[B, ...]``.
-        height: of the image in pixels, which Stable Diffusion XL is told as its original and its target size.
-        width: likewise.
+        unet: A ``UNet2DConditionModel``.
+        text: The encoded prompts, ``[B, ...]``.
+        height: Of the image in pixels; Stable Diffusion XL takes it as the original and the target size.
+        width: Of the image in pixels.
 
     Raises:
-        UsageError: the UNet wants conditions that a prompt and a size do not give.
+        UsageError: The UNet needs conditions that a prompt and a size do not give.
     """
     config = unet.config
     unmet = [
@@ -136,17 +127,17 @@ def unet_arguments(unet: Any, text: Conditioning, height: int, width: int) -> di
         if config.get(key) is not None
     ]
     if unmet or config.addition_embed_type not in (None, _TEXT_TIME):
-        found = unmet[0] if unmet else "addition_embed_type"
+        name = unmet[0] if unmet else "addition_embed_type"
         raise UsageError(
-            f"this UNet has {found}={config.get(found)!r}, and gspn knows the conditions of Stable Diffusion 1.5, 2.1 "
-            "and XL; use the pipeline of diffusers itself, with the adapter mounted on its UNet."
+            f"this UNet has {name}={config.get(name)!r}, but only the conditions of Stable Diffusion 1.5, 2.1 and XL "
+            "are supported; use the pipeline of diffusers itself, with the adapter mounted on its UNet."
         )
-    found_text: dict[str, Any] = {"encoder_hidden_states": text.states}
+    arguments: dict[str, Any] = {"encoder_hidden_states": text.states}
     if config.addition_embed_type == _TEXT_TIME:
         if text.pooled is None:
             raise UsageError(
-                "this UNet takes pooled text, and the conditioning has none; encode the prompts with its pipeline."
+                "this UNet takes pooled text, but the conditioning has none; encode the prompts with its pipeline."
             )
         sizes = torch.tensor([height, width, 0, 0, height, width]).to(text.pooled)
-        found_text["added_cond_kwargs"] = {"text_embeds": text.pooled, "time_ids": sizes.expand(len(text), -1)}
-    return found_text
+        arguments["added_cond_kwargs"] = {"text_embeds": text.pooled, "time_ids": sizes.expand(len(text), -1)}
+    return arguments

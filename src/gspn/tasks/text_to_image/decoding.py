@@ -1,4 +1,4 @@
-"""Between latents and pixels: a pipeline's VAE, in tiles where an image is large."""
+"""Decoding latents to pixels and encoding back with a pipeline's VAE, in tiles for large images."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ TILED_FROM = 1536 * 1536
 """Pixels above which ``tiling="auto"`` decodes in tiles."""
 
 MIN_TILE = 512
-"""Pixels of a tile's side at least: a VAE's own tile is its training's image, which may be tiny."""
+"""The smallest side of a tile in pixels: the default of a VAE is its trained size, which may be tiny."""
 
 
 @contextmanager
 def tiles(vae: Any, on: bool, *, side: int | None = None) -> Iterator[None]:
-    """Within the block a VAE encodes and decodes in overlapping tiles, or whole; afterwards as it did before.
+    """Within the block, a VAE works in overlapping tiles or on whole images; its own settings are restored after it.
 
     Args:
         vae: An ``AutoencoderKL``.
-        on: In tiles.
-        side: Of a tile in pixels; by default the VAE's own, :data:`MIN_TILE` at least.
+        on: Whether to work in tiles.
+        side: The side of a tile in pixels; by default the VAE's own, but at least :data:`MIN_TILE`.
 
     Example:
         >>> with tiles(pipeline.vae, True):  # doctest: +SKIP
@@ -52,37 +52,37 @@ def tile_sides(vae: Any, side: int | None = None) -> tuple[int, int]:
     factor = vae_scale_factor(vae.config.block_out_channels)
     own = vae.config.sample_size
     own = own if isinstance(own, int) else max(own)
-    # A quarter overlaps, which has to be whole latent pixels for the seams to meet.
+    # A quarter of a tile overlaps; the tiles fit together only if that is a whole number of latent pixels.
     latent = max(4, round((side or max(own, MIN_TILE)) / factor / 4) * 4)
     return latent * factor, latent
 
 
 @torch.no_grad()
 def to_pixels(pipeline: Any, latents: Tensor) -> Tensor:
-    """Images ``[B, 3, H, W]`` in about [-1, 1], float32, of latents as the UNet has them."""
+    """Decode the UNet's latents to images ``[B, 3, H, W]`` in about [-1, 1], float32."""
     vae = pipeline.vae
     shift, scale = shift_and_scale(pipeline, latents)
-    with _wide_enough(vae):
+    with _upcast(vae):
         return vae.decode((latents * scale + shift).to(vae.dtype), return_dict=False)[0].float()
 
 
 @torch.no_grad()
 def to_latents(pipeline: Any, pixels: Tensor) -> Tensor:
-    """The latents, as the UNet has them, of images: the mode of what the VAE encodes."""
+    """Encode images to the UNet's latents: the mode of the VAE's distribution."""
     vae = pipeline.vae
-    with _wide_enough(vae):
-        found = vae.encode(pixels.to(vae.dtype)).latent_dist.mode().to(pixels.dtype)
-    shift, scale = shift_and_scale(pipeline, found)
-    return (found - shift) / scale
+    with _upcast(vae):
+        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode().to(pixels.dtype)
+    shift, scale = shift_and_scale(pipeline, latents)
+    return (latents - shift) / scale
 
 
 def to_images(pipeline: Any, pixels: Tensor) -> list[Image.Image]:
-    """Images as files hold them."""
+    """Convert images ``[B, 3, H, W]`` in [-1, 1] to PIL images."""
     return pipeline.image_processor.postprocess(pixels, output_type="pil", do_denormalize=[True] * len(pixels))
 
 
 def shift_and_scale(pipeline: Any, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """VAE's latents = scale * the UNet's + shift. Only the XL pipeline of diffusers knows means, and none a shift."""
+    """The shift and scale in ``VAE latents = scale * UNet latents + shift``; only some XL pipelines have a shift."""
     config = pipeline.vae.config
     mean, deviation = config.get("latents_mean"), config.get("latents_std")
     if mean is None or deviation is None or not has_further_conditions(pipeline.unet):
@@ -92,8 +92,8 @@ def shift_and_scale(pipeline: Any, like: Tensor) -> tuple[Tensor | float, Tensor
 
 
 @contextmanager
-def _wide_enough(vae: Any) -> Iterator[None]:
-    """In float32 where the VAE's activations leave float16's range, as its configuration says."""
+def _upcast(vae: Any) -> Iterator[None]:
+    """Use float32 where the VAE's activations exceed float16's range, as its config says."""
     upcast = vae.dtype == torch.float16 and vae.config.force_upcast
     if upcast:
         vae.to(torch.float32)

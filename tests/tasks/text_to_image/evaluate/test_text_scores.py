@@ -52,7 +52,7 @@ def test_agreement_falls_with_noise_and_without_any_relation_to_chance():
     texts, images = pairs(200, 0.5, seed=1)
     chance = scorer.score(images.roll(1, 0), texts)
     assert 60 < chance.rank < 140 and chance.candidates == 200 and abs(chance.similarity) < 0.2
-    # Texts that are no image's own make it harder.
+    # Texts of other images make it harder.
     more = scorer.score(images, texts, pairs(300, 0, seed=2)[0])
     assert more.candidates == 500 and more.rank >= found[0].rank
 
@@ -62,7 +62,7 @@ def test_the_same_text_again_is_one_candidate():
     scorer = TextScorer(texts, images)
     twice = scorer.score(torch.cat([images, images]), torch.cat([texts, texts]))
     assert twice.candidates == 50 and twice.rank == 1
-    with pytest.raises(UsageError, match="2 at least"):
+    with pytest.raises(UsageError, match="at least 2"):
         TextScorer(texts[:1], images[:1])
 
 
@@ -88,5 +88,5 @@ def test_real_images_evaluated(sd, tmp_path):
     found.write_json(tmp_path / "found.json")
     assert json.loads((tmp_path / "found.json").read_text())["text"]["candidates"] == 2
     emoji.image(0).save(tmp_path / "drawn" / "foreign.png")
-    with pytest.raises(UsageError, match="does not say its prompt"):
+    with pytest.raises(UsageError, match="does not record its prompt"):
         evaluate(tmp_path / "drawn", "folder:train", root=tmp_path / "images", size=32, cache=None)

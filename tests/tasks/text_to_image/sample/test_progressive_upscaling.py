@@ -1,4 +1,4 @@
-"""The ladder: its stages, the formulas of its options against plain ones, and going on after a stop."""
+"""Progressive upscaling: its stages, the formulas of its options against plain ones, segments, and resuming."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from gspn.diffusers import GSPNTokenMixer
 from gspn.tasks.core.errors import UsageError
+from gspn.tasks.diffusion.schedulers import named_scheduler
 from gspn.tasks.text_to_image.conditioning import encode_nothing, encode_prompts
-from gspn.tasks.text_to_image.denoising import Guide, begin_of, named_scheduler, noise_level, predict
-from gspn.tasks.text_to_image.sample import stage_runner as drawing
+from gspn.tasks.text_to_image.sample import stage_runner
+from gspn.tasks.text_to_image.sample.denoising import GuidanceInputs, first_step, noise_level, predict
 from gspn.tasks.text_to_image.sample.progressive_upscaling import (
-    Dilated,
-    LadderConfig,
+    DilatedSampling,
+    UpscalingConfig,
     gaussian_blur,
+    map_lengths,
     plan_stages,
+    segmented_scans,
     skip_residual,
     sub_map_groups,
 )
@@ -28,7 +32,15 @@ from gspn.tasks.text_to_image.sample.sampling import sample
 from tasks.text_to_image.t2i_support import make_adapter, make_sd
 
 QUIET = Console(quiet=True)
-LADDER = {"ladder": True, "steps": 6, "console": QUIET, "check": False}
+UPSCALE = {"upscale": True, "steps": 6, "console": QUIET, "check": False}
+
+
+@pytest.fixture(scope="module")
+def upscaled(sd, tmp_path_factory):
+    """The directory of an upscaled image."""
+    path = tmp_path_factory.mktemp("upscaled") / "images"
+    sample(sd, "cat", output=path, width=128, height=64, **UPSCALE)
+    return path
 
 
 def sizes(stages):
@@ -45,10 +57,10 @@ def pixels(path):
 def test_stages(sides, area, multiple):
     width, height = sides
     if width % multiple or height % multiple:
-        with pytest.raises(UsageError, match="no multiple of"):
-            plan_stages(height, width, area=area, multiple=multiple, steps=30, ladder=LadderConfig())
+        with pytest.raises(UsageError, match="not a multiple of"):
+            plan_stages(height, width, area=area, multiple=multiple, steps=30, upscaling=UpscalingConfig())
         return
-    stages = plan_stages(height, width, area=area, multiple=multiple, steps=30, ladder=LadderConfig())
+    stages = plan_stages(height, width, area=area, multiple=multiple, steps=30, upscaling=UpscalingConfig())
     assert sizes(stages)[-1] == sides
     assert stages[0].height * stages[0].width < 1.3 * area
     assert len(stages) == 1 or stages[0].height * stages[0].width > 0.75 * area
@@ -63,41 +75,41 @@ def test_stages(sides, area, multiple):
 
 
 def test_stages_of_the_paper():
-    stages = plan_stages(8192, 8192, area=512 * 512, multiple=8, steps=50, ladder=LadderConfig())
+    stages = plan_stages(8192, 8192, area=512 * 512, multiple=8, steps=50, upscaling=UpscalingConfig())
     assert sizes(stages) == [(side, side) for side in (512, 1024, 2048, 4096, 8192)]
     assert [stage.steps for stage in stages] == [50, 21, 16, 16, 14]
     assert [stage.dilation for stage in stages] == [1, 2, 4, 8, 16]
 
 
 def test_no_stage_below_the_size_of_the_training():
-    stages = plan_stages(256, 512, area=512 * 512, multiple=8, steps=30, ladder=LadderConfig())
+    stages = plan_stages(256, 512, area=512 * 512, multiple=8, steps=30, upscaling=UpscalingConfig())
     assert sizes(stages) == [(512, 256)]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strengths": ()}, "one at least"),
+        ({"strengths": ()}, "at least one"),
         ({"strengths": (0.4, 1.5)}, "up to 1"),
         ({"skip_power": 0.0}, "skip_power=0.0"),
-        ({"upscale": "bilinear"}, "'bilinear'.*latents, pixels"),
+        ({"space": "bilinear"}, "'bilinear'.*latents, pixels"),
     ],
 )
-def test_what_a_ladder_cannot_be(options, message):
+def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
-        LadderConfig(**options)
+        UpscalingConfig(**options)
 
 
 def test_a_strength_without_a_step():
     with pytest.raises(UsageError, match=r"strength 0.1 of 6 steps leaves stage 2"):
-        plan_stages(64, 64, area=32 * 32, multiple=8, steps=6, ladder=LadderConfig(strengths=(0.1,)))
+        plan_stages(64, 64, area=32 * 32, multiple=8, steps=6, upscaling=UpscalingConfig(strengths=(0.1,)))
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "euler_a", "unipc", "ddpm"])
 def test_skip_residual_is_its_formula(sd, name):
     scheduler = named_scheduler(name, sd.scheduler)
     scheduler.set_timesteps(10)
-    begin = begin_of(10, 0.5)
+    begin = first_step(10, 0.5)
     scheduler.set_begin_index(begin) if hasattr(scheduler, "set_begin_index") else None
     generator = torch.Generator().manual_seed(0)
     clean, noise, latents = (torch.randn(2, 4, 6, 10, generator=generator) for _ in range(3))
@@ -155,19 +167,19 @@ def test_dilated_is_its_formula(tmp_path, prediction, name):
     scheduler.set_timesteps(10)
     begin, stride, step = 4, 3, 6
     text = encode_prompts(pipeline, ["cat", "dog"])
-    guide = Guide(text, encode_nothing(pipeline)[torch.zeros(2, dtype=torch.long)], 3.0)
+    inputs = GuidanceInputs(text, encode_nothing(pipeline)[torch.zeros(2, dtype=torch.long)], 3.0)
     x = torch.randn(2, 4, 13, 20, generator=torch.Generator().manual_seed(0))
     t = scheduler.timesteps[step]
-    config = LadderConfig(dilated=True, dilated_power=2.0, blur=1.5, blur_power=0.5)
+    config = UpscalingConfig(dilated=True, dilated_power=2.0, blur=1.5, blur_power=0.5)
     with torch.no_grad():
-        plain = predict(pipeline.unet, x, t, guide, height=104, width=160)
-        dilated = Dilated(pipeline.unet, scheduler, guide, stride=stride, factor=8, begin=begin, config=config)
+        plain = predict(pipeline.unet, x, t, inputs, height=104, width=160)
+        dilated = DilatedSampling(pipeline.unet, scheduler, inputs, stride, 8, begin, config)
         got = dilated(x, plain, step)
         cosine = (1 + math.cos(math.pi * (step - begin) / (10 - begin))) / 2
         blurred = gaussian_blur(x, 0.01 + 1.49 * cosine**0.5, 4 * stride - 3)
         found = torch.zeros_like(x)
         for row in range(2):
-            own = Guide(guide.text[[row]], guide.negative[[row]], 3.0)
+            own = GuidanceInputs(inputs.text[[row]], inputs.negative[[row]], 3.0)
             for i in range(stride):
                 for j in range(stride):
                     part = blurred[row : row + 1, :, i::stride, j::stride]
@@ -189,8 +201,7 @@ def test_dilated_is_its_formula(tmp_path, prediction, name):
     assert not torch.allclose(got, plain, atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
-@pytest.mark.parametrize("dilated", [False, True])
+@pytest.mark.parametrize(("kind", "dilated"), [("sd", True), ("sdxl", False)])
 def test_four_times_the_size(request, kind, dilated, tmp_path):
     """All components, random weights, GSPN mounted, up to four times the sides of the training, not square."""
     pipeline = request.getfixturevalue(kind)
@@ -198,43 +209,43 @@ def test_four_times_the_size(request, kind, dilated, tmp_path):
     side = 8 * pipeline.vae_scale_factor
     found = sample(
         pipeline, "a cat", adapter=adapter, output=tmp_path, width=side * 6, height=side * 8 // 3 // 8 * 8,
-        scheduler="euler_a", ladder=LadderConfig(dilated=dilated), steps=6, console=QUIET,
+        scheduler="euler_a", upscale=UpscalingConfig(dilated=dilated), steps=6, console=QUIET,
     )  # fmt: skip
     assert adapter.mounted_on is None
     with Image.open(tmp_path / "00000.png") as image:
         assert image.size == (side * 6, side * 8 // 3 // 8 * 8)
         record = json.loads(image.text["gspn"])
     assert len(record["stages"]) == 3 and record["stages"][-1]["width"] == side * 6
-    assert record["ladder"]["dilated"] is dilated and record["prompt"] == "a cat"
+    assert record["upscaling"]["dilated"] is dilated and record["prompt"] == "a cat"
     assert found.estimate.fits and len(found.estimate.stages) == 4
     assert pixels(tmp_path / "00000.png").std() > 5
-    assert sorted(path.name for path in (tmp_path / "ladder").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "stages").iterdir()) == [
         "00000-stage1.safetensors", "00000-stage2.safetensors", "00000-stage3.safetensors", "settings.json",
     ]  # fmt: skip
 
 
 def test_every_option_changes_the_image(sd, tmp_path):
     changes = [
-        {}, {"skip_residual": False}, {"dilated": True}, {"upscale": "pixels"}, {"strengths": (0.9,)},
+        {}, {"skip_residual": False}, {"dilated": True}, {"space": "pixels"}, {"strengths": (0.9,)},
         {"skip_power": 0.5}, {"dilated": True, "blur": 3.0}, {"dilated": True, "dilated_power": 5.0},
     ]  # fmt: skip
     found = []
     for number, options in enumerate(changes):
-        ladder = LadderConfig(**{"strengths": (0.7,), **options})
-        sample(sd, "cat", output=tmp_path / str(number), width=128, height=128, **{**LADDER, "ladder": ladder})
+        config = UpscalingConfig(**{"strengths": (0.7,), **options})
+        sample(sd, "cat", output=tmp_path / str(number), width=128, height=128, **{**UPSCALE, "upscale": config})
         found.append(pixels(tmp_path / str(number) / "00000.png"))
     for i, one in enumerate(found):
         assert all(np.abs(one - other).max() > 1 for other in found[:i])
 
 
 @pytest.mark.parametrize("scheduler", ["dpm++", "euler_a"])
-def test_goes_on_after_a_stop(sd, tmp_path, monkeypatch, scheduler):
+def test_resumes_after_an_interruption(sd, tmp_path, monkeypatch, scheduler):
     options = {
-        **LADDER, "adapter": make_adapter(sd), "width": 256, "height": 128, "number": 3, "batch_size": 2,
+        **UPSCALE, "adapter": make_adapter(sd), "width": 256, "height": 128, "number": 3, "batch_size": 2,
         "scheduler": scheduler,
     }  # fmt: skip
     sample(sd, "cat", output=tmp_path / "whole", **options)
-    whole, draw_stage, calls = drawing.denoise, drawing.Drawing._draw_stage, []
+    whole, draw_stage, calls = stage_runner.denoise, stage_runner.StageRunner._draw_stage, []
 
     def stops(unet, chain, latents, *args, on_step, **kwargs):
         def on_step_or_stop():
@@ -245,12 +256,12 @@ def test_goes_on_after_a_stop(sd, tmp_path, monkeypatch, scheduler):
 
         return whole(unet, chain, latents, *args, on_step=on_step_or_stop, **kwargs)
 
-    monkeypatch.setattr(drawing, "denoise", stops)
+    monkeypatch.setattr(stage_runner, "denoise", stops)
     with pytest.raises(KeyboardInterrupt):
         sample(sd, "cat", output=tmp_path / "stopped", **options)
-    monkeypatch.setattr(drawing, "denoise", whole)
+    monkeypatch.setattr(stage_runner, "denoise", whole)
     assert options["adapter"].mounted_on is None
-    kept = sorted(path.name for path in (tmp_path / "stopped/ladder").glob("*.safetensors"))
+    kept = sorted(path.name for path in (tmp_path / "stopped/stages").glob("*.safetensors"))
     assert kept == ["00000-stage1.safetensors", "00001-stage1.safetensors"]
 
     stages = []
@@ -259,12 +270,12 @@ def test_goes_on_after_a_stop(sd, tmp_path, monkeypatch, scheduler):
         stages.append((number, tuple(indices)))
         return draw_stage(self, number, before, indices, *args)
 
-    monkeypatch.setattr(drawing.Drawing, "_draw_stage", counted)
+    monkeypatch.setattr(stage_runner.StageRunner, "_draw_stage", counted)
     found = sample(sd, "cat", output=tmp_path / "stopped", **options)
     assert stages == [(1, (0, 1)), (2, (0, 1)), (0, (2,)), (1, (2,)), (2, (2,))]
     assert found.drawn == 3
     for name in ("00000", "00001", "00002"):
-        for path in (f"{name}.png", *(f"ladder/{name}-stage{stage}.safetensors" for stage in (1, 2, 3))):
+        for path in (f"{name}.png", *(f"stages/{name}-stage{stage}.safetensors" for stage in (1, 2, 3))):
             assert (tmp_path / "whole" / path).read_bytes() == (tmp_path / "stopped" / path).read_bytes(), path
 
     # Nothing is left to do; then what is damaged is made again, and no more than that.
@@ -272,10 +283,10 @@ def test_goes_on_after_a_stop(sd, tmp_path, monkeypatch, scheduler):
     assert sample(sd, "cat", output=tmp_path / "stopped", **options).drawn == 0 and not stages
     expected = (tmp_path / "stopped/00001.png").read_bytes()
     (tmp_path / "stopped/00001.png").write_bytes(expected[:500])
-    content = bytearray((tmp_path / "stopped/ladder/00000-stage3.safetensors").read_bytes())
+    content = bytearray((tmp_path / "stopped/stages/00000-stage3.safetensors").read_bytes())
     content[-5] ^= 1
-    (tmp_path / "stopped/ladder/00000-stage3.safetensors").write_bytes(content)
-    (tmp_path / "stopped/ladder/00001-stage2.safetensors").write_bytes(b"broken")
+    (tmp_path / "stopped/stages/00000-stage3.safetensors").write_bytes(content)
+    (tmp_path / "stopped/stages/00001-stage2.safetensors").write_bytes(b"broken")
     assert sample(sd, "cat", output=tmp_path / "stopped", **options).drawn == 1
     assert stages == [(1, (0, 1)), (2, (0, 1))]
     assert (tmp_path / "stopped/00001.png").read_bytes() == expected
@@ -289,22 +300,22 @@ def test_goes_on_after_a_stop(sd, tmp_path, monkeypatch, scheduler):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"prompt": "dog"}, "prompts="),
         ({"steps": 7}, "steps=6, and this run has 7"),
         ({"seed": 1}, "seed=0, and this run has 1"),
         ({"width": 120}, "width=128, and this run has 120"),
         ({"guidance": 2.0}, "guidance=5.0"),
         ({"negative": "dog"}, "negative=None"),
         ({"scheduler": "euler"}, "scheduler='DDIMScheduler'"),
-        ({"ladder": LadderConfig(strengths=(0.5,))}, "strengths="),
-        ({"ladder": LadderConfig(skip_residual=False)}, "skip_residual=True"),
-        ({"ladder": False}, "holds a ladder's images; give another output"),
+        ({"upscale": UpscalingConfig(strengths=(0.5,))}, "strengths="),
+        ({"upscale": UpscalingConfig(skip_residual=False)}, "skip_residual=True"),
+        ({"upscale": False}, "holds upscaled images; use another output"),
         ({"adapter": "other weights"}, "adapter=None"),
         ({"pipeline": "other weights"}, "weights="),
     ],
 )
-def test_other_settings_are_refused(sd, tmp_path, changes, message):
-    options = {**LADDER, "width": 128, "height": 64}
-    sample(sd, "cat", output=tmp_path / "images", **options)
+def test_other_settings_are_refused(sd, upscaled, tmp_path, changes, message):
+    options = {**UPSCALE, "width": 128, "height": 64}
     pipeline, adapter = sd, None
     if "adapter" in changes:
         adapter = make_adapter(sd)
@@ -313,13 +324,11 @@ def test_other_settings_are_refused(sd, tmp_path, changes, message):
         pipeline.unet.conv_in.weight.data += 1e-3
     changes = {**options, **changes, "adapter": adapter}
     with pytest.raises(UsageError, match=message):
-        sample(pipeline, "cat", output=tmp_path / "images", **changes)
-    with pytest.raises(UsageError, match="prompts="):
-        sample(sd, "dog", output=tmp_path / "images", **options)
+        sample(pipeline, changes.pop("prompt", "cat"), output=upscaled, **changes)
 
 
 def test_retrained_adapters_are_noticed(sd, tmp_path):
-    options = {**LADDER, "width": 128, "height": 64, "output": tmp_path}
+    options = {**UPSCALE, "width": 128, "height": 64, "output": tmp_path}
     adapter = make_adapter(sd)
     sample(sd, "cat", adapter=adapter, **options)
     with torch.no_grad():
@@ -330,8 +339,68 @@ def test_retrained_adapters_are_noticed(sd, tmp_path):
 
 
 def test_damaged_settings(sd, tmp_path):
-    options = {**LADDER, "width": 128, "height": 64, "output": tmp_path}
+    options = {**UPSCALE, "width": 128, "height": 64, "output": tmp_path}
     sample(sd, "cat", **options)
-    (tmp_path / "ladder/settings.json").write_text("{")
+    (tmp_path / "stages/settings.json").write_text("{")
     with pytest.raises(UsageError, match="is damaged; remove"):
         sample(sd, "cat", **options)
+
+
+def test_map_lengths_are_the_longer_sides(sd):
+    text = encode_prompts(sd, ["red"])
+    assert map_lengths(sd.unet, text, height=64, width=96, factor=8) == {}
+    adapter = make_adapter(sd)
+    with adapter.mounted(sd.unet):
+        found = map_lengths(sd.unet, text, height=64, width=96, factor=8)
+    assert set(found) == set(adapter.mixers)
+    for name, lines in found.items():
+        assert lines == (6 if name.startswith("mid") else 12)
+    assert all(not mixer._forward_pre_hooks for mixer in adapter.mixers.values())
+
+
+def test_segments_are_set_and_restored(sd):
+    plain, segmented = make_adapter(sd), make_adapter(sd, segment={"down": 3, "mid": 2, "up": 3})
+    noisy, text = torch.randn(1, 4, 8, 12), encode_prompts(sd, ["red"])
+
+    def run():
+        with torch.no_grad():
+            return sd.unet(noisy, 10, text.states).sample
+
+    with segmented.mounted(sd.unet):
+        wanted = run()
+    with plain.mounted(sd.unet):
+        before = run()
+        lines = {name: 2 if name.startswith("mid") else 3 for name in plain.mixers}
+
+        def fail():
+            with segmented_scans(sd.unet, lines):
+                assert torch.equal(run(), wanted)
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            fail()
+        assert torch.equal(run(), before)
+    assert not torch.allclose(before, wanted)
+    with segmented.mounted(sd.unet), segmented_scans(sd.unet, dict.fromkeys(segmented.mixers, 100)):
+        assert torch.equal(run(), wanted)  # those that restart sooner by themselves do so
+
+
+def test_scans_are_segmented_beyond_the_first_stage(sd, tmp_path, monkeypatch):
+    seen = []
+    plain = GSPNTokenMixer.forward
+
+    def watched(self, hidden_states, *args, map_size=None, **kwargs):
+        if not isinstance(hidden_states, torch._subclasses.FakeTensor):
+            seen.append((max(map_size), self.scan.segment))
+        return plain(self, hidden_states, *args, map_size=map_size, **kwargs)
+
+    monkeypatch.setattr(GSPNTokenMixer, "forward", watched)
+    options = {"adapter": make_adapter(sd), "height": 128, "width": 128, "steps": 4, "device": "cpu", "check": False}
+    sample(sd, "red", output=tmp_path / "with", upscale=True, **options)
+    # Trained at 8 latent pixels, drawn at 8 and 16; the level below has half of that.
+    assert set(seen) == {(8, None), (4, None), (16, 8), (8, 4)}
+    seen.clear()
+    sample(sd, "red", output=tmp_path / "without", upscale=UpscalingConfig(segment_scans=False), **options)
+    assert set(seen) == {(8, None), (4, None), (16, None)}
+    first, second = ((tmp_path / one / "00000.png").read_bytes() for one in ("with", "without"))
+    assert first != second

@@ -15,10 +15,17 @@ from typer.testing import CliRunner
 
 from gspn.cli import app
 from gspn.tasks.core.errors import UsageError
+from gspn.tasks.diffusion.schedulers import named_scheduler
 from gspn.tasks.text_to_image.conditioning import encode_nothing, encode_prompts
 from gspn.tasks.text_to_image.decoding import to_images, to_latents, to_pixels
-from gspn.tasks.text_to_image.denoising import Guide, begin_of, denoise, draw_noise, image_generators, named_scheduler
-from gspn.tasks.text_to_image.sample import stage_runner as drawing
+from gspn.tasks.text_to_image.sample import stage_runner
+from gspn.tasks.text_to_image.sample.denoising import (
+    GuidanceInputs,
+    denoise,
+    draw_noise,
+    first_step,
+    image_generators,
+)
 from gspn.tasks.text_to_image.sample.sampling import sample
 from tasks.text_to_image.t2i_support import make_adapter, make_sd, make_sdxl
 
@@ -38,9 +45,8 @@ def saved(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize(("kind", "split"), [("sd", False), ("sdxl", True)])
 @pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "euler_a", "unipc"])
-@pytest.mark.parametrize("split", [False, True])
 def test_draws_what_diffusers_draws(request, monkeypatch, kind, name, split):
     pipeline = request.getfixturevalue(kind)
     monkeypatch.setattr(pipeline, "scheduler", named_scheduler(name, pipeline.scheduler))
@@ -56,13 +62,13 @@ def test_draws_what_diffusers_draws(request, monkeypatch, kind, name, split):
     assert type(scheduler) is type(pipeline.scheduler)
     scheduler.set_timesteps(5)
     negative = encode_prompts(pipeline, ["bad"])[[0, 0]]
-    guide = Guide(encode_prompts(pipeline, prompts), negative, 4.0, split)
+    inputs = GuidanceInputs(encode_prompts(pipeline, prompts), negative, 4.0, split)
     again = [torch.Generator().manual_seed(i) for i in range(2)]
     latents = denoise(
         pipeline.unet,
         scheduler,
         noise * scheduler.init_noise_sigma,
-        guide,
+        inputs,
         height=height,
         width=width,
         generators=again,
@@ -114,9 +120,9 @@ def test_decoding_is_diffusers(tmp_path):
     torch.testing.assert_close(to_latents(sdxl, given), (mode - mean) / deviation * config.scaling_factor)
 
 
-@pytest.mark.parametrize("ladder", [False, True])
-def test_images_do_not_depend_on_the_batch(sd, tmp_path, ladder):
-    options = {**FAST, "number": 3, "seed": 5, "scheduler": "euler_a", "width": 128, "height": 64, "ladder": ladder}
+@pytest.mark.parametrize("upscale", [False, True])
+def test_images_do_not_depend_on_the_batch(sd, tmp_path, upscale):
+    options = {**FAST, "number": 3, "seed": 5, "scheduler": "euler_a", "width": 128, "height": 64, "upscale": upscale}
     whole = sample(sd, ["cat", "dog"], output=tmp_path / "a", batch_size=6, **options)
     sample(sd, ["cat", "dog"], output=tmp_path / "b", batch_size=4, **options)
     sample(sd, ["cat", "dog"], output=tmp_path / "c", batch_size=1, **options)
@@ -152,10 +158,10 @@ def test_origins_are_in_the_files(saved, tmp_path):
     assert origin["scheduler"] == "DPMSolverMultistepScheduler" and origin["negative"] is None
     assert origin["pipeline"] == str(saved / "pipeline") and origin["adapter"] == str(saved / "adapter")
     assert origin["stages"] == [{"height": 40, "width": 72, "steps": 4, "strength": None, "dilation": 1}]
-    assert origin["ladder"] is None and origin["precision"] == "fp32" and origin["tiled"] is False
+    assert origin["upscaling"] is None and origin["precision"] == "fp32" and origin["tiled"] is False
     assert found.drawn == 2 and found.estimate is None and len(found.records) == 2
-    # Without a ladder nothing is kept, and a second call draws again.
-    assert not (tmp_path / "ladder").exists()
+    # Without upscaling nothing is kept, and a second call draws again.
+    assert not (tmp_path / "stages").exists()
     assert not list(tmp_path.glob(".part*"))
 
 
@@ -192,7 +198,7 @@ def test_unmounts_after_an_error(sd, tmp_path, monkeypatch):
         raise RuntimeError("in the middle")
 
     adapter = make_adapter(sd)
-    monkeypatch.setattr(drawing, "denoise", fails)
+    monkeypatch.setattr(stage_runner, "denoise", fails)
     with pytest.raises(RuntimeError, match="in the middle"):
         sample(sd, "cat", output=tmp_path, adapter=adapter, tiling="on", **FAST)
     assert adapter.mounted_on is None and not sd.vae.use_tiling
@@ -209,7 +215,7 @@ def test_lower_precision(saved, tmp_path):
 def test_what_is_seen_off_a_terminal(sd, tmp_path):
     text = io.StringIO()
     options = {**FAST, "console": Console(file=text, width=100)}
-    sample(sd, "cat", output=tmp_path, number=2, batch_size=2, ladder=True, width=128, height=128, **options)
+    sample(sd, "cat", output=tmp_path, number=2, batch_size=2, upscale=True, width=128, height=128, **options)
     lines = text.getvalue().splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("images 0 to 1, stage 1 of 2: 64x64, 4 steps in ")
@@ -220,33 +226,36 @@ def test_what_is_seen_on_a_terminal(sd, tmp_path):
     text = io.StringIO()
     console = Console(file=text, width=100, force_terminal=True, legacy_windows=False)
     sample(
-        sd, "cat", output=tmp_path, ladder=True, width=128, height=128, **{**FAST, "console": console, "check": True}
+        sd, "cat", output=tmp_path, upscale=True, width=128, height=128, **{**FAST, "console": console, "check": True}
     )
     assert "Estimate" in text.getvalue() and "stage 2 of 2" in text.getvalue() and "decoding" in text.getvalue()
     assert "5/5" in text.getvalue()
 
 
-def test_schedulers_by_name(sd):
-    assert begin_of(50, 0.42) == 29 and begin_of(4, 2.0) == 0 and begin_of(4, 0.2) == 4
+def test_schedulers_by_name(sd, monkeypatch, tmp_path):
+    assert first_step(50, 0.42) == 29 and first_step(4, 2.0) == 0 and first_step(4, 0.2) == 4
     # PNDM cannot start in the middle.
     pndm = PNDMScheduler(skip_prk_steps=True, prediction_type="v_prediction", beta_schedule="scaled_linear")
-    found = named_scheduler("auto", pndm)
+    found = named_scheduler("auto", pndm, auto="dpm++")
     assert type(found).__name__ == "DPMSolverMultistepScheduler"
     assert found.config.prediction_type == "v_prediction" and found.config.beta_schedule == "scaled_linear"
     assert named_scheduler("dpm++_sde", pndm).config.algorithm_type == "sde-dpmsolver++"
     own = named_scheduler("dpm++_sde", sd.scheduler)
     assert named_scheduler("auto", own).config.algorithm_type == "sde-dpmsolver++"
     assert type(named_scheduler("auto", sd.scheduler)) is type(sd.scheduler)
+    monkeypatch.setattr(sd, "scheduler", pndm)
+    assert sample(sd, "cat", output=tmp_path, **FAST).records[0].scheduler == "DPMSolverMultistepScheduler"
+    monkeypatch.setattr(sd, "scheduler", FlowMatchEulerDiscreteScheduler())
     with pytest.raises(UsageError, match="FlowMatchEulerDiscreteScheduler"):
-        named_scheduler("auto", FlowMatchEulerDiscreteScheduler())
+        sample(sd, "cat", output=tmp_path, **FAST)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": 100}, "width 100 is no multiple of 8, the VAE's factor; take 96"),
-        ({"height": 3}, "height 3 is no multiple of 8, the VAE's factor; take 8"),
-        ({"scheduler": "dpmpp"}, "scheduler 'dpmpp' is unknown; use one of auto, ddpm"),
+        ({"width": 100}, "width 100 is not a multiple of 8, the VAE's factor; take 96"),
+        ({"height": 3}, "height 3 is not a multiple of 8, the VAE's factor; take 8"),
+        ({"scheduler": "dpmpp"}, "scheduler 'dpmpp' is unknown; use one of auto, dd"),
         ({"steps": 0}, "at least 1"),
         ({"steps": 1001}, "1001 steps are more than the 1000"),
         ({"number": 0}, "at least 1"),
@@ -258,7 +267,7 @@ def test_schedulers_by_name(sd):
         ({"precision": "int8"}, "'int8' is unknown"),
         ({"device": "tpu"}, "'tpu' is unknown"),
         ({"adapter": "no-such"}, "no-such"),
-        ({"pipeline": object()}, "a object draws nothing"),
+        ({"pipeline": object()}, "a object is not a supported"),
     ],
 )
 def test_what_cannot_be_met(sd, tmp_path, options, message):
@@ -277,7 +286,7 @@ def test_an_adapter_of_another_model(sd, sdxl, tmp_path):
 def test_the_command(saved, tmp_path):
     given = [
         "t2i", "sample", "a cat", "--model", str(saved / "pipeline"), "--adapter", str(saved / "adapter"), "--size",
-        "128x96", "--ladder", "--steps", "4", "--strength", "0.6", "--dilated", "--no-skip-residual", "--output",
+        "128x96", "--upscale", "--steps", "4", "--strength", "0.6", "--dilated", "--no-skip-residual", "--output",
         str(tmp_path), "--device", "cpu", "--seed", "2",
     ]  # fmt: skip
     found = CliRunner().invoke(app, [*given, "--estimate-only"])
@@ -289,11 +298,12 @@ def test_the_command(saved, tmp_path):
     with Image.open(tmp_path / "00000.png") as image:
         assert image.size == (128, 96)
         origin = json.loads(image.text["gspn"])
-    assert origin["ladder"]["strengths"] == [0.6] and origin["ladder"]["skip_residual"] is False
+    assert origin["upscaling"]["strengths"] == [0.6] and origin["upscaling"]["skip_residual"] is False
+    given.append("--no-check")
     assert "wrote 0 images" in CliRunner().invoke(app, given).output
     for change, message in [
-        (["--size", "12x"], "--size '12x' is no size"),
-        (["--size", "101x96"], "no multiple of 8"),
+        (["--size", "12x"], "12x"),
+        (["--size", "101x96"], "not a multiple of 8"),
         (["--steps", "5"], "steps=4, and this run has 5"),
         (["--model", "no-such"], "no-such"),
     ]:
@@ -301,7 +311,7 @@ def test_the_command(saved, tmp_path):
         assert failed.exit_code == 2 and message in failed.output, failed.output
         assert failed.output.splitlines()[-1].startswith("error: ") and "Traceback" not in failed.output
     failed = CliRunner().invoke(app, ["t2i", "sample", "cat", "--model", str(saved / "pipeline"), "--dilated"])
-    assert failed.exit_code == 2 and "add --ladder" in failed.output
+    assert failed.exit_code == 2 and "--dilated needs --upscale" in failed.output
 
 
 def test_no_text_is_what_the_pipeline_says(sdxl):

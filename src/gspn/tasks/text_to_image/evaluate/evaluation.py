@@ -1,4 +1,4 @@
-"""Measuring images that were generated from text: :func:`evaluate`."""
+"""Evaluation of images sampled from text: :func:`evaluate`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class TextEvaluation(ImageMetrics):
     """The result of :func:`evaluate`.
 
     Attributes:
-        text: How the samples agree with their prompts.
-        real: How the reference's own images of the same prompts do, where it has them.
+        text: The scores of the samples with their prompts.
+        real: The scores of the reference's own images of the same prompts; None if it has fewer than two.
     """
 
     text: TextScores
@@ -40,72 +40,74 @@ def evaluate(
     cache: Path | None = Path("runs/features"),
     console: Console | None = None,
 ) -> TextEvaluation:
-    """Measure how alike generated images and a reference are, and how well they fit their prompts.
+    """Compare sampled images with a reference, and score how well they match their prompts.
 
     Args:
-        samples: A directory that `gspn t2i sample` wrote: each image says what it was asked for.
-        reference: A data set with captions and its split, as ``emoji:train``: what samples are to be like, and what the
-            map from text to features is fitted on.
-        root: Where the reference lies, if it does not come with the package.
+        samples: A directory that `gspn t2i sample` wrote; each image records its prompt.
+        reference: A data set with captions and its split, such as ``emoji:train``: the real images, on which the map
+            from text to features is fitted too.
+        root: The directory of the reference, if it is not part of the package.
         size: Height and width to compare at, for all sets; by default those of the samples.
-        distractors: Another split of the reference's data set, whose captions an image may be taken for as well.
+        distractors: Another split of the reference's data set, whose captions are further candidates.
         features: ``"lite0"``, ``"inception"`` or ``"auto"``, as in `gspn class-conditional evaluate`.
-        batch_size: Images at a time.
-        device: ``"auto"`` takes a GPU if there is one, ``"cpu"`` none.
-        cache: Where the reference's features are kept for the next time; None for nowhere.
+        batch_size: Images in a batch.
+        device: ``"auto"``, a GPU if there is one, or ``"cpu"``.
+        cache: A directory that keeps the reference's features for later calls; None to keep nothing.
         console: Where to print; standard output by default.
 
     Returns:
-        The figures. They compare only with others of the same features and the same reference.
+        The metrics, which can be compared only with those of the same features and reference.
 
     Raises:
-        UsageError: a set cannot be opened, is too small, or does not say its prompts.
-        MissingExtraError: a package is not installed.
+        UsageError: A set cannot be opened, is too small, or does not record its prompts.
+        MissingExtraError: A package is not installed.
 
     Example:
         >>> from gspn.tasks.text_to_image.evaluate import evaluate
         >>> evaluate("samples", "emoji:train").text.rank  # doctest: +SKIP
     """
-    ours = open_images(samples, size=None if size is None else (size, size))
-    prompts = [prompt_of(Path(samples) / name) for name in ours.names]
-    shape = (ours.pixels.shape[2], ours.pixels.shape[3])
-    theirs, captions = _captioned(reference, root, shape)
+    sampled = open_images(samples, size=None if size is None else (size, size))
+    prompts = [prompt_of(Path(samples) / name) for name in sampled.names]
+    name, _, split = reference.rpartition(":")
+    if not name:
+        raise UsageError(f"{reference!r} is not a data set with its split; give one such as emoji:train.")
+    real_images, captions = _open_reference(name, split, root, (sampled.pixels.shape[2], sampled.pixels.shape[3]))
     metrics, fake, real = compare_images(
-        ours, theirs, features=features, batch_size=batch_size, device=device, cache=cache, console=console or Console()
-    )
+        sampled, real_images, features=features, batch_size=batch_size, device=device, cache=cache,
+        console=console or Console(),
+    )  # fmt: skip
     pairs = [(i, caption) for i, some in enumerate(captions) for caption in some]
     scorer = TextScorer(embed_sentences([text for _, text in pairs]), real.pooled[[i for i, _ in pairs]])
-    further = None
+    candidates = None
     if distractors is not None:
-        other = open_data(reference.rpartition(":")[0], distractors, root, captions=True)
-        further = embed_sentences([other.captions(i)[0] for i in range(len(other))])
-    text = scorer.score(fake.pooled, embed_sentences(prompts), further)
-    places = {some[0]: i for i, some in enumerate(captions)}
-    known = [prompt for prompt in dict.fromkeys(prompts) if prompt in places]
+        other = open_data(name, distractors, root, captions=True)
+        candidates = embed_sentences([other.captions(i)[0] for i in range(len(other))])
+    text = scorer.score(fake.pooled, embed_sentences(prompts), candidates)
+    index = {some[0]: i for i, some in enumerate(captions)}
+    known = [prompt for prompt in dict.fromkeys(prompts) if prompt in index]
     own = None
     if len(known) > 1:
-        own = scorer.score(real.pooled[[places[prompt] for prompt in known]], embed_sentences(known), further)
+        own = scorer.score(real.pooled[[index[prompt] for prompt in known]], embed_sentences(known), candidates)
     return TextEvaluation(samples=str(samples), reference=reference, **metrics, text=text, real=own)
 
 
 def prompt_of(path: Path) -> str:
-    """What a generated image says it was asked for.
+    """The prompt that a sampled image records.
 
     Raises:
-        UsageError: it does not say.
+        UsageError: It records none.
     """
     prompt = read_record(path).get("prompt")
     if not isinstance(prompt, str):
-        raise UsageError(f"{str(path)!r} does not say its prompt; evaluate what `gspn t2i sample` wrote.")
+        raise UsageError(f"{str(path)!r} does not record its prompt; evaluate images that `gspn t2i sample` wrote.")
     return prompt
 
 
-def _captioned(source: str, root: str | Path | None, size: tuple[int, int]) -> tuple[ImageSet, list[tuple[str, ...]]]:
-    """Images with their captions, broken ones left out."""
-    name, _, split = source.rpartition(":")
-    if not name:
-        raise UsageError(f"{source!r} is not a data set with its split; name one as emoji:train.")
+def _open_reference(
+    name: str, split: str, root: str | Path | None, size: tuple[int, int]
+) -> tuple[ImageSet, list[tuple[str, ...]]]:
+    """The images of a reference and their captions, without broken images."""
     images = open_data(name, split, root, captions=True)
     items = [(images.filename(i), i) for i in range(len(images))]
-    found, kept = read_images(source, items, lambda i: (images.image(i), -1), size)
-    return found, [images.captions(i) for i in kept]
+    real, kept = read_images(f"{name}:{split}", items, lambda i: (images.image(i), -1), size)
+    return real, [images.captions(i) for i in kept]

@@ -1,6 +1,6 @@
 """Sample images from text, at any aspect ratio and up to large sizes."""
 
-from .progressive_upscaling import LadderConfig
-from .sampling import SampleResult, sample
+from .progressive_upscaling import UpscalingConfig
+from .sampling import SampleRequest, SampleResult, sample
 
-__all__ = ["LadderConfig", "SampleResult", "sample"]
+__all__ = ["SampleRequest", "SampleResult", "UpscalingConfig", "sample"]

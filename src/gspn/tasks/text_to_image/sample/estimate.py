@@ -1,67 +1,73 @@
-"""What a run will take, before it starts: operations, time and the peak of memory of every stage.
+"""The estimate before a run: operations, peak memory and time of every stage.
 
-The UNet and the VAE run on fake tensors, which have shapes and no content, at the full size; every operation is counted
-and every allocation followed. Time is that of one real call at the size of the training (of small networks a few
-stages above it), times the ratio of operations.
+The UNet and the VAE run on fake tensors, which have shapes but no data, at the full size; every operation is counted
+and every allocation followed. Times scale one real call at the trained size (for small models, at a larger size) by
+the ratio of operations.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
 
 from ...core.errors import UsageError
-from ..conditioning import Conditioning, unet_arguments
-from .memory_and_flops import Usage, decoder_usage, unet_usage
-from .progressive_upscaling import LadderConfig, Stage
+from ..conditioning import unet_arguments
+from .memory_and_flops import CallCost, decoder_cost, unet_cost
+from .offload import MODELS, SKIPS
+
+if TYPE_CHECKING:
+    from .sampling import RunPlan
 
 MARGIN = 1.15
-"""On the peak: what kernels take besides their results, and what the allocator cannot join."""
+"""Factor on the peak, for kernels' own workspace and fragmentation."""
 
-_LATENT_MAPS = 8  # float32 maps of a stage: latents, noise, the enlarged ones, two predictions, and a solver's memory
+_LATENT_MAPS = 8  # float32 maps of a stage: latents, noise, the enlarged ones, two predictions, a solver's history
 _LONG_CALL = 2.0  # seconds
-_SHORT_CALL = 0.1  # likewise
-_GROWN = 32  # times the first size, up to which calls are timed that were too short
-_PIXEL_MAPS = 3  # the decoded image, a copy of it while it is put together, and as bytes
+_SHORT_CALL = 0.1  # seconds
+_LARGEST_TIMED = 32  # times the trained area: calls that were too short are timed at sizes up to this
+_PIXEL_MAPS = 3  # the decoded image, a copy while it is assembled, and the bytes
 
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """Of one stage, or of what follows the last: decoding.
+    """The estimate of one stage, or of decoding.
 
     Attributes:
         name: As printed.
         height: In pixels.
-        width: Likewise.
-        steps: Of denoising; 0 for decoding.
-        operations: Of all its calls, for all images.
-        peak: Bytes besides what is there before it starts.
-        seconds: For all images; None where no time was taken.
+        width: In pixels.
+        steps: Denoising steps; 0 for decoding.
+        flops: Of all calls for all images.
+        peak_bytes: Memory in use beyond what is allocated before the stage.
+        seconds: For all images; None before they are timed.
     """
 
     name: str
     height: int
     width: int
     steps: int
-    operations: int
-    peak: int
+    flops: int
+    peak_bytes: int
     seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take.
+    """The estimate of a run.
 
     Attributes:
-        stages: In their order.
-        available: Bytes that are free where it runs.
-        device: Its name.
+        stages: The stages in order, then decoding.
+        available: Free bytes on the device.
+        device: The device's name.
     """
 
     stages: tuple[StageEstimate, ...]
@@ -70,161 +76,176 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether every stage does."""
-        return all(stage.peak <= self.available for stage in self.stages)
+        """Whether every stage fits into the free memory."""
+        return all(stage.peak_bytes <= self.available for stage in self.stages)
 
     @property
     def seconds(self) -> float | None:
-        """Of all stages."""
+        """The time of all stages."""
         times = [stage.seconds for stage in self.stages]
         return None if None in times else sum(one for one in times if one is not None)
 
     def table(self) -> Table:
-        """For a terminal."""
+        """The estimate as a table for a terminal."""
         table = Table(
-            title=f"Estimate; {gigabytes(self.available)} free on {self.device}", title_justify="left", box=None
+            title=f"Estimate; {format_bytes(self.available)} free on {self.device}", title_justify="left", box=None
         )
         for heading in ("stage", "size", "steps", "operations", "memory", "time"):
             table.add_column(heading, justify="left" if heading == "stage" else "right")
         for stage in self.stages:
-            too_much = "[bold red]" if stage.peak > self.available else ""
+            style = "[bold red]" if stage.peak_bytes > self.available else ""
             table.add_row(
-                stage.name, f"{stage.width}x{stage.height}", str(stage.steps or ""), f"{stage.operations / 1e12:.3g} T",
-                f"{too_much}{gigabytes(stage.peak)}", "" if stage.seconds is None else duration(stage.seconds),
+                stage.name, f"{stage.width}x{stage.height}", str(stage.steps or ""), f"{stage.flops / 1e12:.3g} T",
+                f"{style}{format_bytes(stage.peak_bytes)}",
+                "" if stage.seconds is None else format_seconds(stage.seconds),
             )  # fmt: skip
         if self.seconds is not None:
-            table.add_row("all", "", "", "", "", duration(self.seconds))
+            table.add_row("all", "", "", "", "", format_seconds(self.seconds))
         return table
 
-    def check(self, remedies: Sequence[str]) -> None:
-        """Raise unless every stage fits.
 
-        Args:
-            remedies: What may help, as the message lists it.
+def estimate_memory(plan: RunPlan) -> tuple[RunPlan, Estimate]:
+    """Count the operations and memory of a run, and decide what its plan leaves open.
 
-        Raises:
-            UsageError: one does not.
-        """
-        worst = max(self.stages, key=lambda stage: stage.peak)
-        if worst.peak > self.available:
-            raise UsageError(
-                f"{worst.name} at {worst.width}x{worst.height} needs about {gigabytes(worst.peak)}, and "
-                f"{gigabytes(self.available)} are free on {self.device}: {', '.join(remedies)}, or --no-check "
-                "(check=False) to try nonetheless."
-            )
+    Guidance may be split, and with ``offload="auto"`` skip tensors may be offloaded. The first combination that fits
+    is taken, else the one that needs least.
 
-
-def estimate_stages(
-    pipeline: Any, stages: Sequence[Stage], text: Conditioning, *, ladder: LadderConfig | None, images: int,
-    batch: int, guided: bool, split: bool, tiled: bool, offload: bool, device: torch.device, extra: int = 0,
-) -> tuple[StageEstimate, ...]:  # fmt: skip
-    """Operations and memory of a run's stages and of decoding, without times.
-
-    Args:
-        pipeline: Its adapter mounted.
-        stages: Of each image.
-        text: Any prompts.
-        ladder: As the stages were planned.
-        images: Of the run.
-        batch: At a time.
-        guided: With classifier-free guidance.
-        split: In two calls.
-        tiled: Whether the VAE works in tiles.
-        offload: Whether the skip tensors wait in host memory.
-        device: Where it will run.
-        extra: Bytes that each stage needs besides: weights that are not there yet.
+    Returns:
+        The plan with these decisions, and its estimate, without times.
     """
-    unet, factor = pipeline.unet, pipeline.vae_scale_factor
-    calls, at_once = (2 if guided and split else 1), batch * (2 if guided and not split else 1)
-    batches = math.ceil(images / batch)
-    pixels = ladder is not None and ladder.upscale == "pixels"
-    found = []
-    for number, stage in enumerate(stages, start=1):
+    is_open = plan.split_guidance is None and plan.negative is not None
+    splits = [False, True] if is_open else [bool(plan.split_guidance)]
+    # Offloaded models, which "auto" may have chosen too, leave it to the caller whether skip tensors are offloaded.
+    may_offload = plan.offload == "auto" and plan.device.type != "cpu"
+    offloads = [plan.offload, "activations"] if may_offload else [plan.offload]
 
-        def usage(height: int, width: int, batch: int) -> Usage:
-            return unet_usage(
-                unet, text, height=height, width=width, factor=factor, batch=batch, device=device, offload=offload
-            )
+    def attempt(choice: tuple[str, bool]) -> tuple[RunPlan, Estimate]:
+        candidate = replace(plan, offload=choice[0], split_guidance=choice[1])
+        return candidate, Estimate(estimate_stages(candidate), free_memory(plan.device), str(plan.device))
 
-        one = usage(stage.height, stage.width, at_once)
-        operations, peak = one.operations, one.peak
-        if ladder is not None and ladder.dilated and stage.dilation > 1:
+    *choices, last = itertools.product(offloads, splits)
+    return next((one for one in map(attempt, choices) if one[1].fits), None) or attempt(last)
+
+
+def check_memory(estimate: Estimate, plan: RunPlan) -> None:
+    """Refuse a run that does not fit.
+
+    Raises:
+        UsageError: A stage needs more than is free.
+    """
+    worst = max(estimate.stages, key=lambda stage: stage.peak_bytes)
+    if worst.peak_bytes > estimate.available:
+        raise UsageError(
+            f"{worst.name} at {worst.width}x{worst.height} needs about {format_bytes(worst.peak_bytes)}, and "
+            f"{format_bytes(estimate.available)} are free on {estimate.device}: "
+            f"{', '.join(memory_remedies(plan, estimate))}, or --no-check (check=False) to try nonetheless."
+        )
+
+
+def memory_remedies(plan: RunPlan, estimate: Estimate | None) -> list[str]:
+    """The options that would reduce the memory of a run further."""
+    over = [one for one in estimate.stages if one.peak_bytes > estimate.available] if estimate else []
+    remedies = ["draw a smaller image (--size)"]
+    if not plan.tiled and (not over or any(not one.steps for one in over)):
+        remedies.append("--tiling on")
+    if plan.precision == "fp32":
+        remedies.append("--precision bf16")
+    if plan.device.type != "cpu" and plan.offload != "all":
+        remedies.append("--offload all" if plan.offload in MODELS else "--offload activations")
+    return remedies
+
+
+def estimate_stages(plan: RunPlan) -> tuple[StageEstimate, ...]:
+    """Operations and memory of a run's stages and of decoding, without times."""
+    unet, vae, upscaling, factor = plan.pipeline.unet, plan.pipeline.vae, plan.request.upscale, plan.factor
+    guided, split = plan.negative is not None, plan.split_guidance
+    calls, batch = (2 if guided and split else 1), plan.batch_size * (2 if guided and not split else 1)
+    # Offloaded models return to the device while they compute, so their weights count as well.
+    weights = model_bytes(unet) + model_bytes(vae) if plan.offload in MODELS else 0
+
+    def cost(height: int, width: int, batch: int) -> CallCost:
+        return unet_cost(
+            unet, plan.text, height=height, width=width, factor=factor, batch=batch, device=plan.device,
+            offload=plan.offload in SKIPS,
+        )  # fmt: skip
+
+    def decoding(height: int, width: int) -> CallCost:
+        return decoder_cost(vae, height=height, width=width, tiled=plan.tiled, device=plan.device)
+
+    estimates, count = [], len(plan.stages)
+    for number, stage in enumerate(plan.stages, start=1):
+        one = cost(stage.height, stage.width, batch)
+        flops, peak = one.flops, one.peak_bytes
+        if upscaling is not None and upscaling.dilated and stage.dilation > 1:
             s = stage.dilation
             h, w = (math.ceil(side / factor / s) * factor for side in (stage.height, stage.width))
-            sub = usage(h, w, at_once * s * s)
-            operations, peak = operations + sub.operations, max(peak, sub.peak)
-        maps = 4 * _LATENT_MAPS * batch * unet.config.in_channels * stage.height * stage.width // factor**2
-        total, peak = operations * calls * stage.steps * batches, peak + maps
-        if pixels and number > 1:
-            # Encoding is counted as decoding, of which it has a little less.
-            before = stages[number - 2]
-            for size in ((before.height, before.width), (stage.height, stage.width)):
-                there = decoder_usage(pipeline.vae, height=size[0], width=size[1], tiled=tiled, device=device)
-                total, peak = total + there.operations * images, max(peak, there.peak + maps)
-        name = f"stage {number} of {len(stages)}" if len(stages) > 1 else "denoising"
-        found.append(StageEstimate(name, stage.height, stage.width, stage.steps, total, int(peak * MARGIN) + extra))
-    last = stages[-1]
-    there = decoder_usage(pipeline.vae, height=last.height, width=last.width, tiled=tiled, device=device)
-    peak = int((there.peak + _PIXEL_MAPS * 4 * 3 * last.height * last.width) * MARGIN) + extra
-    found.append(StageEstimate("decoding", last.height, last.width, 0, there.operations * images, peak))
-    return tuple(found)
+            sub_maps = cost(h, w, batch * s * s)
+            flops, peak = flops + sub_maps.flops, max(peak, sub_maps.peak_bytes)
+        latents = plan.batch_size * unet.config.in_channels * stage.height * stage.width // factor**2
+        maps = 4 * _LATENT_MAPS * latents
+        flops, peak = flops * calls * stage.steps * math.ceil(plan.images / plan.batch_size), peak + maps
+        if upscaling is not None and upscaling.space == "pixels" and number > 1:
+            # Encoding is counted as decoding, which is slightly more.
+            for size in (plan.stages[number - 2], stage):
+                vae_cost = decoding(size.height, size.width)
+                flops, peak = flops + vae_cost.flops * plan.images, max(peak, vae_cost.peak_bytes + maps)
+        name = f"stage {number} of {count}" if count > 1 else "denoising"
+        peak = int(peak * MARGIN) + weights
+        estimates.append(StageEstimate(name, stage.height, stage.width, stage.steps, flops, peak))
+    last = plan.stages[-1]
+    vae_cost = decoding(last.height, last.width)
+    peak = int((vae_cost.peak_bytes + _PIXEL_MAPS * 4 * 3 * last.height * last.width) * MARGIN) + weights
+    return (*estimates, StageEstimate("decoding", last.height, last.width, 0, vae_cost.flops * plan.images, peak))
 
 
-def base_operations(
-    pipeline: Any, text: Conditioning, *, height: int, width: int, device: torch.device
-) -> tuple[int, int]:
-    """Operations of what :func:`with_times` times: one call of the UNet, and decoding one image."""
-    unet, factor = pipeline.unet, pipeline.vae_scale_factor
-    one = unet_usage(unet, text, height=height, width=width, factor=factor, batch=1, device=device)
-    two = decoder_usage(pipeline.vae, height=height, width=width, tiled=False, device=device)
-    return one.operations, two.operations
+def base_flops(plan: RunPlan, height: int, width: int) -> tuple[int, int]:
+    """Operations of the calls that :func:`estimate_times` times: one of the UNet and one of the decoder."""
+    options: dict[str, Any] = {"height": height, "width": width, "device": plan.device}
+    one = unet_cost(plan.pipeline.unet, plan.text, factor=plan.factor, batch=1, **options)
+    return one.flops, decoder_cost(plan.pipeline.vae, tiled=False, **options).flops
 
 
 @torch.no_grad()
-def with_times(
-    stages: Sequence[StageEstimate], pipeline: Any, text: Conditioning, *, height: int, width: int,
-    operations: tuple[int, int], device: torch.device, grow: bool = True,
-) -> tuple[StageEstimate, ...]:  # fmt: skip
-    """Stages with their times, from one real call of the UNet and one of the decoder at a small size.
+def estimate_times(estimate: Estimate, plan: RunPlan, height: int, width: int, flops: tuple[int, int]) -> Estimate:
+    """The estimate with times, from one real call of the UNet and one of the decoder at a small size.
+
+    Where these calls are so short that overhead dominates, larger sizes of the run's stages are timed instead. Models
+    that are offloaded are timed at the small size alone.
 
     Args:
-        stages: From :func:`estimate_stages`.
-        pipeline: Ready to run.
-        text: Any prompts, on the device.
-        height: Of the image of the real calls.
-        width: Likewise.
-        operations: Of the two calls, from :func:`base_operations`.
-        device: Where they run.
-        grow: Whether to go on to the next stages' sizes while calls are so short that what surrounds the operations
-            may take longer than they do.
+        estimate: The result of :func:`estimate_memory`.
+        plan: The plan, its pipeline ready to run.
+        height: Of the small size, in pixels.
+        width: Of the small size, in pixels.
+        flops: Of the calls at the small size, from :func:`base_flops`.
     """
-    larger = [
-        (one.height, one.width) for one in stages if one.steps and 1 < one.height * one.width / height / width <= _GROWN
-    ]
-    sizes, counts = [(height, width), *(larger if grow else [])], operations
+    sizes = [(height, width)]
+    if plan.offload not in MODELS:
+        ratios = [(one, one.height * one.width / height / width) for one in estimate.stages if one.steps]
+        sizes += [(one.height, one.width) for one, ratio in ratios if 1 < ratio <= _LARGEST_TIMED]
     rates = [math.inf, math.inf]
     for number, size in enumerate(sizes):
-        if number:
-            counts = base_operations(pipeline, text, height=size[0], width=size[1], device=device)
-        times = _times(pipeline, text[:1], *size, device)
-        rates = [took / max(count, 1) for took, count in zip(times, counts, strict=True)]
+        counts = base_flops(plan, *size) if number else flops
+        times = _time_calls(plan, *size)
+        rates = [seconds / max(count, 1) for seconds, count in zip(times, counts, strict=True)]
         if min(times) > _SHORT_CALL:
             break
-    return tuple(replace(one, seconds=one.operations * rates[0 if one.steps else 1]) for one in stages)
+    timed = (replace(one, seconds=one.flops * rates[0 if one.steps else 1]) for one in estimate.stages)
+    return replace(estimate, stages=tuple(timed))
 
 
-def _times(pipeline: Any, text: Conditioning, height: int, width: int, device: torch.device) -> tuple[float, float]:
-    """Seconds of a call of the UNet and of decoding, of one image."""
-    unet, vae, factor = pipeline.unet, pipeline.vae, pipeline.vae_scale_factor
-    sides = height // factor, width // factor
-    latents = torch.zeros(1, unet.config.in_channels, *sides, dtype=unet.dtype, device=device)
-    arguments = unet_arguments(unet, text, height, width)
-    z = torch.zeros(1, vae.config.latent_channels, *sides, dtype=vae.dtype, device=device)
-    return _seconds(lambda: unet(latents, 1, **arguments), device), _seconds(lambda: vae.decode(z), device)
+def _time_calls(plan: RunPlan, height: int, width: int) -> tuple[float, float]:
+    """Seconds of one call of the UNet and of decoding one image."""
+    unet, vae = plan.pipeline.unet, plan.pipeline.vae
+    sides = height // plan.factor, width // plan.factor
+    latents = torch.zeros(1, unet.config.in_channels, *sides, dtype=unet.dtype, device=plan.device)
+    arguments = unet_arguments(unet, plan.text[:1].to(plan.device), height, width)
+    z = torch.zeros(1, vae.config.latent_channels, *sides, dtype=vae.dtype, device=plan.device)
+    return _seconds(lambda: unet(latents, 1, **arguments), plan.device), _seconds(lambda: vae.decode(z), plan.device)
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Of the fastest of up to three calls: the first one chooses kernels, and with offloading brings the weights."""
+    """The time of the fastest of up to three calls; the first selects kernels, and with offloading loads weights."""
     best, spent = math.inf, 0.0
     for _ in range(3):
         start = time.perf_counter()
@@ -234,25 +255,46 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
         took = time.perf_counter() - start
         best, spent = min(best, took), spent + took
         if device.type == "cpu" and spent > _LONG_CALL:
-            break  # where a first call is hardly slower than another
+            break  # on the CPU a first call is hardly slower than the others
     return best
 
 
-def gigabytes(count: float) -> str:
-    """Bytes for people.
+def free_memory(device: torch.device) -> int:
+    """Free bytes on a device; on a GPU, PyTorch's own cached blocks count as free."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 2**63 - 1  # unknown: then nothing is refused
+
+
+def model_bytes(model: torch.nn.Module) -> int:
+    """The size of a model's parameters."""
+    return sum(one.numel() * one.element_size() for one in model.parameters())
+
+
+def format_bytes(count: float) -> str:
+    """A number of bytes for people.
 
     Example:
-        >>> gigabytes(31_300_000_000), gigabytes(2_500_000)
+        >>> format_bytes(31_300_000_000), format_bytes(2_500_000)
         ('31.3 GB', '2.5 MB')
     """
     return f"{count / 1e9:.1f} GB" if count >= 5e8 else f"{count / 1e6:.1f} MB"
 
 
-def duration(seconds: float) -> str:
-    """A time for people.
+def format_seconds(seconds: float) -> str:
+    """A duration for people.
 
     Example:
-        >>> duration(0.25), duration(75), duration(4000)
+        >>> format_seconds(0.25), format_seconds(75), format_seconds(4000)
         ('0.2 s', '1 min 15 s', '1 h 06 min')
     """
     if seconds < 60:

@@ -1,9 +1,15 @@
-"""From an image of the size that a model was trained at to larger ones, stage by stage."""
+"""Progressive upscaling: an image larger than the training size is drawn in stages, each starting from the one before.
+
+The options follow DemoFusion (Du et al., arXiv 2311.16973), with one addition for GSPN: beyond the first stage, the
+adapter's scans restart after as many lines as the first stage's maps have. Taps sum to one and the input is added line
+after line, so over more lines the states grow beyond the range that the gates after them were trained on.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,40 +17,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.errors import UsageError
-from ..denoising import Guide, begin_of, noise_level, predict
+from gspn.diffusers import GSPNTokenMixer
 
-UPSCALINGS = ("latents", "pixels")
-"""Where a finished stage is enlarged."""
+from ...core.errors import UsageError
+from ..conditioning import Conditioning
+from .denoising import GuidanceInputs, first_step, noise_level, predict
+from .memory_and_flops import unet_cost
+
+SPACES = ("latents", "pixels")
+"""Where a finished stage can be enlarged."""
 
 
 @dataclass(frozen=True)
-class LadderConfig:
-    r"""How the stages of a ladder are drawn.
+class UpscalingConfig:
+    r"""Options of progressive upscaling.
 
-    The two options are those of DemoFusion (Du et al., arXiv 2311.16973). Both are led by weights that decay over the n
-    steps of a stage, :func:`cosine_weight`: at step i
+    The skip residual and dilated sampling are weighted by :func:`cosine_weight`, which decays over the n steps of a
+    stage. At step i
 
     .. math::
         c_i(a) = \Bigl(\tfrac{1 + \cos(\pi i / n)}{2}\Bigr)^a
 
     Attributes:
-        strengths: How much of the chain is walked again at the second stage, the third, ...; the last is repeated.
-        skip_residual: Before each step, pull the latents to those of the stage before: :func:`skip_residual`.
-        skip_power: Its exponent; larger ones let go sooner.
-        dilated: Mix in what the UNet predicts for the map's strided sub-maps: :class:`Dilated`.
-        dilated_power: The exponent of its weight.
-        blur: The width of the Gaussian before the map is strided, in latent pixels, at a stage's first step.
-        blur_power: The exponent with which it falls, to 0.01.
-        restart: Beyond the first stage, restart an adapter's scans after as many lines as the first stage's maps have:
-            :mod:`~gspn.tasks.text_to_image.sample.segments`.
-        upscale: ``"latents"``: bicubic in latent space; ``"pixels"``: decoded, bicubic, and encoded again.
+        strengths: The share of the denoising steps that the second stage repeats, then the third, ...; the last value
+            holds for all further stages.
+        skip_residual: Before each step, pull the latents towards those of the stage before: :func:`skip_residual`.
+        skip_power: Exponent of the skip residual's weight; a larger one decays sooner.
+        dilated: Blend in predictions for the strided sub-maps of the latents: :class:`DilatedSampling`.
+        dilated_power: Exponent of the weight of those predictions.
+        blur: Width, in latent pixels, of the Gaussian blur before the latents are strided, at a stage's first step.
+        blur_power: Exponent with which that width decays to 0.01.
+        segment_scans: Beyond the first stage, restart an adapter's scans after as many lines as the first stage's
+            maps have.
+        space: Where a finished stage is enlarged: ``"latents"``, bicubic on the latents, or ``"pixels"``, decoded,
+            bicubic, and encoded again.
 
     Raises:
-        UsageError: a value out of range.
+        UsageError: A value is out of range.
 
     Example:
-        >>> LadderConfig(strengths=(0.5, 0.3), dilated=True).strength(3)
+        >>> UpscalingConfig(strengths=(0.5, 0.3), dilated=True).strength(3)
         0.3
     """
 
@@ -55,20 +67,20 @@ class LadderConfig:
     dilated_power: float = 1.0
     blur: float = 1.0
     blur_power: float = 1.0
-    restart: bool = True
-    upscale: str = "latents"
+    segment_scans: bool = True
+    space: str = "latents"
 
     def __post_init__(self) -> None:
         if not self.strengths or any(not 0 < one <= 1 for one in self.strengths):
-            raise UsageError(f"strengths {list(self.strengths)} have to be numbers above 0, up to 1, one at least.")
+            raise UsageError(f"strengths {list(self.strengths)}: give at least one number, each above 0 and up to 1.")
         for name in ("skip_power", "dilated_power", "blur", "blur_power"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name}={getattr(self, name)!r} has to be above 0.")
-        if self.upscale not in UPSCALINGS:
-            raise UsageError(f"upscale={self.upscale!r} is unknown; use one of {', '.join(UPSCALINGS)}.")
+        if self.space not in SPACES:
+            raise UsageError(f"space={self.space!r} is unknown; use one of {', '.join(SPACES)}.")
 
     def strength(self, stage: int) -> float:
-        """Of a stage, counted from 1 for the second."""
+        """The strength of a stage; the second stage is number 1."""
         return self.strengths[min(stage, len(self.strengths)) - 1]
 
 
@@ -78,10 +90,10 @@ class Stage:
 
     Attributes:
         height: In pixels.
-        width: Likewise.
-        steps: Of denoising that are taken.
-        strength: Of the noise that is added to what the stage before left; None for the first, which is all noise.
-        dilation: The stride of sub-maps: about the side over that of the first stage.
+        width: In pixels.
+        steps: The denoising steps that are taken.
+        strength: Strength of the noise added to the enlarged latents; None for the first stage.
+        dilation: The stride of the sub-maps, about the side divided by that of the first stage.
     """
 
     height: int
@@ -92,74 +104,74 @@ class Stage:
 
 
 def trained_area(unet: Any, factor: int) -> int:
-    """The pixels of an image that a UNet was trained on, by its ``sample_size``."""
+    """The area in pixels of the images that a UNet was trained on, from its ``sample_size``."""
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return height * width * factor**2
 
 
 def plan_stages(
-    height: int, width: int, *, area: int, multiple: int, steps: int, ladder: LadderConfig | None = None
+    height: int, width: int, *, area: int, multiple: int, steps: int, upscaling: UpscalingConfig | None = None
 ) -> tuple[Stage, ...]:
-    """The stages of an image: with a ladder from about the trained area up, else one.
+    """The stages of an image: from about the trained area up with progressive upscaling, else one.
 
-    All have about the image's aspect ratio. From one to the next no side grows more than twice, all by about the same
-    ratio; the last is exactly the image.
+    All have about the image's aspect ratio. From one to the next, both sides grow by about the same ratio, at most 2;
+    the last stage is exactly the image.
 
     Args:
         height: Of the image, in pixels.
-        width: Likewise.
-        area: That the model was trained at, in pixels.
-        multiple: Of which every side is one: the VAE's factor.
-        steps: Of the whole chain.
-        ladder: None for none.
+        width: Of the image, in pixels.
+        area: The trained area, in pixels.
+        multiple: The VAE's factor, which divides every side.
+        steps: The denoising steps from pure noise.
+        upscaling: The options of progressive upscaling; None for a single stage.
 
     Raises:
-        UsageError: a side is no multiple, or a strength leaves a stage without a step.
+        UsageError: A side is not a multiple, or a strength leaves a stage without a step.
 
     Example:
-        >>> stages = plan_stages(2048, 4096, area=1024 * 1024, multiple=8, steps=30, ladder=LadderConfig())
+        >>> stages = plan_stages(2048, 4096, area=1024 * 1024, multiple=8, steps=30, upscaling=UpscalingConfig())
         >>> [(stage.width, stage.height, stage.steps) for stage in stages]
         [(1448, 728, 30), (2432, 1216, 12), (4096, 2048, 9)]
     """
     for name, side in (("width", width), ("height", height)):
         if side < multiple or side % multiple:
             near = max(multiple, round(side / multiple) * multiple)
-            raise UsageError(f"{name} {side} is no multiple of {multiple}, the VAE's factor; take {near}.")
-    if ladder is None:
+            raise UsageError(f"{name} {side} is not a multiple of {multiple}, the VAE's factor; take {near}.")
+    if upscaling is None:
         return (Stage(height, width, steps),)
-    sizes = _sizes(height, width, area, multiple)
+    sizes = stage_sizes(height, width, area, multiple)
     stages = [Stage(*sizes[0], steps)]
     for number, (h, w) in enumerate(sizes[1:], start=1):
-        strength = ladder.strength(number)
-        taken = steps - begin_of(steps, strength)
+        strength = upscaling.strength(number)
+        taken = steps - first_step(steps, strength)
         if not taken:
             raise UsageError(
-                f"strength {strength} of {steps} steps leaves stage {number + 1} without a step; take {1 / steps:.2g} "
-                "at least, or more steps."
+                f"strength {strength} of {steps} steps leaves stage {number + 1} without a step; use a strength of at "
+                f"least {1 / steps:.2g}, or more steps."
             )
         dilation = max(2, round(math.sqrt(h * w / math.prod(sizes[0]))))
         stages.append(Stage(h, w, taken, strength, min(dilation, h // multiple, w // multiple)))
     return tuple(stages)
 
 
-def _sizes(height: int, width: int, area: int, multiple: int) -> list[tuple[int, int]]:
+def stage_sizes(height: int, width: int, area: int, multiple: int) -> list[tuple[int, int]]:
+    """The heights and widths of the stages of an image with progressive upscaling."""
     scale = math.sqrt(height * width / area)
-    count = max(0, math.ceil(math.log2(scale) - 1e-6))  # a hair above a power of two is that power
+    count = max(0, math.ceil(math.log2(scale) - 1e-6))  # rounding must not put a power of two into another stage
     sizes = [(height, width)]
     for left in range(1, count + 1):
-
-        def below(side: int, after: int, left: int = left) -> int:
+        smaller = []
+        for side, after in zip((height, width), sizes[-1], strict=True):
             even = round(side / scale ** (left / count) / multiple) * multiple
             half = math.ceil(after / 2 / multiple) * multiple
-            return min(max(even, half, multiple), after)
-
-        sizes.append((below(height, sizes[-1][0]), below(width, sizes[-1][1])))
+            smaller.append(min(max(even, half, multiple), after))
+        sizes.append((smaller[0], smaller[1]))
     return sizes[::-1]
 
 
 def cosine_weight(step: int, steps: int, power: float) -> float:
-    """1 at a stage's first step, falling to 0 behind its last: ``((1 + cos(pi step / steps)) / 2) ** power``.
+    """A weight that falls from 1 at a stage's first step to 0: ``((1 + cos(pi step / steps)) / 2) ** power``.
 
     Example:
         >>> [round(cosine_weight(step, 4, 3.0), 3) for step in range(4)]
@@ -169,116 +181,113 @@ def cosine_weight(step: int, steps: int, power: float) -> float:
 
 
 def enlarge(x: Tensor, height: int, width: int) -> Tensor:
-    """Maps ``[B, C, H, W]`` at another size, bicubic."""
+    """Resize maps ``[B, C, H, W]``, bicubic."""
     return F.interpolate(x, size=(height, width), mode="bicubic", align_corners=False)
 
 
 def skip_residual(
     scheduler: Any, clean: Tensor, noise: Tensor, begin: int, power: float
 ) -> Callable[[Tensor, int], Tensor]:
-    r"""What pulls a stage's latents to those that the stage before left (DemoFusion, arXiv 2311.16973, section 3.2).
+    r"""A function that pulls a stage's latents towards those of the stage before (arXiv 2311.16973, section 3.2).
 
-    With :math:`z'_0` the enlarged latents and :math:`z'_t` the same with the noise of the current step, always from one
-    draw, before step i of n
+    With :math:`z'_0` the enlarged latents, and :math:`z'_t` the same with the noise of the current step, always from
+    one draw, it computes before step i of n
 
     .. math::
         z_t \leftarrow c\, z'_t + (1 - c)\, z_t, \qquad c = \Bigl(\tfrac{1 + \cos(\pi i / n)}{2}\Bigr)^{a}
 
-    i counts the steps that the stage takes. (DemoFusion's stages walk the whole chain, where it is the same.)
+    i counts the steps that the stage takes. (DemoFusion's stages take all steps, where this is the same.)
 
     Args:
-        scheduler: With its timesteps set.
+        scheduler: A scheduler whose timesteps are set.
         clean: The enlarged latents.
-        noise: That the stage began with.
+        noise: The noise that the stage began with.
         begin: The stage's first step.
         power: The exponent a.
 
     Returns:
-        For :func:`~gspn.tasks.text_to_image.denoising.denoise`, its ``blend``.
+        The ``blend`` of :func:`~gspn.tasks.text_to_image.sample.denoising.denoise`.
     """
     steps = len(scheduler.timesteps) - begin
 
     def blend(latents: Tensor, step: int) -> Tensor:
         weight = cosine_weight(step - begin, steps, power)
         if step == begin:
-            return latents  # they are the enlarged latents with this very noise
+            return latents  # these are the enlarged latents with this very noise
         noisy = scheduler.add_noise(clean, noise, scheduler.timesteps[step].reshape(1))
         return weight * noisy + (1 - weight) * latents
 
     return blend
 
 
-class Dilated:
-    r"""Predictions for the whole map from its strided sub-maps (dilated sampling; DemoFusion, arXiv 2311.16973).
+@dataclass(frozen=True)
+class DilatedSampling:
+    r"""Blends predictions for strided sub-maps into the prediction for the whole map (arXiv 2311.16973).
 
-    With the stride s, sub-map (i, j) takes rows i, i + s, ... and columns j, j + s, ...: each is the whole image at
-    about the size that the model was trained at. The s x s of them are denoised each by itself, told its own size, and
-    put back where they came from. So that a sub-map does not alias, the map is blurred first by a Gaussian
-    of 4 s - 3 latent pixels, its mean and deviation restored; the Gaussian's width falls from ``blur`` to 0.01 as
+    With the stride s, sub-map (i, j) takes rows i, i + s, ... and columns j, j + s, ...: each shows the whole image at
+    about the trained size. The UNet predicts each of the s x s sub-maps separately, conditioned on its own size, and
+    the predictions are put back where the sub-maps came from. Against aliasing, the map is first blurred by a Gaussian
+    of 4 s - 3 latent pixels, and its mean and deviation are restored; the Gaussian's width falls from ``blur`` to 0.01:
 
     .. math::
         w_i = 0.01 + (w - 0.01)\, c_i(a_{blur})
 
-    The prediction g is one for the blurred map :math:`\tilde x`. What the blur took away counts as noise: the same
-    estimate of the clean map, written for x, is
+    The prediction g holds for the blurred map :math:`\tilde x`. What the blur removed counts as noise: the same
+    estimate of the clean map, expressed for x, is
 
     .. math::
         \hat g = g + k\,(x - \tilde x), \qquad
         k = 1 / \sigma \text{ (noise)}, \quad \alpha / \sigma \text{ (v)}, \quad 0 \text{ (sample)}
 
-    with :math:`\alpha, \sigma` the shares of signal and noise at the step, and the prediction becomes
+    with :math:`\alpha, \sigma` the shares of signal and noise at the step. The prediction becomes
     :math:`c\, \hat g + (1 - c)\, p`, with c of exponent ``dilated_power``.
 
-    Args:
+    Attributes:
         unet: A ``UNet2DConditionModel``.
-        scheduler: With its timesteps set.
-        guide: Of the images.
-        stride: s.
-        factor: Of the VAE: pixels a latent pixel.
+        scheduler: A scheduler whose timesteps are set.
+        inputs: The conditioning of the images.
+        stride: The stride s.
+        factor: The VAE's pixels per latent pixel.
         begin: The stage's first step.
         config: The exponents and the blur.
     """
 
-    def __init__(
-        self, unet: Any, scheduler: Any, guide: Guide, *, stride: int, factor: int, begin: int, config: LadderConfig
-    ) -> None:
-        self.unet, self.scheduler, self.guide = unet, scheduler, guide
-        self.stride, self.factor, self.begin, self.config = stride, factor, begin, config
+    unet: Any
+    scheduler: Any
+    inputs: GuidanceInputs
+    stride: int
+    factor: int
+    begin: int
+    config: UpscalingConfig
 
     def __call__(self, x: Tensor, prediction: Tensor, step: int) -> Tensor:
-        """The prediction with that of the sub-maps in it.
-
-        Args:
-            x: What the UNet was given, ``[B, C, H, W]``.
-            prediction: What it predicted.
-            step: The number of the step.
-        """
+        """Blend the predictions for the sub-maps into the UNet's ``prediction`` for its input ``x [B, C, H, W]``."""
         taken, steps = step - self.begin, len(self.scheduler.timesteps) - self.begin
         width = 0.01 + (self.config.blur - 0.01) * cosine_weight(taken, steps, self.config.blur_power)
         blurred = gaussian_blur(x, width, 4 * self.stride - 3)
-        found = self._of_sub_maps(blurred, self.scheduler.timesteps[step])
+        dilated = self._predict_sub_maps(blurred, self.scheduler.timesteps[step])
         alpha, sigma = noise_level(self.scheduler, step)
         kind = self.scheduler.config.get("prediction_type", "epsilon")
-        found = found + {"epsilon": 1 / sigma, "v_prediction": alpha / sigma, "sample": 0.0}[kind] * (x - blurred)
+        dilated = dilated + {"epsilon": 1 / sigma, "v_prediction": alpha / sigma, "sample": 0.0}[kind] * (x - blurred)
         weight = cosine_weight(taken, steps, self.config.dilated_power)
-        return weight * found + (1 - weight) * prediction
+        return weight * dilated + (1 - weight) * prediction
 
-    def _of_sub_maps(self, x: Tensor, t: Tensor) -> Tensor:
-        found = torch.empty_like(x)
-        for places in sub_map_groups(x.shape[-2], x.shape[-1], self.stride):
-            maps = torch.stack([x[..., i :: self.stride, j :: self.stride] for i, j in places], 1)  # [B, n, C, h, w]
-            count, (height, width) = len(places), maps.shape[-2:]
+    def _predict_sub_maps(self, x: Tensor, t: Tensor) -> Tensor:
+        result = torch.empty_like(x)
+        for offsets in sub_map_groups(x.shape[-2], x.shape[-1], self.stride):
+            maps = torch.stack([x[..., i :: self.stride, j :: self.stride] for i, j in offsets], 1)  # [B, n, C, h, w]
+            count, (height, width) = len(offsets), maps.shape[-2:]
             predicted = predict(
-                self.unet, maps.flatten(0, 1), t, self.guide.repeated(count),
+                self.unet, maps.flatten(0, 1), t, self.inputs.repeated(count),
                 height=height * self.factor, width=width * self.factor,
             ).unflatten(0, (-1, count))  # fmt: skip
-            for number, (i, j) in enumerate(places):
-                found[..., i :: self.stride, j :: self.stride] = predicted[:, number]
-        return found
+            for number, (i, j) in enumerate(offsets):
+                result[..., i :: self.stride, j :: self.stride] = predicted[:, number]
+        return result
 
 
 def sub_map_groups(height: int, width: int, stride: int) -> list[list[tuple[int, int]]]:
-    """The offsets of all strided sub-maps of a map, in groups of one size: up to four where the stride does not divide.
+    """The offsets of a map's strided sub-maps, grouped by size; where the stride does not divide there are up to four.
 
     Example:
         >>> sub_map_groups(4, 5, 2)
@@ -293,12 +302,12 @@ def sub_map_groups(height: int, width: int, stride: int) -> list[list[tuple[int,
 
 
 def gaussian_blur(x: Tensor, width: float, taps: int) -> Tensor:
-    """Maps ``[B, C, H, W]`` under a Gaussian, edges repeated, each map's mean and deviation restored.
+    """Blur maps ``[B, C, H, W]``, edges repeated, and restore each map's mean and deviation.
 
     Args:
         x: The maps.
         width: The Gaussian's standard deviation.
-        taps: Odd.
+        taps: The kernel's side, odd.
     """
     offsets = torch.arange(taps, device=x.device, dtype=x.dtype) - taps // 2
     kernel = torch.exp(-0.5 * (offsets / width) ** 2)
@@ -313,6 +322,49 @@ def gaussian_blur(x: Tensor, width: float, taps: int) -> Tensor:
     return (y - y.mean((-2, -1), keepdim=True)) * (deviation(x) / deviation(y).clamp(min=1e-8)) + mean
 
 
-def describe(stages: Sequence[Stage]) -> str:
-    """Sizes one after another: ``724x360, 1328x664``."""
-    return ", ".join(f"{stage.width}x{stage.height}" for stage in stages)
+def map_lengths(unet: Any, text: Conditioning, *, height: int, width: int, factor: int) -> dict[str, int]:
+    """The longer side of the map that each GSPN mixer of a UNet scans, by the mixer's name; counted on fake tensors.
+
+    Args:
+        unet: A UNet with an adapter mounted; without one the result is empty.
+        text: Any encoded prompts.
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+        factor: The VAE's pixels per latent pixel.
+    """
+    lengths: dict[str, int] = {}
+
+    def record(name: str) -> Any:
+        def hook(_mixer: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+            lengths[name] = max(kwargs["map_size"])
+
+        return hook
+
+    mixers = [(name, module) for name, module in unet.named_modules() if isinstance(module, GSPNTokenMixer)]
+    handles = [mixer.register_forward_pre_hook(record(name), with_kwargs=True) for name, mixer in mixers]
+    if handles:
+        try:
+            unet_cost(unet, text, height=height, width=width, factor=factor, batch=1, device=torch.device("cpu"))
+        finally:
+            for handle in handles:
+                handle.remove()
+    return lengths
+
+
+@contextmanager
+def segmented_scans(unet: Any, segments: Mapping[str, int]) -> Iterator[None]:
+    """Within the block, mixers restart their scans after that many lines at most.
+
+    Args:
+        unet: A UNet with an adapter mounted.
+        segments: The number of lines by the mixer's name; a mixer whose own segment is shorter keeps it.
+    """
+    scans: list[Any] = [getattr(unet.get_submodule(name), "scan") for name in segments]  # noqa: B009  (for pyright)
+    before = [scan.segment for scan in scans]
+    for scan, own, most in zip(scans, before, segments.values(), strict=True):
+        scan.segment = most if own is None else min(own, most)
+    try:
+        yield
+    finally:
+        for scan, own in zip(scans, before, strict=True):
+            scan.segment = own

@@ -1,46 +1,130 @@
-"""Generating images from text: :func:`sample`."""
+"""Sampling images from text: a :class:`SampleRequest` becomes PNG files in four steps.
+
+``resolve`` loads the model, mounts the adapter, encodes the prompts and plans the stages; ``estimate`` predicts memory
+and time, and refuses what does not fit; ``draw`` denoises and decodes the missing images; ``write`` saves them.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 
 from ...core.errors import UsageError
 from ...diffusion.digests import fingerprint
 from ...diffusion.images import ImageRecord, is_sampled, save_png
+from ...diffusion.schedulers import check_chain, named_scheduler
 from ..conditioning import Conditioning, encode_nothing, encode_prompts
-from ..decoding import TILED_FROM, tiles
-from ..denoising import Guide, named_scheduler
+from ..decoding import TILED_FROM, tiles, to_images, to_pixels
 from ..pipelines import PIPELINES, load_adapter, load_pipeline
-from .estimate import Estimate, base_operations, estimate_stages, with_times
-from .offload import (
-    MODELS,
-    SKIPS,
-    check_offload,
-    drawing_weights,
+from .denoising import GuidanceInputs
+from .estimate import (
+    Estimate,
+    base_flops,
+    check_memory,
+    estimate_memory,
+    estimate_times,
     free_memory,
-    moved,
-    offloaded_models,
-    offloaded_skips,
+    memory_remedies,
+    model_bytes,
 )
-from .progressive_upscaling import LadderConfig, plan_stages, trained_area
-from .segments import lines_of
-from .stage_cache import LadderState, read_settings
-from .stage_runner import Drawing, RunProgress
+from .offload import MODELS, OFFLOADS, SKIPS, offloaded_skips
+from .progressive_upscaling import Stage, UpscalingConfig, map_lengths, plan_stages, stage_sizes, trained_area
+from .stage_cache import StageCache, read_settings
+from .stage_runner import RunProgress, StageRunner
 
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Of the weights."""
+"""The dtypes of the weights."""
 
 TILINGS = ("auto", "on", "off")
-"""Whether the VAE works in tiles; auto: above :data:`~gspn.tasks.text_to_image.decoding.TILED_FROM` pixels."""
+"""Whether the VAE works in tiles; ``"auto"``: above :data:`~gspn.tasks.text_to_image.decoding.TILED_FROM` pixels."""
+
+_AUTO_OFFLOAD_SHARE = 0.8  # of free memory: where the weights take more, `auto` offloads models
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """A request for images.
+
+    Image i has prompt i modulo their number. Its noise is drawn on the CPU and depends on the seed and i alone: the
+    batch size changes nothing but rounding.
+
+    Attributes:
+        model: A directory, a shipped name or a hub id (:func:`~gspn.tasks.text_to_image.pipelines.load_pipeline`), or
+            a pipeline, which is moved to the device.
+        prompts: At least one.
+        output: The directory of the images, ``00000.png`` and on.
+        adapter: A name as for :func:`~gspn.tasks.text_to_image.pipelines.load_adapter`, or a ``GSPNAdapter``; mounted
+            for the run. None for the pipeline's own attention.
+        negative: The negative prompt; by default the pipeline's own empty conditioning.
+        number: Images of each prompt.
+        height: In pixels, a multiple of the VAE's factor; the trained size by default.
+        width: In pixels, a multiple of the VAE's factor; the trained size by default.
+        steps: Denoising steps from pure noise.
+        guidance: Guidance scale; 1 disables it. GSPN's paper uses 7.
+        scheduler: One of :data:`~gspn.tasks.diffusion.schedulers.SCHEDULERS`, or ``"auto"``.
+        seed: Seed of the noise.
+        batch_size: Images in a batch.
+        upscale: Options of progressive upscaling; None to draw in a single stage.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``, the dtype of the weights; by default fp32, or that of the given
+            pipeline. Latents stay in float32.
+        device: ``"auto"``, a GPU if there is one, or ``"cpu"``.
+        tiling: Whether the VAE works in tiles: ``"on"``, ``"off"``, or ``"auto"``, above 1536 x 1536 pixels.
+        offload: What to keep in host memory: ``"none"``, ``"model"``, ``"activations"``, ``"all"``, or ``"auto"``, what
+            does not fit.
+        split_guidance: Call the UNet twice a step instead of once with twice the batch; None: if it does not fit else.
+        check: Estimate time and memory first, and refuse what does not fit.
+        estimate_only: Draw nothing.
+
+    Raises:
+        UsageError: A value is unknown or out of range.
+    """
+
+    model: Any
+    prompts: tuple[str, ...]
+    output: Path
+    adapter: Any = None
+    negative: str | None = None
+    number: int = 1
+    height: int | None = None
+    width: int | None = None
+    steps: int = 30
+    guidance: float = 5.0
+    scheduler: str = "auto"
+    seed: int = 0
+    batch_size: int = 1
+    upscale: UpscalingConfig | None = None
+    precision: str | None = None
+    device: str = "auto"
+    tiling: str = "auto"
+    offload: str = "none"
+    split_guidance: bool | None = None
+    check: bool = True
+    estimate_only: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise UsageError("there is no prompt; give at least one.")
+        if min(self.number, self.steps, self.batch_size) < 1:
+            raise UsageError(
+                f"number {self.number}, batch size {self.batch_size} and steps {self.steps} have to be at least 1."
+            )
+        if not 0 <= self.guidance < math.inf:
+            raise UsageError(f"guidance {self.guidance} has to be 0 or more; 1 disables it.")
+        for name, choices in (
+            ("device", ("auto", "cpu")), ("precision", (*PRECISIONS, None)), ("tiling", TILINGS), ("offload", OFFLOADS)
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value not in choices:
+                raise UsageError(f"{name} {value!r} is unknown; use one of {', '.join(filter(None, choices))}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,20 +137,110 @@ class CaptionRecord(ImageRecord):
     adapter: str | None
     precision: str
     stages: tuple[dict[str, Any], ...]
-    ladder: dict[str, Any] | None
+    upscaling: dict[str, Any] | None
     tiled: bool
 
 
 @dataclass(frozen=True)
-class SampleResult:
-    """What :func:`sample` wrote.
+class RunPlan:
+    """A request resolved for its model.
 
     Attributes:
-        directory: Of the images.
-        records: Of all of them, in order; none where only an estimate was asked for.
-        drawn: How many were drawn by this call; the others were there.
-        seconds: Spent drawing.
-        estimate: What was expected, or None where nothing was checked.
+        request: The request.
+        pipeline: The pipeline, ready to run.
+        scheduler: The scheduler that each stage uses a copy of.
+        device: The device that computes.
+        precision: The name of the weights' dtype.
+        stages: The stages of each image.
+        text: The encoded prompts.
+        negative: The encoded negative prompt, of one image; None without guidance.
+        tiled: Whether the VAE works in tiles.
+        offload: One of :data:`~gspn.tasks.text_to_image.sample.offload.OFFLOADS`.
+        split_guidance: As in the request; None until :func:`~.estimate.estimate_memory` decides.
+        segments: The lines after which each mixer's scans restart beyond the first stage, by the mixer's name.
+    """
+
+    request: SampleRequest
+    pipeline: Any
+    scheduler: Any
+    device: torch.device
+    precision: str
+    stages: tuple[Stage, ...]
+    text: Conditioning
+    negative: Conditioning | None
+    tiled: bool
+    offload: str
+    split_guidance: bool | None
+    segments: Mapping[str, int]
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent pixel."""
+        return self.pipeline.vae_scale_factor
+
+    @property
+    def images(self) -> int:
+        """The number of images."""
+        return self.request.number * len(self.request.prompts)
+
+    @property
+    def batch_size(self) -> int:
+        """Images in a batch."""
+        return min(self.request.batch_size, self.images)
+
+    def guidance_inputs(self, indices: Sequence[int]) -> GuidanceInputs:
+        """The conditioning of the images with these indices."""
+        rows = torch.tensor([index % len(self.request.prompts) for index in indices])
+        negative = self.negative and self.negative[torch.zeros_like(rows)].to(self.device)
+        text = self.text[rows].to(self.device)
+        return GuidanceInputs(text, negative, self.request.guidance, bool(self.split_guidance))
+
+    def records(self) -> tuple[CaptionRecord, ...]:
+        """The record of every image, in order."""
+        request, last = self.request, self.stages[-1]
+        return tuple(
+            CaptionRecord(
+                index=i, prompt=request.prompts[i % len(request.prompts)], negative=request.negative, seed=request.seed,
+                width=last.width, height=last.height, steps=request.steps, guidance=request.guidance,
+                scheduler=type(self.scheduler).__name__, pipeline=_name(request.model),
+                adapter=None if request.adapter is None else _name(request.adapter), precision=self.precision,
+                stages=tuple(asdict(stage) for stage in self.stages),
+                upscaling=None if request.upscale is None else asdict(request.upscale), tiled=self.tiled,
+            )
+            for i in range(self.images)
+        )  # fmt: skip
+
+    def open_cache(self) -> StageCache | None:
+        """The cache of finished stages, for progressive upscaling.
+
+        Raises:
+            UsageError: The output holds stages of a run with other settings or weights.
+        """
+        request, first = self.request, self.records()[0]
+        if request.upscale is None or request.estimate_only:
+            return None
+        # Everything that the images depend on. The adapter's weights are among the UNet's.
+        shared = ("negative", "seed", "width", "height", "steps", "guidance", "scheduler", "pipeline", "adapter")
+        settings = {name: getattr(first, name) for name in (*shared, "precision", "tiled")} | asdict(request.upscale)
+        settings |= {
+            "prompts": request.prompts, "number": request.number, "batch_size": self.batch_size,
+            "device": self.device.type, "split_guidance": bool(self.split_guidance),
+            "scheduler_options": {key: str(value) for key, value in sorted(self.scheduler.config.items())},
+            "weights": fingerprint(self.pipeline.unet) + fingerprint(self.pipeline.vae),
+        }  # fmt: skip
+        return StageCache(request.output, settings)
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """The result of :func:`sample`.
+
+    Attributes:
+        directory: The directory of the images.
+        records: The records of all images, in order; empty where only an estimate was requested.
+        drawn: The number of images that this call drew; the others were finished before.
+        seconds: The time spent drawing.
+        estimate: The estimate; None where nothing was checked.
     """
 
     directory: Path
@@ -77,239 +251,196 @@ class SampleResult:
 
 
 def sample(
-    pipeline: Any,
+    model: Any,
     prompts: str | Sequence[str],
     *,
     output: str | Path,
-    adapter: Any = None,
-    negative: str | None = None,
-    number: int = 1,
-    height: int | None = None,
-    width: int | None = None,
-    steps: int = 30,
-    guidance: float = 5.0,
-    scheduler: str = "auto",
-    seed: int = 0,
-    batch_size: int = 1,
-    ladder: bool | LadderConfig = False,
-    precision: str | None = None,
-    device: str = "auto",
-    tiling: str = "auto",
-    offload: str = "none",
-    split_guidance: bool | None = None,
-    check: bool = True,
-    estimate_only: bool = False,
+    upscale: bool | UpscalingConfig = False,
     console: Console | None = None,
+    **options: Any,
 ) -> SampleResult:
-    """Generate images from text, as PNG files with their origin in them.
+    """Generate images from text, as PNG files that record their origin.
 
-    Image i is of prompt i modulo their number. Its noise is a function of the seed and i alone, drawn on the CPU:
-    the batch size does not change it, beyond rounding.
-
-    With a ladder, images above the size of the training are drawn in stages
-    (:func:`~.progressive_upscaling.plan_stages`). Finished stages are kept in the output's directory
-    ``ladder``: called again with the same arguments after it was stopped, it goes on after the last whole stage and
-    ends with the same images, bit for bit. Images that are there are not drawn again.
+    With ``upscale``, images above the trained size are drawn in stages
+    (:func:`~.progressive_upscaling.plan_stages`). Finished stages are kept in ``stages`` in the output directory: an
+    interrupted run that is called again with the same arguments continues after the last finished stage and ends with
+    the same images, bit for bit. Finished images are not drawn again.
 
     Args:
-        pipeline: What :func:`~gspn.tasks.text_to_image.pipelines.load_pipeline` finds, or a pipeline, which is then
-            moved to the device.
+        model: As in :class:`SampleRequest`.
         prompts: One or more.
-        output: A directory; images are ``00000.png`` and on.
-        adapter: What :func:`~gspn.tasks.text_to_image.pipelines.load_adapter` finds, or a ``GSPNAdapter``: mounted
-            while this runs. None for the pipeline's own attention.
-        negative: What guidance leads away from; by default what the pipeline takes for no text.
-        number: Images of each prompt.
-        height: In pixels, a multiple of the VAE's factor; by default that of the training.
-        width: Likewise.
-        steps: Of the whole chain.
-        guidance: 1: none. GSPN's images were drawn with 7.
-        scheduler: One of :data:`~gspn.tasks.text_to_image.denoising.SCHEDULERS`, or ``"auto"``.
-        seed: Of the noise.
-        batch_size: Images at a time.
-        ladder: Whether to draw in stages, or how.
-        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``, of the weights; by default fp32, or as a pipeline given has
-            it. Latents stay in float32.
-        device: ``"auto"`` takes a GPU if there is one, ``"cpu"`` none.
-        tiling: Of the VAE: ``"on"``, ``"off"``, or ``"auto"``, above 1536 x 1536 pixels.
-        offload: What waits in host memory: ``"none"``, ``"model"``, ``"activations"``, ``"all"`` for both, or
-            ``"auto"``, what does not fit.
-        split_guidance: Call the UNet twice a step instead of with twice the batch; None: where it does not fit else.
-        check: Estimate time and memory first, and refuse what does not fit.
-        estimate_only: Draw nothing.
+        output: The directory of the images.
+        upscale: Whether to upscale progressively, or its options.
         console: Where to print; standard output by default.
-
-    Returns:
-        Where everything is.
+        **options: Further fields of :class:`SampleRequest`.
 
     Raises:
-        UsageError: a request that cannot be met.
-        MissingExtraError: a package is not installed.
+        UsageError: The request cannot be met.
+        MissingExtraError: A package is not installed.
 
     Example:
-        >>> from gspn.tasks.text_to_image.sample.sampling import sample
+        >>> from gspn.tasks.text_to_image.sample import sample
         >>> sample("runs/base", "a red bicycle", adapter="runs/adapter", output="/tmp/bicycle", width=2048, height=1024,
-        ...        ladder=True)  # doctest: +SKIP
+        ...        upscale=True)  # doctest: +SKIP
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    directory, console, where = Path(output), console or Console(), _device(device)
-    _check_request(prompts, number=number, steps=steps, batch_size=batch_size, guidance=guidance, tiling=tiling)
-    check_offload(offload, where)
-    before = read_settings(directory) or {}
-    if before and not ladder:
-        raise UsageError(f"{str(output)!r} holds a ladder's images; give another output, or draw with a ladder.")
-    names = {"pipeline": _name(pipeline), "adapter": None if adapter is None else _name(adapter)}
-    pipeline, precision = _opened(pipeline, precision)
-    adapter = load_adapter(adapter) if isinstance(adapter, str | Path) else adapter
-    chain = named_scheduler(scheduler, pipeline.scheduler)
-    if steps > chain.config.num_train_timesteps:
-        raise UsageError(f"{steps} steps are more than the {chain.config.num_train_timesteps} of the training.")
-    config = None if ladder is False else LadderConfig() if ladder is True else ladder
-    factor, area = pipeline.vae_scale_factor, trained_area(pipeline.unet, pipeline.vae_scale_factor)
-    height, width = _sides(height, width, pipeline)
-    stages = plan_stages(height, width, area=area, multiple=factor, steps=steps, ladder=config)
-    tiled = tiling == "on" or (tiling == "auto" and height * width > TILED_FROM)
-    total = number * len(prompts)
-    batch_size = min(batch_size, total)
-    split = before.get("split_guidance") if split_guidance is None else split_guidance
+    request = SampleRequest(
+        model=model, prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts), output=Path(output),
+        upscale=(UpscalingConfig() if upscale is True else upscale) or None, **options,
+    )  # fmt: skip
+    return run(request, console or Console())
+
+
+def run(request: SampleRequest, console: Console) -> SampleResult:
+    """Carry out a request: resolve it, estimate it, draw the images and write them."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_evaluating(pipeline))
-        offload = moved(pipeline, where, offload)
-        if adapter is not None and adapter.mounted_on is not pipeline.unet:
-            stack.enter_context(_mounted(adapter, pipeline.unet))
-        stack.enter_context(tiles(pipeline.vae, tiled))
-        text, nothing = _encoded(pipeline, prompts, negative, guidance)
-        estimate = small = None
-        operations = (0, 0)
-        if check or estimate_only:
-
-            def expected(split: bool, skips: bool) -> Estimate:
-                counted = estimate_stages(
-                    pipeline, stages, text, ladder=config, images=total, batch=batch_size, guided=nothing is not None,
-                    split=split, tiled=tiled, offload=skips, device=where,
-                    extra=drawing_weights(pipeline) if offload in MODELS else 0,
-                )  # fmt: skip
-                return Estimate(counted, free_memory(where), str(where))
-
-            estimate, split, offload = _chosen(expected, split, nothing is not None, offload, where)
-            if not estimate_only:
-                estimate.check(_remedies(estimate, precision, tiled, offload, where))
-            small = plan_stages(height, width, area=area, multiple=factor, steps=steps, ladder=LadderConfig((1.0,)))[0]
-            operations = base_operations(pipeline, text, height=small.height, width=small.width, device=where)
-        split = bool(split)
-        # What the images depend on; what is only how they are come by is left out.
-        settings: dict[str, Any] = {
-            **names, "prompts": prompts, "negative": negative, "number": number, "height": height, "width": width,
-            "steps": steps, "guidance": guidance, "scheduler": type(chain).__name__, "seed": seed,
-            "batch_size": batch_size, "precision": precision, "device": where.type, "tiled": tiled,
-            "split_guidance": split, **({} if config is None else asdict(config)),
-            "scheduler_options": {key: str(value) for key, value in sorted(chain.config.items())},
-        }  # fmt: skip
-        if config is not None:  # the adapter's weights are among the UNet's
-            settings["weights"] = fingerprint(pipeline.unet) + fingerprint(pipeline.vae)
-        # What cannot go on is refused before anything takes long.
-        state = None if config is None or estimate_only else LadderState(directory, settings)
-        lines = {}
-        if config is not None and config.restart and len(stages) > 1:  # before hooks that move weights
-            first = stages[0]
-            lines = lines_of(pipeline.unet, text, height=first.height, width=first.width, factor=factor)
-        if offload in MODELS:
-            stack.enter_context(offloaded_models(pipeline, where))
-        text, nothing = text.to(where), nothing and nothing.to(where)
-        if estimate is not None and small is not None:
-            timed = with_times(
-                estimate.stages, pipeline, text, height=small.height, width=small.width, operations=operations,
-                device=where, grow=offload not in MODELS,
-            )  # fmt: skip
-            estimate = replace(estimate, stages=timed)
-            console.print(estimate.table())
-        if estimate_only:
-            return SampleResult(directory, (), 0, 0.0, estimate)
-        if offload in SKIPS:
-            stack.enter_context(offloaded_skips(pipeline.unet, storage="cpu"))
-        drawing = Drawing(pipeline, chain, stages, config, where, steps=steps, seed=seed, state=state, lines=lines)
-        records = tuple(
-            CaptionRecord(
-                index=i, prompt=prompts[i % len(prompts)], negative=negative, seed=seed, width=width, height=height,
-                steps=steps, guidance=guidance, scheduler=type(chain).__name__, **names, precision=precision,
-                stages=tuple(asdict(stage) for stage in stages),
-                ladder=None if config is None else asdict(config), tiled=tiled,
-            )
-            for i in range(total)
-        )  # fmt: skip
-        start = time.perf_counter()
+        plan = resolve(request, stack)
+        plan, cache, estimated = estimate(plan, stack, console)
+        if request.estimate_only:
+            return SampleResult(request.output, (), 0, 0.0, estimated)
+        records, start = plan.records(), time.perf_counter()
         try:
-            drawn = _draw_missing(
-                drawing, directory, records, Guide(text, nothing, guidance, split), batch_size, console
-            )
+            drawn = write(request.output, draw(plan, records, cache, console))
         except torch.OutOfMemoryError as error:
-            remedies = ", ".join(_remedies(estimate, precision, tiled, offload, where))
-            raise UsageError(f"memory ran out: {str(error).splitlines()[0]} Try: {remedies}.") from None
-    return SampleResult(directory, records, drawn, time.perf_counter() - start, estimate)
+            remedies = ", ".join(memory_remedies(plan, estimated))
+            raise UsageError(f"out of memory: {str(error).splitlines()[0]} Try: {remedies}.") from None
+    return SampleResult(request.output, records, drawn, time.perf_counter() - start, estimated)
 
 
-def _draw_missing(
-    drawing: Drawing, directory: Path, records: Sequence[CaptionRecord], guide: Guide, batch_size: int, console: Console
-) -> int:
-    """Draw what is not there; ``guide`` is of all prompts. Returns how many were drawn."""
-    prompts, drawn = len(guide.text), 0
-    with RunProgress(console, drawing.stages, drawing.steps * math.ceil(len(records) / batch_size)) as progress:
-        for begin in range(0, len(records), batch_size):
-            batch = records[begin : begin + batch_size]
-            missing = [one for one in batch if not drawing.resumes or not is_sampled(directory, one)]
+def resolve(request: SampleRequest, stack: contextlib.ExitStack) -> RunPlan:
+    """Load the model, mount the adapter, encode the prompts and plan the stages.
+
+    All changes to the pipeline are undone when ``stack`` closes.
+    """
+    gpu = torch.accelerator.current_accelerator(check_available=True) if request.device == "auto" else None
+    device = gpu or torch.device("cpu")
+    _check_offload(request.offload, device)
+    before = read_settings(request.output) or {}
+    if before and request.upscale is None:
+        raise UsageError(f"{str(request.output)!r} holds upscaled images; use another output, or add --upscale.")
+    pipeline, precision = _open_pipeline(request.model, request.precision)
+    adapter = load_adapter(request.adapter) if isinstance(request.adapter, str | Path) else request.adapter
+    check_chain(pipeline.scheduler)
+    scheduler = named_scheduler(request.scheduler, pipeline.scheduler, auto="dpm++")  # which starts at any step
+    if request.steps > scheduler.config.num_train_timesteps:
+        raise UsageError(
+            f"{request.steps} steps are more than the {scheduler.config.num_train_timesteps} of the training."
+        )
+    size, factor = pipeline.unet.config.sample_size, pipeline.vae_scale_factor
+    own = (size, size) if isinstance(size, int) else size
+    height, width = request.height or own[0] * factor, request.width or own[1] * factor
+    stages = plan_stages(
+        height, width, area=trained_area(pipeline.unet, factor), multiple=factor, steps=request.steps,
+        upscaling=request.upscale,
+    )  # fmt: skip
+    tiled = request.tiling == "on" or (request.tiling == "auto" and height * width > TILED_FROM)
+
+    for model in (pipeline.unet, pipeline.vae):  # a trainer that samples leaves them in training mode
+        stack.callback(model.train, model.training)
+        model.eval()
+    offload = _place(pipeline, device, request.offload)
+    if adapter is not None and adapter.mounted_on is not pipeline.unet:
+        try:
+            adapter.mount(pipeline.unet)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UsageError(f"the adapter cannot be mounted: {error}") from None
+        stack.callback(adapter.train, adapter.training)
+        stack.callback(adapter.unmount)
+        pipeline.unet.eval()
+    stack.enter_context(tiles(pipeline.vae, tiled))
+    text, negative = encode_prompts(pipeline, request.prompts), None
+    if request.guidance != 1:
+        prompt = request.negative
+        negative = encode_nothing(pipeline) if prompt is None else encode_prompts(pipeline, [prompt])
+    segments = {}
+    if request.upscale is not None and request.upscale.segment_scans and len(stages) > 1:
+        first = stages[0]
+        segments = map_lengths(pipeline.unet, text, height=first.height, width=first.width, factor=factor)
+    # A run that continues keeps what it decided, however much memory is free now.
+    split = before.get("split_guidance") if request.split_guidance is None else request.split_guidance
+    return RunPlan(
+        request, pipeline, scheduler, device, precision, stages, text, negative, tiled, offload, split, segments
+    )
+
+
+def estimate(
+    plan: RunPlan, stack: contextlib.ExitStack, console: Console
+) -> tuple[RunPlan, StageCache | None, Estimate | None]:
+    """Decide what the plan leaves open, refuse what cannot be run, and print the estimate.
+
+    Returns:
+        The plan with all decisions, its offloading in effect until ``stack`` closes; the cache of finished stages; and
+        the estimate.
+    """
+    request, estimated, small, flops = plan.request, None, (0, 0), (0, 0)
+    if request.check or request.estimate_only:
+        plan, estimated = estimate_memory(plan)
+        if not request.estimate_only:
+            check_memory(estimated, plan)
+        last, area = plan.stages[-1], trained_area(plan.pipeline.unet, plan.factor)
+        small = stage_sizes(last.height, last.width, area, plan.factor)[0]
+        flops = base_flops(plan, *small)
+    # Opened before anything that takes long, because it refuses other settings.
+    cache = plan.open_cache()
+    if plan.offload in MODELS:
+        plan.pipeline.enable_model_cpu_offload(device=plan.device)
+        stack.callback(plan.pipeline.to, "cpu")
+        stack.callback(plan.pipeline.remove_all_hooks)
+    if estimated is not None:
+        estimated = estimate_times(estimated, plan, *small, flops)
+        console.print(estimated.table())
+    if plan.offload in SKIPS and not request.estimate_only:
+        stack.enter_context(offloaded_skips(plan.pipeline.unet, storage="cpu"))
+    return plan, cache, estimated
+
+
+def draw(
+    plan: RunPlan, records: Sequence[CaptionRecord], cache: StageCache | None, console: Console
+) -> Iterator[tuple[CaptionRecord, Image.Image]]:
+    """Draw the images that are missing; with a cache, finished ones are left as they are."""
+    runner, directory = StageRunner(plan, cache), plan.request.output
+    batches = [records[i : i + plan.batch_size] for i in range(0, len(records), plan.batch_size)]
+    steps = sum(stage.steps for stage in plan.stages)
+    with RunProgress(console, len(plan.stages), steps * len(batches)) as progress:
+        for batch in batches:
+            missing = [one for one in batch if cache is None or not is_sampled(directory, one)]
             if not missing:
-                progress.passed(drawing.steps)
+                progress.steps_done(steps)
                 continue
-            # The whole batch even where some of its images are there: the others' rounding depends on it.
-            rows = torch.tensor([one.index % prompts for one in batch])
-            own = replace(
-                guide, text=guide.text[rows], negative=guide.negative and guide.negative[torch.zeros_like(rows)]
-            )
-            latents = drawing.draw([one.index for one in batch], own, progress)
+            # The whole batch is drawn, even for a few missing images: rounding depends on the batch.
+            latents = runner.draw([one.index for one in batch], progress)
             for one in missing:
-                progress.told(f"image {one.index}: decoding")
-                save_png(one.path(directory), drawing.decode(latents[one.index - begin]), one)
-                drawn += 1
-    return drawn
+                progress.describe(f"image {one.index}: decoding")
+                pixels = to_pixels(plan.pipeline, latents[[one.index - batch[0].index]])
+                yield one, to_images(plan.pipeline, pixels)[0]
 
 
-def _check_request(
-    prompts: list[str], *, number: int, steps: int, batch_size: int, guidance: float, tiling: str
-) -> None:
-    if not prompts:
-        raise UsageError("there is no prompt; give one at least.")
-    if min(number, steps, batch_size) < 1:
-        raise UsageError(f"number {number}, batch size {batch_size} and steps {steps} have to be at least 1.")
-    if not 0 <= guidance < math.inf:
-        raise UsageError(f"guidance {guidance} has to be 0 or more; 1 is none.")
-    if tiling not in TILINGS:
-        raise UsageError(f"tiling {tiling!r} is unknown; use one of {', '.join(TILINGS)}.")
-
-
-def _device(device: str) -> torch.device:
-    if device not in ("auto", "cpu"):
-        raise UsageError(f"device {device!r} is unknown; use auto or cpu.")
-    found = torch.accelerator.current_accelerator(check_available=True) if device == "auto" else None
-    return torch.device("cpu") if found is None else found
+def write(directory: Path, images: Iterable[tuple[CaptionRecord, Image.Image]]) -> int:
+    """Save images as PNG files with their records, and return their number."""
+    count = 0
+    for record, image in images:
+        save_png(record.path(directory), image, record)
+        count += 1
+    return count
 
 
 def _name(source: Any) -> str:
+    """The name of a model or adapter, for records."""
     if isinstance(source, str | Path):
         return str(source)
-    found = getattr(source, "name_or_path", "")  # a pipeline's
-    found = found or getattr(source, "config", {}).get("_name_or_path", "")  # a model's
-    return str(found or type(source).__name__)
+    name = getattr(source, "name_or_path", "")  # a pipeline's
+    name = name or getattr(source, "config", {}).get("_name_or_path", "")  # a model's
+    return str(name or type(source).__name__)
 
 
-def _opened(source: Any, precision: str | None) -> tuple[Any, str]:
-    """The pipeline, and its precision."""
-    if precision is not None and precision not in PRECISIONS:
-        raise UsageError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}.")
+def _open_pipeline(source: Any, precision: str | None) -> tuple[Any, str]:
+    """The pipeline and its precision."""
     if isinstance(source, str | Path):
         precision = precision or "fp32"
         return load_pipeline(source, dtype=PRECISIONS[precision]), precision
     if type(source).__name__ not in PIPELINES:
-        raise UsageError(f"a {type(source).__name__} draws nothing from text here; pass one of {', '.join(PIPELINES)}.")
+        raise UsageError(
+            f"a {type(source).__name__} is not a supported text-to-image pipeline; pass one of {', '.join(PIPELINES)}."
+        )
     if getattr(source, "_all_hooks", None):
         raise UsageError("this pipeline's models are offloaded; call its remove_all_hooks(), and pass offload='model'.")
     own = {dtype: name for name, dtype in PRECISIONS.items()}.get(source.unet.dtype)
@@ -321,75 +452,26 @@ def _opened(source: Any, precision: str | None) -> tuple[Any, str]:
     return source, own
 
 
-def _sides(height: int | None, width: int | None, pipeline: Any) -> tuple[int, int]:
-    size, factor = pipeline.unet.config.sample_size, pipeline.vae_scale_factor
-    own = (size, size) if isinstance(size, int) else size
-    return height or own[0] * factor, width or own[1] * factor
+def _check_offload(offload: str, device: torch.device) -> None:
+    if device.type == "cpu" and offload in {*MODELS, *SKIPS}:
+        raise UsageError(
+            f"offload {offload!r}: the run is on the CPU, which has nothing to offload to; use none, or choose a GPU."
+        )
 
 
-@contextlib.contextmanager
-def _evaluating(pipeline: Any) -> Iterator[None]:
-    """Without dropout, whatever a trainer that samples in between left them in."""
-    was = [(model, model.training) for model in (pipeline.unet, pipeline.vae)]
-    for model, _ in was:
-        model.eval()
+def _place(pipeline: Any, device: torch.device, offload: str) -> str:
+    """Move a pipeline to its device, unless its models are offloaded; returns what is offloaded."""
+    if offload in MODELS:
+        return offload
+    if device.type != "cpu" and offload == "auto":
+        models = [model for model in pipeline.components.values() if isinstance(model, torch.nn.Module)]
+        if sum(map(model_bytes, models)) > _AUTO_OFFLOAD_SHARE * free_memory(device):
+            pipeline.to("cpu")
+            return "model"
     try:
-        yield
-    finally:
-        for model, training in was:
-            model.train(training)
-
-
-@contextlib.contextmanager
-def _mounted(adapter: Any, unet: Any) -> Iterator[None]:
-    try:
-        adapter.mount(unet)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UsageError(f"the adapter cannot be mounted: {error}") from None
-    training = adapter.training
-    unet.eval()
-    try:
-        yield
-    finally:
-        adapter.unmount()
-        adapter.train(training)
-
-
-def _encoded(
-    pipeline: Any, prompts: list[str], negative: str | None, guidance: float
-) -> tuple[Conditioning, Conditioning | None]:
-    text = encode_prompts(pipeline, prompts)
-    if guidance == 1:
-        return text, None
-    return text, encode_nothing(pipeline) if negative is None else encode_prompts(pipeline, [negative])
-
-
-def _chosen(
-    expected: Callable[[bool, bool], Estimate], split: bool | None, guided: bool, offload: str, where: torch.device
-) -> tuple[Estimate, bool, str]:
-    """The first of what may be chosen that fits, else the leanest: its estimate, whether guidance is split, offload."""
-    skips = offload in SKIPS
-    splits = [bool(split)] if split is not None or not guided else [False, True]
-    # Models that wait may have been chosen by `auto` too; they leave it to the caller whether skip tensors do.
-    waits = [False, True] if offload == "auto" and where.type != "cpu" else [skips]
-    estimate, choice = None, (False, skips)
-    for choice in ((one, wait) for wait in waits for one in splits):
-        estimate = expected(*choice)
-        if estimate.fits:
-            break
-    if estimate is None:
-        raise RuntimeError("there was nothing to choose from")  # both lists have one entry at least
-    return estimate, choice[0], "activations" if choice[1] and offload == "auto" else offload
-
-
-def _remedies(estimate: Estimate | None, precision: str, tiled: bool, offload: str, where: torch.device) -> list[str]:
-    """What would take less memory, of what is not done yet."""
-    over = [one for one in (estimate.stages if estimate else ()) if one.peak > estimate.available] if estimate else []
-    found = ["draw a smaller image (--size)"]
-    if not tiled and (not over or any(not one.steps for one in over)):
-        found.append("--tiling on")
-    if precision == "fp32":
-        found.append("--precision bf16")
-    if where.type != "cpu" and offload != "all":
-        found.append("--offload all" if offload in MODELS else "--offload activations")
-    return found
+        pipeline.to(device)
+    except torch.OutOfMemoryError:
+        raise UsageError(
+            f"the weights do not fit on {device}: use --precision bf16, --offload model, or --device cpu."
+        ) from None
+    return offload

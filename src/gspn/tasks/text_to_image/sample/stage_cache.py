@@ -14,7 +14,7 @@ from ...core.errors import UsageError, require
 from ...diffusion.digests import digest
 from ...diffusion.shard_cache import save_tensors, short
 
-DIRECTORY = "ladder"
+DIRECTORY = "stages"
 """In the directory of the images."""
 
 _SETTINGS = "settings.json"
@@ -22,7 +22,7 @@ _LATENTS = "latents"
 _METADATA = "gspn"
 
 
-class LadderState:
+class StageCache:
     """The finished stages of a run's images, and the settings that they were sampled with.
 
     Args:
@@ -41,7 +41,7 @@ class LadderState:
             before, now = (begun or {}).get(key), self.settings.get(key)
             if before != now:
                 raise UsageError(
-                    f"{str(directory)!r} holds a ladder with {key}={short(before)}, and this run has {short(now)}; "
+                    f"{str(directory)!r} holds a run with {key}={short(before)}, and this run has {short(now)}; "
                     "pass the arguments that it was started with, or name another output."
                 )
         text = json.dumps(self.settings, indent=1)
