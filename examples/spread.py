@@ -25,10 +25,11 @@ from rich.table import Table
 from torch import Tensor
 
 import gspn
+from gspn._files import replaced
 from gspn.bench import environment
 from gspn.bench.accuracy_check import Figure as Accuracy
 from gspn.bench.accuracy_check import compare
-from gspn.bench.report import plain_number, replaced_file
+from gspn.bench.report import plain_number
 from gspn.bench.timing import Candidate, Timing, time_interleaved
 
 if TYPE_CHECKING:
@@ -238,7 +239,7 @@ def draw(photograph: Tensor, point: tuple[int, int], states: dict[gspn.Direction
         fontsize=9.5,
         color=muted,
     )
-    with replaced_file(output) as part:
+    with replaced(output) as part:
         figure.savefig(part, dpi=160, facecolor="white", format="png")
 
 
@@ -268,7 +269,7 @@ def write_readme_copy(image: Path, copy: Path) -> None:
 
     with Image.open(image) as file:
         full = file.convert("RGB")
-    with replaced_file(copy) as part:
+    with replaced(copy) as part:
         for width in range(min(1300, full.width), 400, -100):
             small = full.resize((width, round(full.height * width / full.width)), Image.Resampling.LANCZOS)
             reduced = small.quantize(palette=small.quantize(256, kmeans=2))

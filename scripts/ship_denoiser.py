@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 import gspn
 import gspn.diffusers
+from gspn._files import replaced_directory
 from gspn.tasks.class_conditional import Evaluation, evaluate, load_pipeline, sample
-from gspn.tasks.core.files import replaced_directory
 
 WEIGHTS = Path(gspn.diffusers.__file__).parent / "weights"
 MOST_BYTES = 12_000_000

@@ -25,7 +25,7 @@ import typer
 import yaml
 
 import gspn
-from gspn.tasks.core.files import replaced_directory, write_text
+from gspn._files import replaced_directory, write_text
 from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline, save_pipeline, weights_directory
 
 PIPELINE, ADAPTER = "gspn_text_to_image.emoji64", "gspn_adapter.emoji64"

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from gspn._files import replaced
 from gspn.analysis.drawing import draw_explanation
 from gspn.analysis.explain import explain
 from gspn.analysis.networks import open_network
@@ -30,7 +31,6 @@ from gspn.data import Emoji, MNIST5k
 from gspn.tasks.class_conditional import sample
 from gspn.tasks.classify import evaluate, load_config, predict, train
 from gspn.tasks.classify.confusion import save_confusion
-from gspn.tasks.core.files import replaced
 from gspn.tasks.diffusion.image_grid import draw_sheet
 from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
 from gspn.tasks.text_to_image.sample import LadderConfig

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from gspn.bench.report import replaced_file
+from gspn._files import replaced
 from gspn.tasks.classify import Prediction
 
 INK, MUTED, RIGHT, WRONG = "#1f2430", "#5b6270", "#1a7f4b", "#c6372e"
@@ -59,5 +59,5 @@ def prediction_grid(
 
 def save(figure: Figure, output: Path) -> None:
     """Write a figure as a PNG, replacing a file as a whole."""
-    with replaced_file(output) as part:
+    with replaced(output) as part:
         figure.savefig(part, dpi=150, facecolor="white", format="png")

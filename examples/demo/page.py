@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from gspn.bench.report import replaced_file
+from gspn._files import replaced
 
 _STYLE = """
 :root { --ink: #1f2430; --muted: #5b6270; --line: #e3e6ec; --wash: #f6f7f9; --accent: #2b5fd9; }
@@ -100,5 +100,5 @@ class Page:
             f'<div class="tiles">{"".join(self._tiles)}</div>{"".join(self._parts)}'
             f"<footer>{self._footer}</footer></main></body></html>"
         )
-        with replaced_file(path) as part:
+        with replaced(path) as part:
             part.write_text(html, encoding="utf-8")

@@ -33,8 +33,8 @@ def test_images_of_any_size(height, width):
 @pytest.mark.parametrize("segment", [None, 1])
 def test_the_figure_is_drawn(segment, tmp_path):
     pytest.importorskip("matplotlib")
+    from gspn._figures import save_figure
     from gspn.analysis.drawing import draw_explanation
-    from gspn.bench.report import save_figure
 
     image = torch.rand(3, 45, 80)
     found = explain(network(segment=segment), image, (10, 40), size=64)

@@ -106,8 +106,8 @@ def test_mixers_are_measured_until_they_take_too_long(tmp_path, monkeypatch):
 
 def test_the_plot_of_mixers(tmp_path):
     pytest.importorskip("matplotlib")
+    from gspn._figures import save_figure
     from gspn.bench.comparison_plot import plot_mixers
-    from gspn.bench.report import save_figure
 
     results = mixer.measure_mixers(mixer.MixerProblem(dim=16, mode="train"), sides=[4, 6], **QUICK)
     assert all(r.timing is not None and r.macs for r in results)
@@ -128,8 +128,8 @@ def test_networks_are_measured(mode, tmp_path):
     assert results[2].macs > 3 * results[0].macs
     if mode == "inference":
         pytest.importorskip("matplotlib")
+        from gspn._figures import save_figure
         from gspn.bench.comparison_plot import plot_models
-        from gspn.bench.report import save_figure
 
         save_figure(plot_models(results, "a", "b"), tmp_path / "models.png", dpi=50)
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import csv
-import os
 import sys
 
 import pytest
 import torch
 
 import gspn
-from gspn.bench import environment, report
-from gspn.bench.report import Measurement, plain_number, plot_fractions, replaced_file, save_figure, write_csv
+from gspn._figures import require_matplotlib, save_figure
+from gspn.bench import environment
+from gspn.bench.report import Measurement, plain_number, plot_fractions, write_csv
 from gspn.bench.timing import Timing
 
 HERE = environment.Environment("a GPU", 4, "avx2", "0.1.0", "2.15.0", None, "3.11.7", "Linux 6", "abc")
@@ -57,32 +57,6 @@ def test_nothing_to_write_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "table.csv"
-    path.write_text("old")
-
-    def interrupted() -> None:
-        with replaced_file(path) as part:
-            part.write_text("half")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        interrupted()
-    assert path.read_text() == "old"
-    with replaced_file(path) as part:
-        part.write_text("new")
-    assert path.read_text() == "new"
-    assert [p.name for p in tmp_path.iterdir()] == ["table.csv"]
-
-
-@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")
-def test_a_report_has_an_ordinary_files_mode(tmp_path):
-    (tmp_path / "ordinary").touch()
-    with replaced_file(tmp_path / "report.csv"):
-        pass
-    assert (tmp_path / "report.csv").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
-
-
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.0, "0.00"), (0.02639, "0.0264"), (2.8, "2.80"), (16.04, "16.0"), (999.6, "1,000"), (30511.2, "30,511")],
@@ -112,7 +86,7 @@ def test_the_plot_has_a_bar_for_each_measurement(tmp_path):
 def test_without_matplotlib_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install \"gspn\[plot\]\""):
-        report.require_matplotlib()
+        require_matplotlib()
 
 
 def test_the_environment_names_versions_and_hardware():

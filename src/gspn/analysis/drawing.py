@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gspn.bench.report import require_matplotlib
-
+from .._figures import require_matplotlib
 from .explain import Explanation
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def draw_explanation(explanation: Explanation, photograph: Tensor | None = None)
         photograph: the same image at a better resolution, ``[3, H, W]`` in 0 to 1, to draw on.
 
     Returns:
-        The figure; save it with :func:`gspn.bench.report.save_figure`.
+        The figure; save it with :func:`gspn._figures.save_figure`.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gspn.bench.report import replaced_file
 from gspn.nn import GSPN2d
 from gspn.ops import Direction
 from gspn.ops.directions import scan_axes
 
+from .._files import replaced
 from .scans import Scan, scans_of, visit_scans
 
 
@@ -122,7 +122,7 @@ def write_stability(path: Path, report: Sequence[ScanStability]) -> None:
         OSError: the file cannot be written.
     """
     names = [field.name for field in fields(ScanStability)]
-    with replaced_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with replaced(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=[*names, "growth", "ok"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(entry) | {"growth": entry.growth, "ok": entry.ok} for entry in report)

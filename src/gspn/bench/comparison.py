@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._files import replaced
 from .environment import Environment
-from .report import Cell, replaced_file
+from .report import Cell
 from .timing import Timing
 
 NO_ATTENTION = "none"
@@ -93,7 +94,7 @@ def write_results(path: Path, results: Sequence[Result], environment: Environmen
         raise ValueError("there are no results to write.")
     date = datetime.now(UTC)
     rows = [result.row(environment, date) for result in results]
-    with replaced_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with replaced(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

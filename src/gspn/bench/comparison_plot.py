@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from .._figures import require_matplotlib
 from .comparison import Result
-from .report import plain_number, require_matplotlib
+from .report import plain_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +27,7 @@ def plot_models(results: Sequence[Result], title: str, subtitle: str) -> Figure:
         subtitle: hardware, batch, dtype.
 
     Returns:
-        The figure; save it with :func:`gspn.bench.report.save_figure`.
+        The figure; save it with :func:`gspn._figures.save_figure`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -77,7 +78,7 @@ def plot_mixers(results: Sequence[Result], exponents: Mapping[str, float], title
         subtitle: hardware, width, dtype.
 
     Returns:
-        The figure; save it with :func:`gspn.bench.report.save_figure`.
+        The figure; save it with :func:`gspn._figures.save_figure`.
 
     Raises:
         ImportError: matplotlib is not installed.

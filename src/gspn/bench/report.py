@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import math
-import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._figures import require_matplotlib, save_figure  # noqa: F401  (the commands save what is plotted here)
+from .._files import replaced
 from .environment import Environment
 from .timing import Timing
 
@@ -111,28 +110,10 @@ def write_csv(
         raise ValueError("there are no measurements to write.")
     date = datetime.now(UTC)
     rows = [m.row(environment, pages, date) for m in measurements]
-    with replaced_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with replaced(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-@contextmanager
-def replaced_file(path: Path) -> Iterator[Path]:
-    """A file to write beside ``path``, of the same suffix, which takes its place on leaving if nothing was raised."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    part = Path(name)
-    try:
-        # mkstemp's files are for their owner alone; a report is an ordinary file.
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # --- The plot ---------------------------------------------------------------------------------------------------------
@@ -155,7 +136,7 @@ def plot_fractions(measurements: Sequence[Measurement], title: str, subtitle: st
         subtitle: hardware, shape and dtype.
 
     Returns:
-        The figure; save it with :func:`save_figure`.
+        The figure; save it with :func:`gspn._figures.save_figure`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -266,20 +247,6 @@ def plot_fractions(measurements: Sequence[Measurement], title: str, subtitle: st
     )
     legend.set_in_layout(False)  # it stands in the title's line
     return figure
-
-
-def save_figure(figure: Figure, path: Path, dpi: int = 160) -> None:
-    """Write a figure, replacing the file as a whole or not at all."""
-    with replaced_file(path) as part:
-        figure.savefig(part, dpi=dpi, facecolor="white")
-
-
-def require_matplotlib() -> None:
-    """Raise ImportError, with the way to install it, unless matplotlib can be imported."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ImportError('a plot needs matplotlib; pip install "gspn[plot]".') from None
 
 
 def plain_number(value: float, digits: int = 3) -> str:

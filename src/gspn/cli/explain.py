@@ -84,8 +84,8 @@ def explain(
 
     console.print(_table(explanation.stability, explanation.found.name, f"{network.name} on {image.name}"))
     if output is not None:
+        from gspn._figures import save_figure
         from gspn.analysis.drawing import draw_explanation
-        from gspn.bench.report import save_figure
 
         save_figure(draw_explanation(explanation, _at_most(pixels, _DRAWN_SIDE)), output)
         _wrote(console, output)
@@ -107,7 +107,7 @@ def _require_extras(output: Path | None) -> None:
     except ImportError as error:
         raise _failed(f'gspn explain needs {error.name}; pip install "gspn[train]".') from None
     if output is not None:
-        from gspn.bench.report import require_matplotlib
+        from gspn._figures import require_matplotlib
 
         try:
             require_matplotlib()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -11,7 +9,6 @@ pytest.importorskip("accelerate", reason="needs gspn[train]")
 
 from gspn.tasks.core.checkpoints import CheckpointStore
 from gspn.tasks.core.devices import make_accelerator
-from gspn.tasks.core.files import replaced, write_text
 
 
 @pytest.fixture
@@ -61,18 +58,3 @@ def test_one_that_is_not_whole_is_ignored_and_replaced(store, damage):
     assert checkpoints.newest() == checkpoints.directory / "step-000000001"
     checkpoints.save(accelerator, 2, {"step": 2})
     assert checkpoints.newest() == newest
-
-
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "table.json"
-    write_text(path, json.dumps([1]))
-
-    def fail_half_way() -> None:
-        with replaced(path) as part:
-            part.write_text("[1, ")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail_half_way()
-    assert json.loads(path.read_text()) == [1]
-    assert [one.name for one in tmp_path.iterdir()] == ["table.json"]

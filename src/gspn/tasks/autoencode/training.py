@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..._files import replaced, replaced_directory
 from ..core.errors import UsageError, require
-from ..core.files import replaced, replaced_directory
 from ..core.loaders import EvalLoader, open_data, seeded_loader, share_loader
 from ..core.loop import Position, TrainingRun, connected, to_device
 from ..core.records import EpochRow

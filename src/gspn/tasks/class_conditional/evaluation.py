@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from torch import Tensor
 
+from ..._files import replaced, write_text
 from ..core.devices import make_accelerator
 from ..core.errors import UsageError, require
-from ..core.files import replaced, write_text
 from ..core.progress import progress_bar
 from ..diffusion.features import FeatureNetwork, Features, feature_network
 from ..diffusion.image_sets import ImageSet, open_images

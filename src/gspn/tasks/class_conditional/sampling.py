@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 
+from ..._files import replaced
 from ..core.devices import make_accelerator
 from ..core.errors import UsageError
-from ..core.files import replaced
 from ..core.progress import progress_bar
 from ..core.seeding import derived_seed
 from ..diffusion.schedulers import sampler as named_sampler

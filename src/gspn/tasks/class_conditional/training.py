@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..._files import replaced, replaced_directory
 from ..core.errors import UsageError, require
-from ..core.files import replaced, replaced_directory
 from ..core.loop import Position, TrainingRun, connected, to_device
 from ..core.records import EpochRow
 from ..core.sections import Resolved

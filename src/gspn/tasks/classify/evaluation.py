@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..._files import write_text
 from ..core.devices import make_accelerator
 from ..core.errors import UsageError, require
-from ..core.files import write_text
 from ..core.loaders import class_names, open_data
 from ..core.progress import progress_bar
 from ..core.records import peak_memory_mib

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..._files import replaced, write_text
 from ..core.errors import UsageError, nearest, require
-from ..core.files import replaced, write_text
 from .config import ModelConfig
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import sync, write_text
+from ..._files import sync, write_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..._files import write_text
 from .checkpoints import CheckpointStore
 from .config import flat, read_yaml, to_mapping, write_yaml
 from .devices import make_accelerator
 from .errors import UsageError, require
-from .files import write_text
 from .loaders import TrainLoader
 from .optimization import make_optimizer, make_scheduler
 from .records import MetricsTable, Reporter, Row, peak_memory_mib

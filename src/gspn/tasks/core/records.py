@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from .files import write_text
+from ..._files import write_text
 
 
 @dataclass(frozen=True)

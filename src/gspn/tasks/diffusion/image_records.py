@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..core.files import replaced
+from ..._files import replaced
 
 METADATA = "gspn"
 """The key of an image's text in which its origin is written, as JSON."""

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..._files import replaced
 from ..class_conditional.sampling import METADATA
 from ..core.errors import UsageError, require
-from ..core.files import replaced
 from ..core.loaders import open_data
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

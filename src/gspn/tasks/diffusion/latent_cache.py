@@ -13,12 +13,12 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
+from ..._files import replaced, replaced_directory, write_text
 from ..class_conditional.config import DataConfig
 from ..class_conditional.data import image_transform
 from ..core.config import flat, from_mapping, to_mapping
 from ..core.devices import make_accelerator
 from ..core.errors import UsageError, require
-from ..core.files import replaced, replaced_directory, write_text
 from ..core.loaders import class_names, open_data
 from ..core.loop import connected
 from ..core.progress import progress_bar

@@ -10,8 +10,8 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..._files import replaced
 from ..core.errors import UsageError, require
-from ..core.files import replaced
 from ..core.loop import Position, TrainingRun, to_device
 from ..core.records import EpochRow
 from ..core.sections import Resolved

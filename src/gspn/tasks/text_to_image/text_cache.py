@@ -23,10 +23,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..._files import replaced, write_text
 from ..core.config import from_mapping, to_mapping
 from ..core.devices import make_accelerator
 from ..core.errors import UsageError, require
-from ..core.files import replaced, write_text
 from ..core.loop import connected
 from ..core.progress import progress_bar
 from ..diffusion.autoencoder import weights_digest

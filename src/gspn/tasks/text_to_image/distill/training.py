@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from gspn.diffusers import GSPNAdapter
 
+from ...._files import replaced_directory
 from ...core.devices import make_accelerator
 from ...core.errors import UsageError, require
-from ...core.files import replaced_directory
 from ...core.loop import connected, refuse_existing, to_device
 from ...core.seeding import derived_seed, random_state_kept, seed_everything
 from ..caption_trainer import CaptionRow, CaptionRun

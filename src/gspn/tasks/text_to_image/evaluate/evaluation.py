@@ -9,10 +9,10 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 
+from ...._files import write_text
 from ...class_conditional.evaluation import cached_features, features_of
 from ...core.devices import make_accelerator
 from ...core.errors import UsageError
-from ...core.files import write_text
 from ...diffusion.features import feature_network
 from ...diffusion.image_records import METADATA
 from ...diffusion.image_sets import ImageSet, gathered, open_images

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...._files import replaced, write_text
 from ...core.errors import UsageError, require
-from ...core.files import replaced, write_text
 
 DIRECTORY = "ladder"
 """In the directory of the images."""

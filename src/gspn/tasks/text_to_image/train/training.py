@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from ...._files import replaced_directory
 from ...class_conditional.config import DiffusionConfig
 from ...core.devices import make_accelerator
 from ...core.errors import UsageError, require
-from ...core.files import replaced_directory
 from ...core.loop import connected, refuse_existing
 from ...core.seeding import derived_seed, random_state_kept
 from ...diffusion.autoencoder import load_autoencoder

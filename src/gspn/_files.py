@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the process or the machine stops."""
+"""Files that are written as a whole or not at all, whenever the process or the machine stops."""
 
 from __future__ import annotations
 
