@@ -20,7 +20,7 @@ def head_count(dim: int) -> int:
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention with the kernel ``elu + 1``, not causal, on ``[B, heads, N, d]``: linear in N, without an N x N matrix."""
+    """Attention with the kernel ``elu + 1``, not causal, on ``[B, heads, N, d]``: linear in N, with no N x N matrix."""
     q, k = F.elu(q) + 1, F.elu(k) + 1
     context = k.transpose(-1, -2) @ v  # [B, heads, d, d]
     norm = q @ k.sum(-2).unsqueeze(-1)  # [B, heads, N, 1]
