@@ -58,7 +58,7 @@ def test_flags_reach_the_configuration(command, options, expected):
         (["distill", "--teacher", "nowhere"], "model_index.json"),
         (["train", "--config", "emoji65"], "emoji64"),
         (["train", "--config", "emoji64"], "model.vae"),
-        (["sample", "cat", "--model", "nowhere", "--size", "64by64"], "WIDTHxHEIGHT"),
+        (["sample", "cat", "--model", "nowhere", "--size", "64by64"], "--size '64by64'"),
         (["sample", "cat", "--model", "nowhere"], "model_index.json"),
         (["evaluate", "nowhere"], "nowhere"),
     ],
