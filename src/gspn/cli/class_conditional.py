@@ -133,7 +133,7 @@ def sample(
     guidance: Annotated[float, typer.Option(metavar="SCALE", min=0, help="Guidance scale; 1 disables it.")] = 2.0,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Number of denoising steps.")] = 50,
     scheduler: Annotated[
-        str, typer.Option(metavar="NAME", help="Scheduler: auto, ddpm, ddim, dpm++, unipc, euler, flow, flow-heun.")
+        str, typer.Option(metavar="NAME", help="Scheduler: auto, ddpm, ddim, dpm++, unipc, euler, flow or flow-heun.")
     ] = "auto",
     size: Size = None,
     batch_size: BatchSize = 64,
