@@ -135,7 +135,7 @@ all-MiniLM-L6-v2, which is not in the file ({size / 1e6:.1f} MB, float16): `pip 
 Trained from scratch by
 
 ```
-gspn t2i autoencoder --config emoji64
+gspn autoencode train --config emoji64
 gspn t2i train --config emoji64 --vae runs/autoencoder_emoji64/last
 ```
 

@@ -153,8 +153,8 @@ def test_sources_that_are_not_there(source):
 
 def test_the_command(drawn, tmp_path):
     arguments = ["class-conditional", "evaluate", str(drawn), "-r", "digits:val", "--device", "cpu"]
-    files = {name: tmp_path / name for name in ("found.json", "near.png", "samples.npz")}
-    options = ["--json", files["found.json"], "--neighbours", files["near.png"], "--export", files["samples.npz"]]
+    files = {name: tmp_path / name for name in ("evaluation.json", "near.png", "samples.npz")}
+    options = ["--output", tmp_path, "--neighbours", files["near.png"], "--export", files["samples.npz"]]
     result = CliRunner().invoke(app, [*arguments, *map(str, options), "--cache", str(tmp_path / "cache")])
     assert result.exit_code == 0, result.output
     assert "FID" in result.output and "random projections" in result.output
