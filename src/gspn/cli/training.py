@@ -89,7 +89,9 @@ def add_training_commands(app: typer.Typer, *commands: TrainingCommand) -> None:
         with one_line_errors():
             typer.echo(config.preset_text(name), nl=False)
 
-    def preset_of_one(name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_names(commands[0]))]) -> None:
+    def preset_of_one(
+        name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=commands[0].config.preset_names)],
+    ) -> None:
         print_preset(commands[0].config, name)
 
     def preset_of_several(
@@ -107,14 +109,10 @@ def add_training_commands(app: typer.Typer, *commands: TrainingCommand) -> None:
     app.command("preset", help="Print a preset as YAML, to start a file of your own from.")(preset)
 
 
-def _names(command: TrainingCommand) -> Callable[[], list[str]]:
-    return lambda: command.config.preset_names()
-
-
 def _training_function(command: TrainingCommand) -> Callable[..., None]:
     """The function that typer makes the command from: one parameter for each option."""
     flags = {**FLAGS, **command.flags}
-    presets = _names(command)
+    presets = command.config.preset_names
     options: dict[str, tuple[Any, typer.models.OptionInfo]] = {
         "config": (str, typer.Option(
             "--config", "-c", metavar="FILE|PRESET", autocompletion=presets, help="A YAML file, or a preset's name."
@@ -127,9 +125,7 @@ def _training_function(command: TrainingCommand) -> Callable[..., None]:
         "dry_run": (bool, typer.Option("--dry-run", help="Print the configuration and stop.")),
     }  # fmt: skip
 
-    def function(
-        *, config: str | None, set_: list[str] | None, resume: bool, dry_run: bool, **values: Any
-    ) -> None:  # fmt: skip
+    def function(*, config: str | None, set_: list[str] | None, resume: bool, dry_run: bool, **values: Any) -> None:
         keys = {flags[name].key: value for name, value in values.items() if value is not None}
         with one_line_errors():
             base: Any = _configuration(command.config, config, keys.get("run.output"), resume)
@@ -156,9 +152,7 @@ def _training_function(command: TrainingCommand) -> Callable[..., None]:
     return function
 
 
-def _configuration(
-    kind: type[Configuration], source: str | None, output: Path | None, resume: bool
-) -> Configuration:  # fmt: skip
+def _configuration(kind: type[Configuration], source: str | None, output: Path | None, resume: bool) -> Configuration:
     """The configuration of a file or preset, else of the run to resume, else the defaults."""
     if source is not None:
         return kind.load(source)
