@@ -12,6 +12,7 @@ from gspn.bench import mixer, models, propagate, timing
 from gspn.bench.accuracy_check import Accuracy
 from gspn.bench.report import COLUMNS
 from gspn.cli import app
+from support import run_python
 
 QUICK = ["--device", "cpu", "--threads", "1", "--repeats", "1", "--min-time", "0"]
 SMALL = ["--channels", "16", "--size", "6", "--size", "9"]
@@ -110,6 +111,22 @@ def test_a_wrong_propagate_is_not_timed(run, monkeypatch):
     result = run("propagate", *QUICK, *SMALL)
     assert result.exit_code == 1
     assert "nothing was timed" in result.output
+
+
+def test_a_missing_package_names_its_extra():
+    # In a process of its own, where nothing has imported the packages.
+    done = run_python("""
+import sys
+sys.modules["timm"] = sys.modules["diffusers"] = None
+from typer.testing import CliRunner
+from gspn.cli import app
+for command in ("mixer", "models", "unet"):
+    result = CliRunner().invoke(app, ["bench", command])
+    print(result.exit_code, " ".join(result.output.split()))
+""")
+    needs = (("timm", "train"), ("timm", "train"), ("diffusers", "diffusers"))
+    for line, (package, extra) in zip(done.stdout.splitlines(), needs, strict=True):
+        assert line.startswith("1 error: ") and f"needs {package}" in line and f"pip install 'gspn[{extra}]'" in line
 
 
 def test_the_count_of_operations():

@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from gspn.tasks.core.errors import require
+
 from .common import (
     Batch,
     Csv,
@@ -75,6 +77,7 @@ def bench_models(
     with the reason.
     """
     with bench_errors():
+        require("timm")
         import torch
 
         from gspn.bench import environment, models

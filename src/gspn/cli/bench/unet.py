@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gspn.tasks.core.errors import require
+
 from .common import (
     Batch,
     Csv,
@@ -68,6 +70,7 @@ def bench_unet(
     specification in the same dtype, nothing is timed and the exit code is 1.
     """
     with bench_errors():
+        require("diffusers", extra="diffusers")
         import torch
 
         from gspn.bench.unet import UNetSweep, over_lower_bound
