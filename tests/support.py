@@ -1,14 +1,21 @@
-"""What the tests of the operators share: shapes, layouts, and the rule that says when an implementation is right."""
+"""Shared by the tests of the operators: shapes, layouts, pairwise cases, and the rule for a right implementation."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+
+from gspn.ops.cpu import instruction_set, instruction_sets
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,6 +25,50 @@ SEGMENTS = [None, 1, 2, 5]
 LAYOUTS = ["contiguous", "channels_last", "channels_last_taps_inner", "sliced", "expanded", "transposed"]
 CPU_IMPLS = ["reference", "cpu"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Rows of one value from each of two or more axes, in which every two values of different axes meet at least once.
+
+    Greedy and deterministic: each row starts from the first pair that no row has yet, and takes from every other axis
+    the value that adds the most new pairs. Three axes of 4, 7 and 4 values need 28 rows instead of 112.
+    """
+    pairs = [
+        ((i, a), (j, b))
+        for i, j in itertools.combinations(range(len(axes)), 2)
+        for a, b in itertools.product(range(len(axes[i])), range(len(axes[j])))
+    ]
+    missing = dict.fromkeys(pairs)  # a set that keeps its order
+    rows = []
+    while missing:
+        row = dict(next(iter(missing)))
+        for axis, values in enumerate(axes):
+            if axis not in row:
+
+                def new_pairs(value: int, axis: int = axis, row: dict[int, int] = row) -> int:
+                    return sum(tuple(sorted([(axis, value), other])) in missing for other in row.items())
+
+                row[axis] = max(range(len(values)), key=new_pairs)
+        for pair in itertools.combinations(sorted(row.items()), 2):
+            missing.pop(pair, None)
+        rows.append(tuple(values[row[axis]] for axis, values in enumerate(axes)))
+    return rows
+
+
+def every_pair(**axes: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrise a test over :func:`pairwise` cases of the named axes."""
+    return pytest.mark.parametrize(",".join(axes), pairwise(*axes.values()), ids=str)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run a block on ``count`` threads; tests run on one otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
@@ -90,6 +141,23 @@ def assert_as_exact_as_pytorch(
     plain_error = (plain.double() - exact).abs().max().item()
     allowed = max(2 * plain_error, 2 * torch.finfo(plain.dtype).eps * magnitude.max().item())
     assert error <= allowed, f"{what}: error {error:.3g}, plain PyTorch {plain_error:.3g}, allowed {allowed:.3g}"
+
+
+def check_line_scan(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor], direction: str, segment: int | None, with_lam: bool = True
+) -> None:
+    """The CPU kernels, with each instruction set, against the specification: the state and every gradient."""
+    arguments = {"direction": direction, "segment": segment}
+    x, taps, lam, grad = (t if with_lam or i != 2 else None for i, t in enumerate(tensors))
+    plain = scan_and_gradients(x, taps, lam, grad, impl="reference", **arguments)
+    doubles = [None if t is None else t.double() for t in (x, taps, lam, grad)]
+    exact = scan_and_gradients(*doubles, h=plain["h"].double(), impl="reference", **arguments)
+    magnitude = scan_and_gradients(*(None if t is None else t.abs() for t in doubles), impl="reference", **arguments)
+    for isa in instruction_sets():
+        with instruction_set(isa):
+            actual = scan_and_gradients(x, taps, lam, grad, h=plain["h"], impl="cpu", **arguments)
+        for name in plain:
+            assert_as_exact_as_pytorch(actual[name], plain[name], exact[name], magnitude[name], f"{isa} {name}")
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

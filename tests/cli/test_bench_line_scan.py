@@ -14,7 +14,7 @@ import gspn
 from gspn.bench import environment, timing
 from gspn.cli import app
 from gspn.ops import reference
-from gspn.ops.implementations import IMPLEMENTATIONS, Implementation
+from gspn.ops.implementations import IMPLEMENTATIONS
 
 COLUMNS = (
     "op,impl,mode,direction,dtype,batch,channels,height,width,groups,segment,memory_format,p20_ms,p50_ms,p80_ms,samples,"
@@ -45,8 +45,10 @@ def wrong_implementation(monkeypatch):
         return dx * 1.001, dtaps, dlam
 
     module = SimpleNamespace(line_scan=reference.line_scan, line_scan_backward=backward)
-    monkeypatch.setitem(sys.modules, "wrong_scan", module)
-    monkeypatch.setitem(IMPLEMENTATIONS, "wrong", Implementation("wrong", {"line_scan": "wrong_scan"}, lambda *_: None))
+    backend = SimpleNamespace(__name__="wrong", DEVICES=(), why_not=lambda *_: None)
+    monkeypatch.setitem(sys.modules, "wrong", backend)
+    monkeypatch.setitem(sys.modules, "wrong.line_scan", module)
+    monkeypatch.setitem(IMPLEMENTATIONS, "wrong", backend)
 
 
 def test_writes_a_row_for_each_result(run, tmp_path):
@@ -158,7 +160,7 @@ def test_bad_options_are_named(run, options, shown):
 
 def test_an_implementation_that_cannot_run_says_why(run, monkeypatch):
     reason = "it needs another machine."
-    monkeypatch.setitem(IMPLEMENTATIONS, "triton", Implementation("triton", {"line_scan": "none"}, lambda *_: reason))
+    monkeypatch.setattr(IMPLEMENTATIONS["triton"], "why_not", lambda *_: reason)
     result = run("--impl", "triton")
     assert result.exit_code == 2
     assert reason in result.output

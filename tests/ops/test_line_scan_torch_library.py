@@ -1,4 +1,4 @@
-"""The operator as PyTorch sees it: opcheck, compile, export, autocast, vmap, function transforms."""
+"""``line_scan`` as PyTorch sees it: opcheck, export, autocast, vmap, function transforms."""
 
 from __future__ import annotations
 
@@ -6,69 +6,21 @@ import pytest
 import torch
 
 import gspn
-from support import CPU_IMPLS, make_inputs, run_python
+from support import CPU_IMPLS, every_pair, make_inputs
 
 
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-@pytest.mark.parametrize("with_lam", [True, False])
-@pytest.mark.parametrize("segment", [None, 2])
+@every_pair(impl=CPU_IMPLS, layout=["contiguous", "channels_last", "sliced"], with_lam=[True, False], segment=[None, 2])
 def test_opcheck_forward(impl, layout, with_lam, segment) -> None:
     x, taps, lam, _ = (t.requires_grad_() for t in make_inputs(2, 4, 3, 5, 2, torch.float32, layout=layout))
     torch.library.opcheck(torch.ops.gspn.line_scan, (x, taps, lam if with_lam else None, "left", segment, impl))
 
 
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-@pytest.mark.parametrize("need_taps", [True, False])
-@pytest.mark.parametrize("need_lam", [True, False])
+@every_pair(impl=CPU_IMPLS, need_taps=[True, False], need_lam=[True, False])
 def test_opcheck_backward(impl, need_taps, need_lam) -> None:
     x, taps, lam, grad = (t.requires_grad_() for t in make_inputs(2, 4, 3, 5, 2, torch.float32))
     h = gspn.line_scan(x, taps, lam, direction="up").detach().requires_grad_()
     args = (grad, h, x if need_lam else None, taps, lam, "up", None, impl, need_taps, need_lam)
     torch.library.opcheck(torch.ops.gspn.line_scan_backward, args)
-
-
-def test_compile_is_the_first_call_of_a_process() -> None:
-    run_python("""
-import torch, gspn
-from gspn.ops import stochastic_taps
-
-def step(x, logits, lam):
-    taps = gspn.stochastic_taps(logits, direction="right")
-    return gspn.line_scan(x, taps, lam, direction="right", segment=3).tanh()
-
-x, lam = torch.randn(2, 4, 6, 7, requires_grad=True), torch.randn(2, 4, 6, 7, requires_grad=True)
-logits = torch.randn(2, 2, 3, 6, 7, requires_grad=True)
-y = torch.compile(step, fullgraph=True)(x, logits, lam)
-grads = torch.autograd.grad(y.sum(), (x, logits, lam))
-expected = step(x, logits, lam)
-torch.testing.assert_close(y, expected)
-for a, b in zip(grads, torch.autograd.grad(expected.sum(), (x, logits, lam))):
-    torch.testing.assert_close(a, b)
-""")
-
-
-def test_compile_with_dynamic_sizes_compiles_once() -> None:
-    run_python("""
-import torch, gspn
-from torch._dynamo.testing import CompileCounterWithBackend
-
-counter = CompileCounterWithBackend("aot_eager")
-
-def step(x, logits):
-    return sum(
-        gspn.line_scan(x, gspn.stochastic_taps(logits, direction=d), direction=d, segment=4) for d in gspn.DIRECTIONS
-    )
-
-compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
-for height, width in [(6, 7), (9, 5), (12, 33), (8, 8)]:
-    x = torch.randn(2, 4, height, width, requires_grad=True)
-    logits = torch.randn(2, 1, 3, height, width, requires_grad=True)
-    y = compiled(x, logits)
-    torch.testing.assert_close(y, step(x, logits))
-    y.sum().backward()
-assert counter.frame_count == 1, counter.frame_count
-""")
 
 
 def test_export_with_dynamic_sizes() -> None:
@@ -106,21 +58,6 @@ def test_autocast_rule(autocast, expected) -> None:
     assert doubles.dtype == torch.float64
     plain = gspn.line_scan(*(t.to(expected) for t in (x, taps.bfloat16(), lam)), direction="down")
     assert torch.equal(h, plain)
-
-
-def test_autocast_under_compile() -> None:
-    run_python("""
-import torch, gspn
-
-def step(x, taps):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return gspn.line_scan(x, taps, direction="down")
-
-x, taps = torch.randn(1, 4, 5, 6), torch.rand(1, 1, 3, 5, 6) / 3
-y = torch.compile(step, fullgraph=True)(x, taps)
-assert y.dtype == torch.bfloat16
-assert torch.equal(y, step(x, taps))
-""")
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 import gspn
-from support import CPU_IMPLS, make_inputs, scan_and_gradients
-
-BAD = [float("nan"), float("inf")]
+from support import CPU_IMPLS, every_pair, make_inputs, scan_and_gradients
 
 
 def cone(direction: str, height: int, width: int, at: tuple[int, int], segment: int | None) -> torch.Tensor:
@@ -24,12 +22,14 @@ def cone(direction: str, height: int, width: int, at: tuple[int, int], segment: 
     return inside
 
 
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-@pytest.mark.parametrize("direction", gspn.DIRECTIONS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("groups", [20, 1])
-@pytest.mark.parametrize("segment", [None, 4])
-@pytest.mark.parametrize("bad", BAD)
+@every_pair(
+    impl=CPU_IMPLS,
+    direction=gspn.DIRECTIONS,
+    layout=["contiguous", "channels_last"],
+    groups=[20, 1],
+    segment=[None, 4],
+    bad=[float("nan"), float("inf")],
+)
 def test_a_bad_pixel_stays_in_its_cone(impl, direction, layout, groups, segment, bad) -> None:
     x, taps, lam, _ = make_inputs(2, 20, 11, 19, groups, torch.float32, layout=layout)
     taps = taps.abs() + 0.01
@@ -40,13 +40,15 @@ def test_a_bad_pixel_stays_in_its_cone(impl, direction, layout, groups, segment,
     assert torch.equal(~h.isfinite(), expected)
 
 
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-@pytest.mark.parametrize("direction", gspn.DIRECTIONS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("groups", [20, 1])
-@pytest.mark.parametrize("segment", [None, 3])
-@pytest.mark.parametrize("shape", [(11, 19), (1, 1), (6, 1), (1, 6)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_pair(
+    impl=CPU_IMPLS,
+    direction=gspn.DIRECTIONS,
+    layout=["contiguous", "channels_last"],
+    groups=[20, 1],
+    segment=[None, 3],
+    shape=[(11, 19), (1, 1), (6, 1), (1, 6)],
+    dtype=[torch.float32, torch.bfloat16],
+)
 def test_taps_of_neighbours_that_do_not_exist_are_not_read(
     impl, direction, layout, groups, segment, shape, dtype
 ) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import itertools
 
 import pytest
 import torch
@@ -12,104 +10,104 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gspn
+from gspn.ops.cpu import instruction_set, instruction_sets
 from propagate_cases import in_doubles, magnitudes, make_arguments, run
-from support import CPU_IMPLS, DTYPES, ROOT, SEGMENTS, assert_as_exact_as_pytorch
+from support import CPU_IMPLS, DTYPES, SEGMENTS, SHAPES, assert_as_exact_as_pytorch, every_pair, threads
 
-FAST_IMPLS = [impl for impl in CPU_IMPLS if impl != "reference"]
 ALL = ",".join(gspn.DIRECTIONS)
-GROUPINGS = [(1, 1), (16, 16), (16, 8), (40, 1), (40, 20), (48, 3), (24, 2), (72, 3)]
-SHAPES = [(1, 1), (1, 5), (7, 1), (2, 2), (9, 6), (17, 35), (33, 16)]
 
 
-def check(impl: str, arguments: tuple, grad: torch.Tensor, segment: int | None, directions: str = ALL) -> None:
-    actual = run(arguments, grad, directions, segment, impl)
+def check(arguments: tuple, grad: torch.Tensor, segment: int | None, directions: str = ALL) -> None:
     plain = run(arguments, grad, directions, segment, "reference")
     exact = run(in_doubles(arguments), grad.double(), directions, segment, "reference")
     magnitude = magnitudes(arguments, grad, directions, segment)
-    for name in plain:
-        # In float64 plain PyTorch is what the result is compared with, and its own roundings are not seen.
-        scale = magnitude[name] * (8 if grad.dtype == torch.float64 else 1)
-        assert_as_exact_as_pytorch(actual[name], plain[name], exact[name], scale, name)
+    for isa in instruction_sets():
+        with instruction_set(isa):
+            actual = run(arguments, grad, directions, segment, "cpu")
+        for name in plain:
+            # In float64 plain PyTorch is what the result is compared with, and its own roundings are not seen.
+            scale = magnitude[name] * (8 if grad.dtype == torch.float64 else 1)
+            assert_as_exact_as_pytorch(actual[name], plain[name], exact[name], scale, f"{isa} {name}")
 
 
-@pytest.mark.parametrize("impl", FAST_IMPLS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("segment", SEGMENTS)
-@pytest.mark.parametrize("groups", [3, 1])
-def test_sizes_and_segments(impl, shape, segment, groups) -> None:
-    check(impl, *make_arguments(2, 3, *shape, 5, groups, torch.float32), segment)
+@every_pair(shape=SHAPES, segment=SEGMENTS, groups=[3, 1])
+def test_sizes_and_segments(shape, segment, groups) -> None:
+    check(*make_arguments(2, 3, *shape, 5, groups, torch.float32), segment)
 
 
-@pytest.mark.parametrize("impl", FAST_IMPLS)
-@pytest.mark.parametrize("states", [1, 2, 4, 5, 8, 16, 20, 64])
-@pytest.mark.parametrize(
-    ("channels", "groups"), [(1, 1), (16, 16), (16, 8), (40, 1), (40, 20), (48, 3), (24, 2), (72, 3)]
+@every_pair(
+    states=[1, 2, 4, 5, 8, 16, 20, 64],
+    channels_groups=[(1, 1), (16, 16), (16, 8), (40, 1), (40, 20), (48, 3), (24, 2), (72, 3)],
 )
-def test_states_channels_and_groups(impl, states, channels, groups) -> None:
+def test_states_channels_and_groups(states, channels_groups) -> None:
     # Groups that fill vectors of any width, that do not, and that lie across their ends; blocks that are partly empty.
-    check(impl, *make_arguments(1, channels, 7, 18, states, groups, torch.float32), 4)
+    channels, groups = channels_groups
+    check(*make_arguments(1, channels, 7, 18, states, groups, torch.float32), 4)
 
 
-@pytest.mark.parametrize("impl", FAST_IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded", "transposed"])
-@pytest.mark.parametrize("groups", [40, 1])
-def test_layouts_and_dtypes(impl, dtype, layout, groups) -> None:
-    check(impl, *make_arguments(2, 40, 6, 19, 8, groups, dtype, layout=layout), None)
+@every_pair(dtype=DTYPES, layout=["contiguous", "channels_last", "sliced", "expanded", "transposed"], groups=[40, 1])
+def test_layouts_and_dtypes(dtype, layout, groups) -> None:
+    check(*make_arguments(2, 40, 6, 19, 8, groups, dtype, layout=layout), None)
 
 
-@pytest.mark.parametrize("impl", FAST_IMPLS)
 @pytest.mark.parametrize(("layout", "other"), [("contiguous", "channels_last"), ("channels_last", "sliced")])
-def test_mixed_layouts(impl, layout, other) -> None:
+def test_mixed_layouts(layout, other) -> None:
     arguments, _ = make_arguments(2, 17, 9, 18, 8, 17, torch.float32, layout=layout, proxy_layout=other)
     _, grad = make_arguments(2, 17, 9, 18, 8, 17, torch.float32, layout=other, seed=1)
-    check(impl, arguments, grad, None)
+    check(arguments, grad, None)
 
 
-@pytest.mark.parametrize("impl", FAST_IMPLS)
-@pytest.mark.parametrize("directions", ["down", "left", "up,right", "left,down,up"])
-@pytest.mark.parametrize("skip", [True, False])
-def test_subsets_and_orders_of_directions(impl, directions, skip) -> None:
+@every_pair(directions=["down", "left", "up,right", "left,down,up"], skip=[True, False])
+def test_subsets_and_orders_of_directions(directions, skip) -> None:
     count = len(directions.split(","))
-    check(impl, *make_arguments(1, 20, 8, 9, 4, 20, torch.float32, directions=count, skip=skip), 3, directions)
+    check(*make_arguments(1, 20, 8, 9, 4, 20, torch.float32, directions=count, skip=skip), 3, directions)
 
 
-@pytest.mark.parametrize("impl", FAST_IMPLS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("channels", "height", "width"), [(20, 300, 280), (33, 100, 128), (16, 70, 520)])
-def test_images_beyond_the_caches(impl, layout, dtype, channels, height, width) -> None:
+@pytest.mark.slow
+@every_pair(
+    layout=["contiguous", "channels_last"],
+    dtype=[torch.float32, torch.bfloat16],
+    shape=[(20, 300, 280), (33, 100, 128), (16, 70, 520)],
+)
+def test_images_beyond_the_caches(layout, dtype, shape) -> None:
     # Kept whole in scratch, gathered in the result's own memory, walked in tiles or where they are: by size and layout.
-    arguments, grad = make_arguments(1, channels, height, width, 2, 1, dtype, layout=layout)
-    y = torch.ops.gspn.propagate(*arguments, ALL, 50, impl)
+    arguments, grad = make_arguments(1, *shape, 2, 1, dtype, layout=layout)
     plain = torch.ops.gspn.propagate(*arguments, ALL, 50, "reference")
     exact = torch.ops.gspn.propagate(*in_doubles(arguments), ALL, 50, "reference")
     magnitude = magnitudes(arguments, grad, ALL, 50)["y"]
-    assert_as_exact_as_pytorch(y, plain, exact, magnitude)
+    for isa in instruction_sets():
+        with instruction_set(isa), threads(2):
+            y = torch.ops.gspn.propagate(*arguments, ALL, 50, "cpu")
+        assert_as_exact_as_pytorch(y, plain, exact, magnitude, isa)
 
 
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-@pytest.mark.parametrize("size", [30.0, 300.0, 1e4])
-@pytest.mark.parametrize("groups", [20, 1])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_logits_of_any_size(impl, size, groups, dtype) -> None:
+@every_pair(
+    impl=["reference", *instruction_sets()],
+    size=[30.0, 300.0, 1e4],
+    groups=[20, 1],
+    dtype=[torch.float64, torch.float32],
+    sign=[None, -1.0],
+)
+def test_logits_of_any_size(impl, size, groups, dtype, sign) -> None:
     # Sigmoids that underflow, alone and all three of a pixel: their ratios are still right.
     arguments, grad = make_arguments(1, 20, 6, 18, 2, groups, dtype, logits=size)
-    for sign in (None, -1.0):
-        x, proxy, tap_proj, *gates = arguments
-        if sign is not None:
-            proxy, tap_proj = proxy.abs() + 0.1, sign * tap_proj.abs()
-        arguments = (x, proxy, tap_proj, *gates)
-        results = run(arguments, grad, ALL, None, impl)
-        exact = run(in_doubles(arguments), grad.double(), ALL, None, "reference")
-        plain = run(arguments, grad, ALL, None, "reference")
-        magnitude = magnitudes(arguments, grad, ALL, None)
-        for name, result in results.items():
-            assert result.isfinite().all(), name
-            # A sigmoid of a is as exact as a is, and a as large as `size`.
-            error, allowed = (result - exact[name]).abs().max(), 4 * (plain[name] - exact[name]).abs().max()
-            scale = max(exact[name].abs().max() * size, 2 * magnitude[name].max()) * torch.finfo(dtype).eps
-            assert error <= max(allowed, scale), (name, error, allowed, scale)
+    x, proxy, tap_proj, *gates = arguments
+    if sign is not None:
+        proxy, tap_proj = proxy.abs() + 0.1, sign * tap_proj.abs()
+    arguments = (x, proxy, tap_proj, *gates)
+    plain = run(arguments, grad, ALL, None, "reference")
+    exact = run(in_doubles(arguments), grad.double(), ALL, None, "reference")
+    magnitude = magnitudes(arguments, grad, ALL, None)
+    results = plain
+    if impl != "reference":
+        with instruction_set(impl):
+            results = run(arguments, grad, ALL, None, "cpu")
+    for name, result in results.items():
+        assert result.isfinite().all(), name
+        # A sigmoid of a is as exact as a is, and a as large as `size`.
+        error, allowed = (result - exact[name]).abs().max(), 4 * (plain[name] - exact[name]).abs().max()
+        scale = max(exact[name].abs().max() * size, 2 * magnitude[name].max()) * torch.finfo(dtype).eps
+        assert error <= max(allowed, scale), (name, error, allowed, scale)
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
@@ -185,11 +183,10 @@ def test_turning_the_image_turns_the_result(impl) -> None:
         torch.testing.assert_close(turn(turned), y)
 
 
-@pytest.mark.parametrize("impl", FAST_IMPLS)
-def test_shared_taps_are_repeated_taps(impl) -> None:
+def test_shared_taps_are_repeated_taps() -> None:
     (x, proxy, tap_proj, *rest), _ = make_arguments(1, 32, 6, 20, 8, 1, torch.float64)
-    shared = torch.ops.gspn.propagate(x, proxy, tap_proj, *rest, ALL, None, impl)
-    repeated = torch.ops.gspn.propagate(x, proxy, tap_proj.expand(4, 32, 3, 8), *rest, ALL, None, impl)
+    shared = torch.ops.gspn.propagate(x, proxy, tap_proj, *rest, ALL, None, "cpu")
+    repeated = torch.ops.gspn.propagate(x, proxy, tap_proj.expand(4, 32, 3, 8), *rest, ALL, None, "cpu")
     torch.testing.assert_close(shared, repeated)
 
 
@@ -212,53 +209,48 @@ def test_inputs_are_not_written_to(impl, layout) -> None:
     assert all(torch.equal(a, b) for a, b in zip((*arguments, grad), before, strict=True))
 
 
-@pytest.mark.parametrize("impl", FAST_IMPLS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-@pytest.mark.parametrize("size", [(5, 19), (100, 130)])
-def test_every_output_element_is_written(impl, dtype, layout, size, monkeypatch) -> None:
+@every_pair(
+    dtype=[torch.float32, torch.bfloat16], layout=["contiguous", "channels_last", "sliced"], size=[(5, 19), (100, 130)]
+)
+def test_every_output_element_is_written(dtype, layout, size, monkeypatch) -> None:
     # Outputs come from empty memory; filled with NaN, an element that is left out shows.
     arguments, grad = make_arguments(1, 24, *size, 2, 24, dtype, layout=layout)
     plain_empty_like, plain_empty = torch.empty_like, torch.empty
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: plain_empty_like(*a, **k).fill_(float("nan")))
     monkeypatch.setattr(torch, "empty", lambda *a, **k: plain_empty(*a, **k).fill_(float("nan")))
-    for segment in (None, 2):
-        assert all(r.isfinite().all() for r in run(arguments, grad, ALL, segment, impl).values())
+    for isa, segment in itertools.product(instruction_sets(), (None, 2)):
+        with instruction_set(isa):
+            assert all(r.isfinite().all() for r in run(arguments, grad, ALL, segment, "cpu").values()), isa
 
 
-@pytest.mark.parametrize("impl", FAST_IMPLS)
 @pytest.mark.parametrize(("channels", "groups", "segment"), [(5, 5, None), (16, 1, 3), (40, 40, None)])
-def test_the_same_bits_for_any_number_of_threads_and_any_batch(impl, channels, groups, segment) -> None:
+def test_the_same_bits_for_any_number_of_threads_and_any_batch(channels, groups, segment) -> None:
     arguments, grad = make_arguments(3, channels, 13, 21, 8, groups, torch.float32)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 7):
-            torch.set_num_threads(count)
-            results.append(run(arguments, grad, ALL, segment, impl))
-            again = run(arguments, grad, ALL, segment, impl)
+    x, proxy, *projections = arguments
+    results = []
+    for count in (1, 2, 7):
+        with threads(count):
+            results.append(run(arguments, grad, ALL, segment, "cpu"))
+            again = run(arguments, grad, ALL, segment, "cpu")
             assert all(torch.equal(a, b) for a, b in zip(results[-1].values(), again.values(), strict=True))
-            x, proxy, *projections = arguments
-            alone = run((x[1:2], proxy[1:2], *projections), grad[1:2], ALL, segment, impl)
-            for name in ("y", "dx"):
-                assert torch.equal(alone[name], results[-1][name][1:2])
+            alone = run((x[1:2], proxy[1:2], *projections), grad[1:2], ALL, segment, "cpu")
         for name in ("y", "dx"):
-            assert all(torch.equal(r[name], results[0][name]) for r in results)
-    finally:
-        torch.set_num_threads(threads)
+            assert torch.equal(alone[name], results[-1][name][1:2])
+    for name in ("y", "dx"):
+        assert all(torch.equal(r[name], results[0][name]) for r in results)
 
 
-@pytest.mark.parametrize("impl", FAST_IMPLS)
-def test_a_nan_goes_where_the_scan_takes_it_and_nowhere_else(impl) -> None:
+def test_a_nan_goes_where_the_scan_takes_it_and_nowhere_else() -> None:
     (x, proxy, *projections), _ = make_arguments(1, 20, 9, 9, 4, 20, torch.float32, directions=1)
     x[0, 3, 4, 4] = float("nan")
-    y = torch.ops.gspn.propagate(x, proxy, *projections, "down", None, impl)
+    y = torch.ops.gspn.propagate(x, proxy, *projections, "down", None, "cpu")
     expected = torch.ops.gspn.propagate(x, proxy, *projections, "down", None, "reference")
     assert torch.equal(y.isnan(), expected.isnan())
     assert y.isnan().any() and not y[:, :3].isnan().any()
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     st.integers(1, 3), st.integers(1, 35), st.integers(1, 20), st.integers(1, 20), st.integers(1, 17),
     st.one_of(st.none(), st.integers(1, 25)), st.booleans(), st.integers(0, 10**6), st.sampled_from([1, None]),
@@ -267,20 +259,4 @@ def test_any_size(batch, channels, height, width, states, segment, skip, seed, g
     arguments, grad = make_arguments(
         batch, channels, height, width, states, groups or channels, torch.float64, skip=skip, seed=seed
     )
-    for impl in FAST_IMPLS:
-        check(impl, arguments, grad, segment)
-
-
-@pytest.mark.parametrize("isa", ["avx2", "baseline"])
-def test_the_other_instruction_sets(isa) -> None:
-    # The instruction set is chosen once, when the kernels load: a lower one needs a process of its own.
-    from gspn.ops.cpu.library import isa as current
-
-    if current() == "baseline" or current() == isa:
-        pytest.skip(f"this processor runs {current()} already")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__,
-         "-k", "(sizes or states_channels or layouts or beyond or logits) and not instruction"],
-        env=os.environ | {"GSPN_ISA": isa}, cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
+    check(arguments, grad, segment)

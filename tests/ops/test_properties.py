@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gspn
-from support import DTYPES, LAYOUTS, assert_as_exact_as_pytorch, make_inputs, scan_and_gradients
+from support import DTYPES, LAYOUTS, check_line_scan, make_inputs, scan_and_gradients
 
 sizes = st.integers(1, 40)
 directions = st.sampled_from(gspn.DIRECTIONS)
@@ -26,16 +26,7 @@ def problems(draw):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(problems(), directions, segments)
 def test_the_kernels_are_the_specification(tensors, direction, segment) -> None:
-    x, taps, lam, _ = tensors
-    arguments = {"direction": direction, "segment": segment}
-    h = gspn.line_scan(x, taps, lam, impl="reference", **arguments)
-    actual = scan_and_gradients(*tensors, h=h, impl="cpu", **arguments)
-    plain = scan_and_gradients(*tensors, h=h, impl="reference", **arguments)
-    doubles = [t.double() for t in tensors]
-    exact = scan_and_gradients(*doubles, h=h.double(), impl="reference", **arguments)
-    magnitude = scan_and_gradients(*(t.abs() for t in doubles), impl="reference", **arguments)
-    for name in plain:
-        assert_as_exact_as_pytorch(actual[name], plain[name], exact[name], magnitude[name], name)
+    check_line_scan(tensors, direction, segment)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 import gspn
 from gspn.analysis import affinity_matrix
 from gspn.ops import reference
-from support import SEGMENTS, make_inputs
+from support import SEGMENTS, every_pair, make_inputs
 
 
-@pytest.mark.parametrize("direction", gspn.DIRECTIONS)
-@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (4, 3), (3, 6)])
-@pytest.mark.parametrize("segment", SEGMENTS)
-@pytest.mark.parametrize("groups", [4, 2, 1])
+@every_pair(
+    direction=gspn.DIRECTIONS, shape=[(1, 1), (1, 5), (5, 1), (4, 3), (3, 6)], segment=SEGMENTS, groups=[4, 2, 1]
+)
 def test_scan_is_the_explicit_matrix(direction, shape, segment, groups) -> None:
     x, taps, lam, _ = make_inputs(2, 4, *shape, groups, torch.float64)
     h = gspn.line_scan(x, taps, lam, direction=direction, segment=segment, impl="reference")
@@ -22,10 +20,7 @@ def test_scan_is_the_explicit_matrix(direction, shape, segment, groups) -> None:
     torch.testing.assert_close(h.flatten(2), (matrix @ x.flatten(2).unsqueeze(-1)).squeeze(-1))
 
 
-@pytest.mark.parametrize("direction", gspn.DIRECTIONS)
-@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1), (5, 3)])
-@pytest.mark.parametrize("segment", SEGMENTS)
-@pytest.mark.parametrize("with_lam", [True, False])
+@every_pair(direction=gspn.DIRECTIONS, shape=[(1, 1), (1, 4), (4, 1), (5, 3)], segment=SEGMENTS, with_lam=[True, False])
 def test_backward_is_what_autograd_finds_in_the_loop(direction, shape, segment, with_lam) -> None:
     x, taps, lam, grad = make_inputs(2, 4, *shape, 2, torch.float64)
     lam = lam if with_lam else None

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import gspn
-from support import SHAPES, run_python
+from support import SHAPES
 
 
 def by_definition(logits: torch.Tensor, direction: str) -> torch.Tensor:
@@ -75,13 +75,3 @@ def test_keeps_the_memory_layout() -> None:
 def test_empty() -> None:
     for shape in [(0, 1, 3, 4, 5), (1, 1, 3, 0, 5), (1, 1, 3, 4, 0), (1, 0, 3, 4, 5)]:
         assert gspn.stochastic_taps(torch.zeros(shape), direction="down").shape == shape
-
-
-def test_compiles_as_one_graph() -> None:
-    run_python("""
-import torch, gspn
-logits = torch.randn(2, 4, 3, 5, 6, requires_grad=True)
-taps = torch.compile(lambda a: gspn.stochastic_taps(a, direction="right"), fullgraph=True)(logits)
-torch.testing.assert_close(taps, gspn.stochastic_taps(logits, direction="right"))
-taps.pow(2).sum().backward()
-""")

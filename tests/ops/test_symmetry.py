@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gspn
-from support import CPU_IMPLS, DTYPES, make_inputs, scan_and_gradients
+from support import CPU_IMPLS, DTYPES, every_pair, make_inputs, scan_and_gradients, threads
 
 FLIPPED = {"down": "up", "up": "down", "right": "left", "left": "right"}
 TRANSPOSED = {"down": "right", "right": "down", "up": "left", "left": "up"}
@@ -48,10 +48,7 @@ def test_transposing_exchanges_rows_and_columns(impl, direction) -> None:
         torch.testing.assert_close(there[name].mT, here[name])
 
 
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-@pytest.mark.parametrize("direction", gspn.DIRECTIONS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("groups", [40, 1])
+@every_pair(impl=CPU_IMPLS, direction=gspn.DIRECTIONS, layout=["contiguous", "channels_last"], groups=[40, 1])
 def test_an_image_does_not_depend_on_its_batch(impl, direction, layout, groups) -> None:
     tensors = make_inputs(3, 40, 9, 18, groups, torch.float32, layout=layout)
     whole = scan_and_gradients(*tensors, direction=direction, segment=4, impl=impl)
@@ -60,20 +57,13 @@ def test_an_image_does_not_depend_on_its_batch(impl, direction, layout, groups) 
         assert torch.equal(whole[name][1:2], alone[name]), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("direction", gspn.DIRECTIONS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("groups", [72, 1])
+@every_pair(dtype=DTYPES, direction=gspn.DIRECTIONS, layout=["contiguous", "channels_last"], groups=[72, 1])
 def test_the_same_bits_on_any_number_of_threads(dtype, direction, layout, groups) -> None:
     tensors = make_inputs(1, 72, 9, 18, groups, dtype, layout=layout)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
+    results = []
+    for count in (1, 2, 5):
+        with threads(count):
             results += [scan_and_gradients(*tensors, direction=direction, segment=2, impl="cpu") for _ in range(2)]
-    finally:
-        torch.set_num_threads(threads)
     for other in results[1:]:
         for name in other:
             assert torch.equal(results[0][name], other[name]), name

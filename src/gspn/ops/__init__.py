@@ -1,6 +1,6 @@
-"""The operators: one file a public function, the specification in ``reference``, kernels in ``cpu`` and ``triton``."""
+"""The operators: one file for each public function, and one folder for each backend."""
 
-from . import torch_library as _registration  # noqa: F401  (registers the operators with torch)
+from . import torch_library as _torch_library  # noqa: F401  (registers the operators with torch)
 from .directions import DIRECTIONS, Direction
 from .implementations import available_impls
 from .line_scan import line_scan

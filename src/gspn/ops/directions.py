@@ -1,4 +1,7 @@
-"""The four directions of a scan and what each of them means for the axes of an image tensor."""
+"""The four directions of a scan and the axes of an image tensor that each of them walks.
+
+Four is fixed. A diagonal scan would need lines of changing length, and taps that are not neighbours on one line.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operations of the scans, as ``torch.utils.flop_counter`` counts those of matrix products: two for a multiply-add."""
+"""Floating-point operations of the scans for ``torch.utils.flop_counter``, which counts two for a multiply-add."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 def _line_scan_flops(
     x_shape: Sequence[int], taps_shape: Sequence[int], lam_shape: Sequence[int] | None, *args: Any, **kwargs: Any
 ) -> int:
-    """Three taps and, where there is one, the gate: a multiply-add each."""
+    """A multiply-add for each of the three taps, and one for the gate if there is one."""
     del taps_shape, args, kwargs
     return 2 * math.prod(x_shape) * (3 if lam_shape is None else 4)
 
@@ -40,12 +40,12 @@ def _propagate_macs(
     tap_shape: Sequence[int],
     skip_shape: Sequence[int] | None,
 ) -> tuple[int, int]:
-    """Multiply-adds of the projections and of the scans; of the skip, all directions together, only the projection."""
+    """Multiply-adds of the projections and of the scans. The skips of all directions are one projection."""
     batch, channels, height, width = x_shape
-    states, (directions, groups) = proxy_shape[1], tap_shape[:2]
+    proxy_channels, (directions, groups) = proxy_shape[1], tap_shape[:2]
     outputs = directions * (3 * groups + 2 * channels) + (0 if skip_shape is None else channels)
     pixels = batch * height * width
-    return pixels * outputs * states, pixels * directions * channels * 4
+    return pixels * outputs * proxy_channels, pixels * directions * channels * 4
 
 
 @register_flop_formula(torch.ops.gspn.propagate)
@@ -59,7 +59,7 @@ def _propagate_flops(
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    """As of the composition: projections to the maps, three taps and the gate."""
+    """The operations of the composition: projections to the maps, three taps and the gate."""
     del lam_shape, u_shape, args, kwargs
     return 2 * sum(_propagate_macs(x_shape, proxy_shape, tap_shape, skip_shape))
 
@@ -76,7 +76,7 @@ def _propagate_backward_flops(
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    """Maps and states again, each map's gradient to the proxy and to its projection, and the scans' own backward."""
+    """Recomputed maps and states, each map's gradient to the proxy and to its projection, and the scans' backward."""
     del grad_shape, lam_shape, u_shape, args, kwargs
     projections, scans = _propagate_macs(x_shape, proxy_shape, tap_shape, skip_shape)
     return 2 * (3 * projections + 3 * scans)

@@ -1,60 +1,31 @@
-"""Which implementations exist, which of them can run a call here, and which one ``impl="auto"`` takes.
+"""Which backends exist, which of them can run a call here, and which one ``impl="auto"`` takes.
 
-An implementation says *how*, never *what*: all of them compute the function of :mod:`gspn.ops.reference`. Each is a
-module with one function per operator, imported when it is first used, and a predicate that answers both the automatic
-choice and an explicit request.
+A new backend is a folder with the functions of :mod:`gspn.ops.backend`, and an entry in :data:`BACKENDS`.
 """
 
 from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import cpu, triton
-from .reasons import NotInstalled
+from . import cpu, reference, triton
+from .backend import Backend, NotInstalled
 
 OPS: tuple[str, ...] = ("propagate", "line_scan")
 """Operators that have implementations to choose from."""
 
+BACKENDS: tuple[Backend, ...] = (triton, cpu, reference)
+"""The fastest first: ``"auto"`` takes the first that can run. The last one runs everywhere."""
 
-@dataclass(frozen=True)
-class Implementation:
-    """One way to compute the operators."""
+IMPLEMENTATIONS: dict[str, Backend] = {backend.__name__.rpartition(".")[2]: backend for backend in BACKENDS}
+"""The backends by name, which is what ``impl`` names."""
 
-    name: str
-    modules: Mapping[str, str]
-    """Where the function of each operator is; imported by the first call that needs it."""
-    why_not: Callable[[torch.device, torch.dtype, str], str | None]
-    """``(device, dtype, op)`` to the reason it cannot run, or None."""
-
-    def load(self, op: str) -> ModuleType:
-        """Import the module that has ``op``, at once if it has been before."""
-        return importlib.import_module(self.modules[op], __package__)
-
-
-def _reference_why_not(device: torch.device, dtype: torch.dtype, op: str) -> str | None:
-    return None
-
-
-IMPLEMENTATIONS: dict[str, Implementation] = {
-    impl.name: impl
-    for impl in (
-        # The fastest first: "auto" takes the first that can run.
-        Implementation("triton", {"line_scan": ".triton.launch", "propagate": ".triton.propagate"}, triton.why_not),
-        Implementation("cpu", {"line_scan": ".cpu.line_scan", "propagate": ".cpu.propagate"}, cpu.why_not),
-        Implementation("reference", dict.fromkeys(OPS, ".reference"), _reference_why_not),
-    )
-}
-"""Every implementation by name, the fastest first."""
-
-# "auto" must not ask the predicates again on every call: they look for compilers, libraries and devices.
-_auto_choice: dict[tuple[str, str, torch.dtype], Implementation] = {}
+# "auto" must not ask the backends again on every call: they look for compilers, libraries and devices.
+_auto_choice: dict[tuple[str, str, torch.dtype], Backend] = {}
 
 
 def check_op(op: str) -> None:
@@ -92,32 +63,31 @@ def available_impls(x: Tensor, op: str = "propagate") -> dict[str, str | None]:
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}; pass a tensor of the device and dtype in question.")
     check_op(op)
-    return {name: impl.why_not(x.device, x.dtype, op) for name, impl in IMPLEMENTATIONS.items()}
+    return {name: backend.why_not(x.device, x.dtype, op) for name, backend in IMPLEMENTATIONS.items()}
 
 
-def _choose(device: torch.device, dtype: torch.dtype, op: str) -> Implementation:
-    reasons = {}
-    for name, impl in IMPLEMENTATIONS.items():
-        reason = impl.why_not(device, dtype, op)
+def _choose(device: torch.device, dtype: torch.dtype, op: str) -> Backend:
+    reasons: dict[str, str] = {}
+    *fast, slowest = IMPLEMENTATIONS
+    for name in fast:
+        reason = IMPLEMENTATIONS[name].why_not(device, dtype, op)
         if reason is None:
-            break
+            return IMPLEMENTATIONS[name]
         reasons[name] = reason
-    else:
-        raise RuntimeError("the reference implementation refused to run; this is a bug in gspn.")
-    if impl.name == "reference":
-        # The dictionary of choices makes this once for each device type, dtype and operator.
-        wanted = "cpu" if device.type == "cpu" else "triton"
-        warnings.warn(
-            f"gspn.{op} runs its slow PyTorch loop on {device.type} for {dtype}: {wanted} cannot run, "
-            f"{reasons[wanted]} Pass impl='reference' to choose the loop yourself and silence this.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return impl
+    # The fastest that is made for this device, else the fastest of all. The dictionary of choices makes the warning
+    # come once for each device type, dtype and operator.
+    refused = next((name for name in fast if device.type in IMPLEMENTATIONS[name].DEVICES), fast[0])
+    warnings.warn(
+        f"gspn.{op} runs its slow PyTorch loop on {device.type} for {dtype}: {refused} cannot run, {reasons[refused]} "
+        f"Pass impl={slowest!r} to choose the loop yourself and silence this.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return IMPLEMENTATIONS[slowest]
 
 
-def resolve(impl: str, like: Tensor, op: str) -> ModuleType:
-    """The module whose function ``op`` computes a call on tensors like ``like``.
+def resolve(impl: str, like: Tensor, op: str) -> Any:
+    """The module that computes ``op`` on tensors like ``like``; its functions are those of :mod:`gspn.ops.backend`.
 
     Raises:
         NotImplementedError: if ``impl`` was named and cannot run on this device and dtype.
@@ -125,13 +95,13 @@ def resolve(impl: str, like: Tensor, op: str) -> ModuleType:
     """
     if impl == "auto":
         key = (op, like.device.type, like.dtype)
-        chosen = _auto_choice.get(key)
-        if chosen is None:
-            chosen = _auto_choice[key] = _choose(like.device, like.dtype, op)
-        return chosen.load(op)
-    implementation = IMPLEMENTATIONS[impl]
-    reason = implementation.why_not(like.device, like.dtype, op)
-    if reason is not None:
-        error = ImportError if isinstance(reason, NotInstalled) else NotImplementedError
-        raise error(f"impl={impl!r} cannot run {op} here: {reason}")
-    return implementation.load(op)
+        if key not in _auto_choice:
+            _auto_choice[key] = _choose(like.device, like.dtype, op)
+        backend = _auto_choice[key]
+    else:
+        backend = IMPLEMENTATIONS[impl]
+        reason = backend.why_not(like.device, like.dtype, op)
+        if reason is not None:
+            error = ImportError if isinstance(reason, NotInstalled) else NotImplementedError
+            raise error(f"impl={impl!r} cannot run {op} here: {reason}")
+    return importlib.import_module(f"{backend.__name__}.{op}")

@@ -1,4 +1,4 @@
-"""``gspn.line_scan``: the recurrence over lines, its checks, and nothing of how it is computed."""
+"""``gspn.line_scan``: the recurrence over lines. How it is computed is the backends' matter."""
 
 from __future__ import annotations
 
@@ -7,37 +7,7 @@ from torch import Tensor
 from .directions import Direction, scan_axes
 from .implementations import check_impl
 from .torch_library import apply_line_scan
-from .validation import autocast_dtype, cast_eligible, check_segment, check_tensor
-
-
-def _check_tensors(x: Tensor, taps: Tensor, lam: Tensor | None) -> None:
-    named = {"x": x, "taps": taps} if lam is None else {"x": x, "taps": taps, "lam": lam}
-    for name, tensor in named.items():
-        check_tensor(name, tensor)
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"{x.dtype=} but {name}.dtype is {tensor.dtype}; convert all of them to one dtype.")
-        if tensor.device != x.device:
-            raise ValueError(f"{x.device=} but {name}.device is {tensor.device}; move all of them to one device.")
-    if x.dim() != 4:
-        raise ValueError(f"{x.shape=}: x has {x.dim()} axes; line_scan needs [B, C, H, W].")
-    if taps.dim() != 5 or taps.shape[2] != 3:
-        raise ValueError(f"{taps.shape=}: taps must be [B, G, 3, H, W], three taps for each pixel of each group.")
-    batch, channels, height, width = x.shape
-    groups = taps.shape[1]
-    if taps.shape[0] != batch or taps.shape[3] != height or taps.shape[4] != width:
-        raise ValueError(
-            f"{taps.shape=} does not fit {x.shape=}: taps must be "
-            f"[{batch}, G, 3, {height}, {width}], of x's batch and frame size."
-        )
-    if groups == 0 or channels % groups != 0:
-        raise ValueError(
-            f"{taps.shape=} has {groups} groups, which do not divide the {channels} channels of {x.shape=}; "
-            f"use 1 group (shared taps), {channels} (per-channel taps) or a divisor between."
-        )
-    if lam is not None and lam.shape != x.shape:
-        raise ValueError(
-            f"{lam.shape=} differs from {x.shape=}; lam weighs each element of x, so expand it to x's shape."
-        )
+from .validation import autocast, check_groups, check_image, check_segment, check_tensors
 
 
 def line_scan(
@@ -78,8 +48,8 @@ def line_scan(
         direction: ``"down"``, ``"up"``, ``"right"`` or ``"left"``, the way information flows.
         segment: number of lines, at least 1, after which the recurrence restarts; None for a global scan. The last
             segment may be shorter.
-        impl: ``"auto"``, the fastest that runs for this device and dtype; or ``"reference"``, ``"cpu"`` or
-            ``"triton"``, which raise if they cannot run (:func:`gspn.available_impls` tells).
+        impl: ``"auto"``, the fastest that runs for this device and dtype; or one that :func:`gspn.available_impls`
+            lists, which raises if it cannot run.
 
     Returns:
         ``h``, of the shape, dtype and device of ``x``, and of its memory layout where ``x`` is dense.
@@ -105,10 +75,20 @@ def line_scan(
     scan_axes(direction)
     check_impl(impl)
     check_segment(segment)
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, taps, lam = (
-            cast_eligible(x, dtype), cast_eligible(taps, dtype), None if lam is None else cast_eligible(lam, dtype)
-        )  # fmt: skip
-    _check_tensors(x, taps, lam)
+    x, taps, lam = autocast(x, taps, lam)
+    check_tensors(x, {"taps": taps} if lam is None else {"taps": taps, "lam": lam})
+    check_image(x, "line_scan")
+    if taps.dim() != 5 or taps.shape[2] != 3:
+        raise ValueError(f"{taps.shape=}: taps must be [B, G, 3, H, W], three taps for each pixel of each group.")
+    batch, _, height, width = x.shape
+    if taps.shape[0] != batch or taps.shape[3] != height or taps.shape[4] != width:
+        raise ValueError(
+            f"{taps.shape=} does not fit {x.shape=}: taps must be "
+            f"[{batch}, G, 3, {height}, {width}], of x's batch and frame size."
+        )
+    check_groups("taps", taps, x)
+    if lam is not None and lam.shape != x.shape:
+        raise ValueError(
+            f"{lam.shape=} differs from {x.shape=}; lam weighs each element of x, so expand it to x's shape."
+        )
     return apply_line_scan(x, taps, lam, direction, segment, impl)

@@ -1,4 +1,4 @@
-"""Maps that are linear in the proxy, pixel by pixel."""
+"""Maps that are linear in the proxy, computed pixel by pixel."""
 
 from __future__ import annotations
 

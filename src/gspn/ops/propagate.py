@@ -1,77 +1,43 @@
-"""``gspn.propagate``: four directions, their maps, gates and merge as one operator; its checks, and nothing of how."""
+"""``gspn.propagate``: everything after the proxy, in one operator. How it is computed is the backends' matter."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .directions import DIRECTIONS, Direction
 from .implementations import check_impl
 from .torch_library import apply_line_scan, apply_propagate
 from .unfused import compose
-from .validation import autocast_dtype, cast_eligible, check_segment, check_tensor
+from .validation import autocast, check_groups, check_image, check_segment, check_tensors, state_dtype
 
 
-def _check_directions(directions: Sequence[str]) -> None:
-    unknown = [d for d in directions if d not in DIRECTIONS]
-    if isinstance(directions, str) or not directions or unknown or len(set(directions)) != len(directions):
-        raise ValueError(f"{directions=}: pass one or more of {DIRECTIONS}, each once.")
-
-
-def _check_maps(x: Tensor, proxy: Tensor) -> None:
-    check_tensor("x", x)
-    check_tensor("proxy", proxy)
-    if x.dim() != 4:
-        raise ValueError(f"{x.shape=}: x has {x.dim()} axes; propagate needs [B, C, H, W].")
-    if proxy.dtype != x.dtype:
-        raise TypeError(f"{x.dtype=} but proxy.dtype is {proxy.dtype}; convert both to one dtype.")
-    if proxy.device != x.device:
-        raise ValueError(f"{x.device=} but proxy.device is {proxy.device}; move both to one device.")
-    batch, _, height, width = x.shape
+def _check_shapes(
+    x: Tensor, proxy: Tensor, tap_proj: Tensor, gates: dict[str, Tensor], merge: Tensor | None, count: int
+) -> None:
+    """Raise ValueError unless all shapes are those of ``count`` directions over ``x``."""
+    check_image(x, "propagate")
+    batch, channels, height, width = x.shape
     if proxy.dim() != 4 or (proxy.shape[0], *proxy.shape[2:]) != (batch, height, width) or proxy.shape[1] == 0:
         raise ValueError(
             f"{proxy.shape=} does not fit {x.shape=}: proxy must be [{batch}, S, {height}, {width}], S at least 1."
         )
-
-
-def _check_projections(
-    x: Tensor, proxy: Tensor, tap_proj: Tensor, gates: dict[str, Tensor], merge: Tensor | None, count: int
-) -> None:
-    """Shapes are those of ``count`` directions; dtypes x's or the state's, which loses nothing."""
-    wide = _state_dtype(x.dtype)
-    named = {"tap_proj": tap_proj, **gates} | ({} if merge is None else {"merge": merge})
-    for name, tensor in named.items():
-        check_tensor(name, tensor)
-        if tensor.dtype not in (x.dtype, wide):
-            raise TypeError(f"{x.dtype=} but {name}.dtype is {tensor.dtype}; convert it to {x.dtype} or {wide}.")
-        if tensor.device != x.device:
-            raise ValueError(f"{x.device=} but {name}.device is {tensor.device}; move all of them to one device.")
-    channels, states = x.shape[1], proxy.shape[1]
-    if tap_proj.dim() != 4 or (tap_proj.shape[0], *tap_proj.shape[2:]) != (count, 3, states):
+    proxy_channels = proxy.shape[1]
+    if tap_proj.dim() != 4 or (tap_proj.shape[0], *tap_proj.shape[2:]) != (count, 3, proxy_channels):
         raise ValueError(
-            f"{tap_proj.shape=}: tap_proj must be [{count}, G, 3, {states}], three taps for each of {count} directions "
-            f"and G groups, from the {states} channels of the proxy."
+            f"{tap_proj.shape=}: tap_proj must be [{count}, G, 3, {proxy_channels}], three taps for each of {count} "
+            f"directions and G groups, from the {proxy_channels} channels of the proxy."
         )
-    groups = tap_proj.shape[1]
-    if groups == 0 or channels % groups != 0:
-        raise ValueError(
-            f"{tap_proj.shape=} has {groups} groups, which do not divide the {channels} channels of {x.shape=}; "
-            f"use 1 group (shared taps), {channels} (per-channel taps) or a divisor between."
-        )
+    check_groups("tap_proj", tap_proj, x)
     for name, gate in gates.items():
-        if gate.shape != (count, channels, states):
+        if gate.shape != (count, channels, proxy_channels):
             raise ValueError(
-                f"{name}.shape is {gate.shape}; it must be [{count}, {channels}, {states}], "
+                f"{name}.shape is {gate.shape}; it must be [{count}, {channels}, {proxy_channels}], "
                 f"for {count} directions, x's channels and the proxy's."
             )
     if merge is not None and merge.shape != (count,):
         raise ValueError(f"{merge.shape=}: merge must be [{count}], a weight for each direction.")
-
-
-def _state_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def propagate(
@@ -121,8 +87,8 @@ def propagate(
         directions: the D directions of the projections' first axis, each at most once.
         segment: number of lines, at least 1, after which every scan restarts; None for global scans, which connect
             every pixel with every other.
-        impl: ``"auto"``, the fastest that runs for this device and dtype; or ``"reference"``, ``"cpu"`` or
-            ``"triton"``, which raise if they cannot run (:func:`gspn.available_impls` tells).
+        impl: ``"auto"``, the fastest that runs for this device and dtype; or one that :func:`gspn.available_impls`
+            lists, which raises if it cannot run.
 
     Returns:
         ``y``, of the shape, dtype and device of ``x``, and of its memory layout where ``x`` is dense.
@@ -149,16 +115,18 @@ def propagate(
     """
     check_impl(impl)
     check_segment(segment)
-    _check_directions(directions)
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, proxy = cast_eligible(x, dtype), cast_eligible(proxy, dtype)
-    _check_maps(x, proxy)
+    unknown = [d for d in directions if d not in DIRECTIONS]
+    if isinstance(directions, str) or not directions or unknown or len(set(directions)) != len(directions):
+        raise ValueError(f"{directions=}: pass one or more of {DIRECTIONS}, each once.")
+    x, proxy = autocast(x, proxy)
+    check_tensors(x, {"proxy": proxy})
+    # Projections may have the state's dtype, which loses nothing.
+    wide = state_dtype(x.dtype)
     gates = {"lam_proj": lam_proj, "u_proj": u_proj} | ({} if skip_proj is None else {"skip_proj": skip_proj})
-    _check_projections(x, proxy, tap_proj, gates, merge, len(directions))
+    check_tensors(x, {"tap_proj": tap_proj, **gates} | ({} if merge is None else {"merge": merge}), wide)
+    _check_shapes(x, proxy, tap_proj, gates, merge, len(directions))
 
     # The merge is folded into the projections, and the skips of all directions are one: both sums are linear.
-    wide = _state_dtype(x.dtype)
     tap_proj, lam_proj, u_proj = (p.to(wide) for p in (tap_proj, lam_proj, u_proj))
     skip_proj = None if skip_proj is None else skip_proj.to(wide)  # [D, C, S]
     if merge is not None:

@@ -1,4 +1,4 @@
-"""``gspn.stochastic_taps``: from raw logits to taps under which every scan is stable."""
+"""``gspn.stochastic_taps``: logits to taps with which every scan is stable."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .directions import Direction, scan_axes
 
 
 def _memory_order(tensor: Tensor) -> list[int]:
-    """The axes from the slowest to the fastest in memory."""
+    """The axes, those of the largest strides first."""
     # Symbolic strides cannot be sorted, and a compiler lays out what it fuses itself.
     if torch.compiler.is_compiling() or tensor.is_contiguous():
         return list(range(tensor.dim()))

@@ -1,6 +1,6 @@
 """``propagate`` as a composition of ``stochastic_taps`` and ``line_scan``, with every map written to memory.
 
-This is what the operator means, differentiable to every order; and what the fast kernels are measured against.
+This defines the operator. It is differentiable to every order, and the fast kernels are timed beside it.
 """
 
 from __future__ import annotations

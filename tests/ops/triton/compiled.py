@@ -9,20 +9,23 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gspn.ops.triton.line_scan import Launch, prepare_backward, prepare_forward
-from gspn.ops.triton.line_scan_config import Limits
+from gspn.ops.triton.launch import Launch
+from gspn.ops.triton.line_scan import prepare_backward, prepare_forward
+from gspn.ops.triton.planner import Limits
+from gspn.ops.triton.propagate import Projections, prepare_gradients, prepare_scan
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def launch(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, direction: str, backward: bool, capability: int
+def line_scan(
+    capability: int, shape: tuple[int, int, int, int], dtype: torch.dtype, direction: str, backward: bool
 ) -> Launch:
     """The launch for contiguous tensors with per-channel taps, a gate and, backward, every gradient."""
     batch, channels, height, width = shape
@@ -34,38 +37,62 @@ def launch(
     return prepare_forward(x, taps, x, x, direction, None, limits)
 
 
-def build(what: Launch, capability: int) -> Any:
+def propagate(
+    capability: int, shape: tuple[int, int, int, int], dtype: torch.dtype, direction: str, states: int, groups: int,
+    channels_last: bool, kind: str,
+) -> Launch:  # fmt: skip
+    """The forward, adjoint or gradients launch of a direction that is not the only one, with all that it may do."""
+    batch, channels, height, width = shape
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
+    wide = torch.empty_like(x, dtype=torch.float32)
+    rows = torch.empty(batch, states, height, width, dtype=dtype, device="meta")
+    across = rows if direction in ("down", "up") else rows.mT.contiguous()
+    gate = torch.empty(channels, states, device="meta")
+    weights = Projections(torch.empty(groups, 3, states, device="meta"), gate, gate, gate)
+    how = (weights, direction, None, Limits(SHARED_MEMORY[capability]))
+    if kind == "forward":
+        return prepare_scan(x, wide, x, across, *how, gated=True)
+    if kind == "adjoint":
+        return prepare_scan(x, None, wide, across, *how, adjoint=True)
+    dproxy = prepare_gradients(x, x, wide, wide, wide, wide, rows, weights, None, direction, None)[1]
+    return prepare_gradients(x, x, wide, wide, wide, wide, rows, weights, dproxy, direction, None)[0]
+
+
+def build(launch: Launch, capability: int) -> Any:
     """Compile a launch, telling the compiler what the launch itself would: pointers are aligned, sizes are unknown."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = what.kernel.arg_names
+    arguments = {**launch.tensors, **launch.plan.integers, **launch.plan.constants}
     signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(names):
-        if name in what.tensors:
-            signature[name] = "*" + _TYPES[what.tensors[name].dtype]
+    for i, name in enumerate(launch.kernel.arg_names):
+        value = arguments[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
-        elif name in what.integers:
+        elif value is not None and name in launch.plan.integers:
             signature[name] = "i32"
         else:
             signature[name] = "constexpr"
-            constants[(i,)] = what.plan.constants[name]
-    source = ASTSource(fn=what.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": what.plan.num_warps, "enable_fp_fusion": True}
+            constants[(i,)] = value
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": launch.plan.num_warps, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def resources(compiled: Any, scratch: Path) -> dict[str, int]:
+def resources(compiled: Any) -> dict[str, int]:
     """What the assembler reports about a compiled kernel, and which instructions move its data."""
     import triton
 
-    cubin = scratch / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    report = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
-    numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
-    assert numbers is not None, report
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        done = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True)
+    numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", done.stdout)
+    assert numbers is not None, done.stdout
     registers, stack, local = map(int, numbers.groups())
     ptx = compiled.asm["ptx"]
     return {
@@ -73,6 +100,7 @@ def resources(compiled: Any, scratch: Path) -> dict[str, int]:
         "stack": stack,
         "local": local,
         "shared_memory": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
         "copies": len(re.findall(r"cp\.async\.c[ag]\.shared", ptx)),
         "copies_of_16_bytes": len(re.findall(r"cp\.async\.cg\.shared\.global[^;]*, 0x10", ptx)),
         "copies_of_8_bytes": len(re.findall(r"cp\.async\.ca\.shared\.global[^;]*, 0x8", ptx)),
@@ -83,12 +111,13 @@ def resources(compiled: Any, scratch: Path) -> dict[str, int]:
     }
 
 
-def report(cases: list[tuple[str, str, bool]], capability: int, scratch: str) -> None:
-    """Print the resources of each ``(dtype, direction, backward)`` at the benchmark's size, as JSON."""
+def report(cases: list[tuple[Any, ...]], capability: int) -> None:
+    """Print the resources of each case as JSON: ``(shape, dtype, direction, *rest)`` of one of the functions above."""
     results = []
-    for dtype, direction, backward in cases:
-        what = launch((16, 8, 1024, 1024), getattr(torch, dtype), direction, backward, capability)
-        results.append(resources(build(what, capability), Path(scratch)) | {"warps": what.plan.num_warps})
+    for shape, dtype, direction, *rest in cases:
+        function = line_scan if len(rest) == 1 else propagate
+        launch = function(capability, shape, getattr(torch, dtype), direction, *rest)
+        results.append(resources(build(launch, capability)))
     json.dump(results, sys.stdout)
 
 
@@ -113,9 +142,9 @@ def one_compilation_for_all_sizes() -> None:
     for backward in (False, True):
         kernels = set()
         for size in ((16, 8, 1024, 1024), (3, 7, 1000, 996), (1, 200, 1, 516), (1, 1, 33, 1020)):
-            what = launch(size, torch.float32, "down", backward, 90)
-            arguments = what.tensors | what.integers | what.plan.constants
+            launch = line_scan(90, size, torch.float32, "down", backward)
+            arguments = {**launch.tensors, **launch.plan.integers, **launch.plan.constants}
             kernels.add(
-                what.kernel.warmup(**arguments, num_warps=what.plan.num_warps, enable_fp_fusion=True, grid=(1,))
+                launch.kernel.warmup(**arguments, num_warps=launch.plan.num_warps, enable_fp_fusion=True, grid=(1,))
             )
         assert len(kernels) == 1, kernels

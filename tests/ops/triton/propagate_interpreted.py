@@ -5,56 +5,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from interpreted import _poison
 from propagate_support import check, make_arguments
 from torch import Tensor
 
 import gspn
 
 
-def sizes() -> None:
-    for i, shape in enumerate([(1, 1), (1, 5), (7, 1), (2, 2), (9, 6)]):
-        check(*make_arguments(1, 3, *shape, states=2, groups=(3, 1)[i % 2]))
-
-
-def states_and_groups() -> None:
-    for i, states in enumerate((1, 2, 5, 8, 16)):
-        for groups in (1, 2, 4)[i % 2 :]:
-            directions = gspn.DIRECTIONS[i % 4 :][:2]
-            check(*make_arguments(1, 4, 4, 5, states, groups, directions=directions, skip=i % 2 == 0))
+def combinations() -> None:
+    # An orthogonal array: over 25 cases every two of the six axes meet in all their values.
+    shapes = [(1, 1), (1, 5), (7, 1), (3, 4), (9, 6)]
+    layouts = ["contiguous", "channels_last", "sliced", "expanded", "transposed"]
+    dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float16, torch.float32]
+    for i in range(25):
+        a, b = i % 5, i // 5
+        states, groups, segment = (1, 2, 5, 8, 16)[(a + b) % 5], (1, 2, 4, 1, 4)[(a + 2 * b) % 5], (a + 4 * b) % 5
+        directions = (gspn.DIRECTIONS[i % 4], gspn.DIRECTIONS[(i + 1 + i // 4 % 3) % 4])
+        arguments = make_arguments(
+            1 + i % 9 // 8, 4, *shapes[a], states, groups, dtypes[(a + 3 * b) % 5], layout=layouts[b],
+            directions=directions, segment=(None, 1, 2, 5, None)[segment], skip=i // 2 % 2 == 0,
+        )  # fmt: skip
+        check(*arguments)
     # More channels than one block has, in groups that blocks do and do not fit.
     check(*make_arguments(2, 20, 3, 4, 3, 5, directions=("up", "left")))
     check(*make_arguments(1, 36, 2, 3, 17, 2, directions=("right",)))
+    # A gradient of a sum has stride 0 everywhere, and only the proxy may be channels_last.
+    grad, *arguments = make_arguments(1, 3, 4, 3, 2, 1)
+    arguments[1] = arguments[1].to(memory_format=torch.channels_last)
+    check(torch.ones(()).expand_as(grad), *arguments)
 
 
-def segments() -> None:
-    for i, segment in enumerate((1, 2, 5)):
-        check(*make_arguments(1, 2, 6, 7, 3, 1 + i % 2, segment=segment))
+def runs_of_segments() -> None:
     # More lines than one program takes.
     check(*make_arguments(1, 2, 70, 3, 2, 1, directions=("up", "down"), segment=5, layout="channels_last"))
     check(*make_arguments(1, 2, 3, 61, 2, 2, directions=("left",), segment=7))
 
 
-def layouts() -> None:
-    for layout in ("channels_last", "sliced", "expanded", "transposed"):
-        check(*make_arguments(2, 4, 3, 5, 2, 2, layout=layout, segment=2 if layout == "sliced" else None))
-    # A gradient of a sum has stride 0 everywhere, and only the proxy may be channels_last.
-    grad, *arguments = make_arguments(1, 3, 4, 3, 2, 1)
-    check(torch.ones(()).expand_as(grad), *arguments)
-    arguments[1] = arguments[1].to(memory_format=torch.channels_last)
-    check(grad, *arguments)
-
-
-def dtypes() -> None:
-    for dtype in (torch.bfloat16, torch.float16):
-        check(*make_arguments(1, 4, 4, 8, 3, 1, dtype))
-        check(*make_arguments(1, 4, 5, 3, 8, 4, dtype, directions=("left",), layout="channels_last", skip=False))
-
-
 def large_logits() -> None:
-    for scale in (1e2, 1e4):
-        for sign in (1, 0, -1):
-            check(*make_arguments(1, 2, 4, 5, 2, 2, logits=scale, sign=sign))
+    for scale, sign, directions in (
+        (1e4, 1, ("down", "left")), (1e2, 0, ("up",)), (1e4, 0, ("right",)), (1e2, -1, ("left",)), (1e4, -1, ("down",))
+    ):  # fmt: skip
+        check(*make_arguments(1, 2, 4, 5, 2, 2, logits=scale, sign=sign, directions=directions))
 
 
 def _long(count: int, cross: int, direction: str) -> tuple[int, int]:
@@ -99,11 +89,3 @@ def many_spans() -> None:
     # Some blocks of channels have a sum for the proxy together, others one of their own.
     check(*make_arguments(1, 68, 2, 3, 16, 1, directions=("down", "right")))
     check(*make_arguments(2, 40, 2, 3, 1, 40, directions=("up",)))
-
-
-def main(names: list[str]) -> None:
-    """Run some of the functions above."""
-    torch.set_num_threads(1)
-    _poison()
-    for name in names:
-        globals()[name]()

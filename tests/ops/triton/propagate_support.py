@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import gspn
+from gspn.ops.projections import project_taps
 from support import assert_as_exact_as_pytorch, laid_out
 
 NAMES = ("y", "dx", "dproxy", "dtap_proj", "dlam_proj", "du_proj", "dskip_proj")
@@ -63,7 +64,7 @@ def _magnitudes(grad: Tensor, arguments: tuple[Any, ...]) -> list[Tensor | None]
         add, dskip = of_map(x * grad, skip_proj)
         dproxy += add
     for d, direction in enumerate(directions):
-        taps = gspn.stochastic_taps(reference.project_taps(proxy, tap_proj[d]), direction=direction)
+        taps = gspn.stochastic_taps(project_taps(proxy, tap_proj[d]), direction=direction)
         lam, u = project(lam_proj[d]), project(u_proj[d])
         h = reference.line_scan(x, taps, lam, direction, segment)
         y += u * h
@@ -88,7 +89,7 @@ def check(grad: Tensor, *arguments: Any, row: int | None = None) -> None:
     """
     from gspn.ops import reference
     from gspn.ops.triton import propagate
-    from gspn.ops.triton.line_scan import limits_of
+    from gspn.ops.triton.launch import limits_of
 
     limits = limits_of(grad.device)._replace(row=row)
     actual = _results(grad, arguments, propagate, limits=limits)

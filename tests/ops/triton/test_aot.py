@@ -10,7 +10,29 @@ import pytest
 
 from support import ROOT, run_python
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+_TRITON = importlib.util.find_spec("triton")
+pytestmark = pytest.mark.skipif(_TRITON is None, reason="triton is not installed")
+
+SMALL, LARGE = (8, 96, 56, 56), (16, 8, 1024, 1024)
+
+# Dtype, direction, backward. Any two of card, dtype, backward and axis of the lines meet in all their values.
+LINE_SCAN = {
+    80: [("float32", "down", False), ("float32", "left", True), ("bfloat16", "up", True)],
+    90: [("float32", "down", True), ("bfloat16", "left", True), ("float32", "right", False), ("bfloat16", "up", False)],
+    100: [("bfloat16", "down", True), ("float32", "up", False), ("bfloat16", "right", False)],
+}  # fmt: skip
+
+# Shape, dtype, direction, S, G, channels_last. A direction differs from its reverse in the order of lines alone.
+PROPAGATE = [
+    (SMALL, "float32", "down", 8, 1, False),
+    (SMALL, "bfloat16", "left", 8, 96, False),
+    (SMALL, "float32", "left", 8, 96, True),
+    (SMALL, "float32", "down", 64, 96, True),
+    (LARGE, "float32", "left", 2, 8, False),
+    (LARGE, "bfloat16", "down", 16, 1, False),
+]
+# The scan that only recomputes the states is the forward one with less to do.
+KINDS = ("forward", "adjoint", "gradients")
 
 
 def _run(call: str, cache: Path) -> str:
@@ -19,40 +41,25 @@ def _run(call: str, cache: Path) -> str:
     return run_python(code, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(cache)).stdout
 
 
-def _cases(dtype: str, *directions: str) -> list[tuple[str, str, bool]]:
-    return [(dtype, direction, backward) for direction in directions for backward in (False, True)]
-
-
-def _has_cuobjdump() -> bool:
-    triton = importlib.util.find_spec("triton")
-    return (
-        triton is not None
-        and triton.origin is not None
-        and (Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump").exists()
-    )
-
-
-@pytest.mark.parametrize(
-    ("capability", "cases"),
-    [
-        # "right" differs from "left" in the order of the lines alone, and takes as long to compile.
-        (80, [*_cases("float32", "down", "left"), *_cases("bfloat16", "down")]),
-        (90, _cases("float32", "down", "up", "right", "left")),
-        (90, [*_cases("bfloat16", "down", "up", "left")]),
-        (100, [*_cases("float32", "down", "left"), *_cases("bfloat16", "down"), ("bfloat16", "right", False)]),
-    ],
-    ids=["sm_80", "sm_90-float32", "sm_90-bfloat16", "sm_100"],
-)
-def test_no_spills_and_wide_accesses(capability: int, cases: list, tmp_path: Path) -> None:
-    if not _has_cuobjdump():
+def _resources(cases: list, capability: int, cache: Path) -> list[tuple[str, dict[str, int]]]:
+    """Each case, in words, and what it uses; none of them spills registers or asks for more than the card has."""
+    if _TRITON is None or not (Path(str(_TRITON.origin)).parent / "backends/nvidia/bin/cuobjdump").exists():
         pytest.skip("this triton comes without cuobjdump, which tells what a kernel uses")
-    results = json.loads(_run(f"report({cases}, {capability}, {str(tmp_path)!r})", tmp_path))
-    most = {80: 163, 90: 227, 100: 227}[capability] * 1024
-    for (dtype, direction, backward), used in zip(cases, results, strict=True):
-        what = f"sm_{capability} {dtype} {direction} {backward=}: {used}"
+    results = json.loads(_run(f"report({cases}, {capability})", cache))
+    described = [(f"sm_{capability} {case}: {used}", used) for case, used in zip(cases, results, strict=True)]
+    for what, used in described:
         assert used["stack"] == used["local"] == 0, what
-        assert used["shared_memory"] <= most, what
+        assert used["shared_memory"] <= {80: 163, 90: 227, 100: 227}[capability] * 1024, what
         assert used["registers"] * used["warps"] * 32 <= 65536, what
+    return described
+
+
+@pytest.mark.parametrize("capability", LINE_SCAN)
+def test_line_scan_does_not_spill_and_accesses_are_wide(capability: int, triton_cache: Path) -> None:
+    cases = [(LARGE, *case) for case in LINE_SCAN[capability]]
+    for (_, dtype, direction, backward), (what, used) in zip(
+        cases, _resources(cases, capability, triton_cache), strict=True
+    ):
         # All that is read is read ahead, by copies of four pixels at least; only a line beside a tile is not.
         tensors = 7 if backward else 5
         wide = used["copies_of_16_bytes"] + (used["copies_of_8_bytes"] if dtype == "bfloat16" else 0)
@@ -65,5 +72,12 @@ def test_no_spills_and_wide_accesses(capability: int, cases: list, tmp_path: Pat
         assert used["shuffles"] == 0, what
 
 
-def test_one_compilation_for_all_sizes(tmp_path: Path) -> None:
-    _run("one_compilation_for_all_sizes()", tmp_path)
+@pytest.mark.parametrize(("i", "capability"), enumerate((90, 80, 100)))
+def test_propagate_does_not_spill(i: int, capability: int, triton_cache: Path) -> None:
+    # A Latin square: any two of card, case and kernel meet.
+    cases = [(*case, KINDS[(i + j) % 3]) for j, case in enumerate(PROPAGATE)]
+    _resources(cases, capability, triton_cache)
+
+
+def test_one_compilation_for_all_sizes(triton_cache: Path) -> None:
+    _run("one_compilation_for_all_sizes()", triton_cache)

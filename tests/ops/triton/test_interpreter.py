@@ -15,20 +15,22 @@ from support import ROOT, run_python
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
+# Lists of about the same time, for the workers of pytest-xdist.
+LINE_SCAN = [
+    "combinations, through_the_operator, only_what_is_needed, empty",
+    "runs_of_segments, long_rows, long_rows_in_many_lines, taps_that_point_nowhere",
+]
+PROPAGATE = [
+    "combinations, empty",
+    "runs_of_segments, large_logits, long_rows, many_spans, through_the_operator",
+]
+
 
 @pytest.mark.parametrize(
-    "what",
-    [
-        "sizes, segments, empty",
-        "layouts, without_gate",
-        "groups_and_dtypes, through_the_operator",
-        "layouts_and_shared_taps, only_what_is_needed",
-        "runs_of_segments, long_channels_last_rows",
-        "long_rows, taps_that_point_nowhere",
-        "long_rows_in_many_lines",
-    ],
+    ("module", "functions"),
+    [*(("interpreted", names) for names in LINE_SCAN), *(("propagate_interpreted", names) for names in PROPAGATE)],
 )
-def test_interpreted(what: str) -> None:
+def test_interpreted(module: str, functions: str) -> None:
     paths = [str(ROOT / "tests"), str(Path(__file__).parent)]
-    code = f"import sys; sys.path[:0] = {paths}; import interpreted; interpreted.main({what.split(', ')})"
-    run_python(code, TRITON_INTERPRET="1")
+    imports = f"import interpreted; from {module} import {functions}"
+    run_python(f"import sys; sys.path[:0] = {paths}; {imports}; interpreted.run([{functions}])", TRITON_INTERPRET="1")

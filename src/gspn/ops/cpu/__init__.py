@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from ..reasons import NotInstalled
-from .library import load
+from ..backend import NotInstalled
+from .library import instruction_set, instruction_sets, load
+
+__all__ = ["DEVICES", "instruction_set", "instruction_sets", "why_not"]
+
+DEVICES: tuple[str, ...] = ("cpu",)
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def why_not(device: torch.device, dtype: torch.dtype, op: str) -> str | None:  # noqa: ARG001  (one signature for every predicate)
+def why_not(device: torch.device, dtype: torch.dtype, op: str) -> str | None:
     """The reason why the CPU kernels cannot run ``op`` on this device and dtype, or None."""
     if device.type != "cpu":
         return f"the CPU kernels need CPU tensors and these are on {device.type}; move them with .cpu()."

@@ -11,9 +11,10 @@ import os
 
 import torch
 
-from ..reasons import NotInstalled
+from ..backend import NotInstalled
 
-_OPS = ("line_scan", "propagate")
+DEVICES: tuple[str, ...] = ("cuda",)
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,8 +30,6 @@ def interpreted() -> bool:
 
 def why_not(device: torch.device, dtype: torch.dtype, op: str) -> str | None:
     """The reason why Triton cannot run ``op`` on this device and dtype, or None."""
-    if op not in _OPS:
-        return f"there is no Triton kernel for {op}."
     if not _installed():
         return NotInstalled("triton is not installed; pip install triton (Linux with an NVIDIA or AMD GPU).")
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):

@@ -42,74 +42,80 @@ def join_lines(lines, LINES: tl.constexpr):
 
 
 @triton.jit
-def _shift(edges):
-    """``[C, N, 2]`` to two ``[C, N]``: the first column moved one place to the right, the second one to the left.
+def _shift(flat):
+    """A flat tensor's first half moved one place to the right, its second half one place to the left.
 
     The gather runs over a flat tensor: for one of higher rank the compiler arranges whole rows inside each warp, and
-    moves them by hundreds of shuffles. What ends up where nothing comes from is anything at all.
+    moves them by hundreds of shuffles. Places that no value is moved to hold any value.
     """
-    C: tl.constexpr = edges.shape[0]
-    N: tl.constexpr = edges.shape[1]
-    SLOTS: tl.constexpr = 2 * C * N
+    SLOTS: tl.constexpr = flat.shape[0]
     slot = tl.arange(0, SLOTS)
     source = tl.where(slot < SLOTS // 2, slot - 1, slot + 1)
     source = tl.minimum(tl.maximum(source, 0), SLOTS - 1)
-    moved = tl.gather(tl.reshape(tl.permute(edges, (2, 0, 1)), [SLOTS]), source, axis=0)
+    return tl.gather(flat, source, axis=0)
+
+
+@triton.jit
+def _from_neighbours(to_right, to_left):
+    """``to_right`` moved one column to the right and ``to_left`` moved one to the left."""
+    C: tl.constexpr = to_right.shape[0]
+    N: tl.constexpr = to_right.shape[1]
+    moved = _shift(tl.reshape(tl.permute(tl.join(to_right, to_left), (2, 0, 1)), [2 * C * N]))
     return tl.split(tl.permute(tl.reshape(moved, [2, C, N]), (1, 2, 0)))
 
 
 @triton.jit
-def _shift_pairs(edges):
-    """``[C, N, 2, 2]`` to four ``[C, N]``: :func:`_shift` along the third axis, for both halves of the last at once."""
-    C: tl.constexpr = edges.shape[0]
-    N: tl.constexpr = edges.shape[1]
-    SLOTS: tl.constexpr = 4 * C * N
-    slot = tl.arange(0, SLOTS)
-    source = tl.where(slot < SLOTS // 2, slot - 1, slot + 1)
-    source = tl.minimum(tl.maximum(source, 0), SLOTS - 1)
-    moved = tl.gather(tl.reshape(tl.permute(edges, (2, 3, 0, 1)), [SLOTS]), source, axis=0)
-    first, second = tl.split(tl.permute(tl.reshape(moved, [2, 2, C, N]), (2, 3, 0, 1)))
-    first_left, first_right = tl.split(first)
-    second_left, second_right = tl.split(second)
-    return first_left, first_right, second_left, second_right
+def _pairs_from_neighbours(to_right, to_left, last, first):
+    """:func:`_from_neighbours` of ``(to_right, to_left)`` and of ``(last, first)``, for the price of one trip."""
+    C: tl.constexpr = to_right.shape[0]
+    N: tl.constexpr = to_right.shape[1]
+    edges = tl.join(tl.join(to_right, to_left), tl.join(last, first))
+    moved = _shift(tl.reshape(tl.permute(edges, (2, 3, 0, 1)), [4 * C * N]))
+    ones, others = tl.split(tl.permute(tl.reshape(moved, [2, 2, C, N]), (2, 3, 0, 1)))
+    from_left, from_right = tl.split(ones)
+    first_left, first_right = tl.split(others)
+    return from_left, from_right, first_left, first_right
+
+
+@triton.jit
+def _columns(b, VECTOR: tl.constexpr):
+    """The VECTOR consecutive columns that each thread holds, one by one."""
+    return split_lines(tl.reshape(b, [b.shape[0], b.shape[1] // VECTOR, VECTOR]), VECTOR)
+
+
+@triton.jit
+def _rows(columns, VECTOR: tl.constexpr):
+    """The inverse of :func:`_columns`."""
+    b = join_lines(columns, VECTOR)
+    return tl.reshape(b, [b.shape[0], b.shape[1] * VECTOR])
 
 
 @triton.jit
 def neighbours(to_right, to_left, VECTOR: tl.constexpr):
-    """``to_right[.., j - 1]`` and ``to_left[.., j + 1]`` for each ``j``; at the ends of a row, anything at all.
+    """``to_right[.., j - 1]`` and ``to_left[.., j + 1]`` for each ``j``; at the ends of a row, any value.
 
     The threads hold VECTOR consecutive columns each, so only the last of ``to_right`` and the first of ``to_left``
     leave them.
     """
     if VECTOR == 1:
-        return _shift(tl.join(to_right, to_left))
+        return _from_neighbours(to_right, to_left)
     else:
-        C: tl.constexpr = to_right.shape[0]
-        N: tl.constexpr = to_right.shape[1]
-        rights = split_lines(tl.reshape(to_right, [C, N // VECTOR, VECTOR]), VECTOR)
-        lefts = split_lines(tl.reshape(to_left, [C, N // VECTOR, VECTOR]), VECTOR)
-        from_left, from_right = _shift(tl.join(rights[VECTOR - 1], lefts[0]))
-        left = join_lines((from_left,) + rights[0 : VECTOR - 1], VECTOR)
-        right = join_lines(lefts[1:VECTOR] + (from_right,), VECTOR)
-        return tl.reshape(left, [C, N]), tl.reshape(right, [C, N])
+        rights, lefts = _columns(to_right, VECTOR), _columns(to_left, VECTOR)
+        from_left, from_right = _from_neighbours(rights[VECTOR - 1], lefts[0])
+        b_left = _rows((from_left,) + rights[0 : VECTOR - 1], VECTOR)
+        return b_left, _rows(lefts[1:VECTOR] + (from_right,), VECTOR)
 
 
 @triton.jit
 def neighbour_pairs(to_right, to_left, both, VECTOR: tl.constexpr):
     """:func:`neighbours` of ``(to_right, to_left)`` and of ``(both, both)``, for the price of one trip."""
     if VECTOR == 1:
-        return _shift_pairs(tl.join(tl.join(to_right, to_left), tl.join(both, both)))
+        return _pairs_from_neighbours(to_right, to_left, both, both)
     else:
-        C: tl.constexpr = to_right.shape[0]
-        N: tl.constexpr = to_right.shape[1]
-        rights = split_lines(tl.reshape(to_right, [C, N // VECTOR, VECTOR]), VECTOR)
-        lefts = split_lines(tl.reshape(to_left, [C, N // VECTOR, VECTOR]), VECTOR)
-        columns = split_lines(tl.reshape(both, [C, N // VECTOR, VECTOR]), VECTOR)
-        from_left, from_right, both_left, both_right = _shift_pairs(
-            tl.join(tl.join(rights[VECTOR - 1], lefts[0]), tl.join(columns[VECTOR - 1], columns[0]))
+        rights, lefts, columns = _columns(to_right, VECTOR), _columns(to_left, VECTOR), _columns(both, VECTOR)
+        from_left, from_right, both_left, both_right = _pairs_from_neighbours(
+            rights[VECTOR - 1], lefts[0], columns[VECTOR - 1], columns[0]
         )
-        a = join_lines((from_left,) + rights[0 : VECTOR - 1], VECTOR)
-        b = join_lines(lefts[1:VECTOR] + (from_right,), VECTOR)
-        c = join_lines((both_left,) + columns[0 : VECTOR - 1], VECTOR)
-        d = join_lines(columns[1:VECTOR] + (both_right,), VECTOR)
-        return tl.reshape(a, [C, N]), tl.reshape(b, [C, N]), tl.reshape(c, [C, N]), tl.reshape(d, [C, N])
+        a, b = _rows((from_left,) + rights[0 : VECTOR - 1], VECTOR), _rows(lefts[1:VECTOR] + (from_right,), VECTOR)
+        c = _rows((both_left,) + columns[0 : VECTOR - 1], VECTOR)
+        return a, b, c, _rows(columns[1:VECTOR] + (both_right,), VECTOR)

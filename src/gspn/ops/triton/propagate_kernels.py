@@ -1,10 +1,19 @@
-"""The scan of ``propagate`` and its adjoint: one kernel that computes its maps line by line, in registers alone.
+"""The kernels of ``propagate``: a scan and its adjoint, which compute their maps in registers, and the gradients.
 
-A program takes a block of channels of one batch entry through a run of lines in one direction. For every line it reads
-S rows of the proxy, once for all its channels, and from them come logits, taps and gates by ``5 S`` multiply-adds a
-pixel (``3 S / channels + 2 S`` where the channels share taps). The proxy has been laid out along the lines already, so
-that its rows are contiguous in every direction; the images are walked as they are, in tiles of several lines where
-memory is contiguous along the scan.
+**Scans.** A program takes a block of channels of one batch entry through a run of lines in one direction. For every
+line it reads S rows of the proxy, once for all its channels, and from them come logits, taps and gates by ``5 S``
+multiply-adds a pixel (``3 S / channels + 2 S`` where the channels share taps). The proxy has been laid out along the
+lines already, so that its rows are contiguous in every direction; the images are walked as they are, in tiles of
+several lines where memory is contiguous along the scan.
+
+**Gradients.** Once both scans are known nothing is sequential any more. A program takes a block of channels and every
+so many tiles of pixels, so that the gradients of the projections, sums over all pixels, are sums in its registers; that
+of the proxy, a sum over all channels, is one in its tile. Both are products of small matrices, in three products of
+TF32 numbers, which is as exact as float32. No sum is atomic: each program writes its own, and the order of all
+additions is fixed.
+
+The prefixes of names, tiles and views are explained in :mod:`.addressing`; the constexpr arguments are what
+:mod:`.planner` chooses. A line's neighbours are named by where they are on it: before, here and after.
 """
 
 from __future__ import annotations
@@ -12,242 +21,380 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .addressing import anchor, load_lines, locate, place, store_lines, stride
+from .addressing import (
+    in_elements,
+    integers,
+    load_lines,
+    load_state,
+    move,
+    share,
+    states,
+    store_lines,
+    store_state,
+    tile,
+    view,
+)  # fmt: skip
 from .neighbour_shuffle import neighbours
 
-
-@triton.jit
-def weights_at(
-    tap_ptr, gate_ptr, out_gate_ptr, skip_ptr, tap_at, at, tap_exists, exists, s,
-    S: tl.constexpr, GATED: tl.constexpr, HAS_SKIP: tl.constexpr,
-):  # fmt: skip
-    """The weights of proxy channel ``s`` for each map: three taps, the gates before and after the scan, the skip."""
-    before = tl.load(tap_ptr + tap_at + s, mask=tap_exists, other=0.0)
-    here = tl.load(tap_ptr + tap_at + S + s, mask=tap_exists, other=0.0)
-    after = tl.load(tap_ptr + tap_at + 2 * S + s, mask=tap_exists, other=0.0)
-    gate = tl.load(gate_ptr + at + s, mask=exists, other=0.0)
-    out_gate = gate
-    if GATED:
-        out_gate = tl.load(out_gate_ptr + at + s, mask=exists, other=0.0)
-    skip = gate
-    if HAS_SKIP:
-        skip = tl.load(skip_ptr + at + s, mask=exists, other=0.0)
-    return before, here, after, gate, out_gate, skip
+# --- The maps of a pixel ----------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def line_maps(
-    rows_ptr, plane, inside, weights, tap_ptr, gate_ptr, out_gate_ptr, skip_ptr, tap_at, at, tap_exists, exists,
-    S: tl.constexpr, UNROLL: tl.constexpr, GATED: tl.constexpr, HAS_SKIP: tl.constexpr,
-):  # fmt: skip
-    """The maps ``[C, N]`` (taps ``[1, N]`` where shared) at pixels whose proxy begins at ``rows_ptr [1, N]``.
+def _weights(p_taps, p_gate, p_out_gate, p_skip, o_taps, o_gates, m_taps, m_channels, i_s, S: tl.constexpr):
+    """The weights of proxy channel ``i_s`` for each map: three taps, the gates before and after the scan, the skip."""
+    b_before = tl.load(p_taps + o_taps + i_s, mask=m_taps, other=0.0)
+    b_here = tl.load(p_taps + o_taps + S + i_s, mask=m_taps, other=0.0)
+    b_after = tl.load(p_taps + o_taps + 2 * S + i_s, mask=m_taps, other=0.0)
+    b_gate = tl.load(p_gate + o_gates + i_s, mask=m_channels, other=0.0)
+    b_out_gate, b_skip = b_gate, b_gate
+    if p_out_gate is not None:
+        b_out_gate = tl.load(p_out_gate + o_gates + i_s, mask=m_channels, other=0.0)
+    if p_skip is not None:
+        b_skip = tl.load(p_skip + o_gates + i_s, mask=m_channels, other=0.0)
+    return b_before, b_here, b_after, b_gate, b_out_gate, b_skip
 
-    With UNROLL the weights are given, a tuple of six for each channel of the proxy; else they are loaded again.
+
+@triton.jit
+def _maps(
+    p_pixels, s_plane, m_pixels, weights, p_taps, p_gate, p_out_gate, p_skip, o_taps, o_gates, m_taps, m_channels,
+    S: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """The maps ``[C, N]`` (taps ``[1, N]`` where shared) at pixels whose proxy begins at ``p_pixels [1, N]``.
+
+    With UNROLL ``weights`` are a tuple of six for each channel of the proxy; else they are loaded again.
     """
-    before = tl.zeros([tap_at.shape[0], rows_ptr.shape[1]], tl.float32)
-    here, after = before, before
-    gate = tl.zeros([at.shape[0], rows_ptr.shape[1]], tl.float32)
-    out_gate, skip = gate, gate
+    b_before = tl.zeros([o_taps.shape[0], p_pixels.shape[1]], tl.float32)
+    b_here, b_after = b_before, b_before
+    b_gate = tl.zeros([o_gates.shape[0], p_pixels.shape[1]], tl.float32)
+    b_out_gate, b_skip = b_gate, b_gate
     if UNROLL:
         for s in tl.static_range(S):
-            p = tl.load(rows_ptr + s * plane, mask=inside, other=0.0).to(tl.float32)
-            before += weights[6 * s] * p
-            here += weights[6 * s + 1] * p
-            after += weights[6 * s + 2] * p
-            gate += weights[6 * s + 3] * p
-            if GATED:
-                out_gate += weights[6 * s + 4] * p
-            if HAS_SKIP:
-                skip += weights[6 * s + 5] * p
+            b_p = tl.load(p_pixels + s * s_plane, mask=m_pixels, other=0.0).to(tl.float32)
+            b_before += weights[6 * s] * b_p
+            b_here += weights[6 * s + 1] * b_p
+            b_after += weights[6 * s + 2] * b_p
+            b_gate += weights[6 * s + 3] * b_p
+            if p_out_gate is not None:
+                b_out_gate += weights[6 * s + 4] * b_p
+            if p_skip is not None:
+                b_skip += weights[6 * s + 5] * b_p
     else:
         for s in tl.range(0, S):
-            p = tl.load(rows_ptr + s * plane, mask=inside, other=0.0).to(tl.float32)
-            w0, w1, w2, w3, w4, w5 = weights_at(
-                tap_ptr, gate_ptr, out_gate_ptr, skip_ptr, tap_at, at, tap_exists, exists, s, S, GATED, HAS_SKIP
-            )
-            before += w0 * p
-            here += w1 * p
-            after += w2 * p
-            gate += w3 * p
-            if GATED:
-                out_gate += w4 * p
-            if HAS_SKIP:
-                skip += w5 * p
-    return before, here, after, gate, out_gate, skip
+            b_p = tl.load(p_pixels + s * s_plane, mask=m_pixels, other=0.0).to(tl.float32)
+            w = _weights(p_taps, p_gate, p_out_gate, p_skip, o_taps, o_gates, m_taps, m_channels, s, S)
+            b_before += w[0] * b_p
+            b_here += w[1] * b_p
+            b_after += w[2] * b_p
+            b_gate += w[3] * b_p
+            if p_out_gate is not None:
+                b_out_gate += w[4] * b_p
+            if p_skip is not None:
+                b_skip += w[5] * b_p
+    return b_before, b_here, b_after, b_gate, b_out_gate, b_skip
 
 
 @triton.jit
-def stochastic(before, here, after, has_left, has_right):
+def _stochastic(b_before, b_here, b_after, m_has_left, m_has_right):
     """Logits to sigmoids that sum to one over the neighbours that exist; 0 for the others.
 
     ``sigmoid(a) = exp(min(a, 0)) / (1 + exp(-|a|))``, and what is largest under the exponentials of the numerators is
     taken out of all three: finite for logits of any size.
     """
-    low_before = tl.where(has_left, tl.minimum(before, 0.0), float("-inf"))
-    low_here = tl.minimum(here, 0.0)
-    low_after = tl.where(has_right, tl.minimum(after, 0.0), float("-inf"))
-    largest = tl.maximum(low_here, tl.maximum(low_before, low_after))
+    b_low_before = tl.where(m_has_left, tl.minimum(b_before, 0.0), float("-inf"))
+    b_low_here = tl.minimum(b_here, 0.0)
+    b_low_after = tl.where(m_has_right, tl.minimum(b_after, 0.0), float("-inf"))
+    b_largest = tl.maximum(b_low_here, tl.maximum(b_low_before, b_low_after))
     # Over a common denominator, whose factors are between 1 and 2: one division for all.
-    of_before = 1.0 + tl.exp(-tl.abs(before))
-    of_here = 1.0 + tl.exp(-tl.abs(here))
-    of_after = 1.0 + tl.exp(-tl.abs(after))
-    before = tl.exp(low_before - largest) * of_here * of_after
-    here = tl.exp(low_here - largest) * of_before * of_after
-    after = tl.exp(low_after - largest) * of_before * of_here
-    inverse = 1.0 / (before + here + after)
-    return before * inverse, here * inverse, after * inverse
+    b_of_before = 1.0 + tl.exp(-tl.abs(b_before))
+    b_of_here = 1.0 + tl.exp(-tl.abs(b_here))
+    b_of_after = 1.0 + tl.exp(-tl.abs(b_after))
+    b_before = tl.exp(b_low_before - b_largest) * b_of_here * b_of_after
+    b_here = tl.exp(b_low_here - b_largest) * b_of_before * b_of_after
+    b_after = tl.exp(b_low_after - b_largest) * b_of_before * b_of_here
+    b_inverse = 1.0 / (b_before + b_here + b_after)
+    return b_before * b_inverse, b_here * b_inverse, b_after * b_inverse
+
+
+# --- Scans ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=[*integers("in", "out"), "n_per_group"])
+def scan_kernel(
+    p_in, s_in_batch, s_in_channel, s_in_cross, s_in_line,
+    p_out, s_out_batch, s_out_channel, s_out_cross, s_out_line,
+    p_before, p_proxy, p_taps, p_gate, p_out_gate, p_skip,
+    p_states, n_groups, n_channels, n_per_group, n_cross, n_lines, n_run, n_runs, n_segment,
+    FAST: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, HALO: tl.constexpr, LINES: tl.constexpr, VECTOR: tl.constexpr,
+    REVERSE: tl.constexpr, SEGMENTED: tl.constexpr, SHARED: tl.constexpr,
+    S: tl.constexpr, UNROLL: tl.constexpr, ADJOINT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A scan of ``gate * in``: its states, or ``out_gate * state`` if there is an output gate, plus ``skip * in``.
+
+    The sum is added to ``before``, which has the strides of ``out``, if there is one. With ADJOINT the scan runs
+    against its direction by the transposed taps. ``proxy`` is ``[B, S, lines, cross]``, contiguous. A block's
+    channels may be of several groups of ``n_per_group`` channels, unless taps are SHARED.
+    """
+    n_channels, n_cross, n_lines, n_run = in_elements(n_channels, n_cross, n_lines, n_run, FAST, ALIGN)
+    mine = share(tl.cdiv(n_channels, BLOCK_C), n_groups, n_lines, n_run, n_runs, REVERSE)
+    c, n = tl.arange(0, BLOCK_C)[:, None, None], tl.arange(0, BLOCK_N)[None, :, None]
+    t = tl.arange(0, LINES)[None, None, :]
+    m_tile_channels = mine.i_block * BLOCK_C + c < n_channels
+    i_channel = (mine.i_block * BLOCK_C).to(tl.int64)
+    o_c, o_n, o_t = c.to(tl.int64), n.to(tl.int64), t.to(tl.int64)
+    o_tile, s_out = (o_c, o_n, o_t), (s_out_batch, s_out_channel, s_out_cross, s_out_line)
+    x = view(p_in, mine.i_batch, i_channel, o_tile, (s_in_batch, s_in_channel, s_in_cross, s_in_line), ALIGN)
+    out = view(p_out, mine.i_batch, i_channel, o_tile, s_out, ALIGN)
+    before = out
+    if p_before is not None:
+        before = view(p_before, mine.i_batch, i_channel, o_tile, s_out, ALIGN)
+
+    channel, cross = tl.arange(0, BLOCK_C)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    m_channels = mine.i_block * BLOCK_C + channel < n_channels
+    m_kept = m_channels & (cross >= HALO) & (cross < BLOCK_N - HALO)
+    s_plane = n_lines.to(tl.int64) * n_cross
+    p_proxy += mine.i_batch * S * s_plane
+    o_gates = (mine.i_block * BLOCK_C + channel) * S
+    if SHARED:
+        # The whole block is in one group.
+        i_tap_channel = mine.i_block * BLOCK_C + tl.arange(0, 1)[:, None]
+        m_taps = i_tap_channel >= 0
+    else:
+        i_tap_channel = mine.i_block * BLOCK_C + channel
+        m_taps = m_channels
+    o_taps = i_tap_channel // n_per_group * (3 * S)
+    weights = ()
+    if UNROLL:
+        for s in tl.static_range(S):
+            weights = weights + _weights(p_taps, p_gate, p_out_gate, p_skip, o_taps, o_gates, m_taps, m_channels, s, S)
+
+    b_state = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
+    TILES: tl.constexpr = HALO // LINES if HALO > 0 else 1
+    MAY_OVERRUN: tl.constexpr = TILES * LINES > 1
+    n_visits = tl.cdiv(n_cross, BLOCK_N - 2 * HALO) * TILES if HALO > 0 else TILES
+    between = states(p_states, channel, cross, n_cross, BLOCK_C, FAST)
+    n_rounds = tl.cdiv(mine.i_high - mine.i_low, TILES * LINES)
+
+    for i_round in tl.range(0, n_rounds, num_stages=STAGES):
+        for i_visit in tl.range(0, n_visits, num_stages=STAGES):
+            i_step, i_line, i_first = tile(
+                i_round, i_visit, n_rounds, mine, n_lines, BLOCK_N, HALO, LINES, TILES, ADJOINT, REVERSE
+            )
+            m = m_tile_channels & (i_first + n >= 0) & (i_first + n < n_cross)
+            if MAY_OVERRUN:
+                m = m & (i_line + t >= mine.i_low) & (i_line + t < mine.i_high)
+            m_owned = m & (n >= HALO) & (n < BLOCK_N - HALO)
+            b_in = load_lines(move(x, i_line, i_first), m, LINES, REVERSE)
+            b_added = b_in
+            if p_before is not None:
+                b_added = load_lines(move(before, i_line, i_first), m_owned, LINES, REVERSE)
+            i_cross = i_first + cross
+            m_has_left, m_has_right = i_cross > 0, i_cross < n_cross - 1
+            b_state = load_state(b_state, between, i_round, i_visit, i_first, i_cross, n_cross, BLOCK_C, TILES, FAST)
+
+            b_out = ()
+            # Numbered in the order of the scan, which an adjoint takes backwards.
+            for i in tl.static_range(LINES - 1 if ADJOINT else 0, -1 if ADJOINT else LINES, -1 if ADJOINT else 1):
+                i_row = i_line + LINES - 1 - i if REVERSE else i_line + i
+                n_row = n_cross
+                if MAY_OVERRUN:
+                    n_row = tl.where(i_row >= mine.i_low, tl.where(i_row < mine.i_high, n_cross, 0), 0)
+                b_before, b_here, b_after, b_gate, b_out_gate, b_skip = _maps(
+                    p_proxy + i_row.to(tl.int64) * n_cross + i_cross, s_plane, (i_cross >= 0) & (i_cross < n_row),
+                    weights, p_taps, p_gate, p_out_gate, p_skip, o_taps, o_gates, m_taps, m_channels, S, UNROLL,
+                )  # fmt: skip
+                b_before, b_here, b_after = _stochastic(b_before, b_here, b_after, m_has_left, m_has_right)
+                b_pixel = b_in[i].to(tl.float32)
+                i_phase = i_step + i
+                if SEGMENTED:
+                    i_phase = i_phase % n_segment
+                # Values from where no neighbour is are left out by a select: they may be anything.
+                if ADJOINT:
+                    b = b_gate * b_pixel + b_state
+                    b_left, b_right = neighbours(b_after * b, b_before * b, VECTOR)
+                    b_carried = b_here * b + tl.where(m_has_left, b_left, 0.0) + tl.where(m_has_right, b_right, 0.0)
+                    b_state = tl.where(i_phase != 0, b_carried, 0.0)
+                else:
+                    b_left, b_right = neighbours(b_state, b_state, VECTOR)
+                    b_carried = b_here * b_state
+                    b_carried += tl.where(m_has_left, b_before * b_left, 0.0)
+                    b_carried += tl.where(m_has_right, b_after * b_right, 0.0)
+                    b_state = b_gate * b_pixel + tl.where(i_phase != 0, b_carried, 0.0)
+                    b = b_state
+                if p_out_gate is not None:
+                    b = b_out_gate * b
+                if p_skip is not None:
+                    b += b_skip * b_pixel
+                if p_before is not None:
+                    b += b_added[i].to(tl.float32)
+                if ADJOINT:
+                    b_out = (b,) + b_out
+                else:
+                    b_out = b_out + (b,)
+            store_lines(move(out, i_line, i_first), 0, b_out, m_owned, LINES, REVERSE)
+            store_state(b_state, between, i_round, i_visit, i_first, i_cross, n_cross, m_kept, BLOCK_C, TILES, FAST)
+        if HALO > 0:
+            # The next round's states come from other threads.
+            tl.debug_barrier()
+
+
+# --- Gradients --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _pixels(i_channel, i_flat, i_row, i_column, s_channel, s_row, s_column):
+    """Offsets of pixels. ``s_channel`` None: channels are contiguous; ``s_row`` None: the pixels of a channel are."""
+    o_channel = i_channel if s_channel is None else i_channel * s_channel
+    o_pixel = i_flat if s_row is None else i_row * s_row + i_column * s_column
+    return o_channel + o_pixel
+
+
+@triton.jit
+def _rows_of_eight(a, b, c, d, e, f):
+    """``[C, N]`` each to ``[8 C, N]``, the last two of eight zero."""
+    C: tl.constexpr = a.shape[0]
+    N: tl.constexpr = a.shape[1]
+    zero = tl.zeros_like(a)
+    # Joined along the last axes, the first of them the halves of the eight.
+    low = tl.join(tl.join(a, c), tl.join(b, d))
+    high = tl.join(tl.join(e, zero), tl.join(f, zero))
+    return tl.reshape(tl.permute(tl.join(low, high), (4, 2, 3, 0, 1)), [8 * C, N])
+
+
+@triton.jit
+def _logit_gradient(b_logit, b_tap, b_difference, b_g):
+    """``sigmoid(-logit) tap difference g``."""
+    b_small = tl.exp(-tl.abs(b_logit))
+    return tl.where(b_logit >= 0, b_small, 1.0) / (1.0 + b_small) * b_tap * b_difference * b_g
 
 
 @triton.jit(
     do_not_specialize=[
-        "in_batch", "in_channel", "in_cross", "in_line", "out_batch", "out_channel", "out_cross", "out_line",
-        "channels", "tap_channels", "width", "lines", "chunk", "chunks", "segment",
+        "s_x_batch", "s_x_channel", "s_x_row", "s_x_column",
+        "s_grad_batch", "s_grad_channel", "s_grad_row", "s_grad_column",
+        "s_dx_batch", "s_dx_channel", "s_dx_row", "s_dx_column",
+        "n_channels", "n_per_group", "n_rows", "n_columns", "n_segment", "n_image_tiles", "n_tiles", "n_span_blocks",
     ]
 )  # fmt: skip
-def scan_kernel(
-    in_ptr, before_ptr, out_ptr, proxy_ptr, tap_ptr, gate_ptr, out_gate_ptr, skip_ptr, states_ptr,
-    in_batch, in_channel, in_cross, in_line,
-    out_batch, out_channel, out_cross, out_line,
-    channels, tap_channels, width, lines, chunk, chunks, segment,
-    IN_FAST: tl.constexpr, OUT_FAST: tl.constexpr, FAST: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, HALO: tl.constexpr, LINES: tl.constexpr, VECTOR: tl.constexpr,
-    REVERSE: tl.constexpr, SEGMENTED: tl.constexpr, SHARED: tl.constexpr,
-    S: tl.constexpr, UNROLL: tl.constexpr,
-    ADJOINT: tl.constexpr, GATED: tl.constexpr, HAS_SKIP: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr,
+def gradients_kernel(
+    p_x, s_x_batch, s_x_channel, s_x_row, s_x_column,
+    p_grad, s_grad_batch, s_grad_channel, s_grad_row, s_grad_column,
+    p_dx, s_dx_batch, s_dx_channel, s_dx_row, s_dx_column,
+    p_h, p_g, p_before, p_proxy, p_dproxy, p_taps, p_gate, p_skip, p_packed, p_sums,
+    n_channels, n_per_group, n_rows, n_columns, n_segment, n_image_tiles, n_tiles, n_span_blocks,
+    WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, VERTICAL: tl.constexpr, REVERSE: tl.constexpr,
+    S: tl.constexpr, ADD_PROXY: tl.constexpr,
 ):  # fmt: skip
-    """A scan of ``gate * in``: its states, or GATED ``out_gate * state``, to which HAS_SKIP adds ``skip * in``.
+    """Adds one direction to ``dx`` and ``dproxy``, and writes its sums for the projections.
 
-    With ADD, what is stored is added to ``before``, which has the strides of ``out``. With ADJOINT the scan runs
-    against its direction by the transposed taps. ``proxy`` is ``[B, S, lines, width]``, contiguous.
-
-    Rows longer than a block and ``states_ptr [programs, 2, BLOCK_C, width]`` are those of the line scan's kernels.
+    ``h``, ``g``, ``before`` and ``dx`` have one set of strides; ``before``, if there is one, is added to ``dx``.
+    ``dproxy [spans, B, S, H, W]``: one for each ``n_span_blocks`` blocks of channels, the program's second number.
+    ``packed [5 or 6, C, S]``: the projections, three taps for each channel, both gates and, if there is one, the skip.
+    ``sums [programs, 5 or 6, C, S]``: their gradients, program by program.
+    The third number of a program is that of its 16 channels of the proxy: more would not leave registers for the rest.
     """
-    if FAST == 0:
-        channels *= ALIGN
-    elif FAST == 1:
-        width *= ALIGN
+    MAPS: tl.constexpr = 5 if p_skip is None else 6
+    i_program, i_span = tl.program_id(0), tl.program_id(1)
+    n_programs = tl.num_programs(0)
+    c, n = tl.arange(0, BLOCK_C)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    r = tl.arange(0, 8 * BLOCK_C)[:, None]
+    i_first = tl.program_id(2) * 16
+    i_s_row, i_s_column = i_first + tl.arange(0, 16)[None, :], i_first + tl.arange(0, 16)[:, None]
+    m_s = i_s_column < S
+    s_plane = n_rows.to(tl.int64) * n_columns
+    p_dproxy += i_span.to(tl.int64) * (n_tiles // n_image_tiles) * S * s_plane
+    p_sums += i_program.to(tl.int64) * MAPS * n_channels * S
+    o_proxy = i_s_column * s_plane
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    n_cross = n_columns if VERTICAL else n_rows
+    n_lines = n_rows if VERTICAL else n_columns
+    if s_dx_row is None:
+        s_line = n_columns.to(tl.int64) if VERTICAL else tl.full([], 1, tl.int64)
+        s_cross = tl.full([], 1, tl.int64) if VERTICAL else n_columns.to(tl.int64)
     else:
-        lines *= ALIGN
-        chunk *= ALIGN
-    block, _, batch, start, low, high = locate(tl.cdiv(channels, BLOCK_C), 1, lines, chunk, chunks, REVERSE)
-    c, n = tl.arange(0, BLOCK_C)[:, None, None], tl.arange(0, BLOCK_N)[None, :, None]
-    t = tl.arange(0, LINES)[None, None, :]
-    exists = block * BLOCK_C + c < channels
-    first_channel = (block * BLOCK_C).to(tl.int64)
+        s_line = s_dx_row.to(tl.int64) if VERTICAL else s_dx_column.to(tl.int64)
+        s_cross = s_dx_column.to(tl.int64) if VERTICAL else s_dx_row.to(tl.int64)
+    o_previous = s_line if REVERSE else -s_line
 
-    in_ptr = anchor(in_ptr, batch, first_channel, in_batch, in_channel, IN_FAST, ALIGN)
-    in_at = place(c.to(tl.int64), n.to(tl.int64), t.to(tl.int64), in_channel, in_cross, in_line, IN_FAST, ALIGN)
-    in_line, in_cross = stride(in_line, 2, IN_FAST, ALIGN), stride(in_cross, 1, IN_FAST, ALIGN)
-    out_ptr = anchor(out_ptr, batch, first_channel, out_batch, out_channel, OUT_FAST, ALIGN)
-    before_ptr = anchor(before_ptr, batch, first_channel, out_batch, out_channel, OUT_FAST, ALIGN)
-    out_at = place(c.to(tl.int64), n.to(tl.int64), t.to(tl.int64), out_channel, out_cross, out_line, OUT_FAST, ALIGN)
-    out_line, out_cross = stride(out_line, 2, OUT_FAST, ALIGN), stride(out_cross, 1, OUT_FAST, ALIGN)
+    i_last_block = tl.minimum((i_span + 1) * n_span_blocks, tl.cdiv(n_channels, BLOCK_C))
+    for i_block in tl.range(i_span * n_span_blocks, i_last_block, num_stages=1):
+        i_channel = i_block * BLOCK_C + c
+        m_channels = i_channel < n_channels
+        i_channel64 = i_channel.to(tl.int64)
+        o_gates = i_channel * S
+        o_taps = i_channel // n_per_group * (3 * S)
+        # All maps of the block, one after the other, are the rows of one small matrix.
+        i_row_channel = i_block * BLOCK_C + r % BLOCK_C
+        o_packed = (r // BLOCK_C * n_channels + i_row_channel) * S + i_s_row
+        m_packed = (i_row_channel < n_channels) & (i_s_row < S) & (r < MAPS * BLOCK_C)
+        b_packed = tl.load(p_packed + o_packed, mask=m_packed, other=0.0)
+        b_sums = tl.zeros([8 * BLOCK_C, 16], tl.float32)
 
-    channel, cross = tl.arange(0, BLOCK_C)[:, None], tl.arange(0, BLOCK_N)[None, :]
-    channel_exists = block * BLOCK_C + channel < channels
-    held = channel_exists & (cross >= HALO) & (cross < BLOCK_N - HALO)
-    plane = lines.to(tl.int64) * width
-    proxy_ptr += batch * S * plane
-    at = (block * BLOCK_C + channel) * S
-    if SHARED:
-        # The whole block is in one group.
-        tap_channel = block * BLOCK_C + tl.arange(0, 1)[:, None]
-        tap_exists = tap_channel >= 0
-    else:
-        tap_channel = block * BLOCK_C + channel
-        tap_exists = channel_exists
-    tap_at = tap_channel // tap_channels * (3 * S)
-    weights = ()
-    if UNROLL:
-        for s in tl.static_range(S):
-            weights = weights + weights_at(
-                tap_ptr, gate_ptr, out_gate_ptr, skip_ptr, tap_at, at, tap_exists, channel_exists, s,
-                S, GATED, HAS_SKIP,
+        for i_tile in tl.range(i_program, n_tiles, n_programs, num_stages=1):
+            i_batch = (i_tile // n_image_tiles).to(tl.int64)
+            i_pixel = (i_tile % n_image_tiles).to(OFFSET) * BLOCK_N + n
+            m_pixels = i_pixel < s_plane
+            i_row, i_column = (i_pixel // n_columns).to(tl.int64), (i_pixel % n_columns).to(tl.int64)
+            i_flat = i_pixel.to(tl.int64)
+            m = m_channels & m_pixels
+            # Programs for other channels of the proxy compute the same pixels.
+            m_writes = n < tl.where(i_first == 0, BLOCK_N, 0)
+            i_line = i_row if VERTICAL else i_column
+            i_cross = i_column if VERTICAL else i_row
+            i_step = n_lines - 1 - i_line if REVERSE else i_line
+            m_carries = m & (i_step % n_segment != 0)
+            m_has_left, m_has_right = i_cross > 0, i_cross < n_cross - 1
+
+            o_x = i_batch * s_x_batch + _pixels(i_channel64, i_flat, i_row, i_column, s_x_channel, s_x_row, s_x_column)
+            b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(tl.float32)
+            o_grad = i_batch * s_grad_batch + _pixels(
+                i_channel64, i_flat, i_row, i_column, s_grad_channel, s_grad_row, s_grad_column
+            )
+            b_grad = tl.load(p_grad + o_grad, mask=m, other=0.0).to(tl.float32)
+            o_dx = i_batch * s_dx_batch + _pixels(
+                i_channel64, i_flat, i_row, i_column, s_dx_channel, s_dx_row, s_dx_column
+            )
+            b_h = tl.load(p_h + o_dx, mask=m, other=0.0)
+            b_g = tl.load(p_g + o_dx, mask=m, other=0.0)
+            b_h_before = tl.load(p_h + o_dx + (o_previous - s_cross), mask=m_carries & m_has_left, other=0.0)
+            b_h_here = tl.load(p_h + o_dx + o_previous, mask=m_carries, other=0.0)
+            b_h_after = tl.load(p_h + o_dx + (o_previous + s_cross), mask=m_carries & m_has_right, other=0.0)
+
+            p_pixels = p_proxy + i_batch * S * s_plane + i_flat
+            b_a_before, b_a_here, b_a_after, b_gate, _, b_skip = _maps(
+                p_pixels, s_plane, m_pixels, (), p_taps, p_gate, None, p_skip,
+                o_taps, o_gates, m_channels, m_channels, S, False,
             )  # fmt: skip
+            b_before, b_here, b_after = _stochastic(b_a_before, b_a_here, b_a_after, m_has_left, m_has_right)
 
-    state = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
-    TILES: tl.constexpr = HALO // LINES if HALO > 0 else 1
-    MAY_OVERRUN: tl.constexpr = TILES * LINES > 1
-    visits = TILES
-    if HALO > 0:
-        visits = tl.cdiv(width, BLOCK_N - 2 * HALO) * TILES
-        states_ptr += tl.program_id(0).to(tl.int64) * 2 * BLOCK_C * width
-        state_at = cross * BLOCK_C + channel if FAST == 0 else channel * width + cross
-    rounds = tl.cdiv(high - low, TILES * LINES)
-    for k in tl.range(0, rounds, num_stages=STAGES):
-        for visit in tl.range(0, visits, num_stages=STAGES):
-            if ADJOINT:
-                step = ((rounds - k) * TILES - 1 - visit % TILES) * LINES
-            else:
-                step = (k * TILES + visit % TILES) * LINES
-            line = lines - start - step - LINES if REVERSE else start + step
-            line64 = line.to(tl.int64)
-            shift = visit // TILES * (BLOCK_N - 2 * HALO) - HALO
-            shift64 = shift.to(tl.int64)
-            inside = exists & (shift + n >= 0) & (shift + n < width)
-            if MAY_OVERRUN:
-                inside = inside & (line + t >= low) & (line + t < high)
-            owned = inside & (n >= HALO) & (n < BLOCK_N - HALO)
-            inputs = load_lines(in_ptr + line64 * in_line + shift64 * in_cross, in_at, inside, LINES, REVERSE)
-            out_now = line64 * out_line + shift64 * out_cross
-            befores = inputs
-            if ADD:
-                befores = load_lines(before_ptr + out_now, out_at, owned, LINES, REVERSE)
-            position = shift + cross
-            has_left, has_right = position > 0, position < width - 1
-            if HALO > 0:
-                arrives = visit % TILES == 0
-                reach = tl.where(arrives, tl.where(k > 0, width, 0), 0)
-                now = states_ptr + (k % 2) * BLOCK_C * width + shift * (BLOCK_C if FAST == 0 else 1)
-                waiting = tl.load(now + state_at, mask=channel_exists & (position >= 0) & (position < reach), other=0.0)
-                state = tl.where(arrives, waiting, state)
+            b_dx = b_gate * b_g
+            if p_skip is not None:
+                b_dx += b_skip * b_grad
+            if p_before is not None:
+                b_dx += tl.load(p_before + o_dx, mask=m & m_writes, other=0.0).to(tl.float32)
+            tl.store(p_dx + o_dx, b_dx.to(p_dx.dtype.element_ty), mask=m & m_writes)
 
-            results = ()
-            # Numbered in the order of the scan, which an adjoint takes backwards.
-            for i in tl.static_range(LINES - 1 if ADJOINT else 0, -1 if ADJOINT else LINES, -1 if ADJOINT else 1):
-                in_memory = line + LINES - 1 - i if REVERSE else line + i
-                row_width = width
-                if MAY_OVERRUN:
-                    row_width = tl.where(in_memory >= low, tl.where(in_memory < high, width, 0), 0)
-                row_inside = (position >= 0) & (position < row_width)
-                rows_ptr = proxy_ptr + in_memory.to(tl.int64) * width + position
-                before, here, after, gate, out_gate, skip = line_maps(
-                    rows_ptr, plane, row_inside, weights, tap_ptr, gate_ptr, out_gate_ptr, skip_ptr,
-                    tap_at, at, tap_exists, channel_exists, S, UNROLL, GATED, HAS_SKIP,
-                )  # fmt: skip
-                before, here, after = stochastic(before, here, after, has_left, has_right)
-                pixel = inputs[i].to(tl.float32)
-                phase = step + i
-                if SEGMENTED:
-                    phase = phase % segment
-                # Values from where no neighbour is are left out by a select: they may be anything.
-                if ADJOINT:
-                    result = gate * pixel + state
-                    left, right = neighbours(after * result, before * result, VECTOR)
-                    carried = here * result + tl.where(has_left, left, 0.0) + tl.where(has_right, right, 0.0)
-                    state = tl.where(phase != 0, carried, 0.0)
-                else:
-                    left, right = neighbours(state, state, VECTOR)
-                    carried = here * state
-                    carried += tl.where(has_left, before * left, 0.0)
-                    carried += tl.where(has_right, after * right, 0.0)
-                    state = gate * pixel + tl.where(phase != 0, carried, 0.0)
-                    result = state
-                if GATED:
-                    result = out_gate * result
-                if HAS_SKIP:
-                    result += skip * pixel
-                if ADD:
-                    result += befores[i].to(tl.float32)
-                if ADJOINT:
-                    results = (result,) + results
-                else:
-                    results = results + (result,)
-            store_lines(out_ptr + out_now, out_at, results, owned, LINES, REVERSE)
-            if HALO > 0:
-                reach = tl.where(visit % TILES == TILES - 1, width, 0)
-                then = states_ptr + ((k + 1) % 2) * BLOCK_C * width + shift * (BLOCK_C if FAST == 0 else 1)
-                tl.store(then + state_at, state, mask=held & (position < reach))
-        if HALO > 0:
-            # What the next lines receive comes from other threads.
-            tl.debug_barrier()
+            # Differences of states first: where they are alike, nothing large cancels.
+            b_mean = b_before * b_h_before + b_here * b_h_here + b_after * b_h_after
+            b_carried = tl.where(m_carries, b_g, 0.0)
+            b_d_before = _logit_gradient(b_a_before, b_before, b_h_before - b_mean, b_carried)
+            b_d_here = _logit_gradient(b_a_here, b_here, b_h_here - b_mean, b_carried)
+            b_d_after = _logit_gradient(b_a_after, b_after, b_h_after - b_mean, b_carried)
+            b_d_gate = b_x * b_g
+            b_d_skip = tl.zeros_like(b_d_gate)
+            if p_skip is not None:
+                b_d_skip = b_grad * b_x
+            b_d = _rows_of_eight(b_d_before, b_d_here, b_d_after, b_d_gate, b_grad * b_h, b_d_skip)
+
+            b_p = tl.load(p_pixels + o_proxy, mask=m_s & m_pixels, other=0.0)
+            b_sums = tl.dot(b_d, tl.trans(b_p.to(tl.float32)), b_sums, input_precision="tf32x3")
+            b_dproxy = tl.trans(tl.dot(tl.trans(b_d), b_packed, input_precision="tf32x3"))
+            # An earlier block of the same program, or an earlier direction, has left the sum so far.
+            n_summed = tl.where(i_block > i_span * n_span_blocks, S, S if ADD_PROXY else 0)
+            p_so_far = p_dproxy + i_batch * S * s_plane + i_flat + o_proxy
+            b_dproxy += tl.load(p_so_far, mask=(i_s_column < n_summed) & m_s & m_pixels, other=0.0)
+            tl.store(p_so_far, b_dproxy, mask=m_s & m_pixels)
+
+        tl.store(p_sums + o_packed, b_sums, mask=m_packed)
+        # The next block adds to what other threads may have stored.
+        tl.debug_barrier()

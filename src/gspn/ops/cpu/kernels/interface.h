@@ -14,7 +14,7 @@ namespace gspn {
 
 enum DType : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
-constexpr int32_t kInterfaceVersion = 2;
+constexpr int32_t kInterfaceVersion = 3;
 
 struct LineScanCall;
 struct Plan;
@@ -47,7 +47,7 @@ struct Kernels {
   const PropagateKernels& propagate;
 };
 
-// Those of the best instruction set of this processor.
+// Those of the chosen instruction set, at first the fastest of this processor. A call asks once and keeps to them.
 const Kernels& kernels();
 
 }  // namespace gspn

@@ -17,12 +17,12 @@ constexpr int64_t kSharedBlock = 32;
 // Columns staged at a time: see kBand in staging.h.
 constexpr int64_t kTileColumns = 256;
 
-Plan plan(const LineScanCall& call, int64_t threads, bool backward) {
+Plan plan(const LineScanCall& call, const Kernels& kernels, int64_t threads, bool backward) {
   Plan plan{};
   const size_t state = size_of_state(call.dtype);
   const bool shared = call.groups != call.channels;
   const int64_t per_group = call.channels / call.groups;
-  const int64_t lanes = kernels().vector_bytes / static_cast<int64_t>(state);
+  const int64_t lanes = kernels.vector_bytes / static_cast<int64_t>(state);
 
   const auto channels_last = [](const Map& map) { return !map.data || map.channel == 1; };
   plan.interleaved = call.channels > 1 && call.x.cross != 1 && (!shared || per_group >= 8) &&
@@ -91,15 +91,17 @@ using namespace gspn;
 
 // 0, or 1 if memory ran out.
 GSPN_EXPORT int32_t gspn_line_scan(const LineScanCall* call, int64_t threads) {
-  const Plan p = plan(*call, threads, false);
+  const Kernels& kernel = kernels();
+  const Plan p = plan(*call, kernel, threads, false);
   expect_first_touch(call->h.data, map_bytes(*call));
   const bool done = run(p.items, p.scratch_bytes, threads,
-                        [&](int64_t item, char* scratch) { kernels().forward(*call, p, item, scratch); });
+                        [&](int64_t item, char* scratch) { kernel.forward(*call, p, item, scratch); });
   return done ? 0 : 1;
 }
 
 GSPN_EXPORT int32_t gspn_line_scan_backward(const LineScanCall* call, int64_t threads) {
-  Plan p = plan(*call, threads, true);
+  const Kernels& kernel = kernels();
+  Plan p = plan(*call, kernel, threads, true);
   const bool shared = call->groups != call->channels;
   expect_first_touch(call->dx.data, map_bytes(*call));
   expect_first_touch(call->dlam.data, map_bytes(*call));
@@ -112,9 +114,9 @@ GSPN_EXPORT int32_t gspn_line_scan_backward(const LineScanCall* call, int64_t th
     if (!p.partials) return 1;
   }
   bool done = run(p.items, p.scratch_bytes, threads,
-                  [&](int64_t item, char* scratch) { kernels().backward(*call, p, item, scratch); });
+                  [&](int64_t item, char* scratch) { kernel.backward(*call, p, item, scratch); });
   if (done && p.partials) {
-    done = run(call->batch * call->groups, 0, threads, [&](int64_t item, char*) { kernels().reduce(*call, p, item); });
+    done = run(call->batch * call->groups, 0, threads, [&](int64_t item, char*) { kernel.reduce(*call, p, item); });
   }
   std::free(p.partials);
   return done ? 0 : 1;

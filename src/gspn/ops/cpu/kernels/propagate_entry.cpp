@@ -15,10 +15,10 @@ constexpr int64_t kMostScratch = 12, kSmall = int64_t{512} << 10;
 // x where its rows are dense.
 constexpr int64_t kTileBytes = int64_t{256} << 10, kTileColumns = 16;
 
-PropagatePlan plan(const PropagateCall& call, int64_t threads) {
+PropagatePlan plan(const PropagateCall& call, int64_t vector_bytes, int64_t threads) {
   PropagatePlan plan{};
   const auto state = static_cast<int64_t>(size_of_state(call.dtype));
-  const int64_t lanes = kernels().vector_bytes / state;
+  const int64_t lanes = vector_bytes / state;
   const int64_t pixels = call.height * call.width, longest = call.height > call.width ? call.height : call.width;
   plan.blocks = round_up(call.channels, lanes) / lanes;
   plan.shared = call.groups == 1 || call.channels / call.groups % lanes == 0;
@@ -34,7 +34,7 @@ PropagatePlan plan(const PropagateCall& call, int64_t threads) {
       plan.items *= plan.spans;
     }
   }
-  const int64_t kept = pixels * kernels().vector_bytes;
+  const int64_t kept = pixels * vector_bytes;
   const int64_t x_bytes = call.batch * call.channels * pixels * static_cast<int64_t>(size_of(call.dtype));
   const int64_t workers = plan.items < threads ? plan.items : threads;
   const bool dense = call.y.column == 1 && call.y.row == call.width && call.y.channel == pixels;
@@ -47,7 +47,7 @@ PropagatePlan plan(const PropagateCall& call, int64_t threads) {
   plan.direct = !plan.apart && kept > kSmall && call.x.channel == 1 && call.y.channel == 1 &&
                 static_cast<int64_t>(size_of(call.dtype)) == state;
   const auto lines_of = [&](int64_t cross, int64_t count, int64_t least) {
-    int64_t lines = kTileBytes / (cross * kernels().vector_bytes);
+    int64_t lines = kTileBytes / (cross * vector_bytes);
     if (lines < least) lines = least;
     return lines < count ? lines : count;
   };
@@ -82,11 +82,13 @@ using namespace gspn;
 
 // 0, or 1 if memory ran out.
 GSPN_EXPORT int32_t gspn_propagate(const PropagateCall* call, int64_t threads) {
-  PropagatePlan p = plan(*call, threads);
-  const auto& kernel = kernels().propagate;
+  const Kernels& chosen = kernels();
+  const PropagateKernels& kernel = chosen.propagate;
+  const int64_t vector_bytes = chosen.vector_bytes;
+  PropagatePlan p = plan(*call, vector_bytes, threads);
   const auto state = static_cast<int64_t>(size_of_state(call->dtype));
   const Memory packed(p.blocks * p.packed_size * state);
-  const int64_t part = call->batch * p.blocks * call->height * call->width * kernels().vector_bytes;
+  const int64_t part = call->batch * p.blocks * call->height * call->width * vector_bytes;
   const Memory parts(p.apart ? call->directions * part : 0);
   if (!packed.get() || !parts.get()) return 1;
   p.packed = packed.get(), p.parts = parts.get();
@@ -103,17 +105,19 @@ GSPN_EXPORT int32_t gspn_propagate(const PropagateCall* call, int64_t threads) {
 }
 
 GSPN_EXPORT int32_t gspn_propagate_backward(const PropagateCall* call, int64_t threads) {
-  PropagatePlan p = plan(*call, threads);
-  const auto& kernel = kernels().propagate;
+  const Kernels& chosen = kernels();
+  const PropagateKernels& kernel = chosen.propagate;
+  const int64_t vector_bytes = chosen.vector_bytes;
+  PropagatePlan p = plan(*call, vector_bytes, threads);
   const auto state = static_cast<int64_t>(size_of_state(call->dtype));
-  const int64_t lanes = kernels().vector_bytes / state, pixels = call->height * call->width;
+  const int64_t lanes = vector_bytes / state, pixels = call->height * call->width;
   const int64_t longest = call->height > call->width ? call->height : call->width;
   // Enough chunks for every thread and some to spare; each costs a gradient of the proxy.
   p.chunks = round_up(2 * threads, call->batch) / call->batch;
   if (p.chunks > p.blocks) p.chunks = p.blocks;
   if (p.apart) p.chunks = p.blocks * call->directions;
   p.items = call->batch * p.chunks;
-  p.fetch = pixels * kernels().vector_bytes > kSmall;
+  p.fetch = pixels * vector_bytes > kSmall;
   p.weight_size = ((call->directions * (p.shared ? 2 : 5) + 1) + (p.shared ? 3 * call->directions : 0)) * call->states * lanes;
   const int64_t elements = (4 * pixels + 2 * (call->height + call->width)) * lanes + 6 * (longest + 2) * lanes +
                            4 * (longest + lanes) + 8 * lanes * lanes + (lanes * call->states + lanes) * lanes + 8 * call->states * lanes;
@@ -121,7 +125,7 @@ GSPN_EXPORT int32_t gspn_propagate_backward(const PropagateCall* call, int64_t t
 
   const Memory packed(p.blocks * p.packed_size * state), weights(call->batch * p.blocks * p.weight_size * state);
   const Memory proxies(p.chunks > 1 ? p.chunks * call->batch * call->height * call->proxy_row * state : 0);
-  const Memory parts(p.apart ? call->directions * call->batch * p.blocks * pixels * kernels().vector_bytes : 0);
+  const Memory parts(p.apart ? call->directions * call->batch * p.blocks * pixels * vector_bytes : 0);
   if (!packed.get() || !weights.get() || !proxies.get() || !parts.get()) return 1;
   p.packed = packed.get(), p.weight_parts = weights.get(), p.parts = parts.get();
   p.proxy_parts = p.chunks > 1 ? proxies.get() : call->dproxy;

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gspn.ops.directions import DIRECTIONS, scan_axes
-from gspn.ops.triton.line_scan_config import CHANNEL, CROSS, LINE, LaunchPlan, Limits, Sizes, Strides, plan
+from gspn.ops.triton.planner import CHANNEL, CROSS, LINE, Limits, Plan, Sizes, Strides, plan_line_scan
 from support import LAYOUTS, laid_out
 
 
@@ -23,7 +23,7 @@ def planned(
     segment: int | None = None,
     backward: bool = False,
     memory: int = 227 * 1024,
-) -> LaunchPlan:
+) -> Plan:
     batch, channels, height, width = shape
     axes = scan_axes(direction)
 
@@ -40,16 +40,12 @@ def planned(
         return Strides(t.stride(0), t.stride(1), t.stride(axes.cross), t.stride(axes.line), tap)
 
     names = ("grad", "h", "x", "taps", "lam", "dx", "dtaps", "dlam") if backward else ("x", "taps", "lam", "h")
-    return plan(
+    return plan_line_scan(
         Sizes(batch, channels, groups, shape[axes.cross], shape[axes.line]),
         tuple((name, strides(taps if "taps" in name else x)) for name in names),
         x.element_size(),
         reverse=axes.reverse,
         segment=segment,
-        backward=backward,
-        has_lam=True,
-        need_taps=backward,
-        need_lam=backward,
         limits=Limits(memory),
     )
 
@@ -70,15 +66,15 @@ def test_every_plan_covers_its_work(direction, layout, backward) -> None:
             )  # fmt: skip
             c, i = chosen.constants, chosen.integers
             unit = {axis: c["ALIGN"] if c["FAST"] == axis else 1 for axis in (CHANNEL, CROSS, LINE)}
-            assert i["width"] * unit[CROSS] == cross
-            assert i["lines"] * unit[LINE] == lines
-            assert i["channels"] * unit[CHANNEL] * i["groups"] == channels
-            run = i["chunk"] * unit[LINE]
-            assert i["chunks"] == math.ceil(lines / run)
+            assert i["n_cross"] * unit[CROSS] == cross
+            assert i["n_lines"] * unit[LINE] == lines
+            assert i["n_channels"] * unit[CHANNEL] * (i["n_groups"] or 1) == channels
+            run = i["n_run"] * unit[LINE]
+            assert i["n_runs"] == math.ceil(lines / run)
             restart = min(segment or lines, lines)
-            assert i["chunks"] == 1 or run % restart == 0, "a program starts at a restart"
-            assert chosen.programs == 2 * i["groups"] * i["chunks"] * chosen.blocks
-            assert chosen.blocks * c["BLOCK_C"] >= i["channels"] * unit[CHANNEL]
+            assert i["n_runs"] == 1 or run % restart == 0, "a program starts at a restart"
+            assert chosen.grid == (2 * (i["n_groups"] or 1) * i["n_runs"] * chosen.channel_blocks,)
+            assert chosen.channel_blocks * c["BLOCK_C"] >= i["n_channels"] * unit[CHANNEL]
             assert c["HALO"] == 0 or c["BLOCK_N"] > 2 * c["HALO"] >= 2 * c["LINES"]
             assert c["HALO"] > 0 or c["BLOCK_N"] >= cross
             assert c["HALO"] % c["LINES"] == 0

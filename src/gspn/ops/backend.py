@@ -1,0 +1,109 @@
+"""The protocol of a backend: a folder ``gspn/ops/NAME/`` with one module for each operator, named after it.
+
+A backend says *how* an operator is computed, never *what*: every backend computes the functions of
+:mod:`gspn.ops.reference`. Arguments have been checked before a backend sees them.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class NotInstalled(str):
+    """A reason that an install command would remove: an explicit request raises ImportError for it."""
+
+
+class Backend(Protocol):
+    """What ``gspn/ops/NAME/__init__.py`` defines. It imports nothing but torch before a call needs it."""
+
+    __name__: str
+    """The package's name; its last part is the backend's name."""
+
+    DEVICES: tuple[str, ...]
+    """Types of device that the backend is made for: where it refuses on one of them, a user is told why."""
+
+    def why_not(self, device: torch.device, dtype: torch.dtype, op: str) -> str | None:
+        """The reason why ``op`` cannot run on this device and dtype here, a full sentence with the remedy, or None."""
+        ...
+
+
+class LineScan(Protocol):
+    """What ``gspn/ops/NAME/line_scan.py`` defines. Results are new tensors; no argument is written to."""
+
+    def line_scan(self, x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None) -> Tensor:
+        """The state ``h``, of the shape, dtype and strides of ``torch.empty_like(x)``; see :func:`gspn.line_scan`.
+
+        Args:
+            x: ``[B, C, H, W]``.
+            taps: ``[B, G, 3, H, W]``.
+            lam: ``[B, C, H, W]``, or None for ones.
+            direction: one of :data:`gspn.DIRECTIONS`.
+            segment: lines after which the scan restarts, or None.
+        """
+        ...
+
+    def line_scan_backward(
+        self, grad: Tensor, h: Tensor, x: Tensor | None, taps: Tensor, lam: Tensor | None, direction: str,
+        segment: int | None, need_taps: bool, need_lam: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """The gradients ``dx``, ``dtaps`` and ``dlam``, with the shape, dtype and layout of x, taps and lam.
+
+        Args:
+            grad: the gradient of ``h``.
+            h: what :meth:`line_scan` returned, or any tensor like it that takes its place in the formula of ``dtaps``.
+            x: as forward; None if ``need_lam`` is false, then ``dx`` is laid out like ``h``.
+            taps: as forward.
+            lam: as forward.
+            direction: as forward.
+            segment: as forward.
+            need_taps: whether ``dtaps`` is wanted; else it is None.
+            need_lam: whether ``dlam`` is wanted; else, or without ``lam``, it is None.
+        """
+        ...
+
+
+class Propagate(Protocol):
+    """What ``gspn/ops/NAME/propagate.py`` defines. Results are new tensors; no argument is written to."""
+
+    def propagate(
+        self, x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: Tensor | None,
+        directions: tuple[str, ...], segment: int | None,
+    ) -> Tensor:  # fmt: skip
+        """``y``, of the shape, dtype and strides of ``torch.empty_like(x)``; see :func:`gspn.ops.unfused.compose`.
+
+        Args:
+            x: ``[B, C, H, W]``.
+            proxy: ``[B, S, H, W]``.
+            tap_proj: ``[D, G, 3, S]``, as all projections in the dtype of the state: float64 for float64, else float32.
+            lam_proj: ``[D, C, S]``.
+            u_proj: ``[D, C, S]``, times the merge.
+            skip_proj: ``[C, S]``, the sum over the directions of skip times merge; None for no skip.
+            directions: D of :data:`gspn.DIRECTIONS`, each once.
+            segment: lines after which every scan restarts, or None.
+        """
+        ...
+
+    def propagate_backward(
+        self, grad: Tensor, x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor,
+        skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """The gradients ``dx, dproxy, dtap_proj, dlam_proj, du_proj, dskip_proj``.
+
+        Those of x and proxy have their layout, those of the projections are contiguous; ``dskip_proj`` is None without
+        a skip.
+
+        Args:
+            grad: the gradient of ``y``.
+            x: as forward.
+            proxy: as forward.
+            tap_proj: as forward.
+            lam_proj: as forward.
+            u_proj: as forward.
+            skip_proj: as forward.
+            directions: as forward.
+            segment: as forward.
+        """
+        ...

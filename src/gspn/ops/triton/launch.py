@@ -1,0 +1,69 @@
+"""A launch: a kernel with all its arguments, on the device of its tensors.
+
+Nothing here waits for the device or reads from it, so calls can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..directions import ScanAxes
+from .planner import SHARED_MEMORY, Limits, Plan, Sizes, Strides
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with all its arguments."""
+
+    kernel: Any
+    plan: Plan
+    tensors: Mapping[str, Tensor | None]
+    """By the name of the argument; None for those that the kernel does without."""
+
+    def run(self) -> None:
+        """Launch it on the device of its tensors, whichever is current."""
+        device = next(t.device for t in self.tensors.values() if t is not None)
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[self.plan.grid](
+                **self.tensors,
+                **self.plan.integers,
+                **self.plan.constants,
+                num_warps=self.plan.num_warps,
+                # Explicit because Triton is about to change its default.
+                enable_fp_fusion=True,
+            )
+
+
+@functools.cache
+def _shared_memory(device: int) -> int:
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)
+
+
+def limits_of(device: torch.device) -> Limits:
+    """What a program may use on this device."""
+    if device.type != "cuda":
+        return Limits(SHARED_MEMORY)
+    return Limits(_shared_memory(torch.cuda.current_device() if device.index is None else device.index))
+
+
+def strides_of(tensor: Tensor, axes: ScanAxes) -> Strides:
+    """The strides of ``[B, C, H, W]`` or ``[B, G, 3, H, W]``."""
+    tap = tensor.stride(2) if tensor.dim() == 5 else 0
+    return Strides(tensor.stride(0), tensor.stride(1), tensor.stride(axes.cross), tensor.stride(axes.line), tap)
+
+
+def sizes_of(x: Tensor, groups: int, axes: ScanAxes) -> Sizes:
+    """The sizes of a scan of ``x [B, C, H, W]``."""
+    return Sizes(x.shape[0], x.shape[1], groups, x.shape[axes.cross], x.shape[axes.line])
+
+
+def scratch(plan: Plan, like: Tensor) -> Tensor | None:
+    """The memory in which the states of long rows wait, on ``like``'s device; None where a row is one block."""
+    return None if plan.states is None else like.new_empty(plan.states, dtype=torch.float32)

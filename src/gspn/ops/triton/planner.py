@@ -1,0 +1,405 @@
+"""What launches look like: block sizes and all else that a kernel is compiled for, by rules and without autotuning.
+
+A plan depends on shapes, strides and the card's shared memory alone. The same call is therefore always computed the
+same way, and what would be launched can be compiled and inspected on a machine without a GPU. Each operator has its own
+rules for the size of a block and its threads; everything else is :class:`_Layout`, which both share.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+CHANNEL, CROSS, LINE, NONE = 0, 1, 2, 3
+"""The axes of a tile; NONE where a tensor is contiguous along none of them."""
+
+SHARED_MEMORY = 227 * 1024
+"""Bytes of shared memory that a program may use on data-centre cards since sm_90; 163 KB on sm_80, 99 KB elsewhere."""
+
+_IN_FLIGHT = 60 * 1024
+"""Bytes of loads that a program should have under way: what hides their latency when it has a multiprocessor alone."""
+
+_ENOUGH_PROGRAMS = 256
+"""Below about two programs for each multiprocessor, smaller programs are better than efficient ones."""
+
+_ENOUGH_WARPS = 2048
+"""Sixteen for each multiprocessor."""
+
+
+class Strides(NamedTuple):
+    """The strides of a ``[B, C, H, W]`` or ``[B, G, 3, H, W]`` tensor as a scan in some direction sees them."""
+
+    batch: int
+    channel: int
+    cross: int
+    line: int
+    tap: int = 0
+
+
+_Tensors = tuple[tuple[str, Strides | None], ...]
+"""Each tensor by the name of its argument; None for those that a kernel does without."""
+
+
+class Sizes(NamedTuple):
+    """The sizes of a scan, none of them 0."""
+
+    batch: int
+    channels: int
+    groups: int
+    cross: int
+    lines: int
+
+
+class Limits(NamedTuple):
+    """Where a row is too long for one block; the tests lower it to reach the code for longer rows with short ones."""
+
+    shared_memory: int = SHARED_MEMORY
+    row: int | None = None
+    """The longest row of one block, a power of two from 32 on; None for the rules' own choice."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a launch but its tensors."""
+
+    grid: tuple[int, ...]
+    num_warps: int
+    constants: Mapping[str, Any]
+    """The kernel's constexpr arguments."""
+    integers: Mapping[str, int | None]
+    """Its sizes and strides; None for the stride of an axis along which a tensor is contiguous."""
+    channel_blocks: int = 1
+    """Programs that share the channels of one group."""
+    states: tuple[int, ...] | None = None
+    """Shape of the float32 scratch that rows longer than a block need."""
+    shared_memory: int = 0
+    """Bytes of shared memory that the tiles under way take, an estimate."""
+
+
+class _Blocks(NamedTuple):
+    """The size of a tile, and how many of them are under way."""
+
+    channels: int
+    row: int
+    halo: int = 0
+    lines: int = 1
+    stages: int = 1
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest that is at least ``size``."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def _smaller(block: int, least: int, programs_of_one: int, channels: int) -> int:
+    """Halve a block of channels down to ``least`` while there are too few programs."""
+    while block > least and programs_of_one * math.ceil(channels / block) < _ENOUGH_PROGRAMS:
+        block //= 2
+    return block
+
+
+class _Layout:
+    """How the tensors of a scan lie in memory, and what follows from it for any kernel.
+
+    Args:
+        sizes: those of the scan. Groups of several channels share taps, and their channels are a program's own.
+        tensors: each with its strides.
+        itemsize: bytes of an element.
+        segment: lines after which the recurrence restarts, None for never.
+        most: the most elements that one thread takes together.
+    """
+
+    def __init__(self, sizes: Sizes, tensors: _Tensors, itemsize: int, segment: int | None, most: int) -> None:
+        self.shared = sizes.channels != sizes.groups
+        self.groups = sizes.groups if self.shared else 1
+        self.channels = sizes.channels // self.groups
+        self.sizes, self.itemsize = sizes, itemsize
+        self.restart = sizes.lines if segment is None else min(segment, sizes.lines)
+        self.tensors = {name: None if s is None else self._without_ones(name, s) for name, s in tensors}
+        present = {name: s for name, s in self.tensors.items() if s is not None}
+        units = {name: self._unit_axes(name, s) for name, s in present.items()}
+        votes: dict[int, int] = dict.fromkeys((CROSS, CHANNEL, LINE), 0)
+        for name, axes in units.items():
+            for axis in axes:
+                votes[axis] += 1 if "taps" not in name else 0 if self.shared else 3
+        self.fast = max(votes, key=votes.__getitem__)
+        """The axis along which most of what is read and written is contiguous."""
+        self.own = {n: self.fast if self.fast in axes else axes[0] if axes else NONE for n, axes in units.items()}
+        """The axis along which each tensor is contiguous."""
+        self.images = {name: s for name, s in present.items() if "taps" not in name}
+        along = {CHANNEL: self.channels, CROSS: sizes.cross, LINE: sizes.lines}[self.fast]
+        # Along a row, what a warp of more would gain in wider loads, the program loses in warps.
+        most = min(most, 4) if self.fast == CROSS else most
+        self.align = self._alignment(self.images, along, most)
+        self.taps_align = self._alignment({n: s for n, s in present.items() if "taps" in n}, 0, most)
+
+    def _without_ones(self, name: str, s: Strides) -> Strides:
+        """An axis of one element may have any stride: call it 0."""
+        sizes = self.sizes
+        channels = self.groups if self.shared and "taps" in name else sizes.channels
+        extents = (sizes.batch, channels, sizes.cross, sizes.lines)
+        batch, channel, cross, line = (stride if n > 1 else 0 for stride, n in zip(s[:4], extents, strict=True))
+        return Strides(batch, channel, cross, line, s.tap)
+
+    def _unit_axes(self, name: str, s: Strides) -> tuple[int, ...]:
+        """The axes along which a tensor is contiguous; taps shared by the channels have no channel axis."""
+        axes = [axis for axis, step in ((CROSS, s.cross), (LINE, s.line)) if step == 1]
+        return (*axes, CHANNEL) if s.channel == 1 and not (self.shared and "taps" in name) else tuple(axes)
+
+    def _alignment(self, tensors: Mapping[str, Strides], along: int, most: int) -> int:
+        """The largest power of two up to ``most`` that divides ``along`` and all strides but those that are 1."""
+        common = math.gcd(most, along)
+        for name, s in tensors.items():
+            own = self.own[name]
+            steps = (step for axis, step in ((CHANNEL, s.channel), (CROSS, s.cross), (LINE, s.line)) if axis != own)
+            common = math.gcd(common, s.batch, s.tap, *steps)
+        return common
+
+    def run(self, blocks: _Blocks) -> int:
+        """How many lines a program scans: whole segments and whole tiles, enough to be worth starting."""
+        lines = self.sizes.lines
+        unit = math.lcm(self.restart, blocks.lines)
+        run = unit * math.ceil(32 / unit)
+        return lines if run >= lines or (self.fast == LINE and run % self.align) else run
+
+    def channel_blocks(self, blocks: _Blocks) -> int:
+        """Programs that share the channels of a group."""
+        return math.ceil(self.channels / blocks.channels)
+
+    def programs(self, blocks: _Blocks) -> int:
+        """Programs in all."""
+        runs = math.ceil(self.sizes.lines / self.run(blocks))
+        return self.sizes.batch * self.groups * runs * self.channel_blocks(blocks)
+
+    def plan(self, blocks: _Blocks, num_warps: int, reverse: bool, shared_memory: int = 0, **constants: Any) -> Plan:
+        """The plan with these blocks and threads, and the constants of one operator alone."""
+        sizes, align, run, programs = self.sizes, self.align, self.run(blocks), self.programs(blocks)
+        integers: dict[str, int | None] = {
+            "n_groups": self.groups if self.shared else None,
+            "n_channels": self.channels // align if self.fast == CHANNEL else self.channels,
+            "n_cross": sizes.cross // align if self.fast == CROSS else sizes.cross,
+            "n_lines": sizes.lines // align if self.fast == LINE else sizes.lines,
+            "n_run": run // align if self.fast == LINE else run,
+            "n_runs": math.ceil(sizes.lines / run),
+            "n_segment": self.restart,
+        }
+        for name, s in self.tensors.items():
+            unit = self.taps_align if "taps" in name else align
+            for axis, step in zip(Strides._fields, s or (None,) * 5, strict=True):
+                if axis != "tap" or "taps" in name:
+                    integers[f"s_{name}_{axis}"] = None if step is None else step // unit
+            if s is not None and self.own[name] != NONE:
+                axis = {CHANNEL: "channel", CROSS: "cross", LINE: "line"}[self.own[name]]
+                integers[f"s_{name}_{axis}"] = None
+        return Plan(
+            grid=(programs,),
+            num_warps=num_warps,
+            constants=dict(
+                FAST=self.fast,
+                ALIGN=align,
+                BLOCK_C=blocks.channels,
+                BLOCK_N=blocks.row,
+                HALO=blocks.halo,
+                LINES=blocks.lines,
+                REVERSE=reverse,
+                SEGMENTED=self.restart < run,
+                STAGES=blocks.stages,
+                **constants,
+            ),
+            integers=integers,
+            channel_blocks=self.channel_blocks(blocks),
+            states=(programs, 2, blocks.channels, sizes.cross) if blocks.halo else None,
+            shared_memory=shared_memory,
+        )
+
+
+# --- line_scan --------------------------------------------------------------------------------------------------------
+#
+# A line scan is bound by memory. The rules count bytes: what a program must do is keep some tens of kilobytes of loads
+# in flight, in full sectors.
+
+
+class _Memory(NamedTuple):
+    """Counts the shared memory of a program."""
+
+    images: int
+    """How many tensors like x it reads."""
+    shared: bool
+    itemsize: int
+    exchanged: int
+    """Bytes that each pixel of a line takes to reach its neighbours."""
+    available: int
+
+    def tile(self, blocks: _Blocks) -> int:
+        """Bytes of one tile of all tensors read."""
+        tensors = self.images * blocks.channels + 3 * (1 if self.shared else blocks.channels)
+        return tensors * blocks.row * blocks.lines * self.itemsize
+
+    def total(self, blocks: _Blocks) -> int:
+        """Bytes of the tiles under way, of the states that wait for long rows, and of what neighbours exchange."""
+        pixels = blocks.channels * blocks.row
+        return (blocks.stages - 1) * (self.tile(blocks) + (4 * pixels if blocks.halo else 0)) + self.exchanged * pixels
+
+    def staged(self, blocks: _Blocks) -> _Blocks:
+        """The blocks with as many stages as hide the latency and fit; a single stage reads nothing ahead."""
+        blocks = blocks._replace(stages=min(max(math.ceil(_IN_FLIGHT / self.tile(blocks)), 2), 5) + 1)
+        while blocks.stages > 1 and self.total(blocks) > self.available:
+            blocks = blocks._replace(stages=blocks.stages - 1)
+        return blocks
+
+
+def _line_scan_blocks(layout: _Layout, memory: _Memory, limits: Limits) -> _Blocks:
+    """The size of a tile of a line scan."""
+    sizes, channels, align = layout.sizes, layout.channels, layout.align
+    images, shared, itemsize, _, _ = memory
+    rows, most_channels, programs = _power_of_two(sizes.cross), _power_of_two(channels), sizes.batch * layout.groups
+
+    if layout.fast == LINE:
+        # A full sector of each row, one row a thread. A long row is taken in blocks, and two sectors of each block
+        # before the next: memory reads sectors by twos.
+        lines = min(32 // itemsize, _power_of_two(sizes.lines))
+        if align * itemsize < 16:
+            # Short pieces take an address each: in registers that the lines need.
+            lines = min(lines, 8 if align * itemsize > 4 or images == 2 else 4)
+        block = max(64 // rows, 1)
+        if shared:
+            block = _smaller(2 if images > 2 and itemsize == 2 else 4, 1, programs, channels)
+        block = min(block, most_channels)
+        row = min(rows, limits.row or (128 if shared else 512 if images == 2 else 256))
+        while True:
+            few = min(lines, row // 4) if sizes.cross > row else lines
+            halo = 0 if sizes.cross <= row else 2 * few if row > 4 * few else few
+            blocks = _Blocks(block, row, halo, few, 2)
+            if row == 32 or memory.total(blocks) <= memory.available:
+                return blocks
+            row //= 2
+
+    if layout.fast == CROSS:
+        longest = limits.row or 4096
+        row = min(rows, longest)
+        block = max((128 if not shared else 2048 if images == 2 else 4096) // row, 1)
+        block = min(_smaller(block, max(128 // itemsize // row, 1), programs, channels), most_channels)
+        if sizes.cross <= longest:
+            return memory.staged(_Blocks(block, row))
+        row = limits.row or 2048
+        return memory.staged(_Blocks(block, row, 16 if row >= 64 else 8))
+
+    # Channels last: 64 bytes of channels, two sectors, or one or less where there are few programs.
+    row = min(rows, limits.row or 256)
+    block = max(min(64 // itemsize, 2048 // row), 32 // itemsize)
+    block = min(_smaller(block, 16 // itemsize, programs, channels), most_channels)
+    return memory.staged(_Blocks(block, row, 8 if sizes.cross > row else 0))
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_line_scan(
+    sizes: Sizes,
+    tensors: _Tensors,
+    itemsize: int,
+    *,
+    reverse: bool,
+    segment: int | None,
+    limits: Limits,
+) -> Plan:
+    """The launch of ``forward_kernel`` or ``backward_kernel`` for tensors of these sizes and strides.
+
+    Args:
+        sizes: those of the scan.
+        tensors: all of the kernel's, with their strides.
+        itemsize: bytes of an element.
+        reverse: whether the first line scanned is the last in memory.
+        segment: lines after which the recurrence restarts, None for never.
+        limits: what the card has, and for tests when a row is long.
+    """
+    layout = _Layout(sizes, tensors, itemsize, segment, 16 // itemsize)
+    fast, align = layout.fast, layout.align
+    read = layout.images.keys() - ({"dx", "dlam"} if "grad" in layout.images else {"h"})
+    exchanged = (16 if layout.tensors.get("dtaps") else 8) // (align if fast == CROSS else 1)
+    memory = _Memory(max(len(read), 2), layout.shared, itemsize, exchanged, limits.shared_memory)
+    blocks = _line_scan_blocks(layout, memory, limits)
+
+    pixels = blocks.channels * blocks.row
+    per_thread = 1 if fast == LINE else min(4, align) if pixels < 256 else 4
+    num_warps = min(max(pixels // (32 * per_thread), 1), 16 if fast == LINE or pixels >= 2048 else 8)
+    if layout.shared and fast != LINE:
+        # Only copies of 4 bytes a thread can be under way while others are computed with, and shared taps are few.
+        num_warps = max(min(num_warps, blocks.row * itemsize // 128), pixels // 256, 1)
+    extent = max(
+        (blocks.channels - 1) * abs(s.channel) + blocks.row * abs(s.cross) + blocks.lines * abs(s.line)
+        for s in layout.tensors.values()
+        if s is not None
+    )
+    # A thread's own lines make 16 bytes; shorter pieces are better put together with those of other threads first.
+    group = 1 if fast != LINE else align if align * itemsize >= 16 else blocks.lines
+    return layout.plan(
+        blocks,
+        num_warps,
+        reverse,
+        memory.total(blocks),
+        TAPS_ALIGN=layout.taps_align,
+        UNIFORM=len({(s.channel, s.cross, s.line) for s in layout.images.values()}) == 1,
+        WIDE=extent >= 2**31,
+        GROUP=min(group, blocks.lines),
+        VECTOR=min(align, max(pixels // (32 * num_warps), 1)) if fast == CROSS else 1,
+        SHARED=layout.shared,
+    )
+
+
+# --- propagate --------------------------------------------------------------------------------------------------------
+#
+# Its scans are bound by arithmetic, and their only inputs beside the proxy are two images.
+
+
+def _propagate_blocks(layout: _Layout, proxy_channels: int, limits: Limits) -> _Blocks:
+    """The size of a tile of a scan of ``propagate``. A block of channels reads the rows of the proxy once."""
+    sizes, fast, itemsize = layout.sizes, layout.fast, layout.itemsize
+    # Rows are padded to a warp's breadth at most.
+    row = min(_power_of_two(sizes.cross), limits.row or {LINE: 512, CROSS: 1024, CHANNEL: 128}[fast])
+    if fast == CHANNEL:
+        block, least = max(min(64 // itemsize, 1024 // row), 16 // itemsize), 16 // itemsize
+    else:
+        block, least = max(256 // row, 1), max(64 // row, 1)
+    block = min(max(_smaller(block, 1, sizes.batch, sizes.channels), least), _power_of_two(sizes.channels))
+    lines, halo = min(8, _power_of_two(sizes.lines)) if fast == LINE else 1, 0
+    if sizes.cross > row:
+        lines = min(lines, row // 4)
+        halo = (2 * lines if row > 4 * lines else lines) if lines > 1 else 8
+    return _Blocks(block, row, halo, lines, 2 if proxy_channels * lines <= 64 and proxy_channels <= 16 else 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_propagate(
+    sizes: Sizes,
+    tensors: _Tensors,
+    itemsize: int,
+    proxy_channels: int,
+    *,
+    reverse: bool,
+    segment: int | None,
+    limits: Limits,
+) -> Plan:
+    """The launch of ``scan_kernel`` for images of these sizes and strides and a proxy of ``proxy_channels``.
+
+    The other arguments are those of :func:`plan_line_scan`.
+    """
+    # A block's channels may be of several groups: the layout of images knows no groups.
+    layout = _Layout(sizes._replace(groups=sizes.channels), tensors, itemsize, segment, min(4, 16 // itemsize))
+    blocks = _propagate_blocks(layout, proxy_channels, limits)
+    pixels, per_group = blocks.channels * blocks.row, sizes.channels // sizes.groups
+    # Four pixels a thread where that leaves every multiprocessor warps enough to hide latencies with; else as few as
+    # make the 4 bytes that can be read ahead.
+    vector = layout.align if layout.fast == CROSS else 1
+    while vector * itemsize > 4 and layout.programs(blocks) * pixels < _ENOUGH_WARPS * 32 * vector:
+        vector //= 2
+    num_warps = min(max(pixels // (32 * vector), 1), 16)
+    return layout.plan(
+        blocks,
+        num_warps,
+        reverse,
+        VECTOR=min(vector, max(pixels // (32 * num_warps), 1)),
+        SHARED=sizes.groups == 1 or per_group % blocks.channels == 0,
+        UNROLL=blocks.stages > 1,
+    )
