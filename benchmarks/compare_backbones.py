@@ -199,7 +199,7 @@ def _row(study: str, entry: Entry, seed: int, where: Path) -> dict[str, Any] | N
 
 
 @functools.cache
-def _size(model: str, kwargs: str, preset: str) -> tuple[int, int]:
+def _size(name: str, kwargs: str, preset: str) -> tuple[int, int]:
     """The parameters and multiply-adds of a model for the images of a preset."""
     import timm
     import torch
@@ -208,10 +208,10 @@ def _size(model: str, kwargs: str, preset: str) -> tuple[int, int]:
     import gspn.models  # noqa: F401  # registers the models
 
     size, classes = (48, 9) if "emoji" in preset else (28, 10)
-    network = timm.create_model(model, num_classes=classes, **yaml.safe_load(kwargs)).eval()
+    model = timm.create_model(name, num_classes=classes, **yaml.safe_load(kwargs)).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, 3, size, size))
-    return sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2
+        model(torch.zeros(1, 3, size, size))
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
 if __name__ == "__main__":

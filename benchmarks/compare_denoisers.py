@@ -50,7 +50,7 @@ class Entry:
     """A row of the comparison: its label and its model."""
 
     label: str
-    network: str = "gspn"
+    model: str = "gspn"
     options: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = SEEDS
 
@@ -73,7 +73,7 @@ def _chain(entry: Entry, seed: int, root: Path) -> list[Step]:
     run = directory(root, PRESET, entry.label, seed)
     values = {
         "schedule.epochs": EPOCHS,
-        "model.network": entry.network,
+        "model.network": entry.model,
         "model.options": entry.options,
         "run.seed": seed,
     }
@@ -207,18 +207,18 @@ def _calls(entry: Entry, size: int, batch: int) -> dict[str, Any]:
     from gspn.tasks.class_conditional import load_config
     from gspn.tasks.class_conditional.model import build_network
 
-    config = load_config(PRESET).changed(**{"model.network": entry.network, "model.options": entry.options})
-    network = build_network(config, num_classes=10, channels=1, sample_size=28).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+    config = load_config(PRESET).changed(**{"model.network": entry.model, "model.options": entry.options})
+    model = build_network(config, num_classes=10, channels=1, sample_size=28).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     noisy = torch.randn(batch, 1, size, size)
     t, labels = torch.rand(batch) * 1000, torch.arange(batch) % 10
 
     def denoise() -> Any:
         with torch.no_grad():
-            return network(noisy, timestep=t, class_labels=labels).sample
+            return model(noisy, timestep=t, class_labels=labels).sample
 
     def step() -> None:
-        (network(noisy, timestep=t, class_labels=labels).sample - noisy).square().mean().backward()
+        (model(noisy, timestep=t, class_labels=labels).sample - noisy).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -239,7 +239,7 @@ def _row(entry: Entry, seed: int, root: Path) -> dict[str, Any] | None:
     )
     return {
         "entry": entry.label,
-        "network": entry.network,
+        "network": entry.model,
         "options": json.dumps(entry.options),
         "seed": seed,
         "epochs": len(epochs),

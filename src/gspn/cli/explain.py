@@ -68,24 +68,24 @@ def explain(
     from gspn.analysis.networks import open_network
 
     try:
-        network = open_network(model, seed=seed)
+        opened = open_network(model, seed=seed)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from None
     except OSError as error:
         raise failed(f"the weights of {model} cannot be fetched: {error}") from None
-    if network.weights.startswith("random"):
+    if opened.weights.startswith("random"):
         console.print(
-            f"[yellow]{escape(network.name)} has no pretrained weights; these are {network.weights}.[/] "
+            f"[yellow]{escape(opened.name)} has no pretrained weights; these are {opened.weights}.[/] "
             "The maps show how information can spread, not what a trained model does with it.",
             highlight=False,
         )
     try:
         with torch.no_grad():
-            explanation = run(network, pixels, where, size=size, stage=stage, block=block)
+            explanation = run(opened, pixels, where, size=size, stage=stage, block=block)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
-    console.print(_table(explanation.stability, explanation.found.name, f"{network.name} on {image.name}"))
+    console.print(_table(explanation.stability, explanation.found.name, f"{opened.name} on {image.name}"))
     if output is not None:
         from gspn._figures import save_figure
         from gspn.analysis.drawing import draw_explanation

@@ -1,4 +1,4 @@
-"""What a command prints about its files and its errors."""
+"""Messages of commands: files that were written, warnings and errors."""
 
 from __future__ import annotations
 
