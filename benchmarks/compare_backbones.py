@@ -1,15 +1,15 @@
-"""Small backbones side by side, on the same data with the same preset, and one option of GSPN changed at a time.
+"""Small backbones side by side, with the same data and preset; and GSPN with one option changed at a time.
 
     python benchmarks/compare_backbones.py run STUDY... [--jobs 2]
     python benchmarks/compare_backbones.py table STUDY...
 
-Each run is a ``gspn classify train`` in a process of its own with one thread, so that a machine with n cores takes n at
-a time. A run that ended is not run again and one that was cut off goes on where it was.
+Each run is a ``gspn classify train`` in a process of its own with one thread, so that a machine with n cores takes n
+runs at a time. A run that ended is not repeated, and one that was stopped continues.
 """
 
 from __future__ import annotations
 
-import os
+import functools
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,16 +17,27 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
-from rich.table import Table
-from runs import Step, directory, read_csv, run_all, settings, spread, write_csv
+from common import (
+    CORES,
+    Csv,
+    Jobs,
+    Root,
+    Step,
+    directory,
+    print_table,
+    read_csv,
+    run_all,
+    settings,
+    spread,
+    write_csv,
+)
 
 SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of a study: what it is called, and the network."""
+    """A row of a study: its label and its model."""
 
     label: str
     model: str
@@ -107,8 +118,9 @@ STUDIES = {
     ),
 }
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
-_Studies = Annotated[list[str], typer.Argument(help=f"Of {', '.join(STUDIES)}.")]
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
+_Studies = Annotated[list[str], typer.Argument(metavar="STUDY...", help=f"One or more of {', '.join(STUDIES)}.")]
+_ROOT = Path("runs/compare_backbones")
 
 
 def _step(study: Study, entry: Entry, seed: int, output: Path) -> Step:
@@ -120,11 +132,11 @@ def _step(study: Study, entry: Entry, seed: int, output: Path) -> Step:
 @app.command()
 def run(
     studies: _Studies,
-    root: Annotated[Path, typer.Option(help="Where the runs are kept.")] = Path("runs/compare_backbones"),
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = os.cpu_count() or 1,
+    root: Root = _ROOT,
+    jobs: Jobs = CORES,
 ) -> None:
     """Train every entry of the studies with every seed."""
-    # Seeds outermost: cut short, every entry has as many runs as any other.
+    # Seeds outermost: if it is stopped, every entry has as many runs as any other.
     chains = [
         [_step(STUDIES[name], entry, seed, directory(root, name, entry.label, seed))]
         for seed in SEEDS
@@ -135,42 +147,30 @@ def run(
 
 
 @app.command()
-def table(
-    studies: _Studies,
-    root: Annotated[Path, typer.Option(help="Where the runs are kept.")] = Path("runs/compare_backbones"),
-    output: Annotated[Path | None, typer.Option(metavar="CSV", help="One row a run.")] = None,
-) -> None:
-    """Gather the runs that ended: mean and standard deviation over the seeds, and a CSV with each."""
+def table(studies: _Studies, root: Root = _ROOT, output: Csv = None) -> None:
+    """Gather the runs that ended: mean and standard deviation over the seeds, and a CSV with each run."""
+    headings = ("entry", "parameters M", "MACs M", "top-1 of the last epoch", "of its EMA", "seeds", "images/s")
     rows = []
     for name in studies:
-        shown = Table(title=name, title_justify="left", title_style="bold")
-        for heading in (
-            "entry",
-            "parameters M",
-            "MACs M",
-            "top-1 of the last epoch",
-            "of its EMA",
-            "seeds",
-            "images/s",
-        ):
-            shown.add_column(heading, justify="left" if heading == "entry" else "right")
+        shown = []
         for entry in STUDIES[name].entries:
             own = [_row(name, entry, seed, directory(root, name, entry.label, seed)) for seed in SEEDS]
             own = [row for row in own if row is not None]
             rows += own
             if own:
-                shown.add_row(
-                    entry.label,
-                    f"{own[0]['parameters'] / 1e6:.2f}",
-                    f"{own[0]['macs'] / 1e6:.1f}",
-                    spread([row["top1"] for row in own]),
-                    spread([row["ema_top1"] for row in own]),
-                    str(len(own)),
-                    f"{statistics.median(row['images_per_second'] for row in own):.0f}",
+                shown.append(
+                    (
+                        entry.label,
+                        f"{own[0]['parameters'] / 1e6:.2f}",
+                        f"{own[0]['macs'] / 1e6:.1f}",
+                        spread(row["top1"] for row in own),
+                        spread(row["ema_top1"] for row in own),
+                        len(own),
+                        f"{statistics.median(row['images_per_second'] for row in own):.0f}",
+                    )
                 )
-        Console().print(shown)
-    if output is not None and rows:
-        write_csv(output, rows)
+        print_table(name, headings, shown)
+    write_csv(output, rows)
 
 
 def _row(study: str, entry: Entry, seed: int, where: Path) -> dict[str, Any] | None:
@@ -178,12 +178,13 @@ def _row(study: str, entry: Entry, seed: int, where: Path) -> dict[str, Any] | N
         return None
     epochs = read_csv(where / "metrics.csv")
     last = epochs[-1]
-    parameters, macs = _size(entry, study)
+    kwargs = yaml.safe_dump(entry.kwargs, default_flow_style=True).strip()
+    parameters, macs = _size(entry.model, kwargs, STUDIES[study].preset)
     return {
         "study": study,
         "entry": entry.label,
         "model": entry.model,
-        "kwargs": yaml.safe_dump(entry.kwargs, default_flow_style=True).strip(),
+        "kwargs": kwargs,
         "seed": seed,
         "epochs": len(epochs),
         "parameters": parameters,
@@ -197,25 +198,20 @@ def _row(study: str, entry: Entry, seed: int, where: Path) -> dict[str, Any] | N
     }
 
 
-_SIZES: dict[tuple[str, str], tuple[int, int]] = {}
+@functools.cache
+def _size(name: str, kwargs: str, preset: str) -> tuple[int, int]:
+    """The parameters and multiply-adds of a model for the images of a preset."""
+    import timm
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
 
+    import gspn.models  # noqa: F401  # registers the models
 
-def _size(entry: Entry, study: str) -> tuple[int, int]:
-    key = (study, entry.label)
-    if key not in _SIZES:
-        import timm
-        import torch
-        from torch.utils.flop_counter import FlopCounterMode
-
-        import gspn.models  # noqa: F401  # registers the networks
-
-        size = 48 if "emoji" in STUDIES[study].preset else 28
-        classes = 9 if "emoji" in STUDIES[study].preset else 10
-        model = timm.create_model(entry.model, num_classes=classes, **entry.kwargs).eval()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, 3, size, size))
-        _SIZES[key] = sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
-    return _SIZES[key]
+    size, classes = (48, 9) if "emoji" in preset else (28, 10)
+    model = timm.create_model(name, num_classes=classes, **yaml.safe_load(kwargs)).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, size, size))
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
 if __name__ == "__main__":

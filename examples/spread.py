@@ -27,8 +27,7 @@ from torch import Tensor
 import gspn
 from gspn._files import replaced
 from gspn.bench import environment
-from gspn.bench.accuracy_check import Figure as Accuracy
-from gspn.bench.accuracy_check import compare
+from gspn.bench.accuracy_check import Accuracy, compare
 from gspn.bench.report import plain_number
 from gspn.bench.timing import Candidate, Timing, time_interleaved
 
@@ -142,7 +141,7 @@ def scan_all(
         accuracy[direction] = compare({"h": states[direction]}, {"h": plain}, {"h": exact})[0]
         candidates += [
             Candidate(f"auto {direction}", partial(scan, x, tap)),
-            Candidate(f"loop {direction}", partial(scan, x, tap, impl="reference"), least=5),
+            Candidate(f"loop {direction}", partial(scan, x, tap, impl="reference"), max_repeats=5),
         ]
     return states, accuracy, time_interleaved(candidates, x.device, repeats=REPEATS, min_time=MIN_TIME)
 

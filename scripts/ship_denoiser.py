@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 import gspn
 import gspn.diffusers
 from gspn._files import replaced_directory
-from gspn.cli.class_conditional.evaluate import load_classifier
+from gspn.cli.class_conditional import load_classifier
 from gspn.tasks.class_conditional import Evaluation, evaluate, load_pipeline, sample
 
 WEIGHTS = Path(gspn.diffusers.__file__).parent / "weights"

@@ -1,4 +1,4 @@
-"""A tour in minutes on a CPU: train, evaluate, classify, draw, look inside, time. Writes one page that shows it all.
+"""A tour in minutes on a CPU: train, evaluate, classify, sample, explain, time. Writes one page with all results.
 
 python examples/demo --output runs/demo
 """
@@ -12,21 +12,23 @@ from typing import Annotated
 
 import torch
 import typer
-from figures import learning_curve, prediction_grid, save
+from figures import learning_curve, prediction_grid
 from page import Page
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from gspn._figures import save_figure
 from gspn._files import replaced
 from gspn.analysis.drawing import draw_explanation
 from gspn.analysis.explain import explain
 from gspn.analysis.loading import load_model
 from gspn.bench import environment
-from gspn.bench.comparison_plot import plot_mixers
-from gspn.bench.mixer import ATTENTION, SHARED, MixerProblem, check_mixers, exponents, measure_mixers
-from gspn.bench.report import plain_number
+from gspn.bench.accuracy_check import require_accurate
+from gspn.bench.mixer import PER_CHANNEL, SELF_ATTENTION, SHARED, MixerSweep
+from gspn.bench.report import plain_number, plot_sweep
+from gspn.bench.size_sweep import exponents
 from gspn.data import Emoji, MNIST5k
 from gspn.tasks.class_conditional import sample
 from gspn.tasks.classify import TrainConfig, evaluate, predict, train
@@ -56,19 +58,20 @@ GUIDANCE = 4.0
 
 
 def main(
-    output: Annotated[Path, typer.Option(file_okay=False, help="Directory for the page and its parts.")] = Path(
-        "runs/demo"
-    ),
-    epochs: Annotated[int, typer.Option(min=1, help="Of the training run.")] = EPOCHS,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", file_okay=False, help="Directory of the page."),
+    ] = Path("runs/demo"),
+    epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Number of epochs of the training run.")] = EPOCHS,
 ) -> None:
     """Run the tour."""
     started = time.perf_counter()
     console = Console()
     page = Page(
         "GSPN: line scans in the place of attention",
-        "What this machine just did: trained a small network from nothing, classified images and drew others from "
-        "noise with the weights that come in the package, looked at what a pixel sees, and timed the token mixer "
-        "against softmax attention.",
+        "This machine has trained a small model from nothing, classified images and generated others from noise with "
+        "the weights of the package, computed what a pixel takes from all others, and timed the token mixer beside "
+        "self-attention.",
     )
     output.mkdir(parents=True, exist_ok=True)
     train_digits(page, output, epochs, console)
@@ -95,7 +98,7 @@ def train_digits(page: Page, output: Path, epochs: int, console: Console) -> Non
     console.rule("training gspn_pico on 4,000 digits")
     run = output / "mnist5k_pico"
     if run.exists():
-        shutil.rmtree(run)  # the demo's own, of an earlier tour
+        shutil.rmtree(run)  # from an earlier tour
     # A schedule this short has no time for the preset's regularisation.
     config = TrainConfig.load("mnist5k_pico").changed(
         f"schedule.epochs={epochs}", "schedule.warmup_epochs=0.5", f"run.output={run}"
@@ -146,21 +149,21 @@ def classify_images(page: Page, output: Path, console: Console) -> None:
 
 
 def draw_images(page: Page, output: Path, console: Console) -> None:
-    """Digits drawn from noise by the denoiser of the package, and how many of them are what was asked for."""
+    """Digits from noise by the denoiser of the package, and how many of them are of their class."""
     console.rule("drawing digits from noise with the weights of the package")
     drawn = output / "drawn"
     if drawn.exists():
-        shutil.rmtree(drawn)  # of an earlier tour
+        shutil.rmtree(drawn)  # from an earlier tour
     found = sample(DENOISER, output=drawn, number=120, steps=STEPS, guidance=2.0, console=console)
     guesses = predict([drawn / f"{record.index:05d}.png" for record in found.records], DIGITS)
     right = [guess.indices[0] == record.label for guess, record in zip(guesses, found.records, strict=True)]
-    console.print(f"{DENOISER}: {sum(right)} of {len(right)} are what was asked for, in {found.seconds:.1f} s")
+    console.print(f"{DENOISER}: {sum(right)} of {len(right)} are of their class, in {found.seconds:.1f} s")
     page.tile(f"{found.seconds / len(right):.2f} s", f"to draw a digit from noise, {STEPS} steps with guidance")
     page.section(
         "Drawn from noise",
-        f"Images that a class-conditional denoiser made of GSPN's scans, without attention or positional embedding, "
-        f"drew in {STEPS} steps: a row for each class. The shipped classifier takes {sum(right)} of {len(right)} for "
-        "what was asked for.",
+        f"Images of a class-conditional denoiser with GSPN's scans, without attention or positional embedding, in "
+        f"{STEPS} steps: a row for each class. The shipped classifier assigns {sum(right)} of {len(right)} to the "
+        "class that was asked for.",
     )
     page.command(f"gspn class-conditional sample {DENOISER} --number 120 --steps {STEPS} --guidance 2")
     if found.grid is not None:
@@ -176,7 +179,7 @@ def draw_from_text(page: Page, output: Path, console: Console) -> None:
     for name, mounted in (("attention", None), ("GSPN", adapter)):
         place = output / f"text-{name}"
         if place.exists():
-            shutil.rmtree(place)  # of an earlier tour
+            shutil.rmtree(place)  # from an earlier tour
         drawn = sample_text(
             pipeline, PROMPTS, adapter=mounted, output=place, steps=STEPS, guidance=GUIDANCE, batch_size=len(PROMPTS),
             check=False, device="cpu", console=console,
@@ -224,19 +227,19 @@ def _opened(path: Path) -> Image.Image:
 
 
 def look_inside(page: Page, output: Path, console: Console) -> None:
-    """What a pixel of a photograph takes from every other."""
-    console.rule("looking inside, on a photograph")
+    """The affinity of a pixel of a photograph with every other."""
+    console.rule("explaining a model on a photograph")
     from sklearn.datasets import load_sample_image
 
     photograph = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1) / 255
     explanation = explain(load_model(EMOJI), photograph, POINT, stage=1)
-    save(draw_explanation(explanation, photograph), output / "affinity.png")
+    save_figure(draw_explanation(explanation, photograph), output / "affinity.png")
     rows = explanation.stability
     worst = max(max(abs(row.tap_sum_max - 1), abs(row.tap_sum_min - 1)) for row in rows)
     page.section(
         "What a pixel takes from every other",
         f"The affinity of one point of a photograph in {EMOJI} ({explanation.module}), by one vector-Jacobian product "
-        f"a direction, without the matrix. The weights of each of the network's {len(rows)} scans sum to one within "
+        f"a direction, without the matrix. The weights of each of the model's {len(rows)} scans sum to one within "
         f"{worst:.0e}: the paper's stability condition, measured.",
     )
     page.command(f"gspn explain photograph.jpg --point {POINT[0]},{POINT[1]} --model {EMOJI} --stage 1")
@@ -244,34 +247,32 @@ def look_inside(page: Page, output: Path, console: Console) -> None:
 
 
 def time_the_mixer(page: Page, output: Path, console: Console) -> None:
-    """The token mixer beside softmax attention of the same width, on maps that grow."""
-    console.rule("timing the mixer against softmax attention")
-    problem = MixerProblem()
-    red = [name for name, figures in check_mixers(problem).items() if not all(figure.ok for figure in figures)]
-    if red:
-        raise SystemExit(f"{', '.join(red)}: the result differs from the specification, so nothing is timed.")
+    """The token mixer beside self-attention of the same width, on growing maps."""
+    console.rule("timing the mixer beside self-attention")
+    sweep = MixerSweep()
+    require_accurate(sweep.check())
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True
     ) as progress:
         task = progress.add_task("map sizes", total=len(SIDES))
-        results = measure_mixers(
-            problem,
-            sides=SIDES,
+        results = sweep.measure(
+            SIDES,
+            (PER_CHANNEL, SHARED, SELF_ATTENTION),
             slowest_ms=1500,
             repeats=3,
             min_time=0.05,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     growth = exponents(results)
-    subtitle = f"width {problem.dim}, batch 1, float32, forward, {torch.get_num_threads()} CPU threads"
-    save(plot_mixers(results, growth, "Token mixers on growing maps", subtitle), output / "mixer.png")
+    subtitle = f"width {sweep.channels}, batch 1, float32, forward, {torch.get_num_threads()} CPU threads"
+    save_figure(plot_sweep(results, growth, "Token mixers on growing maps", subtitle), output / "mixer.png")
     names = list(dict.fromkeys(result.name for result in results))
     ms = {(result.name, result.height): result.timing.p50 for result in results if result.timing is not None}
     sides = sorted({side for _, side in ms})
     page.section(
-        "The mixer against softmax attention",
+        "The mixer beside self-attention",
         "One forward pass of GSPN's token mixer, with all its projections, beside self-attention of the same width "
-        "with its own (PyTorch's fused kernel), on maps that grow. Attention compares every pixel with every other; "
+        "with its own (PyTorch's fused kernel), on growing maps. Attention compares every pixel with every other; "
         "a scan visits each line once.",
     )
     page.command("gspn bench mixer")
@@ -281,11 +282,11 @@ def time_the_mixer(page: Page, output: Path, console: Console) -> None:
         for side in sides
     ]
     page.table(["map", *names], rows)
-    both = [side for side in sides if (ATTENTION, side) in ms and (SHARED, side) in ms]
+    both = [side for side in sides if (SELF_ATTENTION, side) in ms and (SHARED, side) in ms]
     if both:
-        most = both[-1]
-        ratio = ms[ATTENTION, most] / ms[SHARED, most]
-        page.tile(f"{ratio:.1f}x", f"attention's time over the mixer's (shared taps) on a {most} x {most} map")
+        largest = both[-1]
+        ratio = ms[SELF_ATTENTION, largest] / ms[SHARED, largest]
+        page.tile(f"{ratio:.1f}x", f"attention's time over the mixer's (shared taps) on a {largest} x {largest} map")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from gspn._files import replaced
+from gspn._figures import save_figure
 from gspn.tasks.classify import Prediction
 
 INK, MUTED, RIGHT, WRONG = "#1f2430", "#5b6270", "#1a7f4b", "#c6372e"
@@ -36,13 +36,13 @@ def learning_curve(metrics: Path, output: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(colors=MUTED)
         axis.grid(axis="y", alpha=0.25)
-    save(figure, output)
+    save_figure(figure, output, dpi=150)
 
 
 def prediction_grid(
     images: Sequence[Any], predictions: Sequence[Prediction], truths: Sequence[str], output: Path, *, columns: int
 ) -> None:
-    """Images with what they were taken for and how surely: green where that is right, red where it is not."""
+    """Images with their predicted class and its probability, green where it is right and red where it is wrong."""
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(10.8, 10.8 / columns * 1.3 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -54,10 +54,4 @@ def prediction_grid(
         guess, share = prediction.classes[0], f"{prediction.probabilities[0]:.0%}"
         title = f"{guess}\n{share}" if right else f"{guess} {share}\nis {truth}"
         axis.set_title(title, fontsize=10 if columns > 10 else 7, color=RIGHT if right else WRONG, pad=3)
-    save(figure, output)
-
-
-def save(figure: Figure, output: Path) -> None:
-    """Write a figure as a PNG, replacing a file as a whole."""
-    with replaced(output) as part:
-        figure.savefig(part, dpi=150, facecolor="white", format="png")
+    save_figure(figure, output, dpi=150)

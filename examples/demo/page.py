@@ -1,4 +1,4 @@
-"""One HTML file that holds everything it shows: no scripts, no fonts, no files beside it."""
+"""One HTML file with everything that it shows: no scripts, no fonts, no other files."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Page:
     """A page that grows section by section.
 
     Args:
-        title: of the page.
-        lead: a sentence or two below it.
+        title: The title of the page.
+        lead: The paragraph below the title.
     """
 
     title: str
@@ -56,23 +56,23 @@ class Page:
     _footer: str = ""
 
     def tile(self, figure: str, meaning: str) -> None:
-        """A number worth seeing first."""
+        """Add a number to the top of the page."""
         self._tiles.append(f'<div class="tile"><b>{escape(figure)}</b><span>{escape(meaning)}</span></div>')
 
     def section(self, heading: str, text: str) -> None:
-        """Begin a section; what follows belongs to it."""
+        """Begin a section."""
         self._parts.append(f"<h2>{escape(heading)}</h2><p>{escape(text)}</p>")
 
     def text(self, text: str) -> None:
-        """A paragraph."""
+        """Add a paragraph."""
         self._parts.append(f"<p>{escape(text)}</p>")
 
     def command(self, text: str) -> None:
-        """What to type."""
+        """Add a command to type."""
         self._parts.append(f"<pre>{escape(text)}</pre>")
 
     def images(self, *shown: tuple[Path, str]) -> None:
-        """PNG files with their captions, side by side where there is room."""
+        """Add PNG files with their captions, side by side where there is room."""
         figures = "".join(
             f'<figure><img alt="{escape(caption, quote=True)}" src="data:image/png;base64,'
             f'{base64.b64encode(path.read_bytes()).decode()}"><figcaption>{escape(caption)}</figcaption></figure>'
@@ -81,13 +81,13 @@ class Page:
         self._parts.append(f'<div class="pair">{figures}</div>' if len(shown) > 1 else figures)
 
     def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table; the first column names the rows."""
+        """Add a table whose first column names the rows."""
         head = "".join(f"<th>{escape(one)}</th>" for one in headings)
         body = "".join("<tr>" + "".join(f"<td>{escape(one)}</td>" for one in row) + "</tr>" for row in rows)
         self._parts.append(f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>')
 
     def footer(self, text: str) -> None:
-        """What the measurements were taken on."""
+        """Set the footer: the machine of the measurements."""
         self._footer = escape(text)
 
     def write(self, path: Path) -> None:

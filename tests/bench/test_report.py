@@ -1,58 +1,59 @@
-"""What is written: whole files or none, columns that tell where a figure is from, an image."""
+"""Files of results: whole or none, the columns, plots; and the environment that they name."""
 
 from __future__ import annotations
 
 import csv
-import sys
 
 import pytest
 import torch
 
 import gspn
-from gspn._figures import require_matplotlib, save_figure
+from gspn._figures import save_figure
 from gspn.bench import environment
-from gspn.bench.report import Measurement, plain_number, plot_fractions, write_csv
+from gspn.bench.line_scan import COLUMNS
+from gspn.bench.report import Result, plain_number, plot_fractions, write_csv
 from gspn.bench.timing import Timing
 
 HERE = environment.Environment("a GPU", 4, "avx2", "0.1.0", "2.15.0", None, "3.11.7", "Linux 6", "abc")
 
 
-def measurement(impl: str = "cpu", mode: str = "forward", direction: str = "down", ms: float = 2.0) -> Measurement:
-    return Measurement(
-        op="line_scan",
-        impl=impl,
+def result(impl: str = "cpu", mode: str = "forward", direction: str = "down", ms: float = 2.0) -> Result:
+    return Result(
+        name=impl,
         mode=mode,
-        direction=direction,
-        dtype="float32",
-        shape={"batch": 1, "channels": 2, "height": 3, "width": 4, "groups": 2, "segment": None},
-        memory_format="contiguous",
-        timing=Timing((ms, ms, 2 * ms), 3_000_000),
-        traffic=10_000_000,
-        copy="torch copy_",
-        copy_gbs=10.0,
-        loop_ms=100.0,
+        batch=1,
+        height=3,
+        width=4,
+        dtype=torch.float32,
+        timing=Timing((ms, ms, 2 * ms)),
+        baseline="reference",
+        baseline_ms=100.0,
+        peak_bytes=3_000_000,
+        details={"impl": impl, "direction": direction, "segment": None, "copy_gbs": 10.0, "fraction_of_copy": 1 / 3},
     )
 
 
-def test_a_row_holds_the_ratios(tmp_path):
+def test_a_row_holds_measurements_details_and_environment(tmp_path):
     path = tmp_path / "new" / "table.csv"
-    write_csv(path, [measurement(), measurement(ms=4.0)], HERE, pages="kept")
+    write_csv(path, [result(), result(ms=4.0)], HERE, COLUMNS)
     first, second = csv.DictReader(path.open())
-    assert first["gbs"] == "5.0"
-    assert first["fraction_of_copy"] == "0.5"
-    assert first["speedup_over_loop"] == "50.0"
-    assert second["p50_ms"] == "4.0"
-    assert second["p80_ms"] == "6.4"
-    assert first["segment"] == ""
-    assert first["triton"] == ""
-    assert first["pages"] == "kept"
+    assert list(first)[: len(COLUMNS)] == list(COLUMNS)
+    assert first["fraction_of_copy"] == "0.33333"
+    assert (second["p50_ms"], second["p80_ms"], second["samples"]) == ("4.0", "6.4", "3")
+    assert (first["segment"], first["triton"], first["commit"], first["impl"]) == ("", "", "abc", "cpu")
     assert first["peak_memory_mb"] == "3.0"
-    assert first["commit"] == "abc"
     assert first["date"].endswith("+00:00")
 
 
+def test_ratios_and_rates():
+    one = result(ms=4.0)
+    assert (one.ratio, one.images_per_second) == (25.0, 250.0)
+    row = one.row()
+    assert (row["speedup_over_baseline"], row["images_per_second"], row["baseline"]) == (25.0, 250.0, "reference")
+
+
 def test_nothing_to_write_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no measurements"):
+    with pytest.raises(ValueError, match="no results"):
         write_csv(tmp_path / "table.csv", [], HERE)
     assert list(tmp_path.iterdir()) == []
 
@@ -65,28 +66,22 @@ def test_numbers_are_plain(value, text):
     assert plain_number(value) == text
 
 
-def test_the_plot_has_a_bar_for_each_measurement(tmp_path):
+def test_the_plot_has_a_bar_for_each_result(tmp_path):
     pytest.importorskip("matplotlib")
-    measurements = [
-        measurement(impl, mode, direction)
+    results = [
+        result(impl, mode, direction)
         for mode in ("forward", "backward")
         for direction in gspn.DIRECTIONS
         for impl in ("triton", "reference", "line-per-launch")
         if mode == "forward" or impl != "line-per-launch"
     ]
-    figure = plot_fractions(measurements, "title", "subtitle")
+    figure = plot_fractions(results, "title", "subtitle")
     assert [len(panel.patches) for panel in figure.axes] == [12, 8]
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["triton", "reference", "line-per-launch"]
     path = tmp_path / "plot.png"
     save_figure(figure, path, dpi=40)
     assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_without_matplotlib_the_remedy_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install \"gspn\[plot\]\""):
-        require_matplotlib()
 
 
 def test_the_environment_names_versions_and_hardware():

@@ -1,4 +1,4 @@
-"""The clock, the samples and what is made of them."""
+"""The clock, the samples, the memory of a call, and the copy bandwidth."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from gspn.bench import timing
-from gspn.bench.bandwidth import copies
-from gspn.bench.timing import Candidate, Timing, freed_pages_kept, quantile, time_interleaved
+from gspn.bench.timing import Candidate, Timing, copies, freed_pages_kept, peak_memory, quantile, time_interleaved
 
 CPU = torch.device("cpu")
 
@@ -40,9 +39,6 @@ class FakeClock:
         self.order.append(name)
         return self.durations[name]
 
-    def peak(self, call) -> None:
-        call()
-
 
 @pytest.fixture
 def fake_clock(monkeypatch):
@@ -57,11 +53,11 @@ def fake_clock(monkeypatch):
 def test_candidates_take_turns_and_slow_ones_are_spread_over_the_run(fake_clock):
     order = fake_clock(fast=10.0, slow=1000.0)
     steps = []
-    candidates = [Candidate("fast", lambda: "fast"), Candidate("slow", lambda: "slow", least=2)]
+    candidates = [Candidate("fast", lambda: "fast"), Candidate("slow", lambda: "slow", max_repeats=2)]
     timings = time_interleaved(candidates, CPU, repeats=4, min_time=0.08, progress=lambda *at: steps.append(at))
     assert len(timings["fast"].samples_ms) == 8  # 80 ms in calls of 10 ms
     assert len(timings["slow"].samples_ms) == 2
-    warm_up = 3  # two calls of the fast one, one of the slow one; the memory's peak is not timed
+    warm_up = 3  # two calls of the fast one, one of the slow one; a third is not timed
     assert order[warm_up:] == ["fast"] * 4 + ["slow"] + ["fast"] * 4 + ["slow"]
     assert steps[0] == (0, 10)
     assert steps[-1] == (10, 10)
@@ -110,10 +106,17 @@ def test_copies_copy_everything(traffic):
 def test_the_best_copy_counts():
     made = copies(8000, CPU)
     first, second = (c.name for c in made.candidates)
-    timings = {first: Timing((2.0,), None), second: Timing((1.0, 1.0, 9.0), None)}
+    timings = {first: Timing((2.0,)), second: Timing((1.0, 1.0, 9.0))}
     name, gbs = made.best(timings)
     assert second.endswith(name)
     assert gbs == pytest.approx(8000 / 1e-3 / 1e9)
+
+
+def test_the_memory_of_a_call_is_what_it_allocates():
+    peak = peak_memory(lambda: torch.ones(16 << 20).add_(1), CPU)
+    if peak is None:
+        pytest.skip("the system does not report a process's high-water mark")
+    assert peak == pytest.approx(64 << 20, rel=0.1)
 
 
 def test_pages_are_given_back_afterwards():

@@ -37,7 +37,7 @@ def trained(run, tmp_path_factory):
     return output
 
 
-def test_train_writes_the_configuration_it_was_given(trained):
+def test_train_writes_its_configuration(trained):
     config = yaml.safe_load((trained / "config.yaml").read_text())
     assert (config["run"]["seed"], config["optim"]["lr"], config["schedule"]["epochs"]) == (3, 4e-3, 1)
     assert config["resolved"]["num_classes"] == 10
@@ -49,20 +49,16 @@ def test_resume_needs_no_configuration(run, trained):
     assert "resumed after epoch 1" in result.output
 
 
-def test_eval(run, trained, tmp_path):
-    result = run("eval", trained, "--data", "digits", "--device", "cpu", "--json", tmp_path / "e.json")
+def test_evaluate(run, trained, tmp_path):
+    pytest.importorskip("matplotlib")
+    result = run("evaluate", trained, "--data", "digits", "--device", "cpu", "--output", tmp_path / "out",
+                 "--confusion", tmp_path / "c.png")  # fmt: skip
     assert result.exit_code == 0, result.output
     for word in ("top-1", "top-5", "weakest classes", "images/s", "MiB"):
         assert word in result.output
-    assert json.loads((tmp_path / "e.json").read_text())["images"] == 364
-
-
-def test_eval_draws_the_confusions(run, trained, tmp_path):
-    pytest.importorskip("matplotlib")
-    result = run("eval", trained, "--data", "digits", "--device", "cpu", "--confusion", tmp_path / "c.png")
-    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["images"] == 364
     assert (tmp_path / "c.png").stat().st_size > 1000
-    assert run("eval", trained, "--data", "digits", "--confusion", tmp_path / "c.txt").exit_code == 2
+    assert run("evaluate", trained, "--data", "digits", "--confusion", tmp_path / "c.txt").exit_code == 2
 
 
 def test_predict(run, trained, tmp_path):
@@ -78,9 +74,9 @@ def test_predict(run, trained, tmp_path):
     result = run("predict", bad, good, "--model", trained, "--json")
     assert result.exit_code == 1
     assert "bad.png" in result.stderr
-    found = json.loads(result.stdout)
-    assert [one["broken"] is None for one in found] == [False, True]
-    assert sum(found[1]["probabilities"]) <= 1
+    predictions = json.loads(result.stdout)
+    assert [one["broken"] is None for one in predictions] == [False, True]
+    assert sum(predictions[1]["probabilities"]) <= 1
 
 
 def test_presets(run):
@@ -102,7 +98,7 @@ def test_dry_run_shows_the_configuration_and_trains_nothing(run, tmp_path):
         (["train", "--config", "digit_pico"], 2, "did you mean 'digits_pico'"),
         (["train", "--set", "optim.rl=1"], 2, "did you mean 'lr'"),
         (["train", *TINY, "--model", "gspn_picoo", "--output", "none"], 2, "did you mean 'gspn_pico'"),
-        (["eval", "none", "--data", "digits"], 2, "unknown model 'none'"),
+        (["evaluate", "none", "--data", "digits"], 2, "unknown model 'none'"),
         (["predict", "x.png", "--model", "coatnet_0_224"], 2, "no pretrained weights"),
         (["preset", "digit"], 2, "did you mean"),
     ],
@@ -125,7 +121,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import gspn.cli
 from gspn.tasks.classify import TrainConfig
-sys.argv = ["gspn", "classify", "eval", "somewhere", "--data", "digits"]
+sys.argv = ["gspn", "classify", "evaluate", "somewhere", "--data", "digits"]
 gspn.cli.app()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

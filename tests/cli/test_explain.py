@@ -28,7 +28,7 @@ def run(monkeypatch):
     return lambda *options: CliRunner().invoke(app, ["explain", *(str(option) for option in options)])
 
 
-def test_writes_a_image_and_a_table(run, photograph, tmp_path):
+def test_writes_an_image_and_a_table(run, photograph, tmp_path):
     pytest.importorskip("matplotlib")
     output, report = tmp_path / "out" / "map.png", tmp_path / "out" / "scans.csv"
     result = run(photograph, "--model", "gspn_pico.untrained", "--point", "69,39", "--size", "48",
@@ -69,7 +69,7 @@ def test_bad_options_are_named(run, photograph, options, shown):
         assert expected in result.output
 
 
-def test_files_that_are_no_image(run, tmp_path):
+def test_files_that_are_not_images(run, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG not really")
     for path in (broken, tmp_path / "missing.png", tmp_path):
@@ -85,13 +85,14 @@ def test_a_missing_package_names_its_extra(run, photograph, monkeypatch):
     assert 'pip install "gspn[train]"' in result.output
 
 
-def test_the_help_imports_no_networks_and_no_plots():
+def test_the_help_imports_neither_models_nor_plots_nor_benchmarks():
     done = run_python("""
 import sys
 from gspn.cli import app
 from typer.testing import CliRunner
-for arguments in (["--help"], ["explain", "--help"], ["bench", "--help"]):
+for arguments in (["--help"], ["explain", "--help"], ["bench", "unet", "--help"], ["t2i", "train", "--help"]):
     assert CliRunner().invoke(app, arguments).exit_code == 0
-print([n for n in ("timm", "matplotlib", "PIL", "torchvision") if n in sys.modules])
+heavy = ("timm", "matplotlib", "PIL", "torchvision", "diffusers", "accelerate", "yaml")
+print([n for n in sys.modules if n in heavy or n.startswith(("gspn.bench.", "gspn.models.", "gspn.tasks.core.loop"))])
 """)
     assert done.stdout.strip() == "[]"

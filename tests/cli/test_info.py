@@ -1,4 +1,4 @@
-"""``gspn``, ``gspn --version`` and ``gspn info``."""
+"""``gspn``, ``gspn --version``, ``python -m gspn`` and ``gspn info``."""
 
 from __future__ import annotations
 
@@ -51,6 +51,11 @@ def test_info_says_why_an_implementation_cannot_run(run, monkeypatch):
     monkeypatch.setattr(IMPLEMENTATIONS["cpu"], "why_not", lambda device, dtype, op: reason)
     output = run("info").output
     assert output.count(reason) == len(OPS) * (1 + torch.cuda.device_count())
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "gspn", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"gspn {gspn.__version__}\n"
 
 
 def test_importing_gspn_imports_nothing_of_the_command():

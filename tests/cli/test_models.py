@@ -11,7 +11,7 @@ import gspn.models  # noqa: F401
 from gspn.cli import app
 
 
-def test_every_network_is_listed(monkeypatch):
+def test_every_model_is_listed(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     result = CliRunner().invoke(app, ["models"])
     assert result.exit_code == 0, result.output

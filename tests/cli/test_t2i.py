@@ -1,4 +1,4 @@
-"""``gspn t2i`` on the command line: configurations, presets, and what a wrong request says."""
+"""``gspn t2i`` and ``gspn autoencode``: configurations, presets, and the message of a wrong request."""
 
 from __future__ import annotations
 
@@ -14,32 +14,38 @@ from gspn.tasks.core.config import read_yaml
 
 
 def run(*arguments):
-    return CliRunner().invoke(app, ["t2i", *arguments])
+    return CliRunner().invoke(app, list(arguments))
 
 
 def test_commands_and_presets():
-    assert all(name in run("--help").output for name in ("sample", "distill", "train", "autoencoder", "evaluate"))
-    listed = run("presets").output
-    for command in ("autoencoder", "train", "distill"):
-        assert f"gspn t2i {command}" in listed
-        assert read_yaml(run("preset", command, "emoji64").output, "it")["data"]["size"] == 64
-    assert run("preset", "sample", "emoji64").exit_code == 2
-    assert run("preset", "train", "emoji").exit_code == 2
+    assert all(name in run("t2i", "--help").output for name in ("sample", "distill", "train", "evaluate"))
+    listed = run("t2i", "presets").output
+    for command in ("train", "distill"):
+        assert command in listed
+        assert read_yaml(run("t2i", "preset", command, "emoji64").output, "it")["data"]["size"] == 64
+    assert "emoji64" in run("autoencode", "presets").output
+    assert read_yaml(run("autoencode", "preset", "emoji64").output, "it")["model"]["latent_channels"] == 4
+    assert run("t2i", "preset", "sample", "emoji64").exit_code == 2
+    assert run("t2i", "preset", "train", "emoji").exit_code == 2
 
 
 @pytest.mark.parametrize(
     ("command", "options", "expected"),
     [
-        ("distill", ["--teacher", "x/y", "--block-epochs", "2"], {"teacher": "x/y", "distillation.block_epochs": 2}),
-        ("train", ["--vae", "v", "--lr", "0.5"], {"model.vae": "v", "optim.lr": 0.5}),
-        ("train", ["--set", "data.batch_size=3", "--batch-size", "5"], {"data.batch_size": 5}),
-        ("autoencoder", ["--data", "folder", "--root", "r", "--seed", "4"], {"data.name": "folder", "run.seed": 4}),
+        (
+            "t2i distill",
+            ["--teacher", "x/y", "--block-epochs", "2"],
+            {"teacher": "x/y", "distillation.block_epochs": 2},
+        ),
+        ("t2i train", ["--vae", "v", "--lr", "0.5"], {"model.vae": "v", "optim.lr": 0.5}),
+        ("t2i train", ["--set", "data.batch_size=3", "--batch-size", "5"], {"data.batch_size": 5}),
+        ("autoencode train", ["--data", "folder", "--root", "r", "--seed", "4"], {"data.root": "r", "run.seed": 4}),
     ],
 )
 def test_flags_reach_the_configuration(command, options, expected):
-    found = run(command, "--config", "emoji64", "--dry-run", *options)
-    assert found.exit_code == 0, found.output
-    values = read_yaml(found.output, "it")
+    result = run(*command.split(), "--config", "emoji64", "--dry-run", *options)
+    assert result.exit_code == 0, result.output
+    values = read_yaml(result.output, "it")
     for key, value in expected.items():
         section, _, rest = key.partition(".")
         assert (values[section][rest] if rest else values[section]) == value
@@ -51,7 +57,8 @@ def test_flags_reach_the_configuration(command, options, expected):
         (["distill", "--set", "model.initialise=fit"], "initialize"),
         (["distill", "--teacher", "nowhere"], "model_index.json"),
         (["train", "--config", "emoji65"], "emoji64"),
-        (["train", "--config", "emoji64"], "gspn t2i autoencoder"),
+        (["train", "--config", "emoji64"], "model.vae"),
+        (["sample", "cat", "--model", "nowhere", "--size", "64by64"], "--size '64by64'"),
         (["sample", "cat", "--model", "nowhere"], "model_index.json"),
         (["evaluate", "nowhere"], "nowhere"),
     ],
@@ -59,6 +66,6 @@ def test_flags_reach_the_configuration(command, options, expected):
 def test_a_wrong_request_is_one_line(arguments, message, tmp_path):
     if arguments[0] in ("distill", "train"):
         arguments = [*arguments, "--output", str(tmp_path / "run")]
-    found = run(*arguments)
-    assert found.exit_code == 2
-    assert message in found.stderr and len(found.stderr.strip().splitlines()) == 1
+    result = run("t2i", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1

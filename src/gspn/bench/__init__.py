@@ -1,6 +1,7 @@
-"""Measuring operators: a correctness check first, then times side by side in one run, then a table that can be kept.
+"""Benchmarks: a correctness check first, then times side by side in one run, then a table that can be kept.
 
-``timing`` holds the clocks, ``check`` the rule an implementation has to pass before its time may be reported,
-``bandwidth`` the ceiling, ``environment`` what a figure has to name, ``report`` the CSV and the plot. Each operator has
-a module of its own with its cases: ``line_scan``. Nothing here is imported by ``import gspn``.
+``timing`` takes times and memory, ``accuracy_check`` decides which results are accurate enough to be timed,
+``environment`` states the machine, and ``report`` has the results, their CSV and their plots. ``size_sweep`` times
+candidates on growing maps. Each benchmark is a module of its own: ``line_scan``, ``propagate``, ``mixer``, ``models``
+and ``unet``. ``import gspn`` imports nothing of this.
 """

@@ -1,4 +1,4 @@
-"""What a measurement has to name: hardware, versions, the commit."""
+"""Where a measurement was taken: hardware, versions, the commit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Environment:
     """Where a measurement was taken."""
 
     device: str
-    """The model name of what computed: the GPU, or the CPU."""
+    """The model name of the GPU, or of the CPU."""
     threads: int
     isa: str | None
     """The instruction set that the compiled CPU kernels run with; None without them."""
@@ -111,7 +111,7 @@ def last_level_cache(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on the device without swapping; None where the system does not tell."""
+    """Bytes that can still be allocated on the device without swapping; None where the system does not report them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

@@ -1,8 +1,8 @@
 """A baseline: ``line_scan`` forward with one kernel launch a line, the structure of GSPN-1's first CUDA kernels.
 
-Every line is read back from memory by the next launch, and the state lives in the tensors' dtype. It gets all the help
-that structure allows: consecutive threads take consecutive pixels of a line, and the launches are replayed from a CUDA
-graph, so that Python's launch overhead is not held against it. Imports triton: import it only where it is used.
+Every line is read back from memory by the next launch, and the state has the tensors' dtype. The baseline is as fast as
+this structure allows: consecutive threads take consecutive pixels of a line, and the launches are replayed from a CUDA
+graph, so that Python's launch overhead does not count. This module imports triton: import it only where it is used.
 """
 
 # ruff: noqa: ANN001, ANN202  (a Triton kernel's arguments have no types to state)
@@ -76,7 +76,7 @@ def _one_line(
 
 
 class LinePerLaunch:
-    """A call of the baseline on fixed tensors; calling it computes and returns ``h``, always the same tensor."""
+    """The baseline on fixed tensors: a call computes and returns ``h``, always the same tensor."""
 
     def __init__(self, x: Tensor, taps: Tensor, lam: Tensor, direction: str, segment: int | None) -> None:
         self._inputs = (x, taps, lam)

@@ -1,4 +1,4 @@
-"""``line_scan`` measured: its cases, the check before it, its candidates and baselines."""
+"""``line_scan`` beside the copy bandwidth and its baselines: the problem, the check before it, and the measurement."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ import gspn
 from gspn.ops import Direction
 from gspn.ops.directions import scan_axes
 
-from .accuracy_check import Figure, compare
-from .bandwidth import copies
-from .report import Measurement
-from .timing import Candidate, time_interleaved
+from .accuracy_check import Accuracy, compare
+from .report import Result
+from .timing import Candidate, copies, peak_memory, time_interleaved
 
 MODES = ("forward", "backward")
 LOOP = "reference"
 """The implementation that is the baseline: the specification's loop over lines."""
 LINE_PER_LAUNCH = "line-per-launch"
-"""The other baseline, on CUDA: one kernel launch a line, as GSPN-1 does."""
+"""The other baseline, on CUDA: one kernel launch a line, as in GSPN-1."""
+COLUMNS = (
+    *("op", "impl", "mode", "direction", "dtype", "batch", "channels", "height", "width", "groups", "segment"),
+    *("memory_format", "p20_ms", "p50_ms", "p80_ms", "samples", "bytes", "gbs", "copy", "copy_gbs"),
+    *("fraction_of_copy", "speedup_over_loop", "peak_memory_mb", "pages"),
+)
+"""The measured columns of the CSV."""
 
 _BASELINE_SAMPLES = 3
 _CHECK_ELEMENTS = 1 << 21
@@ -30,7 +35,7 @@ _CHECK_ELEMENTS = 1 << 21
 
 @dataclass(frozen=True)
 class Problem:
-    """One call of ``line_scan``: everything but the numbers and the implementation."""
+    """One call of ``line_scan``: everything but the values of the tensors and the implementation."""
 
     batch: int
     channels: int
@@ -72,7 +77,7 @@ class Problem:
             )
             return made.to(self.dtype).contiguous(memory_format=self.memory_format)
 
-        # As a projection makes them: the maps of all taps are channels of one tensor, in its layout.
+        # As from a projection: the maps of all taps are channels of one tensor, in its layout.
         logits = normal(self.batch, 3 * self.groups).unflatten(1, (self.groups, 3))
         taps = gspn.stochastic_taps(logits, direction=self.direction)
         layout = torch.empty_like(logits)
@@ -84,10 +89,10 @@ class Problem:
         )
 
     def reduced(self) -> Problem:
-        """The same problem, small enough to be checked: odd and unequal height and width, all else kept if it can be.
+        """The same problem, small enough to be checked, with odd and unequal height and width.
 
-        Frames stay as large as a budget of elements allows: batch entries, groups and the channels of a group are given
-        up first, then height and width. Of a segmented scan two segments and a part of one remain.
+        Batch, groups and channels shrink first; height and width then shrink until the elements fit a budget. A scan
+        with several segments keeps at least two of them and a part of one.
         """
         groups = min(self.groups, 2)
         shared = min(self.channels // self.groups, 24)
@@ -114,17 +119,6 @@ class Problem:
         lines = self.height if scan_axes(self.direction).line == -2 else self.width
         return 1 if self.segment is None else -(-lines // self.segment)
 
-    def shape(self) -> dict[str, int | None]:
-        """The columns that tell this problem's shape in a report."""
-        return {
-            "batch": self.batch,
-            "channels": self.channels,
-            "height": self.height,
-            "width": self.width,
-            "groups": self.groups,
-            "segment": self.segment,
-        }
-
 
 @dataclass(frozen=True)
 class Tensors:
@@ -140,30 +134,30 @@ class Tensors:
         return Tensors(self.x.double(), self.taps.double(), self.lam.double(), self.grad.double())
 
 
-def check(problem: Problem, impls: Sequence[str], modes: Sequence[str] = MODES) -> dict[str, list[Figure]]:
-    """Hold implementations against the specification in float64 on the reduced problem.
+def check(problem: Problem, impls: Sequence[str], modes: Sequence[str] = MODES) -> dict[str, list[Accuracy]]:
+    """Compare implementations with the specification in float64 on the reduced problem.
 
     Args:
-        problem: what is to be timed.
-        impls: names of implementations, or :data:`LINE_PER_LAUNCH`, which has a forward alone.
+        problem: the problem to be timed.
+        impls: names of implementations, or :data:`LINE_PER_LAUNCH`, which has no backward.
         modes: ``"backward"`` adds the gradients of x, taps and lam to the output h.
 
     Returns:
-        For each implementation its figures; it may be timed only if all of them are ``ok``.
+        The accuracies of each implementation; time it only if all of them are ``ok``.
     """
     small = problem.reduced()
     tensors = small.tensors(seed=1)
     gradients = "backward" in modes
     exact = _results(small, tensors.double(), LOOP, gradients)
     plain = _results(small, tensors, LOOP, gradients)
-    figures = {}
+    accuracies = {}
     for impl in impls:
         if impl == LINE_PER_LAUNCH:
             results = {"h": _line_per_launch(tensors, small.direction, small.segment)()}
         else:
             results = _results(small, tensors, impl, gradients)
-        figures[impl] = compare(results, plain, exact)
-    return figures
+        accuracies[impl] = compare(results, plain, exact)
+    return accuracies
 
 
 def _results(problem: Problem, tensors: Tensors, impl: str, gradients: bool) -> dict[str, Tensor]:
@@ -182,7 +176,7 @@ def why_no_line_per_launch(problem: Problem) -> str | None:
     if problem.device.type != "cuda":
         return "it is a Triton kernel for CUDA devices."
     if problem.dtype != torch.float32:
-        return "it keeps its state in the tensors' dtype, as GSPN-1 does, and only float32 passes the check so."
+        return "it keeps its state in the tensors' dtype, as in GSPN-1, and passes the check in float32 alone."
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -203,74 +197,95 @@ def measure(
     modes: Sequence[str] = MODES,
     *,
     baselines: bool = True,
+    pages: str = "system",
     repeats: int = 10,
     min_time: float = 0.5,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Measurement]:
-    """Time implementations and baselines side by side in one run; :func:`check` comes before.
+) -> list[Result]:
+    """Time implementations and baselines side by side in one run; run :func:`check` before.
 
     Forward is :func:`gspn.line_scan` without a graph; backward is the operator for all three gradients, alone. All
     directions read the same tensors, which are stable in each of them.
 
     Args:
-        problem: what to time; its own direction does not matter.
+        problem: the problem to time; its own direction does not matter.
         directions: the directions to time it in.
         impls: names of implementations that can run it.
-        modes: of :data:`MODES`.
+        modes: members of :data:`MODES`.
         baselines: whether to time the slow baselines too: the loop, and on CUDA one launch a line.
+        pages: the column ``pages``: ``"kept"`` under :func:`~gspn.bench.timing.freed_pages_kept`, else ``"system"``.
         repeats: see :func:`~gspn.bench.timing.time_interleaved`; baselines take at least three samples.
-        min_time: likewise.
-        progress: likewise.
+        min_time: see :func:`~gspn.bench.timing.time_interleaved`.
+        progress: see :func:`~gspn.bench.timing.time_interleaved`.
 
     Returns:
-        A measurement for each mode, direction and implementation, in this order, baselines last.
+        A result for each mode, direction and implementation, in this order, baselines last.
     """
     tensors = problem.tensors()
-    h = torch.zeros_like(tensors.x)  # what a backward reads does not change what it does
+    h = torch.zeros_like(tensors.x)  # the values that a backward reads do not change its time
     timed: list[tuple[str, int | None]] = [(name, None) for name in impls]
     if baselines and LOOP not in impls:
         timed.append((LOOP, _BASELINE_SAMPLES))
     if baselines and why_no_line_per_launch(problem) is None:
         timed.append((LINE_PER_LAUNCH, _BASELINE_SAMPLES))
     cases: list[tuple[str, Direction, str, int | None]] = [
-        (mode, direction, name, least)
+        (mode, direction, name, most)
         for mode in modes
         for direction in directions
-        for name, least in timed
+        for name, most in timed
         if mode == "forward" or name != LINE_PER_LAUNCH
     ]
 
     ceiling = copies(problem.traffic("forward"), problem.device)
     with torch.no_grad():
         candidates = [
-            Candidate(f"{name} {mode} {direction}", _call(problem, tensors, h, name, mode, direction), least)
-            for mode, direction, name, least in cases
+            Candidate(f"{name} {mode} {direction}", _call(problem, tensors, h, name, mode, direction), most)
+            for mode, direction, name, most in cases
         ]
         timings = time_interleaved(
             [*ceiling.candidates, *candidates], problem.device, repeats=repeats, min_time=min_time, progress=progress
         )
+        cuda = problem.device.type == "cuda"
+        peaks = [peak_memory(candidate.call, problem.device) if cuda else None for candidate in candidates]
 
     copy_name, copy_gbs = ceiling.best(timings)
-    measurements = []
-    for mode, direction, name, _ in cases:
-        loop = timings.get(f"{LOOP} {mode} {direction}")
-        measurements.append(
-            Measurement(
-                op="line_scan",
-                impl=name,
+    results = []
+    for (mode, direction, name, _), candidate, peak in zip(cases, candidates, peaks, strict=True):
+        loop, timing = timings.get(f"{LOOP} {mode} {direction}"), timings[candidate.name]
+        gbs = problem.traffic(mode) / timing.p50 / 1e6
+        details = {
+            "op": "line_scan",
+            "impl": name,
+            "direction": direction,
+            "channels": problem.channels,
+            "groups": problem.groups,
+            "segment": problem.segment,
+            "memory_format": str(problem.memory_format).removeprefix("torch.").removesuffix("_format"),
+            "bytes": problem.traffic(mode),
+            "gbs": gbs,
+            "copy": copy_name,
+            "copy_gbs": copy_gbs,
+            # May pass 1: a copy writes every second byte, a scan fewer.
+            "fraction_of_copy": gbs / copy_gbs,
+            "speedup_over_loop": None if loop is None else loop.p50 / timing.p50,
+            "pages": pages,
+        }
+        results.append(
+            Result(
+                name=name,
                 mode=mode,
-                direction=direction,
-                dtype=str(problem.dtype).removeprefix("torch."),
-                shape=problem.shape(),
-                memory_format=str(problem.memory_format).removeprefix("torch.").removesuffix("_format"),
-                timing=timings[f"{name} {mode} {direction}"],
-                traffic=problem.traffic(mode),
-                copy=copy_name,
-                copy_gbs=copy_gbs,
-                loop_ms=None if loop is None else loop.p50,
+                batch=problem.batch,
+                height=problem.height,
+                width=problem.width,
+                dtype=problem.dtype,
+                timing=timing,
+                baseline=LOOP,
+                baseline_ms=None if loop is None else loop.p50,
+                peak_bytes=peak,
+                details=details,
             )
         )
-    return measurements
+    return results
 
 
 def _call(

@@ -1,20 +1,23 @@
-"""Networks of timm side by side in one run: images a second, memory, and ratios to one of them."""
+"""Models of timm side by side in one run: images a second, memory, and ratios to one of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 
-import gspn.models  # noqa: F401  (registers the networks of gspn with timm)
+import gspn.models  # noqa: F401  (registers the models of gspn with timm)
 from gspn.analysis.cost import count_cost
 
-from .comparison import Result, attention_backend, peak_memory, with_ratios
+from .accuracy_check import CheckFailedError
+from .attention import attention_backend
 from .environment import free_memory
-from .timing import Candidate, time_interleaved
+from .report import Result
+from .timing import Candidate, peak_memory, time_interleaved
 
 CPU = torch.device("cpu")
 MODELS = ("gspn_tiny", "gspn2_tiny", "swin_tiny_patch4_window7_224", "vit_small_patch16_224")
@@ -24,7 +27,15 @@ SIZES = (224, 512, 1024)
 
 @dataclass(frozen=True)
 class ModelsProblem:
-    """How networks are compared: everything but which, and the size of the images."""
+    """How models are compared: everything but their names and the size of the images.
+
+    Args:
+        batch: images in a call.
+        dtype: the dtype of weights and images.
+        device: the device that the models run on.
+        mode: ``"inference"``, or ``"train"`` for forward and backward to every parameter.
+        memory_format: the layout of weights and images.
+    """
 
     batch: int = 1
     dtype: torch.dtype = torch.float32
@@ -33,13 +44,13 @@ class ModelsProblem:
     memory_format: torch.memory_format = torch.channels_last
 
     def model(self, name: str, size: int) -> nn.Module:
-        """A network with seeded random weights, made for images of ``size`` where it has to be (``img_size``).
+        """A model with seeded random weights, built for images of ``size`` where it has an ``img_size``.
 
         Raises:
-            ValueError: timm knows no such network, or it cannot be made for this size.
+            ValueError: the model is unknown to timm, or cannot be built for this size.
         """
         if not timm.is_model(name):
-            raise ValueError(f"{name!r} is not a network that timm knows; see gspn models, or timm.list_models().")
+            raise ValueError(f"{name!r} is not a model that timm knows; see gspn models, or timm.list_models().")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             try:
@@ -49,7 +60,7 @@ class ModelsProblem:
                     raise
                 model = timm.create_model(name)
             except (AssertionError, RuntimeError) as error:  # timm's own checks of the size
-                raise ValueError(f"{name} cannot be made for {size} x {size}: {error}") from error
+                raise ValueError(f"{name} cannot be built for {size} x {size}: {error}") from error
         model = model.to(device=self.device, dtype=self.dtype).to(memory_format=self.memory_format)
         return model.train() if self.mode == "train" else model.eval()
 
@@ -75,15 +86,11 @@ class ModelsProblem:
         return step
 
 
-class CheckFailedError(RuntimeError):
-    """A candidate's results are not finite or not the same twice: its time means nothing."""
-
-
 def why_not(call: Callable[[], object], mode: str = "inference") -> str | None:
-    """What is wrong with a candidate: its results must be finite, and the same twice; None if they are.
+    """The reason why a call must not be timed: its results are not finite, or two calls differ; None if it may.
 
-    The call's random numbers, as those of stochastic depth, start from the same seed both times. Gradients may differ
-    by a thousandth of the largest: some of PyTorch's own are sums in no fixed order on CUDA.
+    Random numbers, such as those of stochastic depth, start from the same seed both times. Gradients may differ by a
+    thousandth of the largest: on CUDA, PyTorch adds some of them in no fixed order.
     """
     first, second = _seeded(call), _seeded(call)
     if not all(tensor.isfinite().all() for tensor in first):
@@ -109,106 +116,93 @@ def measure_models(
     baseline: str | None = None,
     repeats: int = 5,
     min_time: float = 0.5,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> list[Result]:
-    """Time networks side by side at each size of image.
+    """Time models side by side at each size of image.
 
-    Each is first checked with :func:`why_not`. What it takes in memory is measured, and where that of the size before,
-    grown with the pixels, is more than is free, it is left out with the reason.
+    Each model is first checked with :func:`why_not`. A model is skipped, with the reason, where its memory at a smaller
+    size, grown with the pixels, is more than the free memory.
 
     Args:
         problem: how to compare them.
-        names: of timm's networks, those of gspn included.
+        names: models of timm, those of gspn included.
         sizes: H = W of the images.
-        baseline: the network that ratios are to; None for the first.
+        baseline: the model that ratios are to; None for the first.
         repeats: see :func:`~gspn.bench.timing.time_interleaved`.
-        min_time: likewise.
-        progress: called with what is being done.
+        min_time: see :func:`~gspn.bench.timing.time_interleaved`.
+        progress: called with a line about the current step.
 
     Returns:
-        A result for each size and network, in this order.
+        A result for each size and model, in this order.
 
     Raises:
-        ValueError: an unknown network or baseline.
-        CheckFailedError: a network did not pass its check; nothing is reported then.
+        ValueError: an unknown model or baseline.
+        CheckFailedError: a model did not pass its check; nothing is reported then.
     """
     baseline = names[0] if baseline is None else baseline
     if baseline not in names:
-        raise ValueError(f"{baseline=} is not among the networks: {', '.join(names)}.")
-    say = progress or (lambda _: None)
-    peaks: dict[str, tuple[int, int]] = {}  # size and bytes of the largest that ran
+        raise ValueError(f"{baseline=} is not among the models: {', '.join(names)}.")
+    peaks: dict[str, tuple[int, int]] = {}  # the size and bytes of the largest call of each model
     results: list[Result] = []
     for size in sorted(sizes):
         x = problem.images(size)
-        skipped: dict[str, str] = {}
         calls: dict[str, Callable[[], object]] = {}
-        facts: dict[str, tuple[int, int | None]] = {}
-        measured: dict[str, tuple[int | None, str]] = {}
+        cases: dict[str, dict[str, Any]] = {}
         for name in names:
-            say(f"checking {name} at {size}")
+            progress(f"checking {name} at {size}")
             model = problem.model(name, size)
-            facts[name] = (sum(p.numel() for p in model.parameters()), _macs(model, size))
-            reason = _too_large(peaks.get(name), size, problem.device)
-            if reason is None:
-                try:
-                    calls[name] = problem.call(model, x)
-                    wrong = why_not(calls[name], problem.mode)
-                    if wrong is not None:
-                        raise CheckFailedError(f"{name} at {size} x {size}: {wrong}.")
-                    bytes_ = peak_memory(calls[name], problem.device)
-                    if bytes_ is not None:
-                        peaks[name] = (size, bytes_)
-                    measured[name] = (bytes_, attention_backend(calls[name]))
-                except torch.OutOfMemoryError:
-                    reason = "out of memory"
-                    calls.pop(name, None)
-            if reason is not None:
-                skipped[name] = reason
-        say(f"timing at {size}")
-        timings = time_interleaved(
-            [Candidate(name, call) for name, call in calls.items()],
-            problem.device,
-            repeats=repeats,
-            min_time=min_time,
-        )
-        for name, (timing, ratio) in with_ratios(names, baseline, timings).items():
-            params, macs = facts[name]
-            bytes_, attention = measured.get(name, (None, ""))
-            results.append(
-                Result(
-                    bench="models",
-                    name=name,
-                    mode=problem.mode,
-                    batch=problem.batch,
-                    height=size,
-                    width=size,
-                    dtype=str(problem.dtype).removeprefix("torch."),
-                    params=params,
-                    macs=macs,
-                    attention=attention,
-                    baseline=baseline,
-                    timing=timing,
-                    peak_bytes=bytes_,
-                    ratio=ratio,
-                    skipped=skipped.get(name, ""),
-                )
+            params = sum(p.numel() for p in model.parameters())
+            details = {"bench": "models", "params": params, "macs": _macs(model, size), "attention": ""}
+            case = cases[name] = {"details": details, "skipped": _too_large(peaks.get(name), size, problem.device)}
+            if case["skipped"]:
+                continue
+            try:
+                call = problem.call(model, x)
+                wrong = why_not(call, problem.mode)
+                if wrong is not None:
+                    raise CheckFailedError(f"{name} at {size} x {size}: {wrong}.")
+                peak = case["peak_bytes"] = peak_memory(call, problem.device)
+                if peak is not None:
+                    peaks[name] = (size, peak)
+                details["attention"] = attention_backend(call)
+                calls[name] = call
+            except torch.OutOfMemoryError:
+                case["skipped"] = "out of memory"
+        progress(f"timing at {size}")
+        candidates = [Candidate(name, call) for name, call in calls.items()]
+        timings = time_interleaved(candidates, problem.device, repeats=repeats, min_time=min_time)
+        base = timings.get(baseline)
+        results += [
+            Result(
+                name=name,
+                mode=problem.mode,
+                batch=problem.batch,
+                height=size,
+                width=size,
+                dtype=problem.dtype,
+                timing=timings.get(name),
+                baseline=baseline,
+                baseline_ms=None if base is None else base.p50,
+                **case,
             )
+            for name, case in cases.items()
+        ]
     return results
 
 
 def _macs(model: nn.Module, size: int) -> int | None:
     try:
         return count_cost(model, (3, size, size)).macs
-    except (NotImplementedError, RuntimeError):  # a network that does not run without numbers
+    except (NotImplementedError, RuntimeError):  # a model that does not run without numbers
         return None
 
 
-def _too_large(before: tuple[int, int] | None, size: int, device: torch.device) -> str | None:
-    """Why a network is not tried at a size, from what it took at a smaller one."""
+def _too_large(before: tuple[int, int] | None, size: int, device: torch.device) -> str:
+    """The reason why a model is not tried at a size, from the memory that it took at a smaller one; empty if it is."""
     free = free_memory(device)
     if before is None or free is None:
-        return None
+        return ""
     needed = before[1] * (size / before[0]) ** 2
     if needed <= free:
-        return None
+        return ""
     return f"about {needed / 2**30:.1f} GiB needed, going by {before[0]} x {before[0]}; {free / 2**30:.1f} GiB free"

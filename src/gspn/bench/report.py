@@ -1,137 +1,147 @@
-"""What is kept of measurements: a CSV with one row each, and a plot against the copy bandwidth."""
+"""Results of benchmarks: the CSV with one row each, and their plots."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .._figures import require_matplotlib, save_figure  # noqa: F401  (the commands save what is plotted here)
-from .._files import replaced
+import torch
+
+from gspn._figures import require_matplotlib
+from gspn._files import replaced
+
 from .environment import Environment
 from .timing import Timing
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Cell = str | int | float | None
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One candidate's time and what it is compared with."""
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One candidate in one case, beside the baseline of the same run."""
 
-    op: str
-    impl: str
+    name: str
+    """The candidate."""
     mode: str
-    direction: str
-    dtype: str
-    shape: Mapping[str, int | None]
-    """The operator's own columns: sizes, groups, segment."""
-    memory_format: str
-    timing: Timing
-    traffic: int
-    """Bytes it has to move if each tensor passes the memory once."""
-    copy: str
-    """The kind of copy that was the fastest in the same run."""
-    copy_gbs: float
-    loop_ms: float | None
-    """The p50 of the specification's loop in the same run; None if it was left out."""
+    batch: int
+    height: int
+    width: int
+    dtype: torch.dtype
+    timing: Timing | None
+    """None if the candidate was skipped."""
+    baseline: str
+    """The candidate that ``ratio`` refers to."""
+    baseline_ms: float | None = None
+    """The median of the baseline; None without one."""
+    peak_bytes: int | None = None
+    """The memory that one call takes beyond its arguments and weights; None where the system does not report it."""
+    skipped: str = ""
+    """The reason why there is no time."""
+    details: Mapping[str, Cell] = field(default_factory=dict)
+    """The columns that only this benchmark has."""
 
     @property
-    def gbs(self) -> float:
-        """Gigabytes (10^9) a second that the p50 amounts to."""
-        return self.traffic / self.timing.p50 / 1e6
+    def ratio(self) -> float | None:
+        """The baseline's median over this one: above 1 is faster than the baseline."""
+        return None if self.timing is None or self.baseline_ms is None else self.baseline_ms / self.timing.p50
 
     @property
-    def fraction_of_copy(self) -> float:
-        """``gbs`` over the copy bandwidth; may pass 1: a copy writes every second byte, a scan fewer."""
-        return self.gbs / self.copy_gbs
+    def images_per_second(self) -> float | None:
+        """Images, or maps, a second at the median."""
+        return None if self.timing is None else self.batch / self.timing.p50 * 1e3
 
-    @property
-    def speedup_over_loop(self) -> float | None:
-        """How many times faster than the loop; None without its time."""
-        return None if self.loop_ms is None else self.loop_ms / self.timing.p50
-
-    def row(self, environment: Environment, pages: str, date: datetime) -> dict[str, Cell]:
-        """The CSV's columns, in order."""
+    def row(self) -> dict[str, Cell]:
+        """The measured columns, with numbers to five significant digits: more than a clock is good for."""
         timing = self.timing
-        return {
-            "op": self.op,
-            "impl": self.impl,
+        cells: dict[str, Cell] = {
+            "name": self.name,
             "mode": self.mode,
-            "direction": self.direction,
-            "dtype": self.dtype,
-            **self.shape,
-            "memory_format": self.memory_format,
-            "p20_ms": _rounded(timing.quantile(0.2)),
-            "p50_ms": _rounded(timing.p50),
-            "p80_ms": _rounded(timing.quantile(0.8)),
-            "samples": len(timing.samples_ms),
-            "bytes": self.traffic,
-            "gbs": _rounded(self.gbs),
-            "copy": self.copy,
-            "copy_gbs": _rounded(self.copy_gbs),
-            "fraction_of_copy": _rounded(self.fraction_of_copy),
-            "speedup_over_loop": _rounded(self.speedup_over_loop),
-            "peak_memory_mb": _rounded(None if timing.peak_bytes is None else timing.peak_bytes / 1e6),
-            "pages": pages,
-            **asdict(environment),
-            "date": date.isoformat(timespec="seconds"),
+            "batch": self.batch,
+            "height": self.height,
+            "width": self.width,
+            "dtype": dtype_name(self.dtype),
+            **{f"p{q}_ms": None if timing is None else timing.quantile(q / 100) for q in (20, 50, 80)},
+            "samples": 0 if timing is None else len(timing.samples_ms),
+            "images_per_second": self.images_per_second,
+            "peak_memory_mb": None if self.peak_bytes is None else self.peak_bytes / 1e6,
+            "baseline": self.baseline,
+            "speedup_over_baseline": self.ratio,
+            "skipped": self.skipped,
+            **self.details,
         }
+        return {key: float(f"{cell:.5g}") if isinstance(cell, float) else cell for key, cell in cells.items()}
 
 
-def _rounded(value: float | None) -> float | None:
-    """Five significant digits: more than any clock is good for, and a file that can be read."""
-    return None if value is None else float(f"{value:.5g}")
+COLUMNS = (
+    *("bench", "name", "mode", "batch", "height", "width", "dtype", "params", "macs", "attention"),
+    *("p20_ms", "p50_ms", "p80_ms", "samples", "images_per_second", "peak_memory_mb"),
+    *("baseline", "speedup_over_baseline", "skipped"),
+)
+"""The measured columns of a CSV; ``line_scan`` has its own. The environment and the date follow."""
 
 
 def write_csv(
-    path: Path, measurements: Sequence[Measurement], environment: Environment, *, pages: str = "system"
+    path: Path, results: Sequence[Result], environment: Environment, columns: Iterable[str] = COLUMNS
 ) -> None:
-    """Write one row a measurement, replacing the file as a whole or not at all.
+    """Write one row for each result, replacing the file as a whole or not at all.
 
     Args:
-        path: the CSV; its folder is created if need be.
-        measurements: what to write, of one operator.
-        environment: where it was measured.
-        pages: how CPU memory was handed out: ``"kept"`` or ``"system"``, see
-            :func:`~gspn.bench.timing.freed_pages_kept`.
+        path: the CSV; its directory is created if needed.
+        results: the results of one benchmark.
+        environment: the machine that they were measured on.
+        columns: the measured columns, in order.
 
     Raises:
-        ValueError: there is nothing to write.
+        ValueError: there are no results.
         OSError: the file cannot be written.
     """
-    if not measurements:
-        raise ValueError("there are no measurements to write.")
-    date = datetime.now(UTC)
-    rows = [m.row(environment, pages, date) for m in measurements]
+    if not results:
+        raise ValueError("there are no results to write.")
+    shared = {**asdict(environment), "date": datetime.now(UTC).isoformat(timespec="seconds")}
     with replaced(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, [*columns, *shared], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({**result.row(), **shared} for result in results)
 
 
-# --- The plot ---------------------------------------------------------------------------------------------------------
-
-_INK, _MUTED, _GRID = "#1f2430", "#6b7280", "#e3e6ea"
-_COLOURS = {
-    "cpu": "#2563a8",
-    "triton": "#2563a8",
-    "reference": "#c9ced6",
-    "line-per-launch": "#e0a458",
-}
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype without ``torch.``."""
+    return str(dtype).removeprefix("torch.")
 
 
-def plot_fractions(measurements: Sequence[Measurement], title: str, subtitle: str) -> Figure:
+def plain_number(value: float, digits: int = 3) -> str:
+    """``value`` to so many significant digits, with trailing zeros and never with an exponent.
+
+    Example:
+        >>> plain_number(2.8), plain_number(30511.2), plain_number(0.0264)
+        ('2.80', '30,511', '0.0264')
+    """
+    before = math.floor(math.log10(abs(value))) + 1 if value else 1
+    return f"{value:,.{max(digits - before, 0)}f}"
+
+
+# --- Plots ------------------------------------------------------------------------------------------------------------
+
+INK, MUTED, GRID = "#1f2430", "#6b7280", "#e3e6ea"
+_OURS = ("#2563a8", "#58a6dd", "#123f73")
+_OTHERS = ("#e0a458", "#b5651d", "#8a8f98", "#c9ced6")
+_IMPLEMENTATIONS = {"reference": "#c9ced6", "line-per-launch": "#e0a458"}
+
+
+def plot_fractions(results: Sequence[Result], title: str, subtitle: str) -> Figure:
     """Horizontal bars of the fraction of copy bandwidth: a panel for each mode, a group for each direction.
 
     Args:
-        measurements: of one operator, device and shape.
+        results: results of :func:`gspn.bench.line_scan.measure`.
         title: the first line.
         subtitle: hardware, shape and dtype.
 
@@ -146,12 +156,12 @@ def plot_fractions(measurements: Sequence[Measurement], title: str, subtitle: st
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import PercentFormatter
 
-    modes = list(dict.fromkeys(m.mode for m in measurements))
-    directions = list(dict.fromkeys(m.direction for m in measurements))
-    impls = list(dict.fromkeys(m.impl for m in measurements))
+    modes = list(dict.fromkeys(r.mode for r in results))
+    directions = list(dict.fromkeys(r.details["direction"] for r in results))
+    impls = list(dict.fromkeys(r.name for r in results))
     thick = 0.8 / len(impls)
     rows = len(directions) * len(impls)
-    longest = max(1.0, *(m.fraction_of_copy for m in measurements))
+    longest = max(1.0, *(_fraction(r) for r in results))
 
     figure = Figure(
         figsize=(4.6 + 4.2 * len(modes), 1.9 + 0.26 * rows + 0.16 * len(directions)),
@@ -159,106 +169,176 @@ def plot_fractions(measurements: Sequence[Measurement], title: str, subtitle: st
     )
     # Figure alone needs no backend with a window, and leaves pyplot's state alone.
     panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
-    paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # so that no grid line runs through a number
+    label: dict[str, Any] = {
+        "textcoords": "offset points", "fontsize": 9, "va": "center_baseline", "zorder": 3,
+        "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1},  # so that no grid line runs through a number
+    }  # fmt: skip
+    bars: dict[str, Any] = {}
     for panel, mode in zip(panels, modes, strict=True):
         for i, impl in enumerate(impls):
-            own = [m for m in measurements if m.mode == mode and m.impl == impl]
-            places = [directions.index(m.direction) + (i - (len(impls) - 1) / 2) * thick for m in own]
-            panel.barh(
-                places,
-                [m.fraction_of_copy for m in own],
-                height=0.88 * thick,
-                color=_COLOURS.get(impl, "#8a6fb0"),
-                label=impl,
-                zorder=2,
-            )
-            for place, m in zip(places, own, strict=True):
-                label = {
-                    "textcoords": "offset points",
-                    "fontsize": 9,
-                    "va": "center_baseline",
-                    "zorder": 3,
-                    "bbox": paper,
-                }
-                fraction = panel.annotate(
-                    _percent(m.fraction_of_copy),
-                    (m.fraction_of_copy, place),
-                    xytext=(6, 0),
-                    color=_INK,
-                    fontweight="bold",
-                    **label,
-                )
-                panel.annotate(
-                    f"{plain_number(m.timing.p50)} ms",
-                    (1, 0.5),
-                    xycoords=fraction,
-                    xytext=(6, 0),
-                    color=_MUTED,
-                    **label,
-                )
-        panel.axvline(1, color=_INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        panel.set_title(mode, loc="left", fontsize=11, color=_INK, fontweight="bold")
+            own = [r for r in results if r.mode == mode and r.name == impl]
+            positions = [directions.index(r.details["direction"]) + (i - (len(impls) - 1) / 2) * thick for r in own]
+            colour = _IMPLEMENTATIONS.get(impl, _OURS[0])
+            drawn = panel.barh(positions, [_fraction(r) for r in own], height=0.88 * thick, color=colour, zorder=2)
+            if own:  # an implementation may have one mode alone
+                bars.setdefault(impl, drawn)
+            for position, r in zip(positions, own, strict=True):
+                fraction = _fraction(r)
+                percent = f"{fraction:.0%}" if fraction >= 0.095 else f"{fraction:.1%}"
+                at = panel.annotate(
+                    percent, (fraction, position), xytext=(6, 0), color=INK, fontweight="bold", **label
+                )  # fmt: skip
+                ms = "" if r.timing is None else f"{plain_number(r.timing.p50)} ms"
+                panel.annotate(ms, (1, 0.5), xycoords=at, xytext=(6, 0), color=MUTED, **label)
+        panel.axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        panel.set_title(mode, loc="left", fontsize=11, color=INK, fontweight="bold")
         panel.annotate(
-            "copy",
-            (1, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 2),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9,
-            color=_INK,
-        )
+            "copy", (1, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points", ha="center",
+            fontsize=9, color=INK,
+        )  # fmt: skip
         panel.set_xlim(0, longest * 1.3)
         panel.set_xticks([t / 4 for t in range(int(longest * 4) + 1)])
         panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        panel.set_yticks(range(len(directions)), directions, fontsize=11)
-        panel.grid(axis="x", color=_GRID, zorder=0)
-        panel.set_axisbelow(True)
-        panel.tick_params(length=0, labelcolor=_INK)
-        panel.tick_params(axis="x", labelcolor=_MUTED, labelsize=9)
-        for side in panel.spines.values():
-            side.set_visible(False)
+        panel.set_yticks(range(len(directions)), directions)
+        panel.grid(axis="x", color=GRID, zorder=0)
+        _remove_frame(panel)
+        panel.tick_params(axis="x", labelcolor=MUTED)
+        panel.tick_params(axis="y", labelsize=11)
     panels[0].invert_yaxis()
-    speeds = ", ".join(dict.fromkeys(plain_number(m.copy_gbs) for m in measurements))
+    speeds = ", ".join(dict.fromkeys(plain_number(_number(r.details["copy_gbs"])) for r in results))
     figure.supxlabel(
         f"bytes that have to move over time, as a fraction of what a copy reaches in the same run ({speeds} GB/s)",
         fontsize=9,
-        color=_MUTED,
+        color=MUTED,
     )
-    figure.suptitle(f"{title}\n", x=0.012, ha="left", fontsize=14, color=_INK, fontweight="bold", linespacing=1.5)
-    figure.text(0.012, 1 - 0.47 / figure.get_figheight(), subtitle, fontsize=9.5, color=_MUTED, va="top")
-    handles, labels = panels[0].get_legend_handles_labels()
-    if len(modes) > 1:  # an implementation may have one mode alone
-        for handle, label in zip(*panels[-1].get_legend_handles_labels(), strict=True):
-            if label not in labels:
-                handles.append(handle)
-                labels.append(label)
+    _add_titles(figure, title, subtitle)
     legend = figure.legend(
-        handles,
-        labels,
-        loc="upper right",
-        bbox_to_anchor=(0.99, 1 - 0.06 / figure.get_figheight()),
-        ncols=len(labels),
-        frameon=False,
-        fontsize=10,
-        labelcolor=_INK,
-        columnspacing=1.4,
-        handlelength=1.2,
-    )
+        list(bars.values()), list(bars), loc="upper right", bbox_to_anchor=(0.99, 1 - 0.06 / figure.get_figheight()),
+        ncols=len(bars), frameon=False, fontsize=10, labelcolor=INK, columnspacing=1.4, handlelength=1.2,
+    )  # fmt: skip
     legend.set_in_layout(False)  # it stands in the title's line
     return figure
 
 
-def plain_number(value: float, digits: int = 3) -> str:
-    """``value`` to so many significant digits, trailing zeros too and never with an exponent.
+def plot_models(results: Sequence[Result], title: str, subtitle: str) -> Figure:
+    """Horizontal bars of images a second, a panel for each size, with the ratio to the baseline beside each.
 
-    Example:
-        >>> plain_number(2.8), plain_number(30511.2), plain_number(0.0264)
-        ('2.80', '30,511', '0.0264')
+    Args:
+        results: results of :func:`gspn.bench.models.measure_models`.
+        title: the first line.
+        subtitle: hardware, batch, dtype.
+
+    Returns:
+        The figure; save it with :func:`gspn._figures.save_figure`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
     """
-    before = math.floor(math.log10(abs(value))) + 1 if value else 1
-    return f"{value:,.{max(digits - before, 0)}f}"
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    sizes = list(dict.fromkeys(r.height for r in results))
+    names = list(dict.fromkeys(r.name for r in results))
+    colours = _colours(names)
+    figure = Figure(figsize=(2.4 + 3.9 * len(sizes), 1.7 + 0.42 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+    for panel, size in zip(panels, sizes, strict=True):
+        own = {r.name: r for r in results if r.height == size}
+        speeds = {name: own[name].images_per_second or 0.0 for name in names}
+        panel.barh(range(len(names)), list(speeds.values()), height=0.72, color=[colours[n] for n in names], zorder=2)
+        for position, name in enumerate(names):
+            ratio = own[name].ratio
+            beside = "" if ratio is None else f"   {ratio:.2f}x"
+            panel.annotate(
+                f"{plain_number(speeds[name])}{beside}" if speeds[name] else "skipped",
+                (speeds[name], position), xytext=(5, 0), textcoords="offset points", va="center_baseline", fontsize=9,
+                color=INK if speeds[name] else MUTED,
+            )  # fmt: skip
+        panel.set_xlim(0, max(*speeds.values(), 1e-9) * 1.5)
+        panel.set_title(f"{size} x {size}", loc="left", fontsize=11, color=INK, fontweight="bold")
+        panel.set_yticks(range(len(names)), names, fontsize=10)
+        panel.grid(axis="x", color=GRID, zorder=0)
+        _remove_frame(panel)
+    panels[0].invert_yaxis()
+    figure.supxlabel(
+        f"images a second at the median; ratio to {results[0].baseline} in the same run", fontsize=9, color=MUTED
+    )
+    _add_titles(figure, title, subtitle)
+    return figure
 
 
-def _percent(fraction: float) -> str:
-    return f"{fraction:.0%}" if fraction >= 0.095 else f"{fraction:.1%}"
+def plot_sweep(results: Sequence[Result], exponents: Mapping[str, float], title: str, subtitle: str) -> Figure:
+    """Milliseconds over pixels on logarithmic axes: a curve for each candidate, p20 to p80 shaded, with its exponent.
+
+    Args:
+        results: results of :meth:`gspn.bench.size_sweep.SizeSweep.measure`.
+        exponents: results of :func:`gspn.bench.size_sweep.exponents`.
+        title: the first line.
+        subtitle: hardware, width, dtype.
+
+    Returns:
+        The figure; save it with :func:`gspn._figures.save_figure`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    names = list(dict.fromkeys(r.name for r in results))
+    colours = _colours(names)
+    figure = Figure(figsize=(8.2, 5.2), layout="constrained")
+    axis = figure.subplots()
+    for name in names:
+        timed = [(r.height * r.width, r.timing) for r in results if r.name == name and r.timing is not None]
+        if not timed:
+            continue
+        pixels = [size for size, _ in timed]
+        low, mid, high = ([timing.quantile(q) for _, timing in timed] for q in (0.2, 0.5, 0.8))
+        axis.fill_between(pixels, low, high, color=colours[name], alpha=0.18, linewidth=0)
+        growth = f": time ~ pixels$^{{{exponents[name]:.2f}}}$" if name in exponents else ""
+        axis.plot(pixels, mid, "-o", color=colours[name], linewidth=2, markersize=4.5, label=name + growth)
+    axis.legend(loc="upper left", frameon=False, fontsize=10.5, labelcolor=INK)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.xaxis.set_major_locator(FixedLocator(sorted({r.height**2 for r in results if r.timing is not None})))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(value**0.5)}²"))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.grid(color=GRID, zorder=0)
+    _remove_frame(axis)
+    axis.set_xlabel("pixels of the map", fontsize=9.5, color=MUTED)
+    axis.set_ylabel("milliseconds a call", fontsize=9.5, color=MUTED)
+    _add_titles(figure, title, subtitle)
+    return figure
+
+
+def _number(cell: Cell) -> float:
+    return float(cell or 0)
+
+
+def _fraction(result: Result) -> float:
+    return _number(result.details["fraction_of_copy"])
+
+
+def _colours(names: Sequence[str]) -> dict[str, str]:
+    """Blues for GSPN, others for the rest; they repeat where there are too many names."""
+    ours = [name for name in names if name.lower().startswith(("gspn", "propagate"))]
+    others = [name for name in names if name not in ours]
+    return {name: _OURS[i % len(_OURS)] for i, name in enumerate(ours)} | {
+        name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(others)
+    }
+
+
+def _remove_frame(axis: Axes) -> None:
+    axis.set_axisbelow(True)
+    axis.tick_params(length=0, labelcolor=INK, labelsize=9)
+    for side in axis.spines.values():
+        side.set_visible(False)
+
+
+def _add_titles(figure: Figure, title: str, subtitle: str) -> None:
+    figure.suptitle(f"{title}\n", x=0.012, ha="left", fontsize=13.5, color=INK, fontweight="bold", linespacing=1.5)
+    figure.text(0.012, 1 - 0.44 / figure.get_figheight(), subtitle, fontsize=9.5, color=MUTED, va="top")

@@ -1,4 +1,4 @@
-"""The UNet of a text-to-image model at growing sizes: with its self-attention, with GSPN, and with neither."""
+"""The UNet of a text-to-image model at growing sizes: with self-attention, with GSPN, and with no token mixer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -16,20 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gspn.diffusers import GSPNAdapter, GSPNTokenMixer
 from gspn.diffusers.mounting import self_attention_blocks
 
-from .accuracy_check import Figure, compare
-from .comparison import Result
-from .size_sweep import exponents as exponents
-from .size_sweep import measure_growing
+from .accuracy_check import Accuracy, compare
+from .attention import SELF_ATTENTION
+from .report import Result
+from .size_sweep import SizeSweep
 
-CPU = torch.device("cpu")
-ATTENTION, GSPN, SHARED, LOCAL, FLOOR = (
-    "self-attention",
-    "GSPN",
-    "GSPN, shared taps",
-    "GSPN, segments",
-    "no self-attention",
-)
-CANDIDATES = (ATTENTION, GSPN, SHARED, LOCAL, FLOOR)
+GSPN, SHARED, LOCAL, NO_MIXER = "GSPN", "GSPN, shared taps", "GSPN, segments", "no self-attention"
 BACKENDS = {
     "auto": None,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -37,12 +29,12 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-PIXELS = 8
-"""Pixels of an image for one of its latent, along a side."""
+VAE_FACTOR = 8
+"""The side of an image over the side of its latent."""
 _CHECK_MAP = (9, 12)
 _TEXT_TOKENS = 77
 
-# As their published configurations state them, but for what does not bear on time.
+# As in their published configurations, without what has no effect on time.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "sd15": {
         "block_out_channels": (320, 640, 1280, 1280),
@@ -65,41 +57,42 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 class PassThrough(nn.Module):
-    """In the place of a self-attention, its input: what is left is the block's norm and residual."""
+    """Returns its input in the place of a self-attention, which leaves the block's norm and residual."""
 
     def forward(self, hidden_states: Tensor, **_kwargs: Any) -> Tensor:
         """``[B, N, D]`` to itself."""
         return hidden_states
 
 
-@dataclass(frozen=True)
-class UNetProblem:
-    """What is compared: everything but the sizes.
+@dataclass(frozen=True, kw_only=True)
+class UNetSweep(SizeSweep):
+    """One denoising call with self-attention, with GSPN (global, shared taps, segments), and with no token mixer.
+
+    Weights are random, which has no effect on time. All candidates share the weights of what they have in common. The
+    UNet with no token mixer is a lower bound on the time. Sizes are those of images, multiples of 64.
 
     Args:
-        arch: of :data:`ARCHITECTURES`.
-        width: what the widths of the real one are divided by.
-        batch: images of a call; guidance doubles it in use.
-        dtype: of weights and latents.
-        device: where it runs.
-        backend: of :data:`BACKENDS`, for all attention of the UNet.
-        segment: lines of :data:`LOCAL`.
+        arch: a key of :data:`ARCHITECTURES`.
+        width: the number that divides the widths of the published UNet.
+        backend: a key of :data:`BACKENDS`, for all attention of the UNet.
+        segment: the lines after which the scans of ``"GSPN, segments"`` restart.
     """
+
+    benchmark: ClassVar[str] = "unet"
+    candidates: ClassVar[tuple[str, ...]] = (SELF_ATTENTION, GSPN, SHARED, LOCAL, NO_MIXER)
+    baseline: ClassVar[str] = SELF_ATTENTION
 
     arch: str = "sd15"
     width: int = 1
-    batch: int = 1
-    dtype: torch.dtype = torch.float32
-    device: torch.device = CPU
     backend: str = "auto"
     segment: int = 8
-    _made: dict[str, UNet2DConditionModel] = field(default_factory=dict, repr=False)
+    _unets: dict[str, UNet2DConditionModel] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def config(self) -> dict[str, Any]:
         """The UNet's configuration.
 
         Raises:
-            ValueError: an unknown architecture, or a width that does not divide its own.
+            ValueError: an unknown architecture, or a width that does not divide its channels.
         """
         if self.arch not in ARCHITECTURES:
             raise ValueError(f"{self.arch!r} is not one of {', '.join(ARCHITECTURES)}.")
@@ -114,157 +107,117 @@ class UNetProblem:
             config["attention_head_dim"] = tuple(max(1, round(one / self.width)) for one in heads)
         return config
 
-    def unet(self, name: str) -> UNet2DConditionModel:
-        """The UNet of a candidate, with seeded random weights: all share those of what they have in common."""
-        if name not in self._made:
-            if not self._made:
+    def unet(self, candidate: str) -> UNet2DConditionModel:
+        """The UNet of a candidate, with seeded random weights."""
+        if not self._unets:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                whole = UNet2DConditionModel(**self.config())
+            # The module's own `to`: that of diffusers warns of a dtype, whatever it is.
+            nn.Module.to(whole, device=self.device, dtype=self.dtype).to(memory_format=torch.channels_last)
+            self._unets[SELF_ATTENTION] = whole.eval()
+        if candidate not in self._unets:
+            whole = self._unets[SELF_ATTENTION]
+            # Another tree of modules over the same weights.
+            unet = copy.deepcopy(whole, {id(p): p for p in whole.parameters()})
+            if candidate == NO_MIXER:
+                for block in self_attention_blocks(unet).values():
+                    block.attn1 = cast("Any", PassThrough())
+            else:
+                options: dict[str, Any] = {SHARED: {"groups": 1}, LOCAL: {"segment": self.segment}}.get(candidate, {})
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)
-                    whole = UNet2DConditionModel(**self.config())
-                # The module's own: diffusers' warns of a dtype, whatever it is.
-                nn.Module.to(whole, device=self.device, dtype=self.dtype).to(memory_format=torch.channels_last)
-                self._made[ATTENTION] = whole.eval()
-            self._made[name] = self._changed(self._made[ATTENTION], name)
-        return self._made[name]
-
-    def _changed(self, whole: UNet2DConditionModel, name: str) -> UNet2DConditionModel:
-        if name == ATTENTION:
-            return whole
-        # Another tree of modules over the same weights.
-        unet = copy.deepcopy(whole, {id(p): p for p in whole.parameters()})
-        if name == FLOOR:
-            for block in self_attention_blocks(unet).values():
-                block.attn1 = cast("Any", PassThrough())
-            return unet
-        options: dict[str, Any] = {SHARED: {"groups": 1}, LOCAL: {"segment": self.segment}}.get(name, {})
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            GSPNAdapter.from_model(unet, **options).mount(unet)
-        return unet
+                    GSPNAdapter.from_model(unet, **options).mount(unet)
+            self._unets[candidate] = unet
+        return self._unets[candidate]
 
     def inputs(self, size: int) -> dict[str, Any]:
-        """Random latents of images of ``size``, and the text's states."""
+        """Random latents of images of ``size``, and the text encoder's output."""
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(self.device, self.dtype)
 
         config = ARCHITECTURES[self.arch]
-        given: dict[str, Any] = {
-            "sample": random(self.batch, 4, size // PIXELS, size // PIXELS),
+        inputs: dict[str, Any] = {
+            "sample": random(self.batch, 4, size // VAE_FACTOR, size // VAE_FACTOR),
             "timestep": torch.tensor(500, device=self.device),
             "encoder_hidden_states": random(self.batch, _TEXT_TOKENS, config["cross_attention_dim"]),
         }
         if config.get("addition_embed_type") == "text_time":
             pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
             times = torch.ones(self.batch, 6, device=self.device, dtype=self.dtype)
-            given["added_cond_kwargs"] = {"text_embeds": random(self.batch, pooled), "time_ids": times}
-        return given
+            inputs["added_cond_kwargs"] = {"text_embeds": random(self.batch, pooled), "time_ids": times}
+        return inputs
 
-    def call(self, name: str, size: int) -> Callable[[], object]:
+    def call(self, candidate: str, size: int) -> Callable[[], Tensor]:
         """One denoising call."""
-        unet, given, backend = self.unet(name), self.inputs(size), BACKENDS[self.backend]
+        unet, inputs, backend = self.unet(candidate), self.inputs(size), BACKENDS[self.backend]
 
-        def run() -> object:
+        def run() -> Tensor:
             with torch.no_grad(), nullcontext() if backend is None else sdpa_kernel(backend):
-                return unet(**given).sample
+                return unet(**inputs).sample
 
         return run
 
+    def calls(self, candidates: Sequence[str], size: int) -> dict[str, Callable[[], object]]:
+        """One denoising call of each candidate."""
+        return {name: self.call(name, size) for name in candidates}
 
-def check_mixers(problem: UNetProblem, names: Sequence[str] = CANDIDATES) -> dict[str, list[Figure]]:
-    """Hold a mixer of each width of each candidate against its float64 specification, on a small map, not square.
+    def measure(self, sizes: Sequence[int], candidates: Sequence[str] | None = None, **options: Any) -> list[Result]:
+        """Time the candidates at each size of image, see :meth:`SizeSweep.measure`.
 
-    Returns:
-        For each candidate with mixers its figures; it may be timed only if all of them are ``ok``.
-    """
-    figures: dict[str, list[Figure]] = {}
-    for name in names:
-        mixers = {m.dim: m for m in problem.unet(name).modules() if isinstance(m, GSPNTokenMixer)}
-        if not mixers:
-            continue
-        results: list[dict[str, Tensor]] = [{}, {}, {}]
-        for dim, mixer in mixers.items():
-            height, width = _CHECK_MAP
-            x = torch.randn(1, height * width, dim, generator=torch.Generator().manual_seed(dim))
-            x = x.to(problem.device, problem.dtype)
-            plain = copy.deepcopy(mixer)
-            setattr(plain.scan, "impl", "reference")  # noqa: B010  (pyright takes a module's attributes for tensors)
-            exact = copy.deepcopy(plain).double()
-            with torch.no_grad():
-                for found, one, tokens in zip(results, (mixer, plain, exact), (x, x, x.double()), strict=True):
-                    found[f"{dim} channels"] = one(tokens, map_size=_CHECK_MAP)
-        figures[name] = compare(*results)
-    return figures
+        Raises:
+            ValueError: a size is not a multiple of 64, or the backend does not run here.
+        """
+        for size in sizes:
+            if size < 64 or size % 64:
+                raise ValueError(
+                    f"size {size} is not a multiple of 64: the latent is an eighth of it, and is halved three times."
+                )
+        if BACKENDS[self.backend] is not None:
+            try:
+                self.call(self.candidates[0], 64)()
+            except RuntimeError as error:
+                raise ValueError(f"attention's backend {self.backend!r} does not run here: {error}") from None
+        return super().measure(sizes, candidates, **options)
 
+    def params(self, candidate: str) -> int:
+        """The number of parameters."""
+        return sum(p.numel() for p in self.unet(candidate).parameters())
 
-def measure_unets(
-    problem: UNetProblem,
-    names: Sequence[str] = CANDIDATES,
-    sizes: Sequence[int] = (256, 512, 1024),
-    *,
-    baseline: str = ATTENTION,
-    slowest_ms: float = 60_000.0,
-    repeats: int = 3,
-    min_time: float = 0.1,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Result]:
-    """Time one denoising call of each candidate at growing sizes, in turns; :func:`check_mixers` comes before.
+    def described_mode(self) -> str:
+        """The architecture and the width."""
+        return f"{self.arch}, width 1/{self.width}"
 
-    Weights are random, which time does not depend on. A candidate drops out before the size at which a call would take
-    longer than ``slowest_ms``.
-
-    Args:
-        problem: what to compare.
-        names: of :data:`CANDIDATES`.
-        sizes: H and W of the images, multiples of 64.
-        baseline: the candidate that ratios are to.
-        slowest_ms: the longest call to time.
-        repeats: see :func:`~gspn.bench.timing.time_interleaved`.
-        min_time: likewise.
-        progress: called with (sizes done, sizes planned).
-
-    Returns:
-        A result for each size and candidate, in this order.
-
-    Raises:
-        ValueError: a size is no multiple of 64, or the backend does not run here.
-    """
-    odd = [size for size in sizes if size < 64 or size % 64]
-    if odd:
-        raise ValueError(
-            f"size {odd[0]} is no multiple of 64: the latent is an eighth of it, and is halved three times."
-        )
-    parameters = {name: sum(p.numel() for p in problem.unet(name).parameters()) for name in names}
-    if BACKENDS[problem.backend] is not None:
-        try:
-            problem.call(names[0], 64)()
-        except RuntimeError as error:
-            raise ValueError(f"attention's backend {problem.backend!r} does not run here: {error}") from None
-    return measure_growing(
-        "unet",
-        names,
-        sizes,
-        lambda size, running: {name: problem.call(name, size) for name in running},
-        lambda name, size: None,  # noqa: ARG005  (operations of attention are not the point: all else is the same)
-        mode=f"{problem.arch}, width 1/{problem.width}",
-        batch=problem.batch,
-        dtype=problem.dtype,
-        device=problem.device,
-        baseline=baseline,
-        params=parameters,
-        slowest_ms=slowest_ms,
-        repeats=repeats,
-        min_time=min_time,
-        progress=progress,
-    )
+    def check(self) -> dict[str, list[Accuracy]]:
+        """Compare a mixer of each width, of each candidate that has mixers, with its specification."""
+        accuracies: dict[str, list[Accuracy]] = {}
+        for name in self.candidates:
+            mixers = {m.dim: m for m in self.unet(name).modules() if isinstance(m, GSPNTokenMixer)}
+            results: list[dict[str, Tensor]] = [{}, {}, {}]
+            for dim, mixer in mixers.items():
+                height, width = _CHECK_MAP
+                x = torch.randn(1, height * width, dim, generator=torch.Generator().manual_seed(dim))
+                x = x.to(self.device, self.dtype)
+                plain = copy.deepcopy(mixer)
+                setattr(plain.scan, "impl", "reference")  # noqa: B010  (pyright takes a module's attributes for tensors)
+                exact = copy.deepcopy(plain).double()
+                with torch.no_grad():
+                    for result, module, tokens in zip(
+                        results, (mixer, plain, exact), (x, x, x.double()), strict=True
+                    ):  # fmt: skip
+                        result[f"{dim} channels"] = module(tokens, map_size=_CHECK_MAP)
+            if mixers:
+                accuracies[name] = compare(*results)
+        return accuracies
 
 
-def over_floor(results: Sequence[Result]) -> dict[tuple[str, int], float]:
-    """For each candidate and size its time over that of the UNet without self-attention."""
-    floor = {r.height: r.timing.p50 for r in results if r.name == FLOOR and r.timing is not None}
+def over_lower_bound(results: Sequence[Result]) -> dict[tuple[str, int], float]:
+    """For each candidate and size its time over that of the UNet with no token mixer."""
+    bounds = {r.height: r.timing.p50 for r in results if r.name == NO_MIXER and r.timing is not None}
     return {
-        (r.name, r.height): r.timing.p50 / floor[r.height]
+        (r.name, r.height): r.timing.p50 / bounds[r.height]
         for r in results
-        if r.timing is not None and r.height in floor
+        if r.timing is not None and r.height in bounds
     }

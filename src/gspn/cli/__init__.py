@@ -8,15 +8,16 @@ import typer
 
 import gspn
 
-from . import bench, class_conditional, classify, t2i
+from . import autoencode, bench, class_conditional, classify, t2i
 from .explain import explain
 from .info import info
 from .models import models
 
 app = typer.Typer(
     name="gspn",
-    help="GSPN: line scans over images, in the place of attention.",
+    help="GSPN: attention replaced by line scans over the image.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # paragraphs of docstrings flow
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_show_locals=False,
 )
@@ -26,11 +27,12 @@ app.command()(explain)
 app.add_typer(bench.app, name="bench")
 app.add_typer(classify.app, name="classify")
 app.add_typer(class_conditional.app, name="class-conditional")
+app.add_typer(autoencode.app, name="autoencode")
 app.add_typer(t2i.app, name="t2i")
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"gspn {gspn.__version__}")
         raise typer.Exit()
 
@@ -41,4 +43,4 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    del version  # what it does is in its callback
+    del version  # its callback has printed it

@@ -1,4 +1,4 @@
-"""``gspn explain``: what one point of an image takes from the rest, inside a network."""
+"""``gspn explain``: what one pixel of an image takes from the rest, inside a model."""
 
 from __future__ import annotations
 
@@ -7,37 +7,38 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
+
+from .messages import failed, wrote
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gspn.analysis.stability import ScanStability
 
-DEFAULT_MODEL = "gspn_pico"
-_DRAWN_SIDE = 1280  # more pixels than the figure shows would only be thrown away
+_DRAWN_SIDE = 1280  # the figure shows no more pixels
 
 
 def explain(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A photograph: JPEG, PNG, WebP, ...")],
     point: Annotated[
-        str | None, typer.Option("--point", metavar="X,Y", help="The pixel to ask about. Default: the centre.")
+        str | None, typer.Option("--point", metavar="X,Y", help="The pixel to explain. Default: the centre.")
     ] = None,
     model: Annotated[
-        str, typer.Option(metavar="NAME|DIR", help="A network of gspn, or a folder that timm or gspn saved.")
-    ] = DEFAULT_MODEL,
+        str, typer.Option(metavar="NAME|DIR", help="Name of a model of gspn, or a folder that timm or gspn saved.")
+    ] = "gspn_pico",
     stage: Annotated[
-        int, typer.Option(metavar="N", help="Which stage's scans, from 0, or from the end if negative.")
+        int, typer.Option(metavar="N", help="Number of the stage, from 0, or from the end if negative.")
     ] = -1,
-    block: Annotated[int, typer.Option(metavar="N", help="Which block of the stage, likewise.")] = -1,
-    size: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Longer side, in pixels, at which the network sees the image.")
-    ] = 448,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the weights, where there are no pretrained ones.")] = 0,
+    block: Annotated[
+        int, typer.Option(metavar="N", help="Number of the block in the stage, from 0, or from the end if negative.")
+    ] = -1,
+    size: Annotated[int, typer.Option(metavar="N", min=1, help="Longer side of the model's input in pixels.")] = 448,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of random weights, if none are pretrained.")] = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="PNG", dir_okay=False, help="Image to write.")
     ] = None,
@@ -45,14 +46,16 @@ def explain(
         Path | None, typer.Option(metavar="CSV", dir_okay=False, help="Table of the scans' stability to write.")
     ] = None,
 ) -> None:
-    """Draw what one point of an image takes from the rest of it, and check the stability of every scan.
+    """Draw what one pixel of an image takes from the rest of it, and check the stability of every scan.
 
-    The affinity is the row of the matrix that the scans stand for, taken with one vector-Jacobian product a direction:
-    the mean of its magnitude over the channels, all directions together and each of them alone.
+    The scans amount to a matrix over pixels, and the affinity is one row of it, from one vector-Jacobian product a
+    direction: the mean magnitude over the channels, for all directions together and for each alone.
 
-    The table has, for each scan, the sum of a pixel's taps (1), the largest state, how many times the largest input
-    that is, and whether float16 holds it. Exit code 1 if one of them leaves the bound of the theory.
+    The table has, for each scan, the sum of a pixel's taps (1), the largest state, its ratio to the largest input, and
+    whether float16 can hold it. The exit code is 1 if a scan leaves the bound of the theory.
     """
+    import torch
+
     console = Console()
     _require_extras(output)
     if output is not None and output.suffix.lower() != ".png":
@@ -65,37 +68,37 @@ def explain(
     from gspn.analysis.loading import load_model
 
     try:
-        network = load_model(model, seed=seed)
+        opened = load_model(model, seed=seed)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from None
     except OSError as error:
-        raise _failed(f"the weights of {model} cannot be fetched: {error}") from None
-    if network.weights.startswith("random"):
+        raise failed(f"the weights of {model} cannot be fetched: {error}") from None
+    if opened.weights.startswith("random"):
         console.print(
-            f"[yellow]{escape(network.name)} has no pretrained weights; these are {network.weights}.[/] "
-            "The maps show how information can spread, not what a trained network makes of it.",
+            f"[yellow]{escape(opened.name)} has no pretrained weights; these are {opened.weights}.[/] "
+            "The maps show how information can spread, not what a trained model does with it.",
             highlight=False,
         )
     try:
         with torch.no_grad():
-            explanation = run(network, pixels, where, size=size, stage=stage, block=block)
+            explanation = run(opened, pixels, where, size=size, stage=stage, block=block)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
-    console.print(_table(explanation.stability, explanation.affinity.name, f"{network.name} on {image.name}"))
+    console.print(_table(explanation.stability, explanation.affinity.name, f"{opened.name} on {image.name}"))
     if output is not None:
         from gspn._figures import save_figure
         from gspn.analysis.drawing import draw_explanation
 
         save_figure(draw_explanation(explanation, _at_most(pixels, _DRAWN_SIDE)), output)
-        _wrote(console, output)
+        wrote(output)
     if report is not None:
         from gspn.analysis.stability import write_stability
 
         write_stability(report, explanation.stability)
-        _wrote(console, report)
+        wrote(report)
     if not all(entry.ok for entry in explanation.stability):
-        raise _failed("not every scan keeps its bound; see the table.")
+        raise failed("not every scan keeps its bound; see the table.")
 
 
 def _require_extras(output: Path | None) -> None:
@@ -105,18 +108,20 @@ def _require_extras(output: Path | None) -> None:
 
         del PIL
     except ImportError as error:
-        raise _failed(f'gspn explain needs {error.name}; pip install "gspn[train]".') from None
+        raise failed(f'gspn explain needs {error.name}; pip install "gspn[train]".') from None
     if output is not None:
         from gspn._figures import require_matplotlib
 
         try:
             require_matplotlib()
         except ImportError as error:
-            raise _failed(str(error)) from None
+            raise failed(str(error)) from None
 
 
 def _load(path: Path) -> Tensor:
     """The image as ``[3, H, W]`` in 0 to 1."""
+    import torch
+
     from gspn.data import load_image
 
     try:
@@ -130,12 +135,14 @@ def _load(path: Path) -> Tensor:
 
 
 def _at_most(image: Tensor, side: int) -> Tensor:
+    from torch.nn.functional import interpolate
+
     height, width = image.shape[1:]
     scale = side / max(height, width)
     if scale >= 1:
         return image
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    return torch.nn.functional.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+    return interpolate(image[None], size, mode="bilinear", antialias=True)[0]
 
 
 def _point(text: str, width: int, height: int) -> tuple[int, int]:
@@ -174,7 +181,7 @@ def _table(report: Sequence[ScanStability], shown: str, title: str) -> Table:
 
 
 def _lead(entries: Sequence[ScanStability], shown: str) -> list[str]:
-    """What stands before a module's rows: at most three lines, and it has a row for each direction."""
+    """The first column of a module's rows, one for each direction."""
     first = entries[0]
     name = escape(first.module.removesuffix(".mixer.gspn"))
     lines = [
@@ -183,12 +190,3 @@ def _lead(entries: Sequence[ScanStability], shown: str) -> list[str]:
         "[dim]global[/]" if first.segment is None else f"[dim]segments of {first.segment}[/]",
     ]
     return [*lines, *[""] * len(entries)][: len(entries)]
-
-
-def _wrote(console: Console, path: Path) -> None:
-    console.print(f"[dim]wrote[/] {escape(str(path))}", highlight=False, soft_wrap=True)
-
-
-def _failed(message: str) -> typer.Exit:
-    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
-    return typer.Exit(1)

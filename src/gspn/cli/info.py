@@ -1,21 +1,30 @@
-"""``gspn info``: what is installed here and which implementations can run."""
+"""``gspn info``: versions, hardware, and which implementations can run."""
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import gspn
-from gspn.bench import environment
 from gspn.ops.implementations import OPS
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+if TYPE_CHECKING:
+    import torch
+
+    from gspn.bench.environment import Environment
+
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def info() -> None:
     """Show versions, hardware, and which implementations can run here, with the reason why others cannot."""
+    import torch
+
+    from gspn.bench import environment
+
     console = Console()
     cpu = torch.device("cpu")
     console.print(_facts(environment.describe(cpu)))
@@ -25,7 +34,9 @@ def info() -> None:
             console.print(_implementations(device, op))
 
 
-def _facts(here: environment.Environment) -> Table:
+def _facts(here: Environment) -> Table:
+    import torch
+
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -49,13 +60,19 @@ def _facts(here: environment.Environment) -> Table:
 
 
 def _implementations(device: torch.device, op: str) -> Table:
-    name = environment.device_name(device)
-    table = Table(title=f"{op} on {device} ({name})", title_justify="left", title_style="bold")
+    import torch
+
+    from gspn.bench.environment import device_name
+
+    table = Table(title=f"{op} on {device} ({device_name(device)})", title_justify="left", title_style="bold")
     table.add_column("impl", no_wrap=True)
     for dtype in _DTYPES:
-        table.add_column(_short(dtype), justify="center", no_wrap=True)
+        table.add_column(dtype, justify="center", no_wrap=True)
     table.add_column("why it cannot run")
-    answers = {dtype: gspn.available_impls(torch.empty(0, device=device, dtype=dtype), op=op) for dtype in _DTYPES}
+    answers = {
+        dtype: gspn.available_impls(torch.empty(0, device=device, dtype=getattr(torch, dtype)), op=op)
+        for dtype in _DTYPES
+    }
     auto = {dtype: next(name for name, reason in answers[dtype].items() if reason is None) for dtype in _DTYPES}
     for impl in answers[_DTYPES[0]]:
         reasons = {dtype: answers[dtype][impl] for dtype in _DTYPES}
@@ -63,12 +80,8 @@ def _implementations(device: torch.device, op: str) -> Table:
             "[dim]no[/]" if reasons[dtype] else "[bold green]auto[/]" if auto[dtype] == impl else "yes"
             for dtype in _DTYPES
         ]
-        # Most reasons hold for every dtype; each is said once.
+        # Most reasons hold for every dtype: each is printed once.
         table.add_row(impl, *cells, escape("\n".join(dict.fromkeys(r for r in reasons.values() if r))))
     table.caption = 'yes: can run. auto: what impl="auto" takes.'
     table.caption_justify = "left"
     return table
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

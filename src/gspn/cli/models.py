@@ -1,24 +1,23 @@
-"""``gspn models``: the networks there are."""
+"""``gspn models``: the models of this package."""
 
 from __future__ import annotations
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .messages import failed
+
 
 def models() -> None:
-    """List the networks of gspn: parameters, multiply-adds at their own input size, and weights."""
-    console = Console()
+    """List the models of gspn: parameters, multiply-adds at their own input size, and weights."""
     try:
         import timm
     except ImportError:
-        Console(stderr=True).print('[bold red]error:[/] gspn models needs timm; pip install "gspn\\[train]".')
-        raise typer.Exit(1) from None
+        raise failed('gspn models needs timm; pip install "gspn[train]".') from None
     import torch
 
-    import gspn.models  # noqa: F401  (registers the networks)
+    import gspn.models  # noqa: F401  (registers the models)
     from gspn.analysis.cost import count_cost
 
     table = Table(title="timm.create_model(NAME)", title_justify="left", title_style="bold")
@@ -27,7 +26,7 @@ def models() -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("weights")
     for name in timm.list_models(module="gspn"):
-        with torch.device("meta"):  # counted, not computed: nothing is drawn or held
+        with torch.device("meta"):  # counts need no values
             model = timm.create_model(name)
         cost = count_cost(model)
         cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
@@ -40,4 +39,4 @@ def models() -> None:
             size,
             escape(", ".join(tags)) or "[dim]none[/]",
         )
-    console.print(table)
+    Console().print(table)

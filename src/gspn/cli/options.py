@@ -1,17 +1,19 @@
-"""Options that commands share."""
+"""Options that commands share, and how their values are read."""
 
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from gspn.data.registry import help_text
 from gspn.tasks.core.errors import UsageError
 
 
 class PrecisionName(StrEnum):
-    """What numbers are computed in."""
+    """The precision of the computation."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -19,14 +21,29 @@ class PrecisionName(StrEnum):
 
 
 class DeviceName(StrEnum):
-    """Where."""
+    """The device of the computation."""
 
     auto = "auto"
     cpu = "cpu"
 
 
-Precision = Annotated[PrecisionName, typer.Option(help="bf16 and fp16 use autocast.")]
-Device = Annotated[DeviceName, typer.Option(help="auto: a GPU if there is one.")]
+Precision = Annotated[PrecisionName, typer.Option(help="Precision of the computation; bf16 and fp16 use autocast.")]
+Device = Annotated[DeviceName, typer.Option(help="Device; auto takes a GPU if there is one.")]
+BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Images in one forward pass.")]
+Workers = Annotated[int, typer.Option(metavar="N", min=0, help="Number of processes that load images.")]
+Root = Annotated[Path | None, typer.Option(metavar="DIR", help="Directory of the data set, for those that need one.")]
+ImageData = Annotated[str, typer.Option(metavar="NAME", help=f"Name of the data set: {help_text('labelled')}.")]
+OutputDirectory = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Directory to write to.")]
+Results = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="DIR", help="Directory to write the results to, as JSON.")
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WIDTHxHEIGHT", help="Size of the images in pixels, such as 640x480, or one number for a square. "
+        "Default: the size of the training."
+    ),
+]  # fmt: skip
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -158,6 +158,6 @@ def test_the_command(latents, tmp_path):
     assert "4 x 4 x 4 latents" in result.output
     assert (tmp_path / "run" / "last" / "vae" / "config.json").is_file()
     result = CliRunner().invoke(
-        app, ["class-conditional", "train", "--config", "imagenet256", "--size", "XL/2", "--dry-run"]
+        app, ["class-conditional", "train", "--config", "imagenet256", "--model-size", "XL/2", "--dry-run"]
     )
     assert result.exit_code == 0 and "size: XL/2" in result.output and "data/imagenet256/train" in result.output

@@ -128,7 +128,7 @@ def test_latents_are_decoded(objective, tmp_path):
 def test_the_command(saved, tmp_path):
     run = CliRunner().invoke
     arguments = ["class-conditional", "sample", str(saved), "--steps", "2", "--device", "cpu", "-o", str(tmp_path)]
-    result = run(app, [*arguments, "--class", "cat", "--class", "2", "-n", "4", "--size", "6x8"])
+    result = run(app, [*arguments, "--class", "cat", "--class", "2", "-n", "4", "--size", "8x6"])
     assert result.exit_code == 0, result.output
     assert "4 images" in result.output and (tmp_path / "grid.png").is_file()
     assert Image.open(tmp_path / "00003.png").size == (8, 6)

@@ -7,12 +7,11 @@ import typer
 from .line_scan import bench_line_scan
 from .mixer import bench_mixer
 from .models import bench_models
-from .propagate import bench_block, bench_propagate, bench_scaling
+from .propagate import bench_propagate, bench_scaling
 from .unet import bench_unet
 
-app = typer.Typer(help="Time operators, mixers and networks side by side with their baselines.", no_args_is_help=True)
+app = typer.Typer(help="Time operators, mixers and models side by side with their baselines.", no_args_is_help=True)
 app.command("propagate")(bench_propagate)
-app.command("block")(bench_block)
 app.command("scaling")(bench_scaling)
 app.command("line-scan")(bench_line_scan)
 app.command("mixer")(bench_mixer)

@@ -4,71 +4,85 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 import gspn
-from gspn.bench import environment, line_scan, report
-from gspn.bench.accuracy_check import Figure
-from gspn.bench.timing import freed_pages_kept
 from gspn.ops.implementations import IMPLEMENTATIONS
 
-from .options import (
-    DTYPES,
-    MEMORY_FORMATS,
+from ..messages import failed
+from ..options import parse_size
+from .common import (
     Csv,
     Device,
+    Dtype,
+    Layout,
     MinTime,
     Png,
     Threads,
-    check_plot,
+    bench_errors,
     choice,
     count,
-    device_named,
-    failed,
     hardware,
+    layout,
+    prepare,
     progress_bar,
-    wrote,
+    report,
 )
+
+if TYPE_CHECKING:
+    import torch
+
+    from gspn.bench.accuracy_check import Accuracy
+    from gspn.bench.line_scan import Problem
+    from gspn.bench.report import Result
 
 
 def bench_line_scan(
-    batch: Annotated[int, count("B.")] = 16,
-    channels: Annotated[int, count("C.")] = 8,
-    groups: Annotated[int | None, count("G, sets of taps; divides the channels. Default: C, per-channel taps.")] = None,
-    height: Annotated[int | None, count("H. Default: 512 on a CPU, 1024 on a CUDA device.")] = None,
-    width: Annotated[int | None, count("W. Default: likewise.")] = None,
-    dtype: Annotated[str, choice("--dtype", "DTYPE", list(DTYPES), "Of every tensor.")] = "float32",
-    mode: Annotated[list[str] | None, choice("--mode", "MODE", line_scan.MODES, "Repeatable; default: both.")] = None,
+    batch: Annotated[int, count("Batch size.")] = 16,
+    channels: Annotated[int, count("Number of channels.")] = 8,
+    groups: Annotated[
+        int | None, count("Sets of taps; a divisor of the channels. Default: the channels, per-channel taps.")
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WIDTHxHEIGHT",
+            help="Size of the map in pixels, or one number for a square. Default: 512 on a CPU, 1024 on CUDA.",
+        ),
+    ] = None,
+    dtype: Dtype = "float32",
+    mode: Annotated[
+        list[str] | None,
+        choice("--mode", "MODE", ("forward", "backward"), "What to time. Repeatable; default: both."),
+    ] = None,
     direction: Annotated[
-        list[str] | None, choice("--direction", "DIRECTION", gspn.DIRECTIONS, "Repeatable; default: all four.")
+        list[str] | None,
+        choice("--direction", "DIRECTION", gspn.DIRECTIONS, "Direction of the scan. Repeatable; default: all four."),
     ] = None,
     impl: Annotated[
         list[str] | None,
-        choice("--impl", "IMPL", list(IMPLEMENTATIONS), "Repeatable; default: all that run here."),
+        choice("--impl", "IMPL", list(IMPLEMENTATIONS), "Implementation. Repeatable; default: all that run here."),
     ] = None,
     device: Device = None,
-    segment: Annotated[int | None, count("Lines after which the scan restarts. Default: never.")] = None,
-    memory_format: Annotated[
-        str, choice("--memory-format", "LAYOUT", list(MEMORY_FORMATS), "Of every tensor.")
-    ] = "contiguous",
+    segment: Annotated[int | None, count("Number of lines after which the scan restarts. Default: never.")] = None,
+    memory_format: Layout = "contiguous",
     threads: Threads = None,
     repeats: Annotated[int, count("Fewest samples of each candidate; slow baselines take 3.")] = 10,
     min_time: MinTime = 0.5,
     no_baselines: Annotated[
         bool,
-        typer.Option("--no-baselines", help="Leave out the slow ones: the loop and, on CUDA, one launch a line."),
+        typer.Option("--no-baselines", help="Leave out slow baselines: the loop and, on CUDA, one launch a line."),
     ] = False,
     fresh_pages: Annotated[
         bool,
         typer.Option(
             "--fresh-pages",
-            help="On a CPU, let each call fault its outputs' memory in anew, as glibc's allocator does by default.",
+            help="On a CPU, let each call pay for page faults in its outputs, as with glibc's allocator by default.",
         ),
     ] = False,
     output: Csv = None,
@@ -76,189 +90,164 @@ def bench_line_scan(
 ) -> None:
     """Time line_scan beside a copy of as many bytes and beside the specification's loop.
 
-    Each implementation is first held against the float64 specification on a smaller problem of the same kind.
-    Where an error is more than twice that of plain PyTorch, nothing is timed and the exit code is 1.
+    Each implementation is first compared with the float64 specification on a smaller problem of the same kind. Where
+    an error is more than twice that of plain PyTorch, nothing is timed and the exit code is 1.
 
     All candidates take turns within one run. Backward is the operator for all three gradients, alone.
     """
-    where = device_named(device)
-    side = 1024 if where.type == "cuda" else 512
-    groups = channels if groups is None else groups
-    if channels % groups:
-        raise typer.BadParameter(
-            f"{groups} does not divide --channels {channels}; use 1 (shared taps), {channels} (per-channel taps) "
-            "or a divisor between.",
-            param_hint="--groups",
-        )
-    impls = _impls(impl, where, DTYPES[dtype])
-    if plot is not None:
-        check_plot(plot)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    problems = [
-        line_scan.Problem(
-            batch=batch,
-            channels=channels,
-            groups=groups,
-            height=height or side,
-            width=width or side,
-            dtype=DTYPES[dtype],
-            direction=one,  # type: ignore[arg-type]
-            segment=segment,
-            memory_format=MEMORY_FORMATS[memory_format],
-            device=where,
-        )
-        for one in direction or gspn.DIRECTIONS
-    ]
-    modes = mode or list(line_scan.MODES)
-    baselines = not no_baselines
-    console = Console()
-    _check_memory(problems[0])
+    with bench_errors():
+        import torch
 
-    keep = where.type == "cpu" and not fresh_pages
-    with (
-        # Twice what a backward call returns.
-        freed_pages_kept(problems[0].traffic("backward")) if keep else nullcontext(False) as kept,
-        progress_bar() as progress,
-    ):
-        try:
-            _check_all(problems, impls, modes, baselines, progress)
+        from gspn.bench import environment, line_scan
+        from gspn.bench.report import plot_fractions
+        from gspn.bench.timing import freed_pages_kept
+
+        where = prepare(device, threads, plot)
+        width, height = parse_size(size or ("1024" if where.type == "cuda" else "512"))
+        groups = channels if groups is None else groups
+        if channels % groups:
+            raise typer.BadParameter(
+                f"{groups} does not divide --channels {channels}; use 1 (shared taps), {channels} (per-channel taps) "
+                "or a divisor between.",
+                param_hint="--groups",
+            )
+        impls = _impls(impl, where, getattr(torch, dtype))
+        problems = [
+            line_scan.Problem(
+                batch=batch,
+                channels=channels,
+                groups=groups,
+                height=height,
+                width=width,
+                dtype=getattr(torch, dtype),
+                direction=one,  # type: ignore[arg-type]
+                segment=segment,
+                memory_format=layout(memory_format),
+                device=where,
+            )
+            for one in direction or gspn.DIRECTIONS
+        ]
+        modes = mode or list(line_scan.MODES)
+        _check_memory(problems[0])
+
+        keep = where.type == "cpu" and not fresh_pages
+        with (
+            # Twice what a backward call returns.
+            freed_pages_kept(problems[0].traffic("backward")) if keep else nullcontext(False) as kept,
+            progress_bar() as progress,
+        ):
+            _check_all(problems, impls, modes, not no_baselines, progress)
             task = progress.add_task("timing", total=None)
-            measurements = line_scan.measure(
+            results = line_scan.measure(
                 problems[0],
                 [problem.direction for problem in problems],
                 impls,
                 modes,
-                baselines=baselines,
+                baselines=not no_baselines,
+                pages="kept" if kept else "system",
                 repeats=repeats,
                 min_time=min_time,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
-        except torch.OutOfMemoryError as error:
-            progress.stop()
-            raise failed(f"out of memory on {where}: {error}\nUse a smaller --batch, --height or --width.") from None
 
-    here = environment.describe(where)
-    title = _shape_line(problems[0], memory_format)
-    console.print(_table(measurements, title, here))
-    pages = "kept" if kept else "system"
-    if output is not None:
-        report.write_csv(output, measurements, here, pages=pages)
-        wrote(console, output)
-    if plot is not None:
-        subtitle = f"{hardware(here)}   ·   {title}"
-        figure = report.plot_fractions(measurements, "line_scan, fraction of copy bandwidth", subtitle)
-        report.save_figure(figure, plot)
-        wrote(console, plot)
+        here = environment.describe(where)
+        restarts = "global" if segment is None else f"segment {segment}"
+        title = f"B{batch} C{channels} G{groups} {width}x{height} {dtype}, {memory_format}, {restarts}"
+        Console().print(_table(results, f"line_scan {title}\n{hardware(here)}"))
+        heading, subtitle = "line_scan, fraction of copy bandwidth", f"{hardware(here)}   ·   {title}"
+        report(results, here, output, plot, lambda: plot_fractions(results, heading, subtitle), line_scan.COLUMNS)
 
 
-# --- Options ----------------------------------------------------------------------------------------------------------
+def _impls(requested: list[str] | None, device: torch.device, dtype: torch.dtype) -> list[str]:
+    import torch
 
+    from gspn.bench.line_scan import LOOP
 
-def _impls(asked: list[str] | None, device: torch.device, dtype: torch.dtype) -> list[str]:
     reasons = gspn.available_impls(torch.empty(0, device=device, dtype=dtype), op="line_scan")
-    for name in asked or []:
+    for name in requested or []:
         if reasons[name] is not None:
             raise typer.BadParameter(f"{name!r} cannot run here: {reasons[name]}", param_hint="--impl")
     # The reference comes as a baseline, unless it is asked for by name.
-    return asked or [name for name, reason in reasons.items() if reason is None and name != line_scan.LOOP]
+    return requested or [name for name, reason in reasons.items() if reason is None and name != LOOP]
 
 
-def _check_memory(problem: line_scan.Problem) -> None:
+def _check_memory(problem: Problem) -> None:
+    from gspn.bench import environment
+
     free = environment.free_memory(problem.device)
     # The inputs and outputs of one backward call, and the copy's buffers.
     needed = problem.traffic("backward") + problem.traffic("forward")
     if free is not None and needed > free:
         raise failed(
             f"this problem needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on "
-            f"{problem.device}. Use a smaller --batch, --height or --width."
+            f"{problem.device}. Use a smaller --batch or --size."
         )
 
 
-# --- The check --------------------------------------------------------------------------------------------------------
-
-
 def _check_all(
-    problems: Sequence[line_scan.Problem],
-    impls: Sequence[str],
-    modes: Sequence[str],
-    baselines: bool,
-    progress: Progress,
+    problems: Sequence[Problem], impls: Sequence[str], modes: Sequence[str], baselines: bool, progress: Progress
 ) -> None:
+    from gspn.bench import line_scan
+
     task = progress.add_task("checking", total=len(problems))
-    red: list[tuple[line_scan.Problem, str, list[Figure]]] = []
+    wrong: list[tuple[Problem, str, list[Accuracy]]] = []
     for problem in problems:
         names = list(impls)
         if baselines and "forward" in modes and line_scan.why_no_line_per_launch(problem) is None:
             names.append(line_scan.LINE_PER_LAUNCH)
-        for name, figures in line_scan.check(problem, names, modes).items():
-            if not all(figure.ok for figure in figures):
-                red.append((problem, name, figures))
+        for name, accuracies in line_scan.check(problem, names, modes).items():
+            if not all(one.ok for one in accuracies):
+                wrong.append((problem, name, accuracies))
         progress.advance(task)
-    if red:
+    if wrong:
         progress.stop()
-        Console(stderr=True).print(_red_table(red))
+        Console(stderr=True).print(_wrong_table(wrong))
         raise failed("the check failed, so nothing was timed.")
 
 
-def _red_table(red: Sequence[tuple[line_scan.Problem, str, list[Figure]]]) -> Table:
+def _wrong_table(wrong: Sequence[tuple[Problem, str, list[Accuracy]]]) -> Table:
     table = Table(title="Results differ from the specification", title_justify="left", title_style="bold red")
     for heading in ("impl", "direction", "checked shape", "result"):
         table.add_column(heading)
     for heading in ("error", "plain PyTorch's", "accepted"):
         table.add_column(heading, justify="right")
-    for problem, name, figures in red:
+    for problem, name, accuracies in wrong:
         small = problem.reduced()
-        shape = f"B{small.batch} C{small.channels} G{small.groups} {small.height}x{small.width}"
-        for figure in figures:
-            table.add_row(
-                name,
-                problem.direction,
-                shape,
-                figure.name,
-                f"{figure.error:.3g}",
-                f"{figure.plain_error:.3g}",
-                f"{figure.bound:.3g}",
-                style=None if figure.ok else "red",
-            )
+        shape = f"B{small.batch} C{small.channels} G{small.groups} {small.width}x{small.height}"
+        for one in accuracies:
+            numbers = [f"{number:.3g}" for number in (one.error, one.plain_error, one.bound)]
+            table.add_row(name, problem.direction, shape, one.name, *numbers, style=None if one.ok else "red")
     return table
 
 
-# --- The report -------------------------------------------------------------------------------------------------------
+def _table(results: Sequence[Result], title: str) -> Table:
+    from gspn.bench.line_scan import LINE_PER_LAUNCH, LOOP
+    from gspn.bench.report import plain_number
 
-
-def _shape_line(problem: line_scan.Problem, memory_format: str) -> str:
-    segment = "global" if problem.segment is None else f"segment {problem.segment}"
-    return (
-        f"B{problem.batch} C{problem.channels} G{problem.groups} {problem.height}x{problem.width} "
-        f"{str(problem.dtype).removeprefix('torch.')}, {memory_format}, {segment}"
-    )
-
-
-def _table(measurements: Sequence[report.Measurement], title: str, here: environment.Environment) -> Table:
-    table = Table(title=f"line_scan {title}\n{hardware(here)}", title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("impl", no_wrap=True)
     table.add_column("direction")
     table.add_column("mode")
     for heading in ("ms p50", "GB/s", "of copy", "over loop"):
         table.add_column(heading, justify="right")
     previous = None
-    for m in measurements:
-        if previous is not None and previous != (m.mode, m.direction):
+    for r in results:
+        case, details = (r.mode, r.details["direction"]), r.details
+        if previous not in (None, case):
             table.add_section()
-        previous = (m.mode, m.direction)
-        speedup = m.speedup_over_loop
+        previous = case
         table.add_row(
-            m.impl,
-            m.direction,
-            m.mode,
-            report.plain_number(m.timing.p50),
-            report.plain_number(m.gbs),
-            f"{m.fraction_of_copy:.1%}",
-            "" if speedup is None else f"{speedup:.1f}x",
-            style="dim" if m.impl in (line_scan.LOOP, line_scan.LINE_PER_LAUNCH) else None,
+            r.name,
+            str(details["direction"]),
+            r.mode,
+            "" if r.timing is None else plain_number(r.timing.p50),
+            plain_number(float(details["gbs"] or 0)),
+            f"{details['fraction_of_copy']:.1%}",
+            "" if r.ratio is None else f"{r.ratio:.1f}x",
+            style="dim" if r.name in (LOOP, LINE_PER_LAUNCH) else None,
         )
-    copy, copy_gbs = measurements[0].copy, measurements[0].copy_gbs
-    table.caption = f"copy in the same run: {report.plain_number(copy_gbs)} GB/s read plus written ({copy})"
+    first = results[0].details
+    speed = plain_number(float(first["copy_gbs"] or 0))
+    table.caption = f"copy in the same run: {speed} GB/s read plus written ({first['copy']})"
     table.caption_justify = "left"
     return table

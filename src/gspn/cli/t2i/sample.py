@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ..errors import one_line_errors
+from ..messages import one_line_errors
 from ..options import Device, DeviceName, PrecisionName, parse_size
 
 Tiling = StrEnum("Tiling", ["auto", "on", "off"])

@@ -24,7 +24,7 @@ def digest(parts: Iterable[Any]) -> str:
     hasher = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
-            part = memoryview(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            part = memoryview(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         elif not isinstance(part, bytes):
             part = json.dumps(part).encode()
         hasher.update(part)

@@ -98,7 +98,7 @@ def test_what_is_learnt_is_what_is_decoded(kind, place, tmp_path, request):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.vae=null", "gspn t2i autoencoder"),
+        ("model.vae=null", "gspn autoencode train"),
         ("model.options.colour=red", "colour"),
         ("model.pipeline=x", "leave model.vae"),
         ("noise.beta_end=0.0001", "have to rise"),

@@ -125,7 +125,7 @@ def open_pipeline(config: TextToImageConfig) -> Any:
         return load_pipeline(model.pipeline)
     if model.vae is None:
         raise UsageError(
-            "model.vae is null; name an AutoencoderKL (gspn t2i autoencoder trains one), or model.pipeline."
+            "model.vae is null; name an AutoencoderKL (gspn autoencode train makes one), or model.pipeline."
         )
     vae = load_autoencoder(model.vae)
     if model.text == "minilm":

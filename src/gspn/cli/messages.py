@@ -1,10 +1,11 @@
-"""How a command fails: one line, and an exit code."""
+"""Messages of commands: files that were written, warnings and errors."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -15,24 +16,29 @@ from gspn.tasks.core.errors import MissingExtraError, UsageError
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """A request that cannot be met is one line and exit code 2; a missing package or file, exit code 1."""
+    """Turn errors into one line: exit code 2 for a wrong request, 1 for a missing package or file."""
     try:
         yield
     except UsageError as error:
         raise failed(str(error), 2) from None
     except MissingExtraError as error:
-        raise failed(str(error), 1) from None
+        raise failed(str(error)) from None
     except OSError as error:
-        raise failed(f"{error.filename or 'a file'}: {error.strerror or error}.", 1) from None
+        raise failed(f"{error.filename or 'a file'}: {error.strerror or error}.") from None
 
 
-def failed(message: str, code: int) -> typer.Exit:
-    """What to raise after a line that says why."""
+def failed(message: str, code: int = 1) -> typer.Exit:
+    """Print an error; raise the exit that is returned."""
     if os.environ.get("RANK", "0") == "0":  # once, however many processes stop at it
         Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     return typer.Exit(code)
 
 
 def warn(message: str) -> None:
-    """A line to the error stream."""
+    """Print a warning to the error stream."""
     Console(stderr=True).print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+def wrote(what: str | Path, rest: str = "") -> None:
+    """Say which file or directory was written; ``rest`` may contain rich's markup."""
+    Console().print(f"[dim]wrote[/] {escape(str(what))}{rest}", highlight=False, soft_wrap=True)

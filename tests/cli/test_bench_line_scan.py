@@ -1,4 +1,4 @@
-"""``gspn bench line-scan``: what it writes, what it refuses."""
+"""``gspn bench line-scan``: the table and files that it writes, and the requests that it refuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 import gspn
-from gspn.bench import environment
+from gspn.bench import environment, timing
 from gspn.cli import app
 from gspn.ops import reference
 from gspn.ops.implementations import IMPLEMENTATIONS
@@ -26,9 +26,10 @@ COLUMNS = (
 @pytest.fixture
 def run(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(timing, "last_level_cache", lambda device: 1 << 16)  # read before each call
 
     def invoke(*options: str):
-        tiny = ["--device", "cpu", "--batch", "1", "--channels", "2", "--height", "9", "--width", "6"]
+        tiny = ["--device", "cpu", "--batch", "1", "--channels", "2", "--size", "6x9"]
         quick = ["--repeats", "2", "--min-time", "0"]
         return CliRunner().invoke(app, ["bench", "line-scan", *tiny, *quick, *options])
 
@@ -50,7 +51,7 @@ def wrong_implementation(monkeypatch):
     monkeypatch.setitem(IMPLEMENTATIONS, "wrong", backend)
 
 
-def test_writes_a_row_for_each_measurement(run, tmp_path):
+def test_writes_a_row_for_each_result(run, tmp_path):
     path = tmp_path / "results" / "table.csv"
     result = run("--direction", "left", "--impl", "reference", "--segment", "4", "--groups", "1", "--output", str(path))
     assert result.exit_code == 0, result.output
@@ -115,7 +116,7 @@ def test_threads_are_set_and_reported(run, tmp_path):
         torch.set_num_threads(before)
 
 
-def test_a_red_check_is_shown_and_nothing_is_written(run, tmp_path, wrong_implementation):
+def test_a_failed_check_is_shown_and_nothing_is_written(run, tmp_path, wrong_implementation):
     path = tmp_path / "table.csv"
     result = run("--direction", "down", "--output", str(path))
     assert result.exit_code == 1
@@ -145,6 +146,7 @@ def test_a_wrong_gradient_does_not_stop_a_forward(run, tmp_path, wrong_implement
         (["--device", "meta"], ["--device", "'meta'", "cpu and cuda"]),
         (["--device", "cuda:99"], ["--device", "'cuda:99'", "CUDA devices"]),
         (["--segment", "0"], ["--segment", "0 is below 1"]),
+        (["--size", "6x"], ["'6x'", "WIDTHxHEIGHT"]),
         (["--min-time", "nan"], ["--min-time", "nan is below 0"]),
         (["--plot", "image.bmp"], ["--plot", "image.bmp", ".png"]),
     ],

@@ -1,4 +1,4 @@
-"""What the comparisons share: runs in processes of their own, begun again where they were cut off, and their tables."""
+"""The parts that comparisons share: runs in processes of their own, which continue if they were stopped, and tables."""
 
 from __future__ import annotations
 
@@ -8,25 +8,31 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+Root = Annotated[Path, typer.Option(help="Directory of the runs.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Number of runs at a time, with one thread each.")]
+Csv = Annotated[Path | None, typer.Option("--output", "-o", metavar="CSV", help="Table to write, as CSV.")]
+CORES = os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command of ``gspn`` whose end a file ``done`` in its directory says.
+    """A command of ``gspn``; a file ``done`` in its directory states that it ended.
 
     Attributes:
-        arguments: Of the command.
-        directory: For the log and for what the command writes.
-        resumes: Whether the command has a ``--resume`` for when it was cut off.
+        arguments: The arguments of the command.
+        directory: The directory of its log and of the files that it writes.
+        resumes: Whether the command has an option ``--resume``.
     """
 
     arguments: Sequence[str]
@@ -35,7 +41,7 @@ class Step:
 
     @property
     def done(self) -> bool:
-        """Whether it ended."""
+        """Whether the command ended."""
         return (self.directory / "done").exists()
 
     def run(self) -> None:
@@ -64,7 +70,7 @@ def settings(values: Mapping[str, Any]) -> list[str]:
 
 
 def directory(root: Path, study: str, label: str, seed: int) -> Path:
-    """Where a run of an entry is kept."""
+    """The directory of a run of an entry."""
     name = "".join(c if c.isalnum() else "-" for c in label).strip("-").lower()
     return root / study / f"{name}-seed{seed}"
 
@@ -114,9 +120,61 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with the same keys."""
+def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows; a key that a row lacks is an empty cell. Nothing is written without a path or rows."""
+    if path is None or not rows:
+        return
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]], width: int = 180) -> None:
+    """Print a table whose first column names the rows."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console(width=width).print(table)
+
+
+def measure_calls(
+    calls: Mapping[str, Callable[[], object]], columns: Mapping[str, Any], baselines: Mapping[str, str], repeats: int
+) -> list[dict[str, Any]]:
+    """Time calls in turns on the CPU, with their memory and their backend of attention.
+
+    Args:
+        calls: The calls by name.
+        columns: Cells that all rows share.
+        baselines: For each column the call whose time it compares with: its ratio to the row's time.
+        repeats: The fewest samples of each.
+
+    Returns:
+        A row for each call; the name is in the column ``entry``.
+    """
+    import torch
+
+    from gspn.bench import environment
+    from gspn.bench.attention import attention_backend
+    from gspn.bench.timing import Candidate, peak_memory, time_interleaved
+
+    device = torch.device("cpu")
+    here = environment.describe(device)
+    candidates = [Candidate(name, call) for name, call in calls.items()]
+    timings = time_interleaved(candidates, device, repeats=repeats, min_time=0.1)
+    return [
+        {
+            "entry": name,
+            **columns,
+            "ms_p50": f"{timings[name].p50:.5g}",
+            **{key: f"{timings[base].p50 / timings[name].p50:.4g}" for key, base in baselines.items()},
+            "peak_mib": f"{(peak_memory(call, device) or 0) / 2**20:.1f}",
+            "attention": attention_backend(call),
+            "device": here.device,
+            "threads": here.threads,
+            "torch": here.torch,
+        }
+        for name, call in calls.items()
+    ]
