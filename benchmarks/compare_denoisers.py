@@ -204,10 +204,10 @@ def speed(
 def _calls(entry: Entry, size: int, batch: int) -> dict[str, Any]:
     import torch
 
-    from gspn.tasks.class_conditional import GenerateConfig
+    from gspn.tasks.class_conditional import ClassConditionalConfig
     from gspn.tasks.class_conditional.model import build_denoiser
 
-    config = GenerateConfig.load(PRESET).changed(**{"model.name": entry.model, "model.options": entry.options})
+    config = ClassConditionalConfig.load(PRESET).changed(**{"model.name": entry.model, "model.options": entry.options})
     model = build_denoiser(config, num_classes=10, channels=1, sample_size=28).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     noisy = torch.randn(batch, 1, size, size)

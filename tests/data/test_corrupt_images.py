@@ -7,7 +7,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from data_support import bomb, folder, jpeg, png
-from gspn.data import BrokenImages, BrokenImageWarning, Digits, Seeded, SkipBroken, collate, open_dataset
+from gspn.data import (
+    CorruptImages,
+    CorruptImageWarning,
+    DeterministicAugmentation,
+    Digits,
+    SkipCorrupt,
+    collate,
+    open_dataset,
+)
 
 
 def to_tensor(image) -> torch.Tensor:
@@ -32,8 +40,8 @@ NAMES = {1: "cat/1.png", 2: "cat/2.png", 7: "dog/3.jpg", 9: "dog/4.png"}
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("training", [True, False])
 def test_an_epoch_with_broken_images(damaged, training, workers) -> None:
-    dataset = SkipBroken(damaged, training=training)
-    record = BrokenImages(dataset)
+    dataset = SkipCorrupt(damaged, training=training)
+    record = CorruptImages(dataset)
     targets = []
     for images, target, broken in DataLoader(dataset, batch_size=4, num_workers=workers, collate_fn=collate):
         assert images.shape == (len(target), 1)
@@ -46,7 +54,7 @@ def test_an_epoch_with_broken_images(damaged, training, workers) -> None:
         assert targets == [0, -1, -1, 0, 1, 1, 1, -1, 1, -1]
     assert record.names == NAMES
     assert record.count == 4
-    with pytest.warns(BrokenImageWarning, match="4 of 10 images were corrupt and left out") as caught:
+    with pytest.warns(CorruptImageWarning, match="4 of 10 images were corrupt and left out") as caught:
         line = record.end_epoch()
     assert len(caught) == 1 and "\n" not in line
     assert all(name in line for name in NAMES.values())
@@ -56,16 +64,16 @@ def test_an_epoch_with_broken_images(damaged, training, workers) -> None:
 
 
 def test_the_substitute_is_always_the_same(damaged) -> None:
-    dataset = Seeded(SkipBroken(damaged, training=True), seed=0)
+    dataset = DeterministicAugmentation(SkipCorrupt(damaged, training=True), seed=0)
     assert dataset[1] == dataset[1] == dataset[-9]
     assert dataset[1][1:] == (0, 1)
-    record = BrokenImages(dataset)  # names and reasons through the wrapper
+    record = CorruptImages(dataset)  # names and reasons through the wrapper
     record.add([1])
     assert "cat/1.png (cannot be decoded" in record.summary()
 
 
 def test_a_long_list_is_cut() -> None:
-    record = BrokenImages(SkipBroken(Digits("val"), training=True))
+    record = CorruptImages(SkipCorrupt(Digits("val"), training=True))
     record.add(range(9))
     assert "and 4 more" in record.summary()
 
@@ -74,14 +82,14 @@ def test_a_folder_of_nothing_sound_is_an_error(tmp_path) -> None:
     root = folder(tmp_path, ("train",), per_class=1)
     for path in root.rglob("*.png"):
         path.write_bytes(b"")
-    dataset = SkipBroken(open_dataset("folder", "train", root=root), training=True)
-    with pytest.raises(RuntimeError, match=r"2 images in a row are broken, from index 0; .*cat/0.png"):
+    dataset = SkipCorrupt(open_dataset("folder", "train", root=root), training=True)
+    with pytest.raises(RuntimeError, match=r"2 images in a row are corrupt, from index 0; .*cat/0.png"):
         dataset[0]
 
 
 def test_a_file_that_is_gone_is_broken_too(damaged, tmp_path) -> None:
     (tmp_path / "train" / "cat" / "0.png").unlink()
-    assert SkipBroken(damaged, training=False)[0][1:] == (-1, 0)
+    assert SkipCorrupt(damaged, training=False)[0][1:] == (-1, 0)
 
 
 def test_a_bug_in_a_transform_is_not_hidden() -> None:
@@ -89,11 +97,11 @@ def test_a_bug_in_a_transform_is_not_hidden() -> None:
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
-        SkipBroken(Digits("val", transform=transform), training=True)[0]
+        SkipCorrupt(Digits("val", transform=transform), training=True)[0]
 
 
 def test_wrappers_pass_on_what_the_data_set_says(damaged) -> None:
-    dataset = Seeded(SkipBroken(damaged, training=True), seed=0)
+    dataset = DeterministicAugmentation(SkipCorrupt(damaged, training=True), seed=0)
     assert dataset.classes == ["cat", "dog"]
     assert dataset.name == "folder"
     assert dataset.filename(0) == "cat/0.png"
@@ -101,7 +109,7 @@ def test_wrappers_pass_on_what_the_data_set_says(damaged) -> None:
     assert damaged.transform is None
     assert dataset[0][0].size == (16, 8)
     with pytest.raises(IndexError, match="index=10"):
-        SkipBroken(damaged, training=True)[10]
+        SkipCorrupt(damaged, training=True)[10]
 
 
 def test_a_stream_is_refused_but_collated() -> None:
@@ -109,7 +117,10 @@ def test_a_stream_is_refused_but_collated() -> None:
         def __iter__(self):
             return iter([(torch.zeros(1), 3), (torch.ones(1), 4)])
 
-    for wrap in (lambda stream: SkipBroken(stream, training=True), lambda stream: Seeded(stream, seed=0)):
+    for wrap in (
+        lambda stream: SkipCorrupt(stream, training=True),
+        lambda stream: DeterministicAugmentation(stream, seed=0),
+    ):
         with pytest.raises(TypeError, match="Numbers is a stream"):
             wrap(Numbers())
     ((_, targets, broken),) = DataLoader(Numbers(), batch_size=2, collate_fn=collate)
@@ -128,6 +139,6 @@ def test_a_foreign_data_set_is_guarded(tmp_path) -> None:
             path.write_bytes(png()[:-40] if index else png())
             return Image.open(path).convert("RGB"), 5
 
-    dataset = SkipBroken(Files(), training=True)
+    dataset = SkipCorrupt(Files(), training=True)
     assert dataset[1][1:] == (5, 1)
     assert dataset.filename(1) == "Files/1"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from gspn.data import Emoji, Seeded
+from gspn.data import DeterministicAugmentation, Emoji
 
 
 class Noise(Dataset):
@@ -29,19 +29,19 @@ def epoch(dataset, **options) -> torch.Tensor:
 
 
 def test_workers_and_order_make_no_difference() -> None:
-    dataset = Seeded(Noise(), seed=1)
+    dataset = DeterministicAugmentation(Noise(), seed=1)
     dataset.set_epoch(3)
     expected = epoch(dataset)
     assert expected[:, :3].unique().numel() == 36  # no number comes twice
     for options in ({"shuffle": True}, {"num_workers": 1}, {"num_workers": 2, "shuffle": True}):
         assert torch.equal(epoch(dataset, **options), expected), options
-    again = Seeded(Noise(), seed=1)
+    again = DeterministicAugmentation(Noise(), seed=1)
     again.set_epoch(3)
     assert torch.equal(torch.stack([again[i][:3] for i in (7, -5)]), expected[[7, 7], :3])
 
 
 def test_seed_and_epoch_make_one() -> None:
-    one, two = Seeded(Noise(), seed=1), Seeded(Noise(), seed=2)
+    one, two = DeterministicAugmentation(Noise(), seed=1), DeterministicAugmentation(Noise(), seed=2)
     first = epoch(one)
     assert not (epoch(two) == first)[:, :3].any()
     one.set_epoch(1)
@@ -53,7 +53,9 @@ def test_seed_and_epoch_make_one() -> None:
 
 @pytest.mark.parametrize("context", ["fork", "forkserver"])
 def test_set_epoch_reaches_persistent_workers(context) -> None:
-    dataset = Seeded(Noise() if context == "fork" else Emoji("val", transform=_random_number), seed=1)
+    dataset = DeterministicAugmentation(
+        Noise() if context == "fork" else Emoji("val", transform=_random_number), seed=1
+    )
     loader = DataLoader(
         dataset, batch_size=400, num_workers=1, persistent_workers=True, multiprocessing_context=context
     )
@@ -75,7 +77,7 @@ def _random_number(image) -> float:
 
 
 def test_the_generators_are_put_back() -> None:
-    dataset = Seeded(Noise(), seed=1)
+    dataset = DeterministicAugmentation(Noise(), seed=1)
     draws = []
     for touch in (False, True):
         random.seed(0)
@@ -94,11 +96,11 @@ def test_the_generators_are_put_back_after_an_error() -> None:
 
     state = random.getstate()
     with pytest.raises(KeyError):
-        Seeded(Emoji("val", transform=transform), seed=0)[0]
+        DeterministicAugmentation(Emoji("val", transform=transform), seed=0)[0]
     assert random.getstate() == state
 
 
 def test_set_epoch_goes_through() -> None:
-    inner = Seeded(Noise(), seed=0)
-    Seeded(inner, seed=1).set_epoch(4)
+    inner = DeterministicAugmentation(Noise(), seed=0)
+    DeterministicAugmentation(inner, seed=1).set_epoch(4)
     assert inner.epoch == 4

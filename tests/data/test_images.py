@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data_support import bomb, jpeg, png, quadrants
-from gspn.data import MAX_PIXELS, BrokenImageError, load_image
+from gspn.data import MAX_PIXELS, CorruptImageError, load_image
 
 
 def saved(image: Image.Image, form: str = "PNG", **options) -> io.BytesIO:
@@ -51,7 +51,7 @@ def test_grey_of_sixteen_bits_keeps_its_range() -> None:
 
 @pytest.mark.parametrize("values", [np.array([[1 << 20]], np.int32), np.array([[0.5]], np.float32)])
 def test_values_without_a_range_are_refused(values) -> None:
-    with pytest.raises(BrokenImageError, match="save it as 8 or 16 bits"):
+    with pytest.raises(CorruptImageError, match="save it as 8 or 16 bits"):
         load_image(saved(Image.fromarray(values), "TIFF"), name="depth.tiff")
 
 
@@ -96,7 +96,7 @@ def test_damaged_exif_leaves_the_image() -> None:
 def test_broken_files_are_named(data, says, tmp_path) -> None:
     path = tmp_path / "some.png"
     path.write_bytes(data)
-    with pytest.raises(BrokenImageError, match=says) as caught:
+    with pytest.raises(CorruptImageError, match=says) as caught:
         load_image(path)
     assert str(path) in str(caught.value)
     assert isinstance(caught.value, ValueError)
@@ -121,7 +121,7 @@ def test_bombs_are_refused_before_they_are_decoded(side, tmp_path) -> None:
 
 
 def test_the_limit_is_the_caller_s() -> None:
-    with pytest.raises(BrokenImageError, match=r"16 x 8 = 128 pixels are more than max_pixels=127"):
+    with pytest.raises(CorruptImageError, match=r"16 x 8 = 128 pixels are more than max_pixels=127"):
         load_image(io.BytesIO(png()), max_pixels=127)
     assert load_image(io.BytesIO(png()), max_pixels=128).size == (16, 8)
     assert Image.MAX_IMAGE_PIXELS == MAX_PIXELS

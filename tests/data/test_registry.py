@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data_support import folder, png, quadrants
-from gspn.data import BrokenImageError, help_text, open_captions, open_dataset
+from gspn.data import CorruptImageError, help_text, open_captions, open_dataset
 from gspn.data.registry import ENTRIES, Entry
 from support import run_python
 
@@ -74,14 +74,14 @@ def test_a_tar(tmp_path) -> None:
     dataset = open_dataset("folder", "train", root=tmp_path / "data.tar")
     assert len(dataset) == 6 and len(dataset.classes) == 2
     assert np.array_equal(dataset[0][0], quadrants())
-    with pytest.raises(BrokenImageError, match=r"1\.png: cannot be decoded"):
+    with pytest.raises(CorruptImageError, match=r"1\.png: cannot be decoded"):
         dataset[1]
 
 
 def test_the_limit_of_pixels_is_passed_on(tmp_path) -> None:
     pytest.importorskip("timm")
     dataset = open_dataset("folder", "train", root=folder(tmp_path), max_pixels=100)
-    with pytest.raises(BrokenImageError, match=r"cat/0\.png: 16 x 8 = 128 pixels"):
+    with pytest.raises(CorruptImageError, match=r"cat/0\.png: 16 x 8 = 128 pixels"):
         dataset[0]
 
 
@@ -94,7 +94,7 @@ def test_torchvision_folders_are_opened_the_same_way(tmp_path) -> None:
     assert dataset[0][0].tolist() == [[[255, 255, 255]]]
     assert dataset[5][1] == dataset.target(5) == 1
     (root / "val" / "cat" / "0.png").write_bytes(b"")
-    with pytest.raises(BrokenImageError, match=r"0\.png"):
+    with pytest.raises(CorruptImageError, match=r"0\.png"):
         dataset[0]
 
 

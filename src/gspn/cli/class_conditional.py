@@ -50,7 +50,7 @@ def _done(result: Any) -> str:
 add_training_commands(
     app,
     TrainingCommand(
-        task.GenerateConfig,
+        task.ClassConditionalConfig,
         lambda *args, **options: task.train(*args, **options),
         "Train a class-conditional denoiser of images or latents.",
         _done,

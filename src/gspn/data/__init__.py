@@ -10,27 +10,27 @@ if TYPE_CHECKING:
     from .base import LabelledImages
     from .captions.base import CaptionedImages
     from .captions.emoji import EmojiCaptions
-    from .corrupt_images import BrokenImages, BrokenImageWarning, SkipBroken, collate
-    from .deterministic_augmentation import Seeded
+    from .corrupt_images import CorruptImages, CorruptImageWarning, SkipCorrupt, collate
+    from .deterministic_augmentation import DeterministicAugmentation
     from .digits import Digits, MNIST5k
     from .emoji import Emoji, EmojiRecord
-    from .images import MAX_PIXELS, BrokenImageError, load_image
+    from .images import MAX_PIXELS, CorruptImageError, load_image
     from .registry import help_text, open_captions, open_dataset
 
 __all__ = [
     "MAX_PIXELS",
-    "BrokenImageError",
-    "BrokenImageWarning",
-    "BrokenImages",
     "CaptionedImages",
+    "CorruptImageError",
+    "CorruptImageWarning",
+    "CorruptImages",
+    "DeterministicAugmentation",
     "Digits",
     "Emoji",
     "EmojiCaptions",
     "EmojiRecord",
     "LabelledImages",
     "MNIST5k",
-    "Seeded",
-    "SkipBroken",
+    "SkipCorrupt",
     "collate",
     "help_text",
     "load_image",
@@ -44,11 +44,11 @@ __getattr__, __dir__ = lazy_exports(
         "LabelledImages": ".base",
         "CaptionedImages": ".captions.base",
         "EmojiCaptions": ".captions.emoji",
-        **dict.fromkeys(("BrokenImages", "BrokenImageWarning", "SkipBroken", "collate"), ".corrupt_images"),
-        "Seeded": ".deterministic_augmentation",
+        **dict.fromkeys(("CorruptImages", "CorruptImageWarning", "SkipCorrupt", "collate"), ".corrupt_images"),
+        "DeterministicAugmentation": ".deterministic_augmentation",
         **dict.fromkeys(("Digits", "MNIST5k"), ".digits"),
         **dict.fromkeys(("Emoji", "EmojiRecord"), ".emoji"),
-        **dict.fromkeys(("MAX_PIXELS", "BrokenImageError", "load_image"), ".images"),
+        **dict.fromkeys(("MAX_PIXELS", "CorruptImageError", "load_image"), ".images"),
         **dict.fromkeys(("help_text", "open_captions", "open_dataset"), ".registry"),
     },
 )

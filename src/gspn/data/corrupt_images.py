@@ -12,21 +12,21 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from .base import Wrapped
-from .images import BrokenImageError
+from .images import CorruptImageError
 
 # The errors of a corrupt file: our own; of the operating system and most decoders of PIL; of PIL's PNG decoder; of a
 # decompression bomb. A bug in a transform raises none of these and is not hidden.
-_CORRUPT = (BrokenImageError, OSError, SyntaxError, Image.DecompressionBombError)
+_CORRUPT = (CorruptImageError, OSError, SyntaxError, Image.DecompressionBombError)
 # So many in a row are not an accident, but a folder that is not mounted or a disk that fails.
 _MOST_IN_A_ROW = 100
 _SHOWN = 5
 
 
-class BrokenImageWarning(UserWarning):
+class CorruptImageWarning(UserWarning):
     """Corrupt images were left out of an epoch."""
 
 
-class SkipBroken(Wrapped):
+class SkipCorrupt(Wrapped):
     """A map-style data set around another one, in which corrupt images raise no error.
 
     ``dataset[i]`` is ``(image, target, corrupt)``. ``corrupt`` is -1 for a sound image. For a corrupt one it is ``i``,
@@ -35,7 +35,7 @@ class SkipBroken(Wrapped):
     - in training with its target, so that the same sample always replaces the corrupt one;
     - in evaluation with target -1, so that the sample can be left out of every count.
 
-    Make batches with ``collate`` and pass ``corrupt`` to ``BrokenImages.add``: so the indices come back from the
+    Make batches with ``collate`` and pass ``corrupt`` to ``CorruptImages.add``: so the indices come back from the
     workers of a ``DataLoader``.
 
     Args:
@@ -47,8 +47,8 @@ class SkipBroken(Wrapped):
         RuntimeError: from ``__getitem__``: 100 images in a row, or all, are corrupt.
 
     Example:
-        >>> from gspn.data import Digits, SkipBroken
-        >>> image, target, corrupt = SkipBroken(Digits("val"), training=False)[0]
+        >>> from gspn.data import Digits, SkipCorrupt
+        >>> image, target, corrupt = SkipCorrupt(Digits("val"), training=False)[0]
         >>> corrupt
         -1
     """
@@ -73,7 +73,7 @@ class SkipBroken(Wrapped):
                 return image, target, -1
             return image, target if self.training else -1, index
         raise RuntimeError(
-            f"{min(length, _MOST_IN_A_ROW)} images in a row are broken, from index {index}; the first: {first}"
+            f"{min(length, _MOST_IN_A_ROW)} images in a row are corrupt, from index {index}; the first: {first}"
         ) from first
 
     def reason(self, index: int) -> str | None:
@@ -81,17 +81,17 @@ class SkipBroken(Wrapped):
         try:
             self.dataset[index]
         except _CORRUPT as error:
-            return error.reason if isinstance(error, BrokenImageError) else str(error)
+            return error.reason if isinstance(error, CorruptImageError) else str(error)
         return None
 
 
-class BrokenImages:
-    """The record of a ``SkipBroken``'s corrupt images, in the main process.
+class CorruptImages:
+    """The record of a ``SkipCorrupt``'s corrupt images, in the main process.
 
     Each process of a distributed run records the samples that it has loaded.
 
     Args:
-        dataset: the ``SkipBroken``, or a wrapper of it, which gives the names.
+        dataset: the ``SkipCorrupt``, or a wrapper of it, which gives the names.
 
     Attributes:
         names: name of every corrupt image so far, by index.
@@ -99,8 +99,8 @@ class BrokenImages:
 
     Example:
         >>> import torch
-        >>> from gspn.data import BrokenImages, Digits, SkipBroken
-        >>> record = BrokenImages(SkipBroken(Digits("val"), training=True))
+        >>> from gspn.data import CorruptImages, Digits, SkipCorrupt
+        >>> record = CorruptImages(SkipCorrupt(Digits("val"), training=True))
         >>> record.add(torch.tensor([-1, 7, -1]))
         >>> record.count, record.names
         (1, {7: 'digits/1439'})
@@ -138,13 +138,13 @@ class BrokenImages:
         line = self.summary()
         self.epoch.clear()
         if line is not None:
-            warnings.warn(line, BrokenImageWarning, stacklevel=2)
+            warnings.warn(line, CorruptImageWarning, stacklevel=2)
         return line
 
     def _reason(self, index: int) -> str:
         inner: Any = self._dataset
         while isinstance(inner, Wrapped):
-            if isinstance(inner, SkipBroken):
+            if isinstance(inner, SkipCorrupt):
                 return inner.reason(index) or "it opens now"
             inner = inner.dataset
         return "reason unknown"

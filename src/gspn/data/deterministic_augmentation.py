@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from .base import Wrapped
 
 
-class Seeded(Wrapped):
+class DeterministicAugmentation(Wrapped):
     """A map-style data set around another one, whose sample ``i`` depends only on ``(seed, epoch, i)``.
 
     Transforms draw from the global generators of ``random``, numpy and torch. For each sample these are seeded with the
@@ -36,8 +36,8 @@ class Seeded(Wrapped):
 
     Example:
         >>> import random
-        >>> from gspn.data import Digits, Seeded
-        >>> dataset = Seeded(Digits("val", transform=lambda image: random.random()), seed=0)
+        >>> from gspn.data import Digits, DeterministicAugmentation
+        >>> dataset = DeterministicAugmentation(Digits("val", transform=lambda image: random.random()), seed=0)
         >>> first = dataset[3]
         >>> random.seed(5)
         >>> dataset[3] == first

@@ -18,7 +18,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 _WITH_ALPHA = {"RGBA", "LA", "PA", "La", "RGBa"}
 
 
-class BrokenImageError(ValueError):
+class CorruptImageError(ValueError):
     """An image that cannot or must not be decoded.
 
     Attributes:
@@ -53,7 +53,7 @@ def load_image(
         The image in mode RGB, the first frame of an animation.
 
     Raises:
-        BrokenImageError: the file is not an image of a known format, is damaged or truncated, has more than
+        CorruptImageError: the file is not an image of a known format, is damaged or truncated, has more than
             ``max_pixels``, or has a mode without a defined range.
         OSError: the file cannot be opened or read.
 
@@ -75,7 +75,7 @@ def load_image(
     image = _open(file, name)
     width, height = image.size
     if width * height > max_pixels:
-        raise BrokenImageError(
+        raise CorruptImageError(
             name,
             f"{width} x {height} = {width * height:,} pixels are more than {max_pixels=:,}. "
             "A small file of so many pixels may be an attack on the memory; if it is not, pass a larger max_pixels.",
@@ -85,7 +85,7 @@ def load_image(
     except MemoryError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
-        raise BrokenImageError(name, f"cannot be decoded, damaged or truncated ({error})") from error
+        raise CorruptImageError(name, f"cannot be decoded, damaged or truncated ({error})") from error
     return _rgb(_upright(image), name)
 
 
@@ -94,17 +94,17 @@ def _open(file: IO[bytes], name: str) -> Image.Image:
         return Image.open(file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # PIL raises this before the size is known here; its message states the size.
-        raise BrokenImageError(
+        raise CorruptImageError(
             name, f"{error} If the file is sound, raise PIL.Image.MAX_IMAGE_PIXELS and pass a larger max_pixels."
         ) from error
     except UnidentifiedImageError as error:
-        raise BrokenImageError(name, f"is not an image of a known format ({', '.join(FORMATS)})") from error
+        raise CorruptImageError(name, f"is not an image of a known format ({', '.join(FORMATS)})") from error
     except OSError as error:
         if error.errno is not None:  # from the operating system, not from a decoder
             raise
-        raise BrokenImageError(name, f"has a damaged header ({error})") from error
+        raise CorruptImageError(name, f"has a damaged header ({error})") from error
     except (SyntaxError, ValueError) as error:
-        raise BrokenImageError(name, f"has a damaged header ({error})") from error
+        raise CorruptImageError(name, f"has a damaged header ({error})") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -121,12 +121,12 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
-            raise BrokenImageError(
+            raise CorruptImageError(
                 name, f"grey values from {grey.min()} to {grey.max()} are beyond 16 bits; save it as 8 or 16 bits"
             )
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise BrokenImageError(name, "floating-point values have no defined range; save it as 8 or 16 bits")
+        raise CorruptImageError(name, "floating-point values have no defined range; save it as 8 or 16 bits")
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         colour = image.convert("RGBA")
         white = Image.new("RGBA", colour.size, "white")

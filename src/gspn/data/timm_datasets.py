@@ -14,7 +14,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset
 
 from .base import LabelledImages, Transform
-from .images import MAX_PIXELS, BrokenImageError, load_image
+from .images import MAX_PIXELS, CorruptImageError, load_image
 from .splits import TRAIN, split_folder
 
 
@@ -22,7 +22,7 @@ class FileImages(LabelledImages):
     """The samples of a timm reader, each opened by ``load_image``.
 
     timm's own data set replaces a corrupt sample by the next one and reports it only in a log, may decode pixels late
-    and has no limit on them. Here a corrupt file raises ``BrokenImageError`` with its name.
+    and has no limit on them. Here a corrupt file raises ``CorruptImageError`` with its name.
 
     Args:
         reader: ``reader[i]`` is ``(file, target)``; has ``filename(i)`` and ``class_to_idx``, as timm's readers do.
@@ -76,9 +76,9 @@ class FileImages(LabelledImages):
         with file:
             try:
                 image = load_image(file, max_pixels=self.max_pixels)
-            except BrokenImageError as error:
+            except CorruptImageError as error:
                 # Only here, because some readers fetch the sample again to name it.
-                raise BrokenImageError(self.filename(index), error.reason) from error
+                raise CorruptImageError(self.filename(index), error.reason) from error
         return image, self._class(target)
 
     def _class(self, target: Any) -> int:
@@ -124,7 +124,7 @@ class TorchvisionImages(LabelledImages):
 class Stream(IterableDataset):
     """A stream of ``(image, target)``, opened by timm: ``wds/``, ``hfids/``, ``tfds/``.
 
-    A sample of a stream has no index, so ``SkipBroken`` and ``Seeded`` do not apply. timm's WebDataset reader leaves
+    A sample of a stream has no index, so ``SkipCorrupt`` and ``DeterministicAugmentation`` do not apply. timm's WebDataset reader leaves
     out samples that cannot be decoded and logs the error; the other readers raise it.
     """
 

@@ -14,12 +14,12 @@ from torch.utils.data import ConcatDataset, DataLoader
 from captions_support import CAPTIONS, GOOD, KINDS, lines, needs_datasets, shard, to_tensor
 from data_support import bomb, png, quadrants
 from gspn.data import (
-    BrokenImageError,
-    BrokenImages,
     CaptionedImages,
+    CorruptImageError,
+    CorruptImages,
+    DeterministicAugmentation,
     EmojiCaptions,
-    Seeded,
-    SkipBroken,
+    SkipCorrupt,
     collate,
     open_captions,
 )
@@ -51,7 +51,7 @@ def test_a_broken_image_has_a_name_and_captions(opened) -> None:
     dataset, name = opened
     assert dataset.filename(2) == name
     assert dataset.filename(2, basename=True) == name.rpartition("/")[2] or dataset.name.startswith("hfds")
-    with pytest.raises(BrokenImageError) as caught:
+    with pytest.raises(CorruptImageError) as caught:
         dataset[2]
     assert caught.value.name == name and "truncated" in caught.value.reason
     assert dataset.captions(2) == CAPTIONS[2]
@@ -62,8 +62,8 @@ def test_another_image_comes_with_its_own_index(opened, workers) -> None:
     dataset, name = opened
     dataset.transform = to_tensor
     for training, expected in ((True, [0, 1, 3, 3]), (False, [0, 1, -1, 3])):
-        whole = Seeded(SkipBroken(dataset, training=training), seed=0)
-        record = BrokenImages(whole)
+        whole = DeterministicAugmentation(SkipCorrupt(dataset, training=training), seed=0)
+        record = CorruptImages(whole)
         targets = []
         for images, target, broken in DataLoader(whole, batch_size=2, num_workers=workers, collate_fn=collate):
             assert images.shape == (2, 8, 16, 3)
@@ -79,7 +79,7 @@ def test_workers_that_are_started_again_read_the_same(tmp_path) -> None:
     for kind, (name, write, _) in KINDS.items():
         if kind != "rows" or importlib.util.find_spec("datasets"):
             sets.append(open_captions(name, "train", root=write(tmp_path / kind), transform=to_tensor))
-    whole = ConcatDataset([SkipBroken(dataset, training=True) for dataset in sets])
+    whole = ConcatDataset([SkipCorrupt(dataset, training=True) for dataset in sets])
     loader = DataLoader(whole, batch_size=4, num_workers=2, multiprocessing_context="spawn", collate_fn=collate)
     batches = list(loader)
     assert len(batches) == len(sets) >= 4
@@ -91,7 +91,7 @@ def test_workers_that_are_started_again_read_the_same(tmp_path) -> None:
 def test_augmentation_is_a_function_of_the_index(opened) -> None:
     dataset, _ = opened
     dataset.transform = lambda image: random.random()
-    seeded = Seeded(SkipBroken(dataset, training=True), seed=3)
+    seeded = DeterministicAugmentation(SkipCorrupt(dataset, training=True), seed=3)
     first = [seeded[index] for index in range(4)]
     assert [seeded[index] for index in (3, 2, 1, 0)] == first[::-1]
     assert len({one[0] for one in first}) == 4
@@ -148,7 +148,7 @@ def test_the_limit_of_pixels_holds(name, tmp_path) -> None:
         (tmp_path / "b.png").write_bytes(png())
     dataset = open_captions(name, root=tmp_path, max_pixels=100)
     for index, says in enumerate(("pixels", r"b\.png: 16 x 8 = 128 pixels are more than max_pixels=100")):
-        with pytest.raises(BrokenImageError, match=says):
+        with pytest.raises(CorruptImageError, match=says):
             dataset[index]
 
 

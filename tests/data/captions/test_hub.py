@@ -10,7 +10,7 @@ import pytest
 from captions_support import CAPTIONS, listed, needs_datasets
 from data_support import png, quadrants
 from gspn.data import (
-    BrokenImageError,
+    CorruptImageError,
     open_captions,
 )
 
@@ -27,7 +27,7 @@ def test_the_columns_of_rows(tmp_path) -> None:
     assert [dataset.captions(index) for index in range(3)] == [("one",), ("two",), ("three",)]
     assert np.array_equal(dataset[0][0], quadrants())
     for index in (1, 2):
-        with pytest.raises(BrokenImageError, match=rf"hfds/plain/{index}: the row holds no image"):
+        with pytest.raises(CorruptImageError, match=rf"hfds/plain/{index}: the row holds no image"):
             dataset[index]
     for options, says in [
         (
@@ -70,7 +70,7 @@ def test_a_path_in_a_row_does_not_lead_elsewhere(tmp_path) -> None:
     stored = datasets.Dataset.from_dict(table, features=features.copy())
     dataset = gspn_rows(stored)
     with pytest.raises(
-        BrokenImageError, match=r"the row holds no bytes, and '.*secret\.png' is not a file of this data set"
+        CorruptImageError, match=r"the row holds no bytes, and '.*secret\.png' is not a file of this data set"
     ):
         dataset[0]
     assert np.array_equal(gspn_rows(stored, folders=(tmp_path,))[0][0], quadrants())
@@ -114,7 +114,7 @@ def test_a_local_folder_that_datasets_opens(tmp_path, monkeypatch) -> None:
     broken = next(index for index in range(4) if dataset.captions(index) == CAPTIONS[2])
     for index in range(4):
         if index == broken:
-            with pytest.raises(BrokenImageError, match="truncated"):
+            with pytest.raises(CorruptImageError, match="truncated"):
                 dataset[index]
         else:
             assert np.array_equal(dataset[index][0], quadrants())

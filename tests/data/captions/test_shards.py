@@ -14,8 +14,8 @@ import gspn.data.captions.shards
 from captions_support import shard, shards
 from data_support import jpeg, png, quadrants
 from gspn.data import (
-    BrokenImageError,
-    SkipBroken,
+    CorruptImageError,
+    SkipCorrupt,
     open_captions,
 )
 
@@ -207,12 +207,12 @@ def test_a_shard_that_shrinks_or_goes_is_broken(tmp_path, monkeypatch) -> None:
     data = samples(tmp_path / "a.tar")
     dataset = open_captions("wds", root=tmp_path)
     monkeypatch.setattr(gspn.data.captions.shards, "_MAX_FILE", 10)
-    with pytest.raises(BrokenImageError, match=r"a\.tar/0\.png: has \d+ bytes, more than the 10"):
+    with pytest.raises(CorruptImageError, match=r"a\.tar/0\.png: has \d+ bytes, more than the 10"):
         dataset[0]
     monkeypatch.undo()
     (tmp_path / "a.tar").write_bytes(data[:2600])
     assert dataset[0][1] == 0
-    with pytest.raises(BrokenImageError, match=r"a\.tar/1\.png: the shard ends within it"):
+    with pytest.raises(CorruptImageError, match=r"a\.tar/1\.png: the shard ends within it"):
         dataset[1]
     (tmp_path / "a.tar").unlink()
-    assert SkipBroken(dataset, training=True).reason(0).startswith("[Errno 2]")
+    assert SkipCorrupt(dataset, training=True).reason(0).startswith("[Errno 2]")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gspn.tasks.class_conditional import GenerateConfig
+from gspn.tasks.class_conditional import ClassConditionalConfig
 
 TINY = {
     "data": {"name": "digits", "size": 8, "channels": 1, "batch_size": 64, "workers": 0},
@@ -18,5 +18,5 @@ TINY = {
 }
 
 
-def tiny(output: Path, *overrides: str) -> GenerateConfig:
-    return GenerateConfig.from_values(TINY).changed(*overrides, **{"run.output": output})
+def tiny(output: Path, *overrides: str) -> ClassConditionalConfig:
+    return ClassConditionalConfig.from_values(TINY).changed(*overrides, **{"run.output": output})

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from gspn.tasks.class_conditional import CachedLatents, GenerateConfig, cache_latents
+from gspn.tasks.class_conditional import CachedLatents, ClassConditionalConfig, cache_latents
 from gspn.tasks.diffusion import shard_cache as caching
 from tasks.class_conditional.class_conditional_runs import tiny
 
@@ -42,7 +42,7 @@ def cached(vae: Path, output: Path, **options: Any) -> CachedLatents:
     return cache_latents(vae, output=output, **{**OPTIONS, **options})
 
 
-def latent_run(output: Path, latents: Path, *overrides: str) -> GenerateConfig:
+def latent_run(output: Path, latents: Path, *overrides: str) -> ClassConditionalConfig:
     """A tiny run on latents."""
     keys = ["data.size=32", "data.name=mnist5k", "data.channels=3", f"data.latents={latents}", *overrides]
     return tiny(output, *keys)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from gspn.tasks.class_conditional import GenerateConfig, train
+from gspn.tasks.class_conditional import ClassConditionalConfig, train
 from gspn.tasks.class_conditional.model import load_pipeline
 from gspn.tasks.core.config import read_yaml
 from gspn.tasks.core.errors import UsageError
@@ -131,7 +131,9 @@ def test_what_cannot_be_met(tmp_path, override, message):
 
 
 def test_presets():
-    names = GenerateConfig.preset_names()
+    names = ClassConditionalConfig.preset_names()
     assert "mnist5k" in names
     for name in names:
-        assert isinstance(GenerateConfig.load(name), GenerateConfig) and GenerateConfig.preset_title(name)
+        assert isinstance(
+            ClassConditionalConfig.load(name), ClassConditionalConfig
+        ) and ClassConditionalConfig.preset_title(name)

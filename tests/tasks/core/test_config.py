@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gspn.tasks.autoencode import AutoencodeConfig
-from gspn.tasks.class_conditional import GenerateConfig
+from gspn.tasks.class_conditional import ClassConditionalConfig
 from gspn.tasks.classify import TrainConfig
 from gspn.tasks.core.config import read_yaml, settings, to_mapping, write_yaml
 from gspn.tasks.core.errors import UsageError
@@ -91,7 +91,7 @@ FREE = {
     ("kind", "further"),
     [
         (TrainConfig, {"data.eval_batch_size"}),
-        (GenerateConfig, {"data.latents"}),
+        (ClassConditionalConfig, {"data.latents"}),
         (AutoencodeConfig, set()),
         (TextToImageConfig, {"data.cache"}),
         (DistillConfig, {"data.cache"}),
@@ -124,12 +124,12 @@ def test_a_run_of_version_0_1_0_is_read_under_the_present_names(tmp_path):
     del saved["resolved"]
     with pytest.raises(UsageError, match="unknown configuration key"):
         DistillConfig.from_values(saved)  # a file of one's own has the present names
-    generate = {**to_mapping(GenerateConfig()), "resolved": {}}
+    generate = {**to_mapping(ClassConditionalConfig()), "resolved": {}}
     generate["samples"]["sampler"] = generate["samples"].pop("scheduler")
     generate["model"]["network"] = generate["model"].pop("name")
-    assert GenerateConfig().differences(generate, {}) == {}
+    assert ClassConditionalConfig().differences(generate, {}) == {}
     generate["samples"]["sampler"] = "ddim"
-    assert GenerateConfig().differences(generate, {}) == {"samples.scheduler": ("ddim", "auto")}
+    assert ClassConditionalConfig().differences(generate, {}) == {"samples.scheduler": ("ddim", "auto")}
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_a_run_of_version_0_1_0_is_read_under_the_present_names(tmp_path):
         (TrainConfig, "optim.lr=.nan", "optim.lr is nan; it has to be at least 0."),
         (TrainConfig, "optim.label_smoothing=2", "optim.label_smoothing is 2; it has to be between 0 and 1."),
         (TrainConfig, "run.trackers=[paper]", "run.trackers is 'paper', not one of tensorboard"),
-        (GenerateConfig, "data.hflip=1.5", "data.hflip is 1.5; it has to be between 0 and 1."),
-        (GenerateConfig, "diffusion.timesteps=1", "diffusion.timesteps is 1; it has to be at least 2."),
+        (ClassConditionalConfig, "data.hflip=1.5", "data.hflip is 1.5; it has to be between 0 and 1."),
+        (ClassConditionalConfig, "diffusion.timesteps=1", "diffusion.timesteps is 1; it has to be at least 2."),
         (AutoencodeConfig, "optim.label_smoothing=0.1", "this task has no labels to smooth"),
     ],
 )

@@ -14,7 +14,7 @@ class CaptionedImages(LabelledImages):
     """A map-style data set of images and their captions.
 
     ``dataset[i]`` is ``(image, i)``: an RGB PIL image, or the result of ``transform``, and its own index, by which
-    ``captions`` are looked up. So ``SkipBroken``, ``Seeded`` and ``collate`` apply as to any data set. Where another
+    ``captions`` are looked up. So ``SkipCorrupt``, ``DeterministicAugmentation`` and ``collate`` apply as to any data set. Where another
     image replaces a corrupt one, the index is that of the replacement. There are no classes.
 
     Attributes:

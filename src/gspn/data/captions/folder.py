@@ -79,7 +79,7 @@ class CaptionedFolder(CaptionedImages):
         """Image ``index``, RGB, before the transform.
 
         Raises:
-            BrokenImageError: it cannot be decoded.
+            CorruptImageError: it cannot be decoded.
         """
         path = self._paths[self._position(index)]
         return load_image(self.root / path, max_pixels=self.max_pixels, name=path)

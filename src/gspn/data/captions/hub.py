@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from ..base import Transform
-from ..images import MAX_PIXELS, BrokenImageError, load_image
+from ..images import MAX_PIXELS, CorruptImageError, load_image
 from ..splits import find_split
 from .base import IMAGE_COLUMN, TEXT_COLUMN, CaptionedImages
 from .parsing import CaptionTexts, clean, some
@@ -97,7 +97,7 @@ class CaptionedRows(CaptionedImages):
         """Image ``index``, RGB, before the transform.
 
         Raises:
-            BrokenImageError: it cannot be decoded, or the row holds no image or a path outside the data set.
+            CorruptImageError: it cannot be decoded, or the row holds no image or a path outside the data set.
         """
         index = self._position(index)
         name = self.filename(index)
@@ -106,10 +106,10 @@ class CaptionedRows(CaptionedImages):
         if value.get("bytes"):
             return load_image(io.BytesIO(value["bytes"]), max_pixels=self.max_pixels, name=name)
         if not value.get("path"):
-            raise BrokenImageError(name, "the row holds no image")
+            raise CorruptImageError(name, "the row holds no image")
         path = Path(value["path"]).resolve()
         if not (path.is_file() and any(path.is_relative_to(folder) for folder in self._folders)):
-            raise BrokenImageError(name, f"the row holds no bytes, and {str(path)!r} is not a file of this data set")
+            raise CorruptImageError(name, f"the row holds no bytes, and {str(path)!r} is not a file of this data set")
         return load_image(path, max_pixels=self.max_pixels, name=name)
 
     def captions(self, index: int) -> tuple[str, ...]:

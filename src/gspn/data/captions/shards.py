@@ -15,7 +15,7 @@ from typing import IO
 from PIL import Image
 
 from ..base import Transform
-from ..images import MAX_PIXELS, BrokenImageError, load_image
+from ..images import MAX_PIXELS, CorruptImageError, load_image
 from ..splits import SPLIT_NAMES, find_split, split_folder, split_names
 from .base import TEXT_COLUMN, CaptionedImages
 from .parsing import (
@@ -101,17 +101,19 @@ class CaptionedShards(CaptionedImages):
         """Image ``index``, RGB, before the transform.
 
         Raises:
-            BrokenImageError: it cannot be decoded, or its shard has become shorter.
+            CorruptImageError: it cannot be decoded, or its shard has become shorter.
         """
         index = self._position(index)
         size, name = self._size[index], self.filename(index)
         if size > _MAX_FILE:
-            raise BrokenImageError(name, f"has {size:,} bytes, more than the {_MAX_FILE:,} that an image may have")
+            raise CorruptImageError(name, f"has {size:,} bytes, more than the {_MAX_FILE:,} that an image may have")
         # Opened each time: workers share no position in a file, and the limit of open files is never reached.
         with self.shards[self._shard[index]].open("rb") as file:
             data = _read(file, self._offset[index], size)
         if len(data) < size:
-            raise BrokenImageError(name, "the shard ends within it, which it did not when it was opened; open it again")
+            raise CorruptImageError(
+                name, "the shard ends within it, which it did not when it was opened; open it again"
+            )
         return load_image(io.BytesIO(data), max_pixels=self.max_pixels, name=name)
 
     def captions(self, index: int) -> tuple[str, ...]:

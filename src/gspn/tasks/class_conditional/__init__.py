@@ -3,9 +3,9 @@
 Example:
     Train on handwritten digits and draw some::
 
-        from gspn.tasks.class_conditional import GenerateConfig, sample, train
+        from gspn.tasks.class_conditional import ClassConditionalConfig, sample, train
 
-        train(GenerateConfig.load("mnist5k").changed("schedule.epochs=5", "run.output=runs/digits"))
+        train(ClassConditionalConfig.load("mnist5k").changed("schedule.epochs=5", "run.output=runs/digits"))
         sample("runs/digits", output="runs/digits/threes", classes=[3], number=16)
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from gspn._lazy import lazy_exports
 
 from ..diffusion.config import DiffusionConfig
-from .config import DataConfig, GenerateConfig, ModelConfig, SamplesConfig
+from .config import ClassConditionalConfig, DataConfig, ModelConfig, SamplesConfig
 
 if TYPE_CHECKING:
     from ..diffusion.latent_cache import CachedLatents, cache_latents
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CachedLatents",
+    "ClassConditionalConfig",
     "DataConfig",
     "DiffusionConfig",
     "Evaluation",
-    "GenerateConfig",
     "LatentSet",
     "ModelConfig",
     "Samples",

@@ -67,7 +67,7 @@ class SamplesConfig(sections.SamplesConfig):
 
 
 @dataclass(frozen=True)
-class GenerateConfig(Configuration):
+class ClassConditionalConfig(Configuration):
     """The configuration of a class-conditional denoiser's training run.
 
     Args: the sections below, each a dataclass with a default for every key.
@@ -76,10 +76,10 @@ class GenerateConfig(Configuration):
         UsageError: a value out of range, or two that exclude each other.
 
     Example:
-        >>> config = GenerateConfig(data=DataConfig(name="digits", channels=1))
+        >>> config = ClassConditionalConfig(data=DataConfig(name="digits", channels=1))
         >>> config.changed("diffusion.objective=flow", "diffusion.learned_sigma=false").diffusion.objective
         'flow'
-        >>> GenerateConfig.load("mnist5k").data.size
+        >>> ClassConditionalConfig.load("mnist5k").data.size
         28
     """
 

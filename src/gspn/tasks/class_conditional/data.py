@@ -14,7 +14,7 @@ from ..core.errors import UsageError
 from ..core.loaders import EvalLoader, TrainLoader, class_names, open_data, seeded_loader, share_loader
 from ..diffusion.latents import LatentSet, open_latents, sample_posterior
 from ..diffusion.transforms import image_transform
-from .config import DataConfig, GenerateConfig
+from .config import ClassConditionalConfig, DataConfig
 
 
 @dataclass
@@ -44,7 +44,7 @@ class GenerateData:
     latents: str | None = None
 
 
-def open_data_of(config: GenerateConfig, **process_info: Any) -> GenerateData:
+def open_data_of(config: ClassConditionalConfig, **process_info: Any) -> GenerateData:
     """Open the data of a configuration.
 
     Args:
@@ -72,7 +72,9 @@ def open_data_of(config: GenerateConfig, **process_info: Any) -> GenerateData:
     )
 
 
-def _open_latents_of(config: GenerateConfig, directory: Path) -> tuple[LatentSet, LatentSet | None, dict[str, Any]]:
+def _open_latents_of(
+    config: ClassConditionalConfig, directory: Path
+) -> tuple[LatentSet, LatentSet | None, dict[str, Any]]:
     """The latents to train on, those that are held out, and the facts of a :class:`GenerateData`."""
     data = config.data
     train = open_latents(directory)

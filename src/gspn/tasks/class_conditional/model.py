@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..core.errors import UsageError, nearest, require
-from .config import GenerateConfig
+from .config import ClassConditionalConfig
 
 _DIT = {
     "T": {"num_layers": 4, "num_attention_heads": 3, "attention_head_dim": 32},
@@ -22,7 +22,7 @@ _DIT = {
 """DiT's published sizes (arXiv 2212.09748, table 1), and one for small images."""
 
 
-def build_denoiser(config: GenerateConfig, *, num_classes: int, channels: int, sample_size: int) -> nn.Module:
+def build_denoiser(config: ClassConditionalConfig, *, num_classes: int, channels: int, sample_size: int) -> nn.Module:
     """The denoiser of a configuration, on the CPU.
 
     Args:
@@ -68,7 +68,7 @@ def build_denoiser(config: GenerateConfig, *, num_classes: int, channels: int, s
     return denoiser
 
 
-def _build_dit(config: GenerateConfig, num_classes: int, shared: dict[str, Any]) -> Any:
+def _build_dit(config: ClassConditionalConfig, num_classes: int, shared: dict[str, Any]) -> Any:
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
     name, _, patch = config.model.size.partition("/")

@@ -19,7 +19,7 @@ from ..core.seeding import random_state_kept
 from ..core.task import Context, Models, Setup, Task, TrainingResult, Weights
 from ..diffusion.losses import DenoisingLoss
 from ..diffusion.schedulers import named_scheduler, training_scheduler
-from .config import GenerateConfig
+from .config import ClassConditionalConfig
 from .data import open_data_of
 from .model import build_denoiser
 from .sampling import draw_classes, sample_batch, sample_records
@@ -36,7 +36,7 @@ class GeneratorRow(EpochRow):
 
 
 def train(
-    config: GenerateConfig, *, resume: bool = False, console: Console | None = None
+    config: ClassConditionalConfig, *, resume: bool = False, console: Console | None = None
 ) -> TrainingResult[GeneratorRow]:
     """Train a class-conditional denoiser of images, or of cached latents.
 
@@ -57,20 +57,20 @@ def train(
         MissingExtraError: diffusers, accelerate or another package is not installed.
 
     Example:
-        >>> from gspn.tasks.class_conditional import GenerateConfig, train
-        >>> config = GenerateConfig.load("mnist5k").changed("schedule.epochs=1", "run.output=/tmp/digits")
+        >>> from gspn.tasks.class_conditional import ClassConditionalConfig, train
+        >>> config = ClassConditionalConfig.load("mnist5k").changed("schedule.epochs=1", "run.output=/tmp/digits")
         >>> train(config)  # doctest: +SKIP
     """
     require("diffusers", extra="diffusers")
     return fit(ClassConditionalDenoising(config), resume=resume, console=console)
 
 
-class ClassConditionalDenoising(Task[GenerateConfig, GeneratorRow]):
+class ClassConditionalDenoising(Task[ClassConditionalConfig, GeneratorRow]):
     """Training of a class-conditional denoiser."""
 
     row_type = GeneratorRow
 
-    def __init__(self, config: GenerateConfig) -> None:
+    def __init__(self, config: ClassConditionalConfig) -> None:
         self.config = config
 
     def setup(self, context: Context) -> Setup:

@@ -112,7 +112,7 @@ def _open(image: Any, position: int) -> tuple[str, Any]:
         return str(position), image.convert("RGB")
     try:
         return str(image), data.load_image(image)
-    except data.BrokenImageError as error:
+    except data.CorruptImageError as error:
         return str(image), error.reason
     except OSError as error:
         return str(image), error.strerror or str(error)

@@ -105,7 +105,7 @@ class TrainLoader:
     order: UpdateBatches
     seeded: Any
     broken: Any
-    """The images that could not be read, a :class:`gspn.data.BrokenImages`."""
+    """The images that could not be read, a :class:`gspn.data.CorruptImages`."""
 
     def batches(self, epoch: int, update: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The batches of this process, from an update of an epoch on."""
@@ -162,7 +162,7 @@ def seeded_loader(
         pin: Pin the memory of batches.
     """
     data = require("gspn.data")
-    seeded = data.Seeded(data.SkipBroken(dataset, training=True), derived_seed(seed, "augment"))
+    seeded = data.DeterministicAugmentation(data.SkipCorrupt(dataset, training=True), derived_seed(seed, "augment"))
     order = UpdateBatches(
         len(dataset),
         batch_size=batch_size,
@@ -171,7 +171,7 @@ def seeded_loader(
         process=process,
         seed=seed,
     )
-    return TrainLoader(make_loader(seeded, order, workers, pin), order, seeded, data.BrokenImages(seeded))
+    return TrainLoader(make_loader(seeded, order, workers, pin), order, seeded, data.CorruptImages(seeded))
 
 
 def share_loader(
@@ -180,8 +180,8 @@ def share_loader(
     """The batches of a process's share of the data, in order, each image once."""
     data = require("gspn.data")
     share = ShareBatches(len(dataset), batch_size=batch_size, processes=processes, process=process)
-    whole = data.SkipBroken(dataset, training=False)
-    return EvalLoader(make_loader(whole, share, workers, pin), share, data.BrokenImages(whole))
+    whole = data.SkipCorrupt(dataset, training=False)
+    return EvalLoader(make_loader(whole, share, workers, pin), share, data.CorruptImages(whole))
 
 
 def open_data(name: str, split: str, root: Any = None, *, captions: bool = False, **options: Any) -> Any:

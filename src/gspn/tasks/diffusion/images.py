@@ -167,7 +167,7 @@ def read_images(
     for own, item in items:
         try:
             image, label = read(item)
-        except (data.BrokenImageError, OSError) as error:
+        except (data.CorruptImageError, OSError) as error:
             broken.append(f"{own}: {error}")
             continue
         image = image.convert("RGB")

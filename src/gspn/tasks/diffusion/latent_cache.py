@@ -192,7 +192,7 @@ class _Encoder:
         shards = [self.index.rows_of(number) for number in numbers]
         batches = [[rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)] for rows in shards]
         order: Any = list(itertools.chain(*batches))
-        safe = require("gspn.data").SkipBroken(self.images, training=False)
+        safe = require("gspn.data").SkipCorrupt(self.images, training=False)
         loaded = iter(make_loader(safe, order, self.workers, accelerator.device.type == "cuda"))
         for number, parts in zip(numbers, batches, strict=True):
             encoded: list[dict[str, Tensor]] = []
@@ -212,8 +212,8 @@ class _Encoder:
         try:
             return next(loaded)
         except RuntimeError as error:
-            # SkipBroken's error for a folder that is gone; from a worker it comes with its traceback.
-            if "images in a row are broken" not in str(error):
+            # SkipCorrupt's error for a folder that is gone; from a worker it comes with its traceback.
+            if "images in a row are corrupt" not in str(error):
                 raise
             line = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
             raise UsageError(f"data {self.index.data.name!r}: {line}. Repair them and start again.") from None
