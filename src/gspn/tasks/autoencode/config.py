@@ -8,15 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from ..core.config import setting
 from ..core.errors import UsageError
-from ..core.sections import (
-    Configuration,
-    EmaConfig,
-    ImageData,
-    ModelExecution,
-    OptimConfig,
-    RunConfig,
-    ScheduleConfig,
-)
+from ..core.sections import Configuration, EmaConfig, ImageData, ModelExecution, OptimConfig, RunConfig, ScheduleConfig
 from ..diffusion.autoencoder import vae_scale_factor
 
 

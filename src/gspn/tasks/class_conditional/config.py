@@ -10,15 +10,7 @@ from typing import Any, ClassVar, Literal
 from ..core import sections
 from ..core.config import setting
 from ..core.errors import UsageError
-from ..core.sections import (
-    Configuration,
-    EmaConfig,
-    ImageData,
-    ModelExecution,
-    OptimConfig,
-    RunConfig,
-    ScheduleConfig,
-)
+from ..core.sections import Configuration, EmaConfig, ImageData, ModelExecution, OptimConfig, RunConfig, ScheduleConfig
 from ..diffusion.config import DiffusionConfig
 
 DenoiserName = Literal["gspn", "attention", "dit"]

@@ -8,12 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from ..core.config import setting
 from ..core.errors import UsageError
-from ..core.sections import (
-    Configuration,
-    ImageData,
-    ModelExecution,
-    RunConfig,
-)
+from ..core.sections import Configuration, ImageData, ModelExecution, RunConfig
 
 
 @dataclass(frozen=True)

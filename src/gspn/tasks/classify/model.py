@@ -130,11 +130,7 @@ def resolve_preprocessing(model: nn.Module, data: DataConfig | None = None) -> P
 
 
 def save_config(
-    directory: Path,
-    model: nn.Module,
-    config: ModelConfig,
-    preprocessing: Preprocessing,
-    label_names: Sequence[str],
+    directory: Path, model: nn.Module, config: ModelConfig, preprocessing: Preprocessing, label_names: Sequence[str]
 ) -> None:
     """Write ``config.json`` as timm's hub and ``local-dir:`` loaders read it."""
     cfg: dict[str, Any] = {k: v for k, v in pretrained_cfg(model).items() if k not in _SOURCE_KEYS}

@@ -138,15 +138,7 @@ class EvalLoader:
 
 
 def seeded_loader(
-    dataset: Any,
-    *,
-    batch_size: int,
-    accumulate: int,
-    seed: int,
-    workers: int,
-    processes: int,
-    process: int,
-    pin: bool,
+    dataset: Any, *, batch_size: int, accumulate: int, seed: int, workers: int, processes: int, process: int, pin: bool
 ) -> TrainLoader:
     """The training batches of a process.
 
@@ -164,12 +156,7 @@ def seeded_loader(
     data = require("gspn.data")
     seeded = data.DeterministicAugmentation(data.SkipCorrupt(dataset, training=True), derived_seed(seed, "augment"))
     order = UpdateBatches(
-        len(dataset),
-        batch_size=batch_size,
-        accumulate=accumulate,
-        processes=processes,
-        process=process,
-        seed=seed,
+        len(dataset), batch_size=batch_size, accumulate=accumulate, processes=processes, process=process, seed=seed
     )
     return TrainLoader(make_loader(seeded, order, workers, pin), order, seeded, data.CorruptImages(seeded))
 
