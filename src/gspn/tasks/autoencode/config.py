@@ -58,8 +58,6 @@ class LossConfig:
 class AutoencodeConfig(Configuration):
     """The configuration of an autoencoder's training run.
 
-    Args: the sections below, each a dataclass with a default for every key.
-
     Raises:
         UsageError: a value out of range, or two that exclude each other.
 

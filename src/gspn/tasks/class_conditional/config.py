@@ -62,8 +62,6 @@ class SamplesConfig(sections.SamplesConfig):
 class ClassConditionalConfig(Configuration):
     """The configuration of a class-conditional denoiser's training run.
 
-    Args: the sections below, each a dataclass with a default for every key.
-
     Raises:
         UsageError: a value out of range, or two that exclude each other.
 

@@ -45,16 +45,8 @@ def train(
     training), and in ``last/`` a pipeline that :class:`gspn.diffusers.ClassConditionalPipeline` and
     :func:`gspn.tasks.class_conditional.sample` load, with the average of the weights where one is kept.
 
-    Runs in one process or several, and resumes a killed run to the same weights: see :func:`gspn.tasks.core.loop.fit`.
-
-    Args:
-        config: The configuration.
-        resume: Continue from the newest complete checkpoint in the output directory, from the start if there is none.
-        console: The console to print on; standard output by default.
-
-    Raises:
-        UsageError: a request that cannot be met; also a loss that is not finite.
-        MissingExtraError: diffusers, accelerate or another package is not installed.
+    Runs in one process or several, and resumes a killed run to the same weights: see :func:`gspn.tasks.core.loop.fit`
+    for this, for ``resume`` and ``console``, and for the errors.
 
     Example:
         >>> from gspn.tasks.class_conditional import ClassConditionalConfig, train
@@ -69,9 +61,6 @@ class ClassConditionalDenoising(Task[ClassConditionalConfig, GeneratorRow]):
     """Training of a class-conditional denoiser."""
 
     row_type = GeneratorRow
-
-    def __init__(self, config: ClassConditionalConfig) -> None:
-        self.config = config
 
     def setup(self, context: Context) -> Setup:
         """Open the data and build the denoiser and the loss."""

@@ -97,8 +97,6 @@ class AugmentConfig:
 class TrainConfig(Configuration):
     """The configuration of a classifier's training run.
 
-    Args: the sections below, each a dataclass with a default for every key.
-
     Raises:
         UsageError: a value out of range, or two that exclude each other.
 

@@ -65,14 +65,10 @@ class CheckpointStore:
             self._remove_older()
         accelerator.wait_for_everyone()
 
-    def read_state(self, path: Path) -> dict[str, Any]:
-        """The ``state`` of a checkpoint."""
-        return json.loads((path / _STATE).read_text(encoding="utf-8"))["state"]
-
     def load(self, accelerator: Accelerator, path: Path) -> dict[str, Any]:
         """Load a checkpoint into the objects of the accelerator; returns its ``state``."""
         accelerator.load_state(os.fspath(path))
-        return self.read_state(path)
+        return json.loads((path / _STATE).read_text(encoding="utf-8"))["state"]
 
     def _named(self) -> list[Path]:
         return sorted(path for path in self.directory.glob(f"{_PREFIX}*") if path.is_dir())

@@ -27,14 +27,9 @@ _SHARDED_FROM = 100_000
 def make_accelerator(
     *, precision: str = "fp32", device: str = "auto", fsdp: bool = False, deterministic: bool = False, **further: Any
 ) -> Accelerator:
-    """An accelerator for one task.
+    """An accelerator for one task, with the settings of :class:`~.sections.RunConfig` and ``further`` ones of its own.
 
-    Args:
-        precision: `fp32`, or `bf16` or `fp16` by autocast.
-        device: `auto` uses a GPU if there is one; `cpu` never does.
-        fsdp: Shard over the processes (FSDP2) instead of copying (DDP).
-        deterministic: Use deterministic CUDA kernels where they exist.
-        **further: Further arguments of ``accelerate.Accelerator``.
+    `bf16` and `fp16` are by autocast; the device `auto` is a GPU if there is one.
 
     Raises:
         UsageError: the device cannot compute in that precision.

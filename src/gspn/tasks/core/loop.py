@@ -62,11 +62,7 @@ def fit(task: Task[Any, Row], *, resume: bool = False, console: Console | None =
 
 
 def refuse_existing(output: Path, resume: bool) -> None:
-    """Refuse an output directory that holds a run which is not to be continued.
-
-    Raises:
-        UsageError: it holds one, or it is a file.
-    """
+    """Refuse an output directory that is a file, or holds a run which is not to be continued."""
     if output.exists() and not output.is_dir():
         raise UsageError(f"run.output {str(output)!r} is a file; name a directory.")
     if not resume and (CheckpointStore(output / _CHECKPOINTS).newest() is not None or (output / _TABLE).exists()):
