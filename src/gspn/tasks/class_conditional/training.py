@@ -67,7 +67,7 @@ class ClassConditionalDenoising(Task[ClassConditionalConfig, GeneratorRow]):
         from diffusers.models.embeddings import LabelEmbedding
 
         model_config = self.config.model
-        self.data = open_data_of(self.config, **context.process_info)
+        self.data = open_data_of(self.config, context)
         model = self._build_model()
         for module in model.modules():
             # Labels are dropped in `loss`: each of DiT's blocks has an embedding, and they would not agree.

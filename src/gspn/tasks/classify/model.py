@@ -6,7 +6,7 @@ import contextlib
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,15 +104,13 @@ def import_timm() -> Any:
 
 def resolve_preprocessing(model: nn.Module, data: DataConfig | None = None) -> Preprocessing:
     """The model's own preprocessing, overridden by the values that ``data`` sets."""
-    names = [one.name for one in fields(Preprocessing)]
     overrides: dict[str, Any] = {}
     if data is not None:
-        overrides = {name: getattr(data, name) for name in names[1:] if getattr(data, name) is not None}
-        overrides["input_size"] = (3, data.size, data.size)
-    resolved = require("timm.data").resolve_data_config(overrides, model=model)
-    # Lists, where they come from a JSON file.
-    values = {name: tuple(resolved[name]) if isinstance(resolved[name], list) else resolved[name] for name in names}
-    return Preprocessing(**values)
+        values = {key: getattr(data, key) for key in ("mean", "std", "interpolation", "crop_pct")}
+        overrides = {"input_size": (3, data.size, data.size), **values}
+    resolved = require("timm.data").resolve_data_config(overrides, model=model)  # None: the model's own
+    input_size, mean, std = (tuple(resolved[key]) for key in ("input_size", "mean", "std"))
+    return Preprocessing(input_size, mean, std, resolved["interpolation"], resolved["crop_pct"])
 
 
 def save_config(

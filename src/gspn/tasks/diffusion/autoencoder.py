@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,12 +59,6 @@ def load_autoencoder(source: str | Path) -> Any:
             raise UsageError(f"vae {str(source)!r} has no weights for {', '.join(sorted(report['missing_keys'])[:3])}.")
         return vae.float().eval().requires_grad_(False)
     raise UsageError(f"vae {str(source)!r} cannot be loaded: {' '.join(problem.split())[:300]}")
-
-
-def config_of(vae: Any) -> dict[str, Any]:
-    """The autoencoder's configuration, without its source and the version of diffusers."""
-    # Through JSON, as the index that it is compared with: a tuple becomes a list.
-    return json.loads(json.dumps({key: value for key, value in vae.config.items() if not key.startswith("_")}))
 
 
 def vae_scale_factor(block_out_channels: Sequence[int]) -> int:

@@ -92,13 +92,7 @@ class LatentSet(ShardReader[LatentIndex], Dataset):
 
     ``dataset[i]`` is ``(posterior, label)``: ``[2 C, h, w]`` float32, the mean and then the standard deviation, and an
     int. Where mirrored images were encoded, one replaces its image with probability ``hflip``, by Python's generator.
-
-    Attributes:
-        directory: Of the files.
-        index: Of the directory.
-        classes: Their names.
-        hflip: See above; 0 unless it is set.
-        digest: Of the index, which holds the digests of all files.
+    ``hflip`` is 0 unless it is set. ``digest`` is that of the index, which holds the digests of all files.
     """
 
     def __init__(self, directory: Path, index: LatentIndex, remedy: str = REMEDY) -> None:
