@@ -104,7 +104,7 @@ class ClassConditionalDenoising(Task[ClassConditionalConfig, GeneratorRow]):
         del epoch
         dropped = torch.rand(len(targets)) < self.config.model.class_dropout
         labels = torch.where(dropped.to(targets.device), len(self.data.classes), targets)
-        return self.denoising(_predictor(model), self.data.prepared(images), labels)
+        return self.denoising.each(_predictor(model), self.data.prepared(images), labels).mean()
 
     def evaluate(self, models: Models, context: Context) -> dict[str, float | None]:
         """The denoising loss of the held-out images."""

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 from ..._files import write_text
-from ..core.devices import make_accelerator, peak_memory_mib, to_device
+from ..core.devices import make_accelerator, peak_memory_mib, process_info, to_device
 from ..core.errors import UsageError, require
 from ..core.loaders import class_names, open_data, share_loader
 from ..core.progress import progress_bar
@@ -134,14 +135,7 @@ def evaluate(
     if channels_last:
         classifier = classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     dataset.transform = resolve_preprocessing(classifier).transform()
-    loader = share_loader(
-        dataset,
-        batch_size=batch_size,
-        workers=workers,
-        processes=accelerator.num_processes,
-        process=accelerator.process_index,
-        pin=where.type == "cuda",
-    )
+    loader = share_loader(dataset, batch_size=batch_size, workers=workers, **process_info(accelerator))
     confusions = MulticlassConfusionMatrix(count).to(where)
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
@@ -189,18 +183,10 @@ def _model_speed(model: nn.Module, loader: Any, accelerator: Any, channels_last:
     def forward() -> None:
         with accelerator.autocast():
             model(images)
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize(accelerator.device)
 
     forward()  # warm up
-    times = []
-    begin = time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - begin < 0.5:
-        before = time.perf_counter()
-        forward()
-        times.append(time.perf_counter() - before)
-    median = sorted(times)[len(times) // 2]
-    return accelerator.num_processes * batch / median
+    timer = Timer("forward()", globals={"forward": forward}, num_threads=torch.get_num_threads())
+    return accelerator.num_processes * batch / timer.blocked_autorange(min_run_time=0.5).median
 
 
 @torch.inference_mode()

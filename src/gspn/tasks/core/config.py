@@ -76,19 +76,15 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], parent: str = "") -> T
     return cls(**built)
 
 
-def to_mapping(config: Any) -> dict[str, Any]:
-    """The nested dataclass as plain mappings, lists, numbers and strings, which YAML and JSON can hold."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        if isinstance(value, Mapping):
-            return {str(key): plain(one) for key, one in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(one) for one in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return plain(config)
+def to_mapping(value: Any) -> Any:
+    """A nested dataclass as plain mappings, lists, numbers and strings, which YAML and JSON can hold."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: to_mapping(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_mapping(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_mapping(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def assigned(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:

@@ -79,6 +79,15 @@ def distributed_context() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+def process_info(accelerator: Accelerator) -> dict[str, Any]:
+    """The arguments of data loaders that depend on the process."""
+    return {
+        "processes": accelerator.num_processes,
+        "process": accelerator.process_index,
+        "pin": accelerator.device.type == "cuda",
+    }
+
+
 def to_device(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
     """A batch of images on a device, in the model's memory format."""
     layout = torch.channels_last if channels_last else torch.preserve_format

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .devices import to_device
+from .devices import process_info, to_device
 from .loaders import EvalLoader, TrainLoader, seeded_loader, share_loader
 from .metrics_table import EpochRow
 from .progress import Reporter
@@ -94,11 +94,7 @@ class Context:
     @property
     def process_info(self) -> dict[str, Any]:
         """The arguments of data loaders that depend on the process."""
-        return {
-            "processes": self.accelerator.num_processes,
-            "process": self.accelerator.process_index,
-            "pin": self.accelerator.device.type == "cuda",
-        }
+        return process_info(self.accelerator)
 
     def train_loader(self, dataset: Any) -> TrainLoader:
         """The training batches of this process, from a data set of (input, target)."""
