@@ -19,7 +19,7 @@ from .config import ClassConditionalConfig, DataConfig
 
 
 @dataclass
-class GenerateData:
+class RunData:
     """The data of a run: batches of (input, label)."""
 
     name: str
@@ -37,7 +37,7 @@ class GenerateData:
     """A digest of the latents; None for images."""
 
 
-def open_data_of(config: ClassConditionalConfig, context: Context) -> GenerateData:
+def open_data_of(config: ClassConditionalConfig, context: Context) -> RunData:
     """Open the data of a configuration."""
     data, held_out = config.data, None
     if data.latents is not None:
@@ -50,13 +50,13 @@ def open_data_of(config: ClassConditionalConfig, context: Context) -> GenerateDa
             held_out.transform = image_transform(data.size, data.channels)
         facts = {"name": data.name, "classes": class_names(train), "channels": data.channels, "sample_size": data.size}
     measured = None if held_out is None else context.eval_loader(held_out)
-    return GenerateData(train=context.train_loader(train), held_out=measured, **facts)
+    return RunData(train=context.train_loader(train), held_out=measured, **facts)
 
 
 def _open_latents_of(
     config: ClassConditionalConfig, directory: Path
 ) -> tuple[LatentSet, LatentSet | None, dict[str, Any]]:
-    """The latents to train on, those that are held out, and the facts of a :class:`GenerateData`."""
+    """The latents to train on, those that are held out, and the facts of a :class:`RunData`."""
     data = config.data
     train = open_latents(directory)
     if not train.classes:

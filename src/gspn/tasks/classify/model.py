@@ -158,7 +158,13 @@ def load_model(source: str | Path) -> nn.Module:
     text = str(source)
     directory = Path(source)
     if directory.is_dir():
-        directory = _weights_directory(directory)
+        folders = (directory, directory / "best", directory / "last")
+        own = [one for one in folders if (one / CONFIG).is_file() and (one / WEIGHTS).is_file()]
+        if not own:
+            raise UsageError(
+                f"{text!r} has no {CONFIG} and {WEIGHTS}; name a directory that `gspn classify train` wrote."
+            )
+        directory = own[0]
         name = f"local-dir:{directory}"
         architecture = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("architecture", "")
         check_model_name(architecture)
@@ -199,12 +205,3 @@ def label_names(model: nn.Module) -> list[str] | None:
 def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
     """Timm's record of a model's weights and input."""
     return dict(getattr(model, "pretrained_cfg", None) or {})
-
-
-def _weights_directory(directory: Path) -> Path:
-    for path in (directory, directory / "best", directory / "last"):
-        if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
-            return path
-    raise UsageError(
-        f"{str(directory)!r} has no {CONFIG} and {WEIGHTS}; name a directory that `gspn classify train` wrote."
-    )

@@ -103,11 +103,9 @@ class InceptionFeatures(FeatureModel):
 
 
 def feature_model(name: str) -> FeatureModel:
-    """A feature model by name.
+    """A feature model: ``"lite0"`` or ``"inception"``.
 
-    Args:
-        name: ``"lite0"``, ``"inception"``, or ``"auto"``: Inception where torch-fidelity and its weights are on the
-            disk, else Lite0.
+    ``"auto"`` is Inception where torch-fidelity and its weights are on the disk, else Lite0.
 
     Raises:
         UsageError: The name is unknown, or its weights cannot be loaded.

@@ -131,12 +131,8 @@ class LatentSet(ShardReader[LatentIndex], Dataset):
 def open_latents(directory: str | Path, *, verify: bool = False, remedy: str = REMEDY) -> LatentSet:
     """Open a directory that ``gspn class-conditional latents`` wrote.
 
-    The sizes and headers of all files are compared with the index, which takes milliseconds for each.
-
-    Args:
-        directory: Of the latents.
-        verify: Read all files and compare their checksums too.
-        remedy: What to do about missing or damaged files, as errors say it.
+    The sizes and headers of all files are compared with the index, which takes milliseconds for each. ``verify`` reads
+    all files and compares their checksums too. ``remedy`` is what errors about missing or damaged files end with.
 
     Raises:
         UsageError: There are none, they are not complete, or a file is missing or damaged.

@@ -25,14 +25,11 @@ class DenoisingLoss:
     :math:`x_\sigma = (1 - \sigma) x_0 + \sigma\,\epsilon`, and the loss is the squared error of
     :math:`\epsilon - x_0`.
 
-    Args:
-        config: The run's section.
-        scheduler: :func:`~gspn.tasks.diffusion.schedulers.training_scheduler` of it.
+    The scheduler is :func:`~gspn.tasks.diffusion.schedulers.training_scheduler` of the configuration.
     """
 
     def __init__(self, config: DiffusionConfig, scheduler: Any) -> None:
-        self.config = config
-        self.scheduler = scheduler
+        self.config, self.scheduler = config, scheduler
         if config.objective != "flow":
             alphas = scheduler.alphas_cumprod.double()
             before = torch.cat([alphas.new_ones(1), alphas[:-1]])

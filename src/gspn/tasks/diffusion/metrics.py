@@ -18,9 +18,7 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 
     .. math:: \|\mu_1 - \mu_2\|^2 + \mathrm{tr}(\Sigma_1 + \Sigma_2 - 2 (\Sigma_1 \Sigma_2)^{1/2})
 
-    Args:
-        real: ``[N, D]``.
-        fake: ``[M, D]``; both need two rows at least.
+    The features are ``[N, D]`` and ``[M, D]``, of two images at least.
 
     Example:
         >>> x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -38,12 +36,7 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """The kernel distance (KID): the unbiased squared MMD with a cubic kernel, mean and deviation over random subsets.
 
-    Args:
-        real: ``[N, D]``.
-        fake: ``[M, D]``.
-        subsets: Number of subsets.
-        subset_size: Images in a subset, at most as many as there are.
-        seed: Of the subsets.
+    The features are ``[N, D]`` and ``[M, D]``; a subset has ``subset_size`` images, or all if there are fewer.
     """
     size = min(subset_size, len(real), len(fake))
     with _seeded(seed):
@@ -58,10 +51,7 @@ def kernel_distance(
 def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> tuple[float, float]:
     """The inception score (IS), mean and deviation over parts: how sure a classifier is, and of how many classes.
 
-    Args:
-        logits: ``[N, K]``.
-        splits: Number of parts, at most as many as there are images.
-        seed: Of the order in which the images are split.
+    The logits are ``[N, K]``; in an order that depends on the seed, they are split into parts, N at most.
     """
     with _seeded(seed):
         metric = require("torchmetrics.image.inception").InceptionScore(
