@@ -60,7 +60,7 @@ def test_the_pipeline_holds_the_average(trained):
         ["data.channels=3", "model.grad_checkpointing=true", "optim.accumulate=2", "data.batch_size=16"],
     ],
 )
-def test_objectives_and_networks(tmp_path, settings):
+def test_objectives_and_models(tmp_path, settings):
     settings = [*settings, "schedule.epochs=1", "samples.columns=1"]
     if not any("model.options" in one for one in settings):
         settings.append("model.options={dim: 8, num_layers: 2}")

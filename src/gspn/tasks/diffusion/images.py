@@ -86,7 +86,7 @@ class ImageSet:
     """The class that each image was sampled for or has; -1 where it is unknown."""
     names: list[str]
     broken: list[str] = field(default_factory=list)
-    """What could not be read and does not count."""
+    """Those that could not be read, and do not count."""
 
     def __len__(self) -> int:
         return len(self.pixels)

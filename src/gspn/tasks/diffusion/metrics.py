@@ -25,7 +25,9 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
         >>> round(frechet_distance(x, x + torch.tensor([2.0, 0, 0])), 6)
         4.0
     """
-    metric = require("torchmetrics.image.fid").FrechetInceptionDistance(feature=_Identity(real.shape[1]))
+    inputs: Any = nn.Identity()  # which are features already
+    inputs.num_features = real.shape[1]
+    metric = require("torchmetrics.image.fid").FrechetInceptionDistance(feature=inputs)
     metric.set_dtype(torch.float64)
     _update(metric, real, fake)
     return max(float(metric.compute()), 0.0)  # rounding may leave the distance of a set to itself below zero
@@ -41,7 +43,7 @@ def kernel_distance(
     size = min(subset_size, len(real), len(fake))
     with _seeded(seed):
         metric = require("torchmetrics.image.kid").KernelInceptionDistance(
-            feature=_Identity(real.shape[1]), subsets=subsets, subset_size=size
+            feature=nn.Identity(), subsets=subsets, subset_size=size
         )
         _update(metric, real, fake)
         mean, deviation = metric.compute()
@@ -55,7 +57,7 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> tuple
     """
     with _seeded(seed):
         metric = require("torchmetrics.image.inception").InceptionScore(
-            feature=_Identity(logits.shape[1]), splits=min(splits, len(logits))
+            feature=nn.Identity(), splits=min(splits, len(logits))
         )
         metric.update(logits.double())
         mean, deviation = metric.compute()
@@ -98,17 +100,6 @@ def nearest(points: Tensor, among: Tensor, *, k: int, chunk: int = 2048) -> tupl
     """The ``k`` nearest of ``among [N, D]`` to each of ``points [M, D]``: distances and indices ``[M, k]``."""
     parts = [torch.cdist(part.double(), among.double()).topk(k, largest=False) for part in points.split(chunk)]
     return torch.cat([one.values for one in parts]), torch.cat([one.indices for one in parts])
-
-
-class _Identity(nn.Module):
-    """Stands in for the model of torchmetrics: its inputs are features already."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Any) -> Any:
-        return features
 
 
 def _update(metric: Any, real: Tensor, fake: Tensor) -> None:
