@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -13,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from ..._files import write_text
 from ..core.devices import make_accelerator, peak_memory_mib, process_info, to_device
@@ -183,10 +183,17 @@ def _model_speed(model: nn.Module, loader: Any, accelerator: Any, channels_last:
     def forward() -> None:
         with accelerator.autocast():
             model(images)
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize(accelerator.device)
 
     forward()  # warm up
-    timer = Timer("forward()", globals={"forward": forward}, num_threads=torch.get_num_threads())
-    return accelerator.num_processes * batch / timer.blocked_autorange(min_run_time=0.5).median
+    times = []
+    begin = time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - begin < 0.5:
+        before = time.perf_counter()
+        forward()
+        times.append(time.perf_counter() - before)
+    return accelerator.num_processes * batch / statistics.median(times)
 
 
 @torch.inference_mode()
