@@ -100,12 +100,12 @@ def test_consistency(sampled, tmp_path):
 def test_the_command(sampled, tmp_path):
     arguments = ["class-conditional", "evaluate", str(sampled), "-r", "digits:val", "--device", "cpu"]
     options = ["--classifier", "gspn_pico.mnist5k"]
-    files = {name: tmp_path / name for name in ("found.json", "near.png", "samples.npz")}
-    options += ["--json", files["found.json"], "--neighbours", files["near.png"], "--export", files["samples.npz"]]
+    files = {name: tmp_path / name for name in ("evaluation.json", "near.png", "samples.npz")}
+    options += ["--output", tmp_path, "--neighbours", files["near.png"], "--export", files["samples.npz"]]
     result = CliRunner().invoke(app, [*arguments, *map(str, options), "--cache", str(tmp_path / "cache")])
     assert result.exit_code == 0, result.output
     assert "FID" in result.output and "random projections" in result.output and "by gspn_pico.mnist5k" in result.output
-    assert set(json.loads(files["found.json"].read_text())["per_class"]) == {"0", "1", "2"}
+    assert set(json.loads(files["evaluation.json"].read_text())["per_class"]) == {"0", "1", "2"}
     assert all(path.is_file() for path in files.values())
     result = CliRunner().invoke(app, ["class-conditional", "evaluate", "nowhere", "-r", "digits:val"])
     assert result.exit_code == 2 and "nowhere" in result.output

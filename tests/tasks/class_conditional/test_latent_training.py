@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -16,11 +17,16 @@ from gspn.tasks.class_conditional import sample, train
 from gspn.tasks.class_conditional.data import open_data_of
 from gspn.tasks.class_conditional.model import load_pipeline
 from gspn.tasks.core.config import read_yaml
+from gspn.tasks.core.devices import make_accelerator
 from gspn.tasks.core.errors import UsageError
+from gspn.tasks.core.progress import Reporter
+from gspn.tasks.core.task import Context
 from tasks.class_conditional.latent_runs import autoencoder, cached, latent_run
 from tasks.runs import assert_same, newest_state, rows, stopped_before
 
-PROCESS_INFO = {"processes": 1, "process": 0, "pin": False}
+
+def opened(config):
+    return open_data_of(config, Context(config, make_accelerator(device="cpu"), Reporter(Console(), 1)))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +48,7 @@ def trained(tmp_path_factory, latents):
 
 def test_to_the_denoiser_and_back(latents, trained):
     settings = ["diffusion.scaling=1.7", f"data.eval_split={latents / 'val'}"]
-    data = open_data_of(latent_run(latents / "unused", latents / "train", *settings), **PROCESS_INFO)
+    data = opened(latent_run(latents / "unused", latents / "train", *settings))
     assert (data.channels, data.sample_size, data.classes[3]) == (4, 4, "3")
     pipeline = load_pipeline(trained.output)
     for posterior, _ in (next(data.train.batches(0)), next(iter(data.held_out))):
@@ -55,7 +61,7 @@ def test_to_the_denoiser_and_back(latents, trained):
         # The pipeline, with the autoencoder of the cache, undoes exactly that.
         expected = (data.vae.decode(drawn).sample / 2 + 0.5).clamp(0, 1)
         torch.testing.assert_close(pipeline._finished(learnt, "pt"), expected, rtol=1e-4, atol=1e-5)
-        assert not torch.equal(data.prepared(posterior), learnt)  # anew each time
+        assert not torch.equal(data.prepared(posterior), learnt)  # another sample each time
 
 
 def test_it_learns_and_its_pipeline_decodes(latents, trained, tmp_path):
@@ -98,7 +104,7 @@ def test_workers_load_the_same(latents, tmp_path):
     found = []
     for workers in (0, 2):
         config = latent_run(tmp_path, latents / "train", "data.hflip=0.5", f"data.workers={workers}")
-        found.append([posterior for posterior, _ in open_data_of(config, **PROCESS_INFO).train.batches(epoch=1)])
+        found.append([posterior for posterior, _ in opened(config).train.batches(epoch=1)])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
@@ -125,7 +131,7 @@ def test_what_cannot_be_met(latents, tmp_path, overrides, message):
 
 def test_keys_that_say_the_same_pass(latents, tmp_path):
     config = latent_run(tmp_path, latents / "train", "data.name=digits", "data.size=8", "data.train_split=train")
-    assert open_data_of(config, **PROCESS_INFO).name == "digits train"
+    assert opened(config).name == "digits train"
 
 
 def test_mirrored_images_have_to_be_there(latents, tmp_path):

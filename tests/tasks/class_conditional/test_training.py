@@ -60,7 +60,7 @@ def test_the_pipeline_holds_the_average(trained):
         ["data.channels=3", "model.grad_checkpointing=true", "optim.accumulate=2", "data.batch_size=16"],
     ],
 )
-def test_objectives_and_networks(tmp_path, settings):
+def test_objectives_and_models(tmp_path, settings):
     settings = [*settings, "schedule.epochs=1", "samples.columns=1"]
     if not any("model.options" in one for one in settings):
         settings.append("model.options={dim: 8, num_layers: 2}")
@@ -73,13 +73,13 @@ def test_labels_are_dropped_in_the_loop(tmp_path, monkeypatch):
     from gspn.tasks.class_conditional import training
 
     seen = []
-    plain = training.DenoisingLoss.__call__
+    plain = training.DenoisingLoss.each
 
     def watched(self, predict, start, labels):
         seen.append(labels)
         return plain(self, predict, start, labels)
 
-    monkeypatch.setattr(training.DenoisingLoss, "__call__", watched)
+    monkeypatch.setattr(training.DenoisingLoss, "each", watched)
     train(tiny(tmp_path / "run", "model.class_dropout=0.3", "schedule.epochs=1", "samples.every=0"))
     labels = torch.cat(seen)
     assert 0.25 < (labels == 10).float().mean() < 0.35

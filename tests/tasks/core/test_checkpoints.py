@@ -37,7 +37,7 @@ def test_keeps_two(store):
     for step in (1, 2, 10):
         checkpoints.save(accelerator, step, {"step": step})
     assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["step-000000002", "step-000000010"]
-    assert checkpoints.read_state(checkpoints.newest()) == {"step": 10}
+    assert checkpoints.load(accelerator, checkpoints.newest()) == {"step": 10}
 
 
 @pytest.mark.parametrize("damage", ["shorter", "missing", "no_state", "half_a_state"])

@@ -39,9 +39,9 @@ def test_a_perfect_prediction_has_no_loss(objective, sampling):
         return noise if objective == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * START
 
     torch.manual_seed(1)
-    assert loss(predict, START, LABELS).item() < 1e-6
+    assert loss.each(predict, START, LABELS).mean().item() < 1e-6
     # One that is off by one everywhere is off by one.
-    assert loss(lambda *a: predict(*a) + 1, START, LABELS).item() == pytest.approx(1, abs=1e-3)
+    assert loss.each(lambda *a: predict(*a) + 1, START, LABELS).mean().item() == pytest.approx(1, abs=1e-3)
     assert len(torch.cat(seen).unique()) > 6
 
 
@@ -97,9 +97,9 @@ def test_the_bound_teaches_the_variance_alone():
         return torch.cat([noise, torch.zeros_like(noisy) + weight[1]], dim=1)
 
     torch.manual_seed(0)
-    gradient = torch.autograd.grad(loss(predict, START, LABELS), weight)[0]
+    gradient = torch.autograd.grad(loss.each(predict, START, LABELS).mean(), weight)[0]
     torch.manual_seed(0)
     plain = loss_of(learned_sigma=False)
-    alone = torch.autograd.grad(plain(lambda *a: predict(*a).chunk(2, 1)[0], START, LABELS), weight)[0]
+    alone = torch.autograd.grad(plain.each(lambda *a: predict(*a).chunk(2, 1)[0], START, LABELS).mean(), weight)[0]
     assert gradient[0] == pytest.approx(alone[0].item(), rel=1e-5)
     assert gradient[1].abs() > 0 and alone[1] == 0

@@ -8,15 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from ..core.config import setting
 from ..core.errors import UsageError
-from ..core.sections import (
-    Configuration,
-    EmaConfig,
-    ImageData,
-    ModelExecution,
-    OptimConfig,
-    RunConfig,
-    ScheduleConfig,
-)
+from ..core.sections import Configuration, EmaConfig, ImageData, ModelExecution, OptimConfig, RunConfig, ScheduleConfig
 from ..diffusion.autoencoder import vae_scale_factor
 
 
@@ -65,8 +57,6 @@ class LossConfig:
 @dataclass(frozen=True)
 class AutoencodeConfig(Configuration):
     """The configuration of an autoencoder's training run.
-
-    Args: the sections below, each a dataclass with a default for every key.
 
     Raises:
         UsageError: a value out of range, or two that exclude each other.

@@ -54,16 +54,8 @@ def train(
     ``samples/`` (held-out images above their reconstructions) and in ``last/`` the autoencoder, whose
     ``scaling_factor`` gives its latents a standard deviation of one.
 
-    Runs in one process or several, and resumes a killed run to the same weights: see :func:`gspn.tasks.core.loop.fit`.
-
-    Args:
-        config: The configuration.
-        resume: Continue from the newest complete checkpoint in the output directory, from the start if there is none.
-        console: The console to print on; standard output by default.
-
-    Raises:
-        UsageError: a request that cannot be met; also a loss that is not finite.
-        MissingExtraError: diffusers, accelerate or another package is not installed.
+    Runs in one process or several, and resumes a killed run to the same weights: see :func:`gspn.tasks.core.loop.fit`
+    for this, for ``resume`` and ``console``, and for the errors.
 
     Example:
         >>> from gspn.tasks.autoencode import AutoencodeConfig, train
@@ -78,9 +70,6 @@ class Autoencoding(Task[AutoencodeConfig, AutoencoderRow]):
     """Training of an autoencoder."""
 
     row_type = AutoencoderRow
-
-    def __init__(self, config: AutoencodeConfig) -> None:
-        self.config = config
 
     def setup(self, context: Context) -> Setup:
         """Open the images and build the autoencoder."""

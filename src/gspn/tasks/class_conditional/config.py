@@ -10,15 +10,7 @@ from typing import Any, ClassVar, Literal
 from ..core import sections
 from ..core.config import setting
 from ..core.errors import UsageError
-from ..core.sections import (
-    Configuration,
-    EmaConfig,
-    ImageData,
-    ModelExecution,
-    OptimConfig,
-    RunConfig,
-    ScheduleConfig,
-)
+from ..core.sections import Configuration, EmaConfig, ImageData, ModelExecution, OptimConfig, RunConfig, ScheduleConfig
 from ..diffusion.config import DiffusionConfig
 
 DenoiserName = Literal["gspn", "attention", "dit"]
@@ -69,8 +61,6 @@ class SamplesConfig(sections.SamplesConfig):
 @dataclass(frozen=True)
 class ClassConditionalConfig(Configuration):
     """The configuration of a class-conditional denoiser's training run.
-
-    Args: the sections below, each a dataclass with a default for every key.
 
     Raises:
         UsageError: a value out of range, or two that exclude each other.

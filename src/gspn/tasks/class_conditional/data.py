@@ -11,27 +11,16 @@ from typing import Any
 from torch import Tensor
 
 from ..core.errors import UsageError
-from ..core.loaders import EvalLoader, TrainLoader, class_names, open_data, seeded_loader, share_loader
+from ..core.loaders import EvalLoader, TrainLoader, class_names, open_data
+from ..core.task import Context
 from ..diffusion.latents import LatentSet, open_latents, sample_posterior
 from ..diffusion.transforms import image_transform
 from .config import ClassConditionalConfig, DataConfig
 
 
 @dataclass
-class GenerateData:
-    """The data of a run.
-
-    Attributes:
-        name: Of the data set.
-        train: Batches of (input, label).
-        held_out: Batches of (input, label) whose loss is measured; None without.
-        classes: Names of the classes.
-        channels: Of the denoiser's input.
-        sample_size: Height and width of the denoiser's input.
-        prepared: From a batch's input to what the denoiser learns; samples latents by PyTorch's generators.
-        vae: The autoencoder of latents; None for images.
-        latents: A digest of the latents; None for images.
-    """
+class RunData:
+    """The data of a run: batches of (input, label)."""
 
     name: str
     train: TrainLoader
@@ -39,21 +28,17 @@ class GenerateData:
     classes: list[str]
     channels: int
     sample_size: int
+    """Height and width of the denoiser's input."""
     prepared: Callable[[Tensor], Tensor] = lambda images: images
+    """From a batch's input to what the denoiser learns; samples latents by PyTorch's generators."""
     vae: Any = None
+    """The autoencoder of latents; None for images."""
     latents: str | None = None
+    """A digest of the latents; None for images."""
 
 
-def open_data_of(config: ClassConditionalConfig, **process_info: Any) -> GenerateData:
-    """Open the data of a configuration.
-
-    Args:
-        config: Of the run.
-        **process_info: Processes that train, which of them this is, and whether to pin memory, as loaders take them.
-
-    Raises:
-        UsageError: The data cannot be opened.
-    """
+def open_data_of(config: ClassConditionalConfig, context: Context) -> RunData:
+    """Open the data of a configuration."""
     data, held_out = config.data, None
     if data.latents is not None:
         train, held_out, facts = _open_latents_of(config, data.latents)
@@ -64,18 +49,14 @@ def open_data_of(config: ClassConditionalConfig, **process_info: Any) -> Generat
             held_out = open_data(data.name, data.eval_split, data.root, **data.options)
             held_out.transform = image_transform(data.size, data.channels)
         facts = {"name": data.name, "classes": class_names(train), "channels": data.channels, "sample_size": data.size}
-    loading = {"batch_size": data.batch_size, "workers": data.workers, **process_info}
-    return GenerateData(
-        train=seeded_loader(train, accumulate=config.optim.accumulate, seed=config.run.seed, **loading),
-        held_out=None if held_out is None else share_loader(held_out, **loading),
-        **facts,
-    )
+    measured = None if held_out is None else context.eval_loader(held_out)
+    return RunData(train=context.train_loader(train), held_out=measured, **facts)
 
 
 def _open_latents_of(
     config: ClassConditionalConfig, directory: Path
 ) -> tuple[LatentSet, LatentSet | None, dict[str, Any]]:
-    """The latents to train on, those that are held out, and the facts of a :class:`GenerateData`."""
+    """The latents to train on, those that are held out, and the facts of a :class:`RunData`."""
     data = config.data
     train = open_latents(directory)
     if not train.classes:

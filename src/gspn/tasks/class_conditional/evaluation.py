@@ -19,34 +19,26 @@ from ..diffusion.metrics import nearest
 
 @dataclass(frozen=True)
 class Classifier:
-    """A classifier that tells whether samples show their class.
-
-    Attributes:
-        name: As the caller named it.
-        classify: From images to the index of each one's class.
-        class_names: By index; None where they are unknown.
-    """
+    """A classifier that tells whether samples show their class."""
 
     name: str
     classify: Callable[[Sequence[Image.Image]], Sequence[int]]
+    """From images to the index of each one's class."""
     class_names: Sequence[str] | None = None
+    """By index; None where they are unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(ImageMetrics):
-    """The result of :func:`evaluate`.
-
-    Attributes:
-        consistency: Share of samples that the classifier assigns to the class they were sampled for; None without one.
-        classifier: Its name.
-        per_class: The consistency of each class.
-        broken: Images that could not be read.
-    """
+    """The result of :func:`evaluate`."""
 
     consistency: float | None = None
+    """Share of samples that the classifier assigns to the class they were sampled for; None without one."""
     classifier: str | None = None
     per_class: dict[str, float] | None = None
+    """The consistency of each class."""
     broken: tuple[str, ...] = ()
+    """Images that could not be read."""
 
 
 def evaluate(
@@ -76,9 +68,6 @@ def evaluate(
         device: ``"auto"`` uses a GPU if there is one, ``"cpu"`` does not.
         cache: Directory that keeps the reference's features for the next time; None for none.
         console: Where to print; standard output by default.
-
-    Returns:
-        The metrics.
 
     Raises:
         UsageError: A set cannot be opened or is too small, or the feature model is unknown.
@@ -112,14 +101,8 @@ def draw_neighbours(
 ) -> Image.Image:
     """Draw samples, each beside its nearest images of the reference: by features, and by pixels.
 
-    Args:
-        samples: Half of the rows are the samples nearest to the reference, where memorising would show first; the
-            others are spread over the rest.
-        reference: Of the same size.
-        fake: Features of the samples ``[M, D]``.
-        real: Features of the reference ``[N, D]``.
-        rows: Samples.
-        columns: Neighbours of each kind.
+    Half of the rows are the samples nearest to the reference, where memorising would show first; the others are spread
+    over the rest. ``fake`` and ``real`` are the features of the samples ``[M, D]`` and of the reference ``[N, D]``.
     """
     columns, rows = min(columns, len(reference)), min(rows, len(samples))
     distances, by_features = nearest(fake, real, k=columns)

@@ -23,13 +23,7 @@ _DIT = {
 
 
 def build_denoiser(config: ClassConditionalConfig, *, num_classes: int, channels: int, sample_size: int) -> nn.Module:
-    """The denoiser of a configuration, on the CPU.
-
-    Args:
-        config: The run's.
-        num_classes: K; label K is "no class".
-        channels: Of an image or latent.
-        sample_size: Height and width of an image or latent.
+    """The denoiser of a configuration, on the CPU. Label ``num_classes`` is "no class".
 
     Raises:
         UsageError: There is no model of that size, or it does not take these arguments.

@@ -34,21 +34,17 @@ class SampleRecord(ImageRecord):
 
 @dataclass(frozen=True)
 class Samples:
-    """The result of :func:`sample`.
-
-    Attributes:
-        directory: Of the images.
-        records: Of all of them, in order.
-        grid: The image of all images, or None.
-        seconds: Time that this process sampled.
-        is_main: Whether this is the process that prints.
-    """
+    """The result of :func:`sample`."""
 
     directory: Path
     records: tuple[SampleRecord, ...]
+    """Of all images, in order."""
     grid: Path | None
+    """The image of all images, or None."""
     seconds: float
+    """Time that this process sampled."""
     is_main: bool = True
+    """Whether this is the process that prints."""
 
 
 def sample(
@@ -91,9 +87,6 @@ def sample(
         device: ``"auto"`` uses a GPU if there is one, ``"cpu"`` does not.
         grid: Whether to draw the grid.
         console: Where to print; standard output by default.
-
-    Returns:
-        Where the images are, and their records.
 
     Raises:
         UsageError: The pipeline cannot be loaded, or an argument does not fit it.
@@ -151,15 +144,9 @@ def sample_records(
     width: int | None = None,
     **common: Any,
 ) -> tuple[SampleRecord, ...]:
-    """The records of ``total`` images to sample, with classes taken in turn.
+    """The records of ``total`` images to sample, with classes taken in turn; ``common`` fields are those of all.
 
-    Args:
-        pipeline: With its scheduler.
-        labels: Of the classes.
-        total: Number of images.
-        height: By default that of the training.
-        width: By default that of the training.
-        **common: Fields of all records: seed, steps, guidance and model.
+    Height and width are those of the training by default.
     """
     names, side = {number: name for name, number in pipeline.labels.items()}, pipeline.default_size
     common |= {"height": side if height is None else height, "width": side if width is None else width}
@@ -190,13 +177,7 @@ def sample_batch(pipeline: Any, records: Sequence[SampleRecord]) -> list[Image.I
 
 
 def draw_classes(images: Sequence[Image.Image], records: Sequence[SampleRecord], classes: int) -> Image.Image:
-    """One image of all: a row for each class with its name, or a square of the images of a single class.
-
-    Args:
-        images: In the order of the records.
-        records: Of the images; each class comes again after ``classes`` images.
-        classes: How many classes take turns.
-    """
+    """One image of all: a row for each of ``classes`` that take turns, or a square of the images of a single class."""
     if classes > 1:
         rows = [images[row::classes] for row in range(min(classes, len(images)))]
         return draw_grid(rows, names=[record.class_name for record in records[: len(rows)]])

@@ -45,16 +45,8 @@ def train(
     training), and in ``last/`` a pipeline that :class:`gspn.diffusers.ClassConditionalPipeline` and
     :func:`gspn.tasks.class_conditional.sample` load, with the average of the weights where one is kept.
 
-    Runs in one process or several, and resumes a killed run to the same weights: see :func:`gspn.tasks.core.loop.fit`.
-
-    Args:
-        config: The configuration.
-        resume: Continue from the newest complete checkpoint in the output directory, from the start if there is none.
-        console: The console to print on; standard output by default.
-
-    Raises:
-        UsageError: a request that cannot be met; also a loss that is not finite.
-        MissingExtraError: diffusers, accelerate or another package is not installed.
+    Runs in one process or several, and resumes a killed run to the same weights: see :func:`gspn.tasks.core.loop.fit`
+    for this, for ``resume`` and ``console``, and for the errors.
 
     Example:
         >>> from gspn.tasks.class_conditional import ClassConditionalConfig, train
@@ -70,15 +62,12 @@ class ClassConditionalDenoising(Task[ClassConditionalConfig, GeneratorRow]):
 
     row_type = GeneratorRow
 
-    def __init__(self, config: ClassConditionalConfig) -> None:
-        self.config = config
-
     def setup(self, context: Context) -> Setup:
         """Open the data and build the denoiser and the loss."""
         from diffusers.models.embeddings import LabelEmbedding
 
         model_config = self.config.model
-        self.data = open_data_of(self.config, **context.process_info)
+        self.data = open_data_of(self.config, context)
         model = self._build_model()
         for module in model.modules():
             # Labels are dropped in `loss`: each of DiT's blocks has an embedding, and they would not agree.
@@ -115,7 +104,7 @@ class ClassConditionalDenoising(Task[ClassConditionalConfig, GeneratorRow]):
         del epoch
         dropped = torch.rand(len(targets)) < self.config.model.class_dropout
         labels = torch.where(dropped.to(targets.device), len(self.data.classes), targets)
-        return self.denoising(_predictor(model), self.data.prepared(images), labels)
+        return self.denoising.each(_predictor(model), self.data.prepared(images), labels).mean()
 
     def evaluate(self, models: Models, context: Context) -> dict[str, float | None]:
         """The denoising loss of the held-out images."""

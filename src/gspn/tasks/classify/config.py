@@ -8,12 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from ..core.config import setting
 from ..core.errors import UsageError
-from ..core.sections import (
-    Configuration,
-    ImageData,
-    ModelExecution,
-    RunConfig,
-)
+from ..core.sections import Configuration, ImageData, ModelExecution, RunConfig
 
 
 @dataclass(frozen=True)
@@ -101,8 +96,6 @@ class AugmentConfig:
 @dataclass(frozen=True)
 class TrainConfig(Configuration):
     """The configuration of a classifier's training run.
-
-    Args: the sections below, each a dataclass with a default for every key.
 
     Raises:
         UsageError: a value out of range, or two that exclude each other.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..._files import replaced
 from ..core.errors import UsageError, require
@@ -20,12 +20,7 @@ _MOST_NAMES = 110
 
 
 def check_image_path(path: Path) -> None:
-    """Refuse a file name that cannot be written, before anything is computed.
-
-    Raises:
-        UsageError: the name does not end in .png, .pdf or .svg.
-        MissingExtraError: matplotlib is not installed.
-    """
+    """Refuse a file name that cannot be written, before anything is computed."""
     require("matplotlib", extra="plot")
     if path.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise UsageError(f"{str(path)!r} does not end in .png, .pdf or .svg.")
@@ -62,7 +57,11 @@ def plot_confusion(evaluation: Evaluation) -> Figure:
     colours = np.where(np.eye(classes, dtype=bool)[..., None], right(shade), wrong(shade))
     axes.imshow(colours, interpolation="nearest", aspect="equal")
     if numbered:
-        _write_numbers(axes, counts, shade)
+        for (i, j), count in np.ndenumerate(counts):
+            if count:
+                colour = "white" if shade[i, j] > 0.72 else _INK
+                small = 9.0 if classes <= 12 else 6.5
+                axes.text(j, i, f"{count:.0f}", ha="center", va="center", fontsize=small, color=colour)
         axes.set_xticks(np.arange(classes + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(classes + 1) - 0.5, minor=True)
         axes.grid(which="minor", color=_GRID, linewidth=0.8)
@@ -112,12 +111,3 @@ def save_confusion(evaluation: Evaluation, path: Path, dpi: int = 160) -> None:
 def _short_name(model: str) -> str:
     path = Path(model)
     return path.parent.name if path.name in ("best", "last") and path.parent.name else path.name
-
-
-def _write_numbers(axes: Any, counts: Any, shade: Any) -> None:
-    size = 9.0 if len(counts) <= 12 else 6.5
-    for i, row in enumerate(counts):
-        for j, count in enumerate(row):
-            if count:
-                colour = "white" if shade[i, j] > 0.72 else _INK
-                axes.text(j, i, f"{count:.0f}", ha="center", va="center", fontsize=size, color=colour)

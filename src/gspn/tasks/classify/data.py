@@ -38,21 +38,14 @@ def train_transform(augment: AugmentConfig, preprocessing: Preprocessing) -> Any
     from torchvision import transforms
 
     size = preprocessing.input_size[-2:]
+    keys = ("scale", "ratio", "hflip", "vflip", "auto_augment", "interpolation", "re_prob", "re_mode", "re_count")
     composed = timm_data.create_transform(
         preprocessing.input_size,
         is_training=True,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        hflip=augment.hflip,
-        vflip=augment.vflip,
         color_jitter=augment.color_jitter or None,
-        auto_augment=augment.auto_augment,
-        interpolation=augment.interpolation,
         mean=preprocessing.mean,
         std=preprocessing.std,
-        re_prob=augment.re_prob,
-        re_mode=augment.re_mode,
-        re_count=augment.re_count,
+        **{key: getattr(augment, key) for key in keys},
     )
     steps = list(composed.transforms)
     if augment.crop == "none":
@@ -60,16 +53,8 @@ def train_transform(augment: AugmentConfig, preprocessing: Preprocessing) -> Any
         whole = preprocessing.interpolation if augment.interpolation == "random" else augment.interpolation
         steps[0] = transforms.Resize(size, transforms.InterpolationMode(whole))
     if augment.affine is not None:
-        affine = augment.affine
-        steps.insert(
-            1,
-            transforms.RandomAffine(
-                affine.degrees,
-                affine.translate,
-                affine.scale,
-                affine.shear or None,
-                interpolation=transforms.InterpolationMode.BILINEAR,
-                fill=affine.fill,
-            ),
-        )
+        affine, bilinear = augment.affine, transforms.InterpolationMode.BILINEAR
+        shear = affine.shear or None
+        moved = transforms.RandomAffine(affine.degrees, affine.translate, affine.scale, shear, bilinear, affine.fill)
+        steps.insert(1, moved)
     return transforms.Compose(steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..._files import write_text
-from ..core.devices import make_accelerator, peak_memory_mib, to_device
+from ..core.devices import make_accelerator, peak_memory_mib, process_info, to_device
 from ..core.errors import UsageError, require
 from ..core.loaders import class_names, open_data, share_loader
 from ..core.progress import progress_bar
@@ -29,29 +30,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of :func:`evaluate`; accuracies are in percent.
-
-    Attributes:
-        model: Name of the model.
-        data: Name of the data.
-        split: Split of the data.
-        images: Number of images evaluated.
-        top1: Share of images whose class has the highest score.
-        top5: Share of images whose class is among the five highest.
-        loss: Mean cross-entropy.
-        classes: Class names, in the order of ``per_class`` and ``confusion``.
-        per_class: Top-1 accuracy on the images of each class; None for a class without images.
-        confusion: ``confusion[i][j]`` images of class i were classified as class j.
-        images_per_second: Throughput of loading and the model together.
-        model_images_per_second: Throughput of the model alone, on a batch that is already on the device.
-        peak_memory_mib: Peak memory, allocated on the CUDA device, else occupied by the process.
-        parameters: Number of trainable parameters.
-        device: Name of the device.
-        precision: Precision of the model's arithmetic.
-        batch_size: Images per forward pass.
-        broken: Names of images in this process's share that could not be read; they do not count.
-        is_main: Whether this is the process that writes and prints.
-    """
+    """The result of :func:`evaluate`; accuracies are in percent."""
 
     model: str
     data: str
@@ -60,18 +39,28 @@ class Evaluation:
     top1: float
     top5: float
     loss: float
+    """Mean cross-entropy."""
     classes: tuple[str, ...]
+    """Names, in the order of ``per_class`` and ``confusion``."""
     per_class: tuple[float | None, ...]
+    """Top-1 accuracy on the images of each class; None for a class without images."""
     confusion: tuple[tuple[int, ...], ...]
+    """``confusion[i][j]`` images of class i were classified as class j."""
     images_per_second: float
+    """Throughput of loading and the model together."""
     model_images_per_second: float
+    """Throughput of the model alone, on a batch that is already on the device."""
     peak_memory_mib: float
+    """Allocated on the CUDA device, else occupied by the process."""
     parameters: int
+    """Those that are trainable."""
     device: str
     precision: Precision
     batch_size: int
     broken: tuple[str, ...] = ()
+    """Names of images in this process's share that could not be read; they do not count."""
     is_main: bool = True
+    """Whether this is the process that writes and prints."""
 
     def write_json(self, path: Path) -> None:
         """Write everything as JSON, replacing the file as a whole."""
@@ -115,9 +104,6 @@ def evaluate(
         channels_last: Use this memory format for images and weights.
         console: Shows a progress bar if it is a terminal; none by default.
 
-    Returns:
-        The result, with the class names of the data set.
-
     Raises:
         UsageError: the model or the data cannot be found, or they differ in the number of classes.
         MissingExtraError: a package of ``gspn[train]`` is not installed.
@@ -149,14 +135,7 @@ def evaluate(
     if channels_last:
         classifier = classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     dataset.transform = resolve_preprocessing(classifier).transform()
-    loader = share_loader(
-        dataset,
-        batch_size=batch_size,
-        workers=workers,
-        processes=accelerator.num_processes,
-        process=accelerator.process_index,
-        pin=where.type == "cuda",
-    )
+    loader = share_loader(dataset, batch_size=batch_size, workers=workers, **process_info(accelerator))
     confusions = MulticlassConfusionMatrix(count).to(where)
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
@@ -176,10 +155,7 @@ def evaluate(
         model=str(model) if not isinstance(model, nn.Module) else type(model).__name__,
         data=data,
         split=split,
-        images=accuracy.images,
-        top1=accuracy.top1,
-        top5=accuracy.top5,
-        loss=accuracy.loss,
+        **accuracy,
         classes=tuple(names),
         per_class=tuple(100 * int(confusion[i, i]) / int(totals[i]) if totals[i] else None for i in range(count)),
         confusion=tuple(tuple(row) for row in confusion.tolist()),
@@ -217,18 +193,7 @@ def _model_speed(model: nn.Module, loader: Any, accelerator: Any, channels_last:
         before = time.perf_counter()
         forward()
         times.append(time.perf_counter() - before)
-    median = sorted(times)[len(times) // 2]
-    return accelerator.num_processes * batch / median
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Loss and accuracy, in percent, over a number of images."""
-
-    loss: float
-    top1: float
-    top5: float
-    images: int
+    return accelerator.num_processes * batch / statistics.median(times)
 
 
 @torch.inference_mode()
@@ -239,15 +204,11 @@ def evaluate_batches(
     *,
     channels_last: bool = False,
     watch: Callable[[Tensor, Tensor], object] | None = None,
-) -> Accuracy:
-    """Loss and accuracy over the batches of all processes; images whose target is -1 do not count.
+) -> dict[str, Any]:
+    """``loss``, ``top1`` and ``top5`` (in percent) and number of ``images`` over the batches of all processes.
 
-    Args:
-        model: From images ``[B, 3, H, W]`` to logits ``[B, K]``; its training mode is restored.
-        batches: The batches of this process; every process has the same number.
-        accelerator: The device, the precision and the other processes.
-        channels_last: Memory format of the images.
-        watch: Called with the logits and targets that count, on the device.
+    Images whose target is -1 do not count. Every process needs the same number of batches. ``watch`` is called with
+    the logits ``[B, K]`` and the targets ``[B]`` that count, on the device.
     """
     was_training = model.training
     model.eval()
@@ -270,4 +231,4 @@ def evaluate_batches(
     model.train(was_training)
     loss, top1, top5, images = accelerator.reduce(sums, "sum").tolist()  # type: ignore[union-attr]
     most = max(images, 1)
-    return Accuracy(loss / most, 100 * top1 / most, 100 * top5 / most, int(images))
+    return {"loss": loss / most, "top1": 100 * top1 / most, "top5": 100 * top5 / most, "images": int(images)}

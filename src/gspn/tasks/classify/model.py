@@ -6,7 +6,7 @@ import contextlib
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-_SOURCE_KEYS = ("url", "file", "hf_hub_id", "hf_hub_filename", "state_dict", "source", "tag", "notes", "label_names")
+# Of the original weights.
+_SOURCE_KEYS = (
+    "url", "file", "hf_hub_id", "hf_hub_filename", "state_dict", "source", "tag", "notes", "label_names",
+    "test_input_size", "test_crop_pct", "pool_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,15 +40,7 @@ class Preprocessing:
 
     def transform(self) -> Any:
         """The evaluation transform, by timm: PIL image to ``[3, H, W]``."""
-        data = require("timm.data")
-        return data.create_transform(
-            self.input_size,
-            is_training=False,
-            mean=self.mean,
-            std=self.std,
-            interpolation=self.interpolation,
-            crop_pct=self.crop_pct,
-        )
+        return require("timm.data").create_transform(**asdict(self), is_training=False)
 
 
 def build_model(config: ModelConfig, *, num_classes: int, size: int) -> nn.Module:
@@ -89,11 +85,7 @@ def model_kwargs(config: ModelConfig, size: int) -> dict[str, Any]:
 
 
 def check_model_name(name: str) -> None:
-    """Refuse a name that is not in timm's registry.
-
-    Raises:
-        UsageError: with the nearest name.
-    """
+    """Refuse a name that is not in timm's registry."""
     timm = import_timm()
     plain = name.partition(".")[0]
     if not timm.is_model(plain):
@@ -112,45 +104,23 @@ def import_timm() -> Any:
 
 def resolve_preprocessing(model: nn.Module, data: DataConfig | None = None) -> Preprocessing:
     """The model's own preprocessing, overridden by the values that ``data`` sets."""
-    timm_data = require("timm.data")
     overrides: dict[str, Any] = {}
     if data is not None:
-        overrides = {"input_size": (3, data.size, data.size)}
-        for key in ("mean", "std", "interpolation", "crop_pct"):
-            if getattr(data, key) is not None:
-                overrides[key] = getattr(data, key)
-    resolved = timm_data.resolve_data_config(overrides, model=model)
-    return Preprocessing(
-        input_size=tuple(resolved["input_size"]),
-        mean=tuple(resolved["mean"]),
-        std=tuple(resolved["std"]),
-        interpolation=resolved["interpolation"],
-        crop_pct=resolved["crop_pct"],
-    )
+        values = {key: getattr(data, key) for key in ("mean", "std", "interpolation", "crop_pct")}
+        overrides = {"input_size": (3, data.size, data.size), **values}
+    resolved = require("timm.data").resolve_data_config(overrides, model=model)  # None: the model's own
+    input_size, mean, std = (tuple(resolved[key]) for key in ("input_size", "mean", "std"))
+    return Preprocessing(input_size, mean, std, resolved["interpolation"], resolved["crop_pct"])
 
 
 def save_config(
-    directory: Path,
-    model: nn.Module,
-    config: ModelConfig,
-    preprocessing: Preprocessing,
-    label_names: Sequence[str],
+    directory: Path, model: nn.Module, config: ModelConfig, preprocessing: Preprocessing, label_names: Sequence[str]
 ) -> None:
     """Write ``config.json`` as timm's hub and ``local-dir:`` loaders read it."""
     cfg: dict[str, Any] = {k: v for k, v in pretrained_cfg(model).items() if k not in _SOURCE_KEYS}
     architecture = cfg.pop("architecture", None) or config.name.partition(".")[0]
     cfg = {key: value for key, value in cfg.items() if value is not None}
-    cfg |= {
-        "input_size": preprocessing.input_size,
-        "mean": preprocessing.mean,
-        "std": preprocessing.std,
-        "interpolation": preprocessing.interpolation,
-        "crop_pct": preprocessing.crop_pct,
-        "num_classes": model.num_classes,
-        "custom_load": False,
-    }
-    for key in ("test_input_size", "test_crop_pct", "pool_size"):
-        cfg.pop(key, None)  # of the original weights
+    cfg |= {**asdict(preprocessing), "num_classes": model.num_classes, "custom_load": False}
     written = {
         "architecture": architecture,
         "num_classes": model.num_classes,
@@ -188,7 +158,13 @@ def load_model(source: str | Path) -> nn.Module:
     text = str(source)
     directory = Path(source)
     if directory.is_dir():
-        directory = _weights_directory(directory)
+        folders = (directory, directory / "best", directory / "last")
+        own = [one for one in folders if (one / CONFIG).is_file() and (one / WEIGHTS).is_file()]
+        if not own:
+            raise UsageError(
+                f"{text!r} has no {CONFIG} and {WEIGHTS}; name a directory that `gspn classify train` wrote."
+            )
+        directory = own[0]
         name = f"local-dir:{directory}"
         architecture = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("architecture", "")
         check_model_name(architecture)
@@ -229,12 +205,3 @@ def label_names(model: nn.Module) -> list[str] | None:
 def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
     """Timm's record of a model's weights and input."""
     return dict(getattr(model, "pretrained_cfg", None) or {})
-
-
-def _weights_directory(directory: Path) -> Path:
-    for path in (directory, directory / "best", directory / "last"):
-        if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
-            return path
-    raise UsageError(
-        f"{str(directory)!r} has no {CONFIG} and {WEIGHTS}; name a directory that `gspn classify train` wrote."
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,7 +17,7 @@ from ..core.metrics_table import EpochRow, metric
 from ..core.task import Context, Models, Setup, Task, TrainingResult, Weights
 from .config import TrainConfig
 from .data import open_pair, train_transform
-from .evaluation import Accuracy, evaluate_batches
+from .evaluation import evaluate_batches
 from .model import build_model, resolve_preprocessing, save_config, save_weights
 
 
@@ -41,20 +42,11 @@ def train(
     ``config.json`` that ``timm.create_model("local-dir:...", pretrained=True)`` loads. ``last`` holds the average of
     the weights where one is kept; ``best`` holds the weights or their average, whichever is more accurate.
 
-    Runs in one process or several, and resumes a killed run to the same weights: see :func:`gspn.tasks.core.loop.fit`.
-
-    Args:
-        config: The configuration.
-        resume: Continue from the newest complete checkpoint in the output directory, from the start if there is none.
-        console: The console to print on; standard output by default.
+    Runs in one process or several, and resumes a killed run to the same weights: see :func:`gspn.tasks.core.loop.fit`
+    for this, for ``resume`` and ``console``, and for the errors.
 
     Returns:
         The result; ``best_score`` is the best top-1 accuracy in percent.
-
-    Raises:
-        UsageError: a request that cannot be met, such as an unknown model, an output directory that holds another
-            run, or a resumed run whose configuration differs; also a loss that is not finite.
-        MissingExtraError: timm, accelerate or another package of ``gspn[train]`` is not installed.
 
     Example:
         >>> from gspn.tasks.classify import TrainConfig, train
@@ -69,9 +61,6 @@ class Classification(Task[TrainConfig, ClassifierRow]):
     """Training of a classifier."""
 
     row_type = ClassifierRow
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
 
     def setup(self, context: Context) -> Setup:
         """Open both splits and build the model and the loss."""
@@ -118,13 +107,13 @@ class Classification(Task[TrainConfig, ClassifierRow]):
     def evaluate(self, models: Models, context: Context) -> dict[str, float | None]:
         """Loss and accuracy of the weights and of their average."""
         raw = self._accuracy(context.accelerator.unwrap_model(models.raw), context)
-        metrics: dict[str, float | None] = {"eval_loss": raw.loss, "top1": raw.top1, "top5": raw.top5}
+        metrics: dict[str, float | None] = {"eval_loss": raw["loss"], "top1": raw["top1"], "top5": raw["top5"]}
         if models.ema is not None:
             ema = self._accuracy(models.ema, context)
-            metrics |= {"ema_loss": ema.loss, "ema_top1": ema.top1}
+            metrics |= {"ema_loss": ema["loss"], "ema_top1": ema["top1"]}
         return metrics
 
-    def _accuracy(self, model: nn.Module, context: Context) -> Accuracy:
+    def _accuracy(self, model: nn.Module, context: Context) -> dict[str, Any]:
         if context.accelerator.num_processes > 1 and not context.sharded:
             # Each process has running statistics of its own; all take the first one's.
             for buffer in model.buffers():

@@ -52,12 +52,11 @@ class CheckpointStore:
         accelerator.save_state(os.fspath(part))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            sizes = {os.fspath(file.relative_to(part)): file.stat().st_size for file in _files(part)}
+            files = sorted(path for path in part.rglob("*") if path.is_file())
+            sizes = {os.fspath(file.relative_to(part)): file.stat().st_size for file in files}
             write_text(part / _STATE, json.dumps({"state": dict(state), "sizes": sizes}, indent=1))
-            for file in _files(part):
-                sync(file)
-            for folder in [path for path in part.rglob("*") if path.is_dir()] + [part]:
-                sync(folder)
+            for path in (*part.rglob("*"), part):
+                sync(path)
             if final.exists():  # an incomplete one: update numbers grow
                 shutil.rmtree(final)
             part.rename(final)
@@ -65,14 +64,10 @@ class CheckpointStore:
             self._remove_older()
         accelerator.wait_for_everyone()
 
-    def read_state(self, path: Path) -> dict[str, Any]:
-        """The ``state`` of a checkpoint."""
-        return json.loads((path / _STATE).read_text(encoding="utf-8"))["state"]
-
     def load(self, accelerator: Accelerator, path: Path) -> dict[str, Any]:
         """Load a checkpoint into the objects of the accelerator; returns its ``state``."""
         accelerator.load_state(os.fspath(path))
-        return self.read_state(path)
+        return json.loads((path / _STATE).read_text(encoding="utf-8"))["state"]
 
     def _named(self) -> list[Path]:
         return sorted(path for path in self.directory.glob(f"{_PREFIX}*") if path.is_dir())
@@ -92,7 +87,3 @@ class CheckpointStore:
             shutil.rmtree(gone, ignore_errors=True)
         for path in self.directory.glob(".part-*"):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file())

@@ -23,13 +23,9 @@ _FLOAT = re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+$")
 
 
 def setting(default: Any, least: float = -math.inf, most: float = math.inf, *, free: bool = False) -> Any:
-    """A field of a section, for ``dataclasses``.
+    """A field of a section, for ``dataclasses``. A number has to lie in ``[least, most]``; None always passes.
 
-    Args:
-        default: Its default value.
-        least: The smallest number allowed; None, which leaves a thing out, always passes.
-        most: The largest.
-        free: The value changes neither weights nor metrics, so it may differ when a run is resumed.
+    The value of a ``free`` one changes neither weights nor metrics, so it may differ when a run is resumed.
     """
     return dataclasses.field(default=default, metadata={"range": (least, most), "free": free})
 
@@ -45,13 +41,10 @@ def settings(config: Any, parent: str = "") -> Iterator[tuple[str, dataclasses.F
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], parent: str = "") -> T:
-    """Build the dataclass ``cls`` from nested mappings, checking names and types.
+    """Build the dataclass ``cls`` from nested mappings, checking names and types; missing keys take their defaults.
 
-    Args:
-        cls: A dataclass whose fields are numbers, strings, paths, ``Literal``, lists, fixed tuples, mappings, other
-            dataclasses, or unions of these.
-        values: The mappings; missing keys take the field's default.
-        parent: The key path of ``values`` within the whole, for messages.
+    Its fields are numbers, strings, paths, ``Literal``, lists, fixed tuples, mappings, other dataclasses, or unions of
+    these. Messages name keys with ``parent``, the key path of ``values``, before them.
 
     Raises:
         UsageError: an unknown key, a missing one without default, or a value of the wrong type.
@@ -83,19 +76,15 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], parent: str = "") -> T
     return cls(**built)
 
 
-def to_mapping(config: Any) -> dict[str, Any]:
-    """The nested dataclass as plain mappings, lists, numbers and strings, which YAML and JSON can hold."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        if isinstance(value, Mapping):
-            return {str(key): plain(one) for key, one in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(one) for one in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return plain(config)
+def to_mapping(value: Any) -> Any:
+    """A nested dataclass as plain mappings, lists, numbers and strings, which YAML and JSON can hold."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: to_mapping(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_mapping(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_mapping(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def assigned(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
@@ -168,22 +157,14 @@ def flat(mapping: Mapping[str, Any], parent: str = "") -> dict[str, Any]:
 
 
 def check_choice(key_path: str, value: str, choices: Iterable[str]) -> None:
-    """Refuse a value that is not one of ``choices``.
-
-    Raises:
-        UsageError: with the value, the choices, and the nearest of them.
-    """
+    """Refuse a value that is not one of ``choices``."""
     choices = list(choices)
     if value not in choices:
         raise UsageError(f"{key_path} is {value!r}, not one of {', '.join(choices)}{nearest(str(value), choices)}")
 
 
 def check_range(key_path: str, value: Any, least: float = -math.inf, most: float = math.inf) -> None:
-    """Refuse a number outside ``[least, most]``; anything else, such as None, passes.
-
-    Raises:
-        UsageError: with the value and the range.
-    """
+    """Refuse a number outside ``[least, most]``; anything else, such as None, passes."""
     if isinstance(value, int | float) and least > -math.inf and not least <= value <= most:  # also refuses nan
         between = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
         raise UsageError(f"{key_path} is {value:g}; it has to be {between}.")
@@ -215,14 +196,13 @@ def _converted(hint: Any, value: Any, key_path: str) -> Any:
         check_choice(key_path, value, arguments)
     if dataclasses.is_dataclass(hint):
         return value if dataclasses.is_dataclass(value) else from_mapping(typing.cast("type", hint), value, key_path)
-    if origin is tuple:
-        if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != len(arguments):
-            raise _wrong(hint, value, key_path)
-        return tuple(_converted(one, v, f"{key_path}[{i}]") for i, (one, v) in enumerate(zip(arguments, value)))  # noqa: B905
-    if origin is list:
+    if origin in (tuple, list):
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise _wrong(hint, value, key_path)
-        return [_converted(arguments[0], v, f"{key_path}[{i}]") for i, v in enumerate(value)]
+        hints = arguments if origin is tuple else arguments * len(value)
+        if len(hints) != len(value):
+            raise _wrong(hint, value, key_path)
+        return origin(_converted(*one, f"{key_path}[{i}]") for i, one in enumerate(zip(hints, value, strict=True)))
     if origin is dict:
         if not isinstance(value, Mapping):
             raise _wrong(hint, value, key_path)
@@ -263,14 +243,9 @@ def _type_words(hint: Any) -> str:
         return f"a list, each {_type_words(arguments[0])}"
     if origin is dict or dataclasses.is_dataclass(hint):
         return "a mapping"
-    words = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "a string",
-        Path: "a path",
-        type(None): "null",
-    }
+    if hint is type(None):
+        return "null"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", Path: "a path"}
     return words.get(hint, getattr(hint, "__name__", str(hint)))
 
 

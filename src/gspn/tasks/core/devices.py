@@ -27,14 +27,9 @@ _SHARDED_FROM = 100_000
 def make_accelerator(
     *, precision: str = "fp32", device: str = "auto", fsdp: bool = False, deterministic: bool = False, **further: Any
 ) -> Accelerator:
-    """An accelerator for one task.
+    """An accelerator for one task, with the settings of :class:`~.sections.RunConfig` and ``further`` ones of its own.
 
-    Args:
-        precision: `fp32`, or `bf16` or `fp16` by autocast.
-        device: `auto` uses a GPU if there is one; `cpu` never does.
-        fsdp: Shard over the processes (FSDP2) instead of copying (DDP).
-        deterministic: Use deterministic CUDA kernels where they exist.
-        **further: Further arguments of ``accelerate.Accelerator``.
+    `bf16` and `fp16` are by autocast; the device `auto` is a GPU if there is one.
 
     Raises:
         UsageError: the device cannot compute in that precision.
@@ -82,6 +77,15 @@ def distributed_context() -> Iterator[None]:
     # Not after an error: other processes may still wait for this one, and closing would wait for them.
     if connected() and not before:
         torch.distributed.destroy_process_group()
+
+
+def process_info(accelerator: Accelerator) -> dict[str, Any]:
+    """The arguments of data loaders that depend on the process."""
+    return {
+        "processes": accelerator.num_processes,
+        "process": accelerator.process_index,
+        "pin": accelerator.device.type == "cuda",
+    }
 
 
 def to_device(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:

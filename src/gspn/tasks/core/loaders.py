@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -13,20 +13,13 @@ from .errors import MissingExtraError, UsageError, require
 from .seeding import derived_seed
 
 
+@dataclass(eq=False)
 class UpdateBatches(torch_data.Sampler[list[int]]):
     """The batches of one process in the order of the updates, from any update of any epoch on.
 
     Each epoch is a permutation that depends on the seed and the epoch alone. An update takes the next
     ``batch_size * accumulate * processes`` images of it, whichever process they go to. The remainder at the end of an
     epoch is skipped; other epochs see those images.
-
-    Args:
-        images: Number of images.
-        batch_size: Images per batch.
-        accumulate: Batches of each process per update.
-        processes: Number of training processes.
-        process: Index of this process.
-        seed: Seed of the run.
 
     Raises:
         UsageError: there are fewer images than one update takes.
@@ -38,24 +31,23 @@ class UpdateBatches(torch_data.Sampler[list[int]]):
         True
     """
 
-    def __init__(
-        self, images: int, *, batch_size: int, accumulate: int, processes: int, process: int, seed: int
-    ) -> None:
-        self.images = images
-        self.batch_size = batch_size
-        self.accumulate = accumulate
-        self.processes = processes
-        self.process = process
-        self.seed = seed
-        self.images_per_update = batch_size * accumulate * processes
-        self.updates = images // self.images_per_update
+    images: int
+    _: KW_ONLY
+    batch_size: int
+    accumulate: int
+    processes: int
+    process: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.images_per_update = self.batch_size * self.accumulate * self.processes
+        self.updates = self.images // self.images_per_update
         if self.updates == 0:
             raise UsageError(
-                f"one update takes {self.images_per_update} images (batch size {batch_size}, accumulate {accumulate}, "
-                f"{processes} processes) and there are {images}; lower data.batch_size."
+                f"one update takes {self.images_per_update} images (batch size {self.batch_size}, accumulate "
+                f"{self.accumulate}, {self.processes} processes) and there are {self.images}; lower data.batch_size."
             )
-        self._epoch = 0
-        self._first = 0
+        self.start(0)
 
     def start(self, epoch: int, update: int = 0) -> None:
         """Start at an update of an epoch; no image before it is loaded."""
@@ -73,6 +65,7 @@ class UpdateBatches(torch_data.Sampler[list[int]]):
         return (self.updates - self._first) * self.accumulate
 
 
+@dataclass(eq=False)
 class ShareBatches(torch_data.Sampler[list[int]]):
     """Every ``processes``-th image once, in order, with the same number of batches in each process.
 
@@ -80,13 +73,15 @@ class ShareBatches(torch_data.Sampler[list[int]]):
     Only the first ``real`` images of a process count.
     """
 
-    def __init__(self, images: int, *, batch_size: int, processes: int = 1, process: int = 0) -> None:
-        self.images = images
-        self.batch_size = batch_size
-        self.processes = processes
-        self.process = process
-        self.share = -(-images // processes)
-        self.real = len(range(process, images, processes))
+    images: int
+    _: KW_ONLY
+    batch_size: int
+    processes: int = 1
+    process: int = 0
+
+    def __post_init__(self) -> None:
+        self.share = -(-self.images // self.processes)
+        self.real = len(range(self.process, self.images, self.processes))
 
     def __iter__(self) -> Iterator[list[int]]:
         own = [position % self.images for position in range(self.process, self.share * self.processes, self.processes)]
@@ -138,38 +133,17 @@ class EvalLoader:
 
 
 def seeded_loader(
-    dataset: Any,
-    *,
-    batch_size: int,
-    accumulate: int,
-    seed: int,
-    workers: int,
-    processes: int,
-    process: int,
-    pin: bool,
+    dataset: Any, *, batch_size: int, accumulate: int, seed: int, workers: int, processes: int, process: int, pin: bool
 ) -> TrainLoader:
-    """The training batches of a process.
+    """The training batches of a process, by :class:`UpdateBatches`, from a data set of (input, target).
 
-    Args:
-        dataset: A data set of (input, target). The random numbers of its transform depend on seed, epoch and index
-            alone. Another image takes the place of one that cannot be read.
-        batch_size: Images per batch.
-        accumulate: Batches of each process per update.
-        seed: Seed of the run.
-        workers: Processes that load images; 0 loads in this one.
-        processes: Number of training processes.
-        process: Index of this process.
-        pin: Pin the memory of batches.
+    The random numbers of the data set's transform depend on seed, epoch and index alone. Another image takes the place
+    of one that cannot be read.
     """
     data = require("gspn.data")
     seeded = data.DeterministicAugmentation(data.SkipCorrupt(dataset, training=True), derived_seed(seed, "augment"))
     order = UpdateBatches(
-        len(dataset),
-        batch_size=batch_size,
-        accumulate=accumulate,
-        processes=processes,
-        process=process,
-        seed=seed,
+        len(dataset), batch_size=batch_size, accumulate=accumulate, processes=processes, process=process, seed=seed
     )
     return TrainLoader(make_loader(seeded, order, workers, pin), order, seeded, data.CorruptImages(seeded))
 

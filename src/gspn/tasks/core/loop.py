@@ -62,11 +62,7 @@ def fit(task: Task[Any, Row], *, resume: bool = False, console: Console | None =
 
 
 def refuse_existing(output: Path, resume: bool) -> None:
-    """Refuse an output directory that holds a run which is not to be continued.
-
-    Raises:
-        UsageError: it holds one, or it is a file.
-    """
+    """Refuse an output directory that is a file, or holds a run which is not to be continued."""
     if output.exists() and not output.is_dir():
         raise UsageError(f"run.output {str(output)!r} is a file; name a directory.")
     if not resume and (CheckpointStore(output / _CHECKPOINTS).newest() is not None or (output / _TABLE).exists()):
@@ -176,15 +172,10 @@ class _Run(Generic[Row]):
         if config.model.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model = model.to(self.accelerator.device)
-        self.ema = None
-        if config.ema.decay is not None:
-            self.ema = require("timm.utils").ModelEmaV3(
-                model,
-                decay=config.ema.decay,
-                use_warmup=config.ema.warmup,
-                warmup_gamma=config.ema.warmup_gamma,
-                warmup_power=config.ema.warmup_power,
-            )
+        self.ema, ema = None, config.ema
+        if ema.decay is not None:
+            warmup = {"use_warmup": ema.warmup, "warmup_gamma": ema.warmup_gamma, "warmup_power": ema.warmup_power}
+            self.ema = require("timm.utils").ModelEmaV3(model, decay=ema.decay, **warmup)
             self.accelerator.register_for_checkpointing(self.ema)
         optimizer = make_optimizer(config.optim, model, self.resolved.lr)
         self.scheduler = make_scheduler(config.schedule, optimizer, self.resolved)

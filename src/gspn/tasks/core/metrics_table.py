@@ -14,8 +14,7 @@ from ..._files import write_text
 def metric(shown: str = "") -> Any:
     """A column of a task's row, for ``dataclasses``: None, and an empty cell, where it was not measured.
 
-    Args:
-        shown: Its format in the line that is printed after an epoch, such as ``"eval {:.4f}"``; empty: not printed.
+    ``shown`` is its format in the line that is printed after an epoch, such as ``"eval {:.4f}"``; empty: not printed.
     """
     return field(default=None, metadata={"shown": shown})
 
@@ -50,16 +49,10 @@ Row = TypeVar("Row", bound=EpochRow)
 
 
 class MetricsTable(Generic[Row]):
-    """The table, replaced as a whole after each epoch, so that a kill leaves the old table or the new one.
-
-    Args:
-        path: The file.
-        row: The type of its rows.
-    """
+    """The table, replaced as a whole after each epoch, so that a kill leaves the old table or the new one."""
 
     def __init__(self, path: Path, row: type[Row]) -> None:
-        self.path = path
-        self.row = row
+        self.path, self.row = path, row
         self._rows: list[dict[str, str]] = []
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:

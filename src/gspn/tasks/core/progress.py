@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .metrics_table import EpochRow
 
+_COLUMNS = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn())
+
 
 @contextmanager
 def progress_bar(console: Console | None, description: str, total: int) -> Iterator[Callable[[int], object]]:
@@ -20,25 +22,19 @@ def progress_bar(console: Console | None, description: str, total: int) -> Itera
     if console is None or not console.is_terminal:
         yield lambda _: None
         return
-    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*_COLUMNS, TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task(description, total=total)
         yield lambda count: progress.advance(task, count)
 
 
 class Reporter:
-    """Shows a training run: a bar on a terminal, and a line per epoch everywhere.
+    """Shows a training run of ``epochs``: a bar on a terminal, and a line per epoch everywhere.
 
-    Args:
-        console: The console.
-        epochs: Epochs of the run.
-        quiet: Print nothing but warnings, as every process but the first does.
+    ``quiet`` prints nothing but warnings, as every process but the first does.
     """
 
     def __init__(self, console: Console, epochs: int, *, quiet: bool = False) -> None:
-        self.console = console
-        self.epochs = epochs
-        self.quiet = quiet
+        self.console, self.epochs, self.quiet = console, epochs, quiet
         self._progress: Progress | None = None
         self._shown = 0.0
 
@@ -46,19 +42,16 @@ class Reporter:
     def running(self, updates: int, images: int, done: int) -> Iterator[None]:
         """Show the bar during the block.
 
-        Args:
-            updates: Updates of an epoch.
-            images: Images of an update, over all processes.
-            done: Updates of the run that were made before.
+        An epoch has so many ``updates``, an update so many ``images`` over all processes; ``done`` updates were made
+        before.
         """
         self._updates, self._images, self._first, self._done = updates, images, done, done
         self._started = time.monotonic()
         if self.quiet or not self.console.is_terminal:
             yield
             return
-        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn())
-        text = TextColumn("{task.fields[text]}")
-        self._progress = Progress(*columns, text, console=self.console, transient=True)
+        columns = (*_COLUMNS, TextColumn("{task.fields[text]}"))
+        self._progress = Progress(*columns, console=self.console, transient=True)
         with self._progress:
             self._task = self._progress.add_task("", total=updates, text="")
             yield

@@ -264,9 +264,7 @@ class Configuration:
     def differences(self, saved: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """The keys that keep a run from being resumed with this configuration: by key, the saved and the present value.
 
-        Args:
-            saved: The content of the run's ``config.yaml``.
-            resolved: The present values of the section ``resolved``.
+        ``saved`` is the content of the run's ``config.yaml``, ``resolved`` has the present values of that section.
         """
         free = {key_path for key_path, one, _ in settings(self) if one.metadata.get("free")} | {"resolved.processes"}
         old, new = flat(self._with_present_keys(saved)), flat({**to_mapping(self), "resolved": to_mapping(resolved)})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .devices import to_device
+from .devices import process_info, to_device
 from .loaders import EvalLoader, TrainLoader, seeded_loader, share_loader
 from .metrics_table import EpochRow
 from .progress import Reporter
@@ -94,33 +94,19 @@ class Context:
     @property
     def process_info(self) -> dict[str, Any]:
         """The arguments of data loaders that depend on the process."""
-        return {
-            "processes": self.accelerator.num_processes,
-            "process": self.accelerator.process_index,
-            "pin": self.accelerator.device.type == "cuda",
-        }
+        return process_info(self.accelerator)
 
     def train_loader(self, dataset: Any) -> TrainLoader:
         """The training batches of this process, from a data set of (input, target)."""
-        data = self.config.data
-        return seeded_loader(
-            dataset,
-            batch_size=data.batch_size,
-            accumulate=self.config.optim.accumulate,
-            seed=self.config.run.seed,
-            workers=data.workers,
-            **self.process_info,
-        )
+        data, optim, run = self.config.data, self.config.optim, self.config.run
+        loading = {"batch_size": data.batch_size, "workers": data.workers, **self.process_info}
+        return seeded_loader(dataset, accumulate=optim.accumulate, seed=run.seed, **loading)
 
     def eval_loader(self, dataset: Any, batch_size: int | None = None, workers: int | None = None) -> EvalLoader:
         """The evaluation batches of this process; batch size and workers are those of the training by default."""
         data = self.config.data
-        return share_loader(
-            dataset,
-            batch_size=batch_size or data.batch_size,
-            workers=data.workers if workers is None else workers,
-            **self.process_info,
-        )
+        workers = data.workers if workers is None else workers
+        return share_loader(dataset, batch_size=batch_size or data.batch_size, workers=workers, **self.process_info)
 
     @property
     def sharded(self) -> bool:
@@ -146,12 +132,9 @@ class Context:
     ) -> dict[str, float]:
         """Means over the images of all processes, of a model in evaluation mode.
 
-        The random numbers depend on the seed, the batch and the process alone, so they are the same after every epoch.
-
-        Args:
-            model: The model.
-            loader: Batches of (images, targets); images whose target is -1 do not count.
-            metrics: From the model, images and targets on the device (-1 is replaced by 0) to ``[B]`` numbers by name.
+        ``metrics`` maps the model, and images and targets on the device, to ``[B]`` numbers by name. Images whose
+        target is -1 do not count; ``metrics`` receives 0 for it. The random numbers depend on the seed, the batch and
+        the process alone, so they are the same after every epoch.
         """
         training, device = model.training, self.accelerator.device
         model.eval()
@@ -180,6 +163,9 @@ class Task(Protocol[Config, Row]):
     row_type: type[Row]
     """The type of the rows of ``metrics.csv``."""
 
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
     def setup(self, context: Context) -> Setup:
         """Open the data and build the model, with PyTorch's generators seeded."""
         ...
@@ -198,34 +184,26 @@ class Task(Protocol[Config, Row]):
         return None
 
     def save(self, weights: Weights, row: Row, output: Path, context: Context, *, best: bool) -> Image.Image | None:
-        """Write the model after every epoch, in the first process; returns samples to show, if any were drawn.
+        """Write the model to the run's directory after every epoch; returns samples to show, if any were drawn.
 
-        Args:
-            weights: The state dicts.
-            row: The epoch's row.
-            output: The run's directory.
-            context: The loop's context.
-            best: Whether the epoch's score is the highest so far.
+        Called in the first process only. ``best``: the score of the epoch, whose row is ``row``, is the highest so far.
         """
         ...
 
 
 @dataclass(frozen=True)
 class TrainingResult(Generic[Row]):
-    """The outcome of a training run.
-
-    Attributes:
-        output: The run's directory: ``config.yaml``, ``metrics.csv``, ``last``, ``checkpoints`` and what the task adds.
-        last: The last row of ``metrics.csv``.
-        best_score: The highest score of an epoch, for tasks that have one, such as top-1 accuracy in percent.
-        best_epoch: That epoch, counted from 1.
-        broken: Names of training images that could not be read by this process.
-        is_main: Whether this is the process that writes and prints.
-    """
+    """The outcome of a training run."""
 
     output: Path
+    """The run's directory: ``config.yaml``, ``metrics.csv``, ``last``, ``checkpoints`` and what the task adds."""
     last: Row | None
+    """The last row of ``metrics.csv``."""
     best_score: float
+    """The highest score of an epoch, for tasks that have one, such as top-1 accuracy in percent."""
     best_epoch: int
+    """Counted from 1."""
     broken: tuple[str, ...] = ()
+    """Names of training images that this process could not read."""
     is_main: bool = True
+    """Whether this is the process that writes and prints."""

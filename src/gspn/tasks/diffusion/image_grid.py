@@ -64,13 +64,7 @@ def draw_grid(
 
 
 def draw_prompts(rows: dict[str, list[Image.Image]], prompts: Sequence[str], *, columns: int = 8) -> Image.Image:
-    """Draw, below each prompt, the image that each of the rows has of it.
-
-    Args:
-        rows: By name, an image for each prompt, all of one size.
-        prompts: The texts.
-        columns: Prompts beside each other.
-    """
+    """Draw, below each prompt, the image that each of the named rows has of it; all images have one size."""
     columns = min(columns, len(prompts))
     names = list(rows) if len(rows) > 1 else []
     bands = [

@@ -77,21 +77,16 @@ def is_sampled(directory: Path, record: ImageRecord) -> bool:
 
 @dataclass
 class ImageSet:
-    """Images of one size, in memory as bytes.
-
-    Attributes:
-        name: Of the set.
-        pixels: ``[N, 3, H, W]``, uint8.
-        labels: The class that each image was sampled for or has; -1 where it is unknown.
-        names: Of the images.
-        broken: What could not be read and does not count.
-    """
+    """Images of one size, in memory as bytes."""
 
     name: str
     pixels: Tensor
+    """``[N, 3, H, W]``, uint8."""
     labels: list[int]
+    """The class that each image was sampled for or has; -1 where it is unknown."""
     names: list[str]
     broken: list[str] = field(default_factory=list)
+    """Those that could not be read, and do not count."""
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -152,11 +147,7 @@ def read_images(
 ) -> tuple[ImageSet, list[Any]]:
     """A set of images in memory, and the items that could be read.
 
-    Args:
-        name: Of the set.
-        items: Names of images, and what ``read`` takes.
-        read: From an item to a PIL image and its label, -1 where it is unknown.
-        size: As in :func:`open_images`.
+    ``items`` are names of images and what ``read`` takes, which returns a PIL image and its label (-1: unknown).
 
     Raises:
         UsageError: Images differ in size and ``size`` is None.

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..._files import replaced_directory
 from ..core.errors import UsageError, require
 from ..core.loaders import class_names, make_loader, open_data
-from .autoencoder import config_of, load_autoencoder, vae_scale_factor
+from .autoencoder import load_autoencoder, vae_scale_factor
 from .digests import digest, weights_digest
 from .latents import AUTOENCODER, ImagesRecord, LatentIndex, VaeRecord
 from .shard_cache import CacheWriter
@@ -29,23 +29,17 @@ _NAMED = 64
 
 @dataclass(frozen=True)
 class CachedLatents:
-    """The result of :func:`cache_latents`.
-
-    Attributes:
-        directory: Of the latents.
-        index: Of the directory.
-        made: Shards that this process encoded in this call; the others were there.
-        broken: Names of images that could not be read and are left out.
-        seconds: Duration of the call.
-        is_main: Whether this is the process that prints.
-    """
+    """The result of :func:`cache_latents`."""
 
     directory: Path
     index: LatentIndex
     made: int
+    """Shards that this process encoded in this call; the others were there."""
     broken: tuple[str, ...]
+    """Names of images that could not be read and are left out."""
     seconds: float
     is_main: bool = True
+    """Whether this is the process that prints."""
 
 
 def cache_latents(
@@ -123,16 +117,17 @@ def cache_latents(
         class_names(images)  # a class-conditional model needs them
     count = len(images)
     named = [str(images.filename(i * count // _NAMED)) for i in range(min(_NAMED, count))]
+    source = str(vae) if isinstance(vae, str | Path) else "vae"
+    config = {key: value for key, value in autoencoder.config.items() if not key.startswith("_")}
     request = LatentIndex(
         rows=count,
         shard_size=shard_size,
-        vae=VaeRecord(
-            str(vae) if isinstance(vae, str | Path) else "vae", weights_digest(autoencoder), config_of(autoencoder)
-        ),
+        # Through JSON, as they are read again: a tuple becomes a list.
+        vae=VaeRecord(source, weights_digest(autoencoder), json.loads(json.dumps(config))),
         data=ImagesRecord(
             name=data,
             split=split,
-            options=json.loads(json.dumps(options, default=str)),  # as they are read again
+            options=json.loads(json.dumps(options, default=str)),
             names=digest(["\0".join(named).encode()])[:16],
             classes=[] if getattr(images, "classes", None) == [] else class_names(images),
             size=size,

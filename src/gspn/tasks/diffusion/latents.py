@@ -92,13 +92,7 @@ class LatentSet(ShardReader[LatentIndex], Dataset):
 
     ``dataset[i]`` is ``(posterior, label)``: ``[2 C, h, w]`` float32, the mean and then the standard deviation, and an
     int. Where mirrored images were encoded, one replaces its image with probability ``hflip``, by Python's generator.
-
-    Attributes:
-        directory: Of the files.
-        index: Of the directory.
-        classes: Their names.
-        hflip: See above; 0 unless it is set.
-        digest: Of the index, which holds the digests of all files.
+    ``hflip`` is 0 unless it is set. ``digest`` is that of the index, which holds the digests of all files.
     """
 
     def __init__(self, directory: Path, index: LatentIndex, remedy: str = REMEDY) -> None:
@@ -137,12 +131,8 @@ class LatentSet(ShardReader[LatentIndex], Dataset):
 def open_latents(directory: str | Path, *, verify: bool = False, remedy: str = REMEDY) -> LatentSet:
     """Open a directory that ``gspn class-conditional latents`` wrote.
 
-    The sizes and headers of all files are compared with the index, which takes milliseconds for each.
-
-    Args:
-        directory: Of the latents.
-        verify: Read all files and compare their checksums too.
-        remedy: What to do about missing or damaged files, as errors say it.
+    The sizes and headers of all files are compared with the index, which takes milliseconds for each. ``verify`` reads
+    all files and compares their checksums too. ``remedy`` is what errors about missing or damaged files end with.
 
     Raises:
         UsageError: There are none, they are not complete, or a file is missing or damaged.

@@ -16,7 +16,7 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class DenoisingLoss:
-    r"""The mean loss of a batch.
+    r"""The loss of each image of a batch.
 
     On DDPM's chain, t is uniform, :math:`x_t = a x_0 + b\,\epsilon` with :math:`a^2 = \bar\alpha_t = 1 - b^2`, and the
     loss is the squared error of :math:`\epsilon`, or of :math:`v = a\,\epsilon - b\,x_0`. With a learned sigma, the
@@ -25,14 +25,11 @@ class DenoisingLoss:
     :math:`x_\sigma = (1 - \sigma) x_0 + \sigma\,\epsilon`, and the loss is the squared error of
     :math:`\epsilon - x_0`.
 
-    Args:
-        config: The run's section.
-        scheduler: :func:`~gspn.tasks.diffusion.schedulers.training_scheduler` of it.
+    The scheduler is :func:`~gspn.tasks.diffusion.schedulers.training_scheduler` of the configuration.
     """
 
     def __init__(self, config: DiffusionConfig, scheduler: Any) -> None:
-        self.config = config
-        self.scheduler = scheduler
+        self.config, self.scheduler = config, scheduler
         if config.objective != "flow":
             alphas = scheduler.alphas_cumprod.double()
             before = torch.cat([alphas.new_ones(1), alphas[:-1]])
@@ -45,15 +42,11 @@ class DenoisingLoss:
             self.mean_of_noisy = (1 - before) * (1 - betas).sqrt() / (1 - alphas)
             self.alphas = alphas
 
-    def __call__(self, predict: Predict, start: Tensor, labels: Tensor) -> Tensor:
-        """The loss of clean images or latents ``[B, C, H, W]`` with their labels ``[B]``.
+    def each(self, predict: Predict, start: Tensor, labels: Tensor) -> Tensor:
+        """The loss ``[B]`` of each of clean images or latents ``[B, C, H, W]`` with their labels ``[B]``.
 
         Times and noise are sampled from PyTorch's global generators.
         """
-        return self.each(predict, start, labels).mean()
-
-    def each(self, predict: Predict, start: Tensor, labels: Tensor) -> Tensor:
-        """The loss of each image ``[B]``, with the same arguments."""
         if self.config.objective == "flow":
             return self._flow(predict, start, labels)
         steps = self.config.timesteps

@@ -18,16 +18,16 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 
     .. math:: \|\mu_1 - \mu_2\|^2 + \mathrm{tr}(\Sigma_1 + \Sigma_2 - 2 (\Sigma_1 \Sigma_2)^{1/2})
 
-    Args:
-        real: ``[N, D]``.
-        fake: ``[M, D]``; both need two rows at least.
+    The features are ``[N, D]`` and ``[M, D]``, of two images at least.
 
     Example:
         >>> x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         >>> round(frechet_distance(x, x + torch.tensor([2.0, 0, 0])), 6)
         4.0
     """
-    metric = require("torchmetrics.image.fid").FrechetInceptionDistance(feature=_Identity(real.shape[1]))
+    inputs: Any = nn.Identity()  # which are features already
+    inputs.num_features = real.shape[1]
+    metric = require("torchmetrics.image.fid").FrechetInceptionDistance(feature=inputs)
     metric.set_dtype(torch.float64)
     _update(metric, real, fake)
     return max(float(metric.compute()), 0.0)  # rounding may leave the distance of a set to itself below zero
@@ -38,17 +38,12 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """The kernel distance (KID): the unbiased squared MMD with a cubic kernel, mean and deviation over random subsets.
 
-    Args:
-        real: ``[N, D]``.
-        fake: ``[M, D]``.
-        subsets: Number of subsets.
-        subset_size: Images in a subset, at most as many as there are.
-        seed: Of the subsets.
+    The features are ``[N, D]`` and ``[M, D]``; a subset has ``subset_size`` images, or all if there are fewer.
     """
     size = min(subset_size, len(real), len(fake))
     with _seeded(seed):
         metric = require("torchmetrics.image.kid").KernelInceptionDistance(
-            feature=_Identity(real.shape[1]), subsets=subsets, subset_size=size
+            feature=nn.Identity(), subsets=subsets, subset_size=size
         )
         _update(metric, real, fake)
         mean, deviation = metric.compute()
@@ -58,14 +53,11 @@ def kernel_distance(
 def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> tuple[float, float]:
     """The inception score (IS), mean and deviation over parts: how sure a classifier is, and of how many classes.
 
-    Args:
-        logits: ``[N, K]``.
-        splits: Number of parts, at most as many as there are images.
-        seed: Of the order in which the images are split.
+    The logits are ``[N, K]``; in an order that depends on the seed, they are split into parts, N at most.
     """
     with _seeded(seed):
         metric = require("torchmetrics.image.inception").InceptionScore(
-            feature=_Identity(logits.shape[1]), splits=min(splits, len(logits))
+            feature=nn.Identity(), splits=min(splits, len(logits))
         )
         metric.update(logits.double())
         mean, deviation = metric.compute()
@@ -108,17 +100,6 @@ def nearest(points: Tensor, among: Tensor, *, k: int, chunk: int = 2048) -> tupl
     """The ``k`` nearest of ``among [N, D]`` to each of ``points [M, D]``: distances and indices ``[M, k]``."""
     parts = [torch.cdist(part.double(), among.double()).topk(k, largest=False) for part in points.split(chunk)]
     return torch.cat([one.values for one in parts]), torch.cat([one.indices for one in parts])
-
-
-class _Identity(nn.Module):
-    """Stands in for the model of torchmetrics: its inputs are features already."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Any) -> Any:
-        return features
 
 
 def _update(metric: Any, real: Tensor, fake: Tensor) -> None:

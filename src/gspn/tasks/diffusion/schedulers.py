@@ -30,9 +30,7 @@ _FLOWS = ("flow", "flow-heun")
 def training_scheduler(config: DiffusionConfig, *, pixels: bool) -> Any:
     """The scheduler whose noise a model learns to remove. It is saved with the weights.
 
-    Args:
-        config: The run's section.
-        pixels: The model learns images in [-1, 1], to which predictions are then clipped when sampling.
+    ``pixels``: the model learns images in [-1, 1], to which predictions are then clipped when sampling.
     """
     diffusers = require("diffusers", extra="diffusers")
     if config.objective == "flow":
@@ -48,11 +46,7 @@ def training_scheduler(config: DiffusionConfig, *, pixels: bool) -> Any:
 
 
 def check_chain(trained: Any, predictions: Sequence[str] = PREDICTIONS) -> str:
-    """The prediction type of models that were trained on a chain of noise.
-
-    Args:
-        trained: The pipeline's scheduler.
-        predictions: The types that are supported.
+    """The prediction type of models that were trained on a chain of noise, by the pipeline's scheduler.
 
     Raises:
         UsageError: The scheduler is not that of a chain of noise, or its prediction type is not supported.

@@ -113,13 +113,7 @@ Index = TypeVar("Index", bound=CacheIndex)
 
 
 class ShardReader(Generic[Index]):
-    """The rows of a complete cache, read from memory-mapped files.
-
-    Args:
-        directory: Of the cache.
-        index: Of the directory.
-        remedy: What to do about a missing or damaged file, as errors say it.
-    """
+    """The rows of a complete cache, read from memory-mapped files; ``remedy`` is what errors about files end with."""
 
     def __init__(self, directory: Path, index: Index, remedy: str) -> None:
         self.directory, self.index, self._remedy = directory, index, remedy
@@ -147,11 +141,9 @@ class ShardReader(Generic[Index]):
         return self._opened[shard]
 
     def check(self, shapes: Mapping[str, Sequence[int]], *, checksums: bool = False) -> None:
-        """Compare the sizes and the headers of all files with the index.
+        """Compare the sizes and the headers of all files with the index, and with the shapes of a row of each tensor.
 
-        Args:
-            shapes: Of a row of each tensor.
-            checksums: Read the files, and compare their checksums too.
+        ``checksums``: read the files, and compare their checksums too.
 
         Raises:
             UsageError: A file is missing, cut short, damaged, or not what the index says.
@@ -207,6 +199,7 @@ class CacheWriter(Generic[Index]):
     free: tuple[str, ...] = ()
     prepare: Callable[[], None] = lambda: None
 
+    @distributed_context()
     def write(
         self, *, precision: str = "fp32", device: str = "auto", console: Console | None = None
     ) -> tuple[Index, int, bool]:
@@ -218,10 +211,7 @@ class CacheWriter(Generic[Index]):
         Raises:
             UsageError: The directory belongs to another request or holds something else, or nothing can be read.
         """
-        with distributed_context():
-            return self._write(make_accelerator(precision=precision, device=device), console)
-
-    def _write(self, accelerator: Any, console: Console | None) -> tuple[Index, int, bool]:
+        accelerator = make_accelerator(precision=precision, device=device)
         main = accelerator.is_main_process
         console = console if main else None
         begun = self._begun()
@@ -235,9 +225,14 @@ class CacheWriter(Generic[Index]):
             self.prepare()
         accelerator.wait_for_everyone()
         index = begun or self.request
-        missing = self._missing(
-            index, range(index.shard_count)[accelerator.process_index :: accelerator.num_processes], console
-        )
+        own = range(index.shard_count)[accelerator.process_index :: accelerator.num_processes]
+        missing = []
+        with progress_bar(console, "checking shards", len(own)) as advance:
+            for number in own:
+                shard = self._shard(index, number)
+                if shard is None or not shard.is_whole(self.directory):
+                    missing.append(number)
+                advance(1)
         if missing:
             with progress_bar(console, self.title, sum(len(index.rows_of(number)) for number in missing)) as advance:
                 for number, tensors, broken in self.encode(missing, accelerator, advance):
@@ -268,17 +263,6 @@ class CacheWriter(Generic[Index]):
                     f"{self.option}."
                 )
         return begun
-
-    def _missing(self, index: Index, numbers: range, console: Console | None) -> list[int]:
-        """The shards that are not there or have another checksum."""
-        missing = []
-        with progress_bar(console, "checking shards", len(numbers)) as advance:
-            for number in numbers:
-                shard = self._shard(index, number)
-                if shard is None or not shard.is_whole(self.directory):
-                    missing.append(number)
-                advance(1)
-        return missing
 
     def _record(self, number: int) -> Path:
         return self.directory / f"{self.request.NAME}-{number:05d}.json"

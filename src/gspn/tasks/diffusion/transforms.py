@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from ..core.errors import require
 
 
@@ -32,13 +30,9 @@ def image_transform(size: int, channels: int = 3, *, crop: int | None = None, hf
         steps.append(transforms.RandomCrop(crop))
     if hflip:
         steps.append(transforms.RandomHorizontalFlip(hflip))
-    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Lambda(_to_signed)])
+    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])
 
 
-# Named functions, which worker processes can unpickle.
+# A named function, which worker processes can unpickle.
 def _to_rgb(image: Any) -> Any:
     return image.convert("RGB")
-
-
-def _to_signed(pixels: Tensor) -> Tensor:
-    return pixels * 2 - 1
