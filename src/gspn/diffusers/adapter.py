@@ -67,17 +67,10 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_model(
-        cls,
-        model: ModelMixin,
-        *,
-        layers: Sequence[str] | None = None,
-        proxy_dim: int | None = None,
-        groups: int | None = None,
-        segment: int | Mapping[str, int | None] | None = None,
-        skip: bool = True,
-        proxy_bias: bool = False,
-        copy_projections: bool = True,
-    ) -> GSPNAdapter:
+        cls, model: ModelMixin, *, layers: Sequence[str] | None = None, proxy_dim: int | None = None,
+        groups: int | None = None, segment: int | Mapping[str, int | None] | None = None, skip: bool = True,
+        proxy_bias: bool = False, copy_projections: bool = True,
+    ) -> GSPNAdapter:  # fmt: skip
         """Make an adapter for a model. The model is not changed, and no reference to it is kept.
 
         Args:

@@ -111,10 +111,7 @@ class CaptionTask(Task[Config, Row]):
     def setup(self, context: Context) -> Setup:
         """Open the encoded data and build the model."""
         train, self.held_out = self.data.loaders(
-            self.config.data,
-            accumulate=self.config.optim.accumulate,
-            seed=self.config.run.seed,
-            **context.process_info,
+            self.config.data, accumulate=self.config.optim.accumulate, seed=self.config.run.seed, **context.process_info
         )
         model, title, notes = self.build_model(context)
         text, shape = self.data.train.text.index, list(self.data.shape)
@@ -197,13 +194,10 @@ class CaptionTask(Task[Config, Row]):
                     some = prompts[begin : begin + size]
                     seeds = [derived_seed(self.config.run.seed, "picture", begin + i) for i in range(len(some))]
                     images += pipeline(
-                        some,
-                        height=height,
-                        width=width,
-                        num_inference_steps=samples.steps,
+                        some, height=height, width=width, num_inference_steps=samples.steps,
                         guidance_scale=samples.guidance,
                         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                    ).images
+                    ).images  # fmt: skip
         finally:
             pipeline.scheduler = trained
         return images

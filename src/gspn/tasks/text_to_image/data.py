@@ -100,13 +100,9 @@ def encode_data(
     ]
     shift, scale = shift_and_scale(pipeline, torch.zeros(()))
     return EncodedData(
-        name=f"{data.name} {data.train_split}",
-        train=splits[0],
-        held_out=splits[1] if len(splits) > 1 else None,
-        shift=shift,
-        scale=scale,
-        pixels=pipeline.vae_scale_factor,
-    )
+        name=f"{data.name} {data.train_split}", train=splits[0], held_out=splits[1] if len(splits) > 1 else None,
+        shift=shift, scale=scale, pixels=pipeline.vae_scale_factor,
+    )  # fmt: skip
 
 
 def _encode_split(
@@ -114,20 +110,10 @@ def _encode_split(
 ) -> EncodedSplit:
     images = open_data(data.name, split, data.root, captions=True, **data.options)
     cache_latents(
-        pipeline.vae,
-        data=data.name,
-        split=split,
-        images=images,
-        output=directory / "latents",
-        size=data.size,
-        hflip=data.hflip > 0,
-        batch_size=data.encode_batch_size,
-        device=device,
-        workers=data.workers,
-        console=console,
-        option="data.cache",
-        **data.options,
-    )
+        pipeline.vae, data=data.name, split=split, images=images, output=directory / "latents", size=data.size,
+        hflip=data.hflip > 0, batch_size=data.encode_batch_size, device=device, workers=data.workers, console=console,
+        option="data.cache", **data.options,
+    )  # fmt: skip
     captions = [images.captions(i) for i in range(len(images))]
     text = cache_text(pipeline, captions, directory / "text", device=device, console=console)
     # Frees the memory of the device.

@@ -84,14 +84,9 @@ class TextTable(ShardReader[TextIndex]):
 
 
 def cache_text(
-    pipeline: Any,
-    captions: Sequence[Sequence[str]],
-    directory: Path,
-    *,
-    shard_size: int = 4096,
-    device: str = "auto",
+    pipeline: Any, captions: Sequence[Sequence[str]], directory: Path, *, shard_size: int = 4096, device: str = "auto",
     console: Console | None = None,
-) -> TextTable:
+) -> TextTable:  # fmt: skip
     """Encode captions once; see :class:`~gspn.tasks.diffusion.shard_cache.CacheWriter` for what a killed call leaves.
 
     Args:

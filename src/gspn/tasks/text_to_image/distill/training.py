@@ -216,14 +216,9 @@ def build_adapter(config: DistillConfig, unet: Any) -> GSPNAdapter:
         torch.manual_seed(derived_seed(config.run.seed, "adapter"))
         try:
             return GSPNAdapter.from_model(
-                unet,
-                layers=model.layers,
-                proxy_dim=model.proxy_dim,
-                groups=model.groups,
-                segment=model.segments or model.segment,
-                skip=model.skip,
-                proxy_bias=model.proxy_bias,
+                unet, layers=model.layers, proxy_dim=model.proxy_dim, groups=model.groups,
+                segment=model.segments or model.segment, skip=model.skip, proxy_bias=model.proxy_bias,
                 copy_projections=model.initialize != "random",
-            )
+            )  # fmt: skip
         except (ValueError, TypeError, RuntimeError) as error:
             raise UsageError(f"model: {error}") from None

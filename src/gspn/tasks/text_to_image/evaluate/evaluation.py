@@ -28,18 +28,10 @@ class TextEvaluation(ImageMetrics):
 
 
 def evaluate(
-    samples: str | Path,
-    reference: str = "emoji:train",
-    *,
-    root: str | Path | None = None,
-    size: int | None = None,
-    distractors: str | None = None,
-    features: str = "auto",
-    batch_size: int = 64,
-    device: str = "auto",
-    cache: Path | None = Path("runs/features"),
-    console: Console | None = None,
-) -> TextEvaluation:
+    samples: str | Path, reference: str = "emoji:train", *, root: str | Path | None = None, size: int | None = None,
+    distractors: str | None = None, features: str = "auto", batch_size: int = 64, device: str = "auto",
+    cache: Path | None = Path("runs/features"), console: Console | None = None,
+) -> TextEvaluation:  # fmt: skip
     """Compare sampled images with a reference, and score how well they match their prompts.
 
     Args:

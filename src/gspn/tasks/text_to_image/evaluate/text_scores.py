@@ -111,9 +111,6 @@ class TextScorer:
         # An image's own text is among the candidates; rounding must not rank it before itself.
         ranks = 1 + (others > own[:, None] + 1e-9).sum(1)
         return TextScores(
-            similarity=own.mean().item(),
-            rank=ranks.double().quantile(0.5).item(),
-            top1=(ranks == 1).double().mean().item(),
-            top10=(ranks <= 10).double().mean().item(),
-            candidates=len(texts),
-        )
+            similarity=own.mean().item(), rank=ranks.double().quantile(0.5).item(),
+            top1=(ranks == 1).double().mean().item(), top10=(ranks <= 10).double().mean().item(), candidates=len(texts),
+        )  # fmt: skip

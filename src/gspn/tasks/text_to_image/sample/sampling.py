@@ -251,14 +251,9 @@ class SampleResult:
 
 
 def sample(
-    model: Any,
-    prompts: str | Sequence[str],
-    *,
-    output: str | Path,
-    upscale: bool | UpscalingConfig = False,
-    console: Console | None = None,
-    **options: Any,
-) -> SampleResult:
+    model: Any, prompts: str | Sequence[str], *, output: str | Path, upscale: bool | UpscalingConfig = False,
+    console: Console | None = None, **options: Any,
+) -> SampleResult:  # fmt: skip
     """Generate images from text, as PNG files that record their origin.
 
     With ``upscale``, images above the trained size are drawn in stages

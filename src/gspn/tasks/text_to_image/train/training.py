@@ -147,28 +147,16 @@ def open_pipeline(config: TextToImageConfig) -> Any:
         except (ValueError, TypeError) as error:
             raise UsageError(f"model.options {model.options}: {error}") from None
     return diffusers.StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=noise_scheduler(config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+        vae=vae, text_encoder=encoder, tokenizer=tokenizer, unet=unet, scheduler=noise_scheduler(config),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
 
 
 def noise_scheduler(config: TextToImageConfig) -> Any:
     """The scheduler that is saved with the weights: DDIM on the training's noise schedule."""
     noise = config.noise
     return require("diffusers", extra="diffusers").DDIMScheduler(
-        num_train_timesteps=noise.timesteps,
-        beta_start=noise.beta_start,
-        beta_end=noise.beta_end,
-        beta_schedule=noise.beta_schedule,
-        prediction_type=noise.objective,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="trailing",
-    )
+        num_train_timesteps=noise.timesteps, beta_start=noise.beta_start, beta_end=noise.beta_end,
+        beta_schedule=noise.beta_schedule, prediction_type=noise.objective, clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, timestep_spacing="trailing",
+    )  # fmt: skip
