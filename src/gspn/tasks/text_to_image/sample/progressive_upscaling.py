@@ -22,7 +22,7 @@ from gspn.diffusers import GSPNTokenMixer
 from ...core.errors import UsageError
 from ..conditioning import Conditioning
 from .denoising import GuidanceInputs, first_step, noise_level, predict
-from .memory_and_flops import unet_cost
+from .estimate import unet_cost
 
 SPACES = ("latents", "pixels")
 """Where a finished stage can be enlarged."""

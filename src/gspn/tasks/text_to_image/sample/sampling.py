@@ -38,8 +38,7 @@ from .estimate import (
 )
 from .offload import MODELS, OFFLOADS, SKIPS, offloaded_skips
 from .progressive_upscaling import Stage, UpscalingConfig, map_lengths, plan_stages, stage_sizes, trained_area
-from .stage_cache import StageCache, read_settings
-from .stage_runner import RunProgress, StageRunner
+from .stage_runner import RunProgress, StageCache, StageRunner, read_settings
 
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtypes of the weights."""
