@@ -221,10 +221,12 @@ class RunPlan:
         # Everything that the images depend on. The adapter's weights are among the UNet's.
         shared = ("negative", "seed", "width", "height", "steps", "guidance", "scheduler", "pipeline", "adapter")
         settings = {name: getattr(first, name) for name in (*shared, "precision", "tiled")} | asdict(request.upscale)
+        # Keys with an underscore do not change images, and diffusers' _use_default_values has no fixed order.
+        options = {key: str(value) for key, value in sorted(self.scheduler.config.items()) if not key.startswith("_")}
         settings |= {
             "prompts": request.prompts, "number": request.number, "batch_size": self.batch_size,
             "device": self.device.type, "split_guidance": bool(self.split_guidance),
-            "scheduler_options": {key: str(value) for key, value in sorted(self.scheduler.config.items())},
+            "scheduler_options": options,
             "weights": fingerprint(self.pipeline.unet) + fingerprint(self.pipeline.vae),
         }  # fmt: skip
         return StageCache(request.output, settings)
