@@ -58,10 +58,8 @@ def evaluate(
                 path = output / f"{directory.name}.json"
                 result.write_json(path)
                 wrote(path)
-        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-        table.add_column("")
-        headings = ("images", "FID", "KID x 1000", "IS", "precision", "recall", "text score", "rank", "top 1")
-        for heading in headings:
+        table = Table("", box=None, header_style="bold", padding=(0, 2, 0, 0))
+        for heading in ("images", "FID", "KID x 1000", "IS", "precision", "recall", "text score", "rank", "top 1"):
             table.add_column(heading, justify="right")
         for result in results:
             table.add_row(

@@ -24,38 +24,30 @@ _REMEDY = "start the run again, which replaces what is damaged"
 
 @dataclass
 class EncodedSplit:
-    """An encoded split.
-
-    Attributes:
-        latents: Posteriors of the images, with their indices in the data set.
-        text: Captions by that index.
-        captions: The first caption of each image.
-    """
+    """An encoded split."""
 
     latents: LatentSet
+    """Posteriors of the images, with their indices in the data set."""
     text: TextTable
+    """Captions by that index."""
     captions: list[str]
+    """The first caption of each image."""
 
 
 @dataclass
 class EncodedData:
-    """The data of a run, encoded.
-
-    Attributes:
-        name: Of the data set.
-        train: The split of the training.
-        held_out: The split whose loss is measured; None without.
-        shift: Subtracted from the autoencoder's latents; the pipeline adds it before decoding.
-        scale: Divisor of the shifted latents.
-        pixels: Pixels of an image for one of its latent, along a side.
-    """
+    """The data of a run, encoded."""
 
     name: str
     train: EncodedSplit
     held_out: EncodedSplit | None
+    """The split whose loss is measured; None without."""
     shift: Tensor | float
+    """Subtracted from the autoencoder's latents; the pipeline adds it before decoding."""
     scale: Tensor | float
+    """Divisor of the shifted latents."""
     pixels: int
+    """Pixels of an image for one of its latent, along a side."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -80,14 +72,9 @@ class EncodedData:
 def encode_data(
     data: DataConfig, pipeline: Any, directory: Path, *, device: str = "auto", console: Console | None = None
 ) -> EncodedData:
-    """Encode the data of a run, unless its directory has them.
+    """Encode the data of a run with a pipeline's autoencoder and text encoders, unless its directory has them.
 
-    Args:
-        data: The data, and the size of the images.
-        pipeline: Its autoencoder and text encoders encode.
-        directory: Receives ``train/latents``, ``train/text``, ``eval/latents`` and ``eval/text``.
-        device: ``"auto"`` uses a GPU if there is one, ``"cpu"`` does not.
-        console: Where to show progress.
+    The directory receives ``train/latents``, ``train/text``, ``eval/latents`` and ``eval/text``.
 
     Raises:
         UsageError: The data cannot be opened or encoded, or the directory has other data.

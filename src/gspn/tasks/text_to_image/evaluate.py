@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.errors import UsageError
 from ..core.loaders import open_data
 from ..diffusion.evaluation import ImageMetrics, compare_images
-from ..diffusion.images import ImageSet, open_images, read_images, read_record
+from ..diffusion.images import open_images, read_images, read_record
 from .pipelines import minilm
 
 
@@ -102,12 +102,9 @@ class TextScorer:
         return (sentences.double() - self.text_mean) @ self.weights
 
     def score(self, features: Tensor, sentences: Tensor, candidates: Tensor | None = None) -> TextScores:
-        """Score images with their sentences.
+        """Score images with features ``[N, D]`` and their own sentences ``[N, E]``.
 
-        Args:
-            features: ``[N, D]``, the features of the images.
-            sentences: ``[N, E]``, each image's own sentence.
-            candidates: ``[M, E]``, further texts to rank each image's own among.
+        ``candidates`` ``[M, E]`` are further texts to rank each image's own among.
         """
         images = F.normalize((features.double() - self.mean) / self.deviation, dim=1)
         own = (images * F.normalize(self.predicted(sentences), dim=1)).sum(1)  # [N]
@@ -170,7 +167,11 @@ def evaluate(
     name, _, split = reference.rpartition(":")
     if not name:
         raise UsageError(f"{reference!r} is not a data set with its split; give one such as emoji:train.")
-    real_images, captions = _open_reference(name, split, root, (sampled.pixels.shape[2], sampled.pixels.shape[3]))
+    images = open_data(name, split, root, captions=True)
+    items = [(images.filename(i), i) for i in range(len(images))]
+    height, width = sampled.pixels.shape[2:]
+    real_images, kept = read_images(reference, items, lambda i: (images.image(i), -1), (height, width))
+    captions = [images.captions(i) for i in kept]
     metrics, fake, real = compare_images(
         sampled, real_images, features=features, batch_size=batch_size, device=device, cache=cache,
         console=console or Console(),
@@ -200,13 +201,3 @@ def prompt_of(path: Path) -> str:
     if not isinstance(prompt, str):
         raise UsageError(f"{str(path)!r} does not record its prompt; evaluate images that `gspn t2i sample` wrote.")
     return prompt
-
-
-def _open_reference(
-    name: str, split: str, root: str | Path | None, size: tuple[int, int]
-) -> tuple[ImageSet, list[tuple[str, ...]]]:
-    """The images of a reference and their captions, without broken images."""
-    images = open_data(name, split, root, captions=True)
-    items = [(images.filename(i), i) for i in range(len(images))]
-    real, kept = read_images(f"{name}:{split}", items, lambda i: (images.image(i), -1), size)
-    return real, [images.captions(i) for i in kept]

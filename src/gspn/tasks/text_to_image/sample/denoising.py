@@ -21,7 +21,7 @@ class GuidanceInputs:
     Attributes:
         text: The encoded prompts, ``[B, ...]``.
         negative: The encoded negative prompts, ``[B, ...]``; None disables guidance.
-        scale: The scale of classifier-free guidance.
+        scale: That of classifier-free guidance.
         split: Call the UNet twice a step instead of once with twice the batch: half the activations, a little slower.
     """
 

@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,16 +90,15 @@ class Estimate:
     @property
     def seconds(self) -> float | None:
         """The time of all stages."""
-        times = [stage.seconds for stage in self.stages]
-        return None if None in times else sum(one for one in times if one is not None)
+        times = [stage.seconds for stage in self.stages if stage.seconds is not None]
+        return sum(times) if len(times) == len(self.stages) else None
 
     def table(self) -> Table:
         """The estimate as a table for a terminal."""
-        table = Table(
-            title=f"Estimate; {format_bytes(self.available)} free on {self.device}", title_justify="left", box=None
-        )
-        for heading in ("stage", "size", "steps", "operations", "memory", "time"):
-            table.add_column(heading, justify="left" if heading == "stage" else "right")
+        title = f"Estimate; {format_bytes(self.available)} free on {self.device}"
+        table = Table("stage", title=title, title_justify="left", box=None)
+        for heading in ("size", "steps", "operations", "memory", "time"):
+            table.add_column(heading, justify="right")
         for stage in self.stages:
             style = "[bold red]" if stage.peak_bytes > self.available else ""
             table.add_row(
@@ -112,13 +112,10 @@ class Estimate:
 
 
 def estimate_memory(plan: RunPlan) -> tuple[RunPlan, Estimate]:
-    """Count the operations and memory of a run, and decide what its plan leaves open.
+    """Count the operations and memory of a run, without times, and decide what its plan leaves open.
 
     Guidance may be split, and with ``offload="auto"`` skip tensors may be offloaded. The first combination that fits
     is taken, else the one that needs least.
-
-    Returns:
-        The plan with these decisions, and its estimate, without times.
     """
     is_open = plan.split_guidance is None and plan.negative is not None
     splits = [False, True] if is_open else [bool(plan.split_guidance)]
@@ -170,37 +167,29 @@ def estimate_stages(plan: RunPlan) -> tuple[StageEstimate, ...]:
     # Offloaded models return to the device while they compute, so their weights count as well.
     weights = model_bytes(unet) + model_bytes(vae) if plan.offload in MODELS else 0
 
-    def cost(height: int, width: int, batch: int) -> CallCost:
-        return unet_cost(
-            unet, plan.text, height=height, width=width, factor=factor, batch=batch, device=plan.device,
-            offload=plan.offload in SKIPS,
-        )  # fmt: skip
-
-    def decoding(height: int, width: int) -> CallCost:
-        return decoder_cost(vae, height=height, width=width, tiled=plan.tiled, device=plan.device)
-
+    cost = partial(unet_cost, unet, plan.text, factor=factor, device=plan.device, offload=plan.offload in SKIPS)
+    decoding = partial(decoder_cost, vae, tiled=plan.tiled, device=plan.device)
     estimates, count = [], len(plan.stages)
     for number, stage in enumerate(plan.stages, start=1):
-        one = cost(stage.height, stage.width, batch)
+        one = cost(height=stage.height, width=stage.width, batch=batch)
         flops, peak = one.flops, one.peak_bytes
         if upscaling is not None and upscaling.dilated and stage.dilation > 1:
             s = stage.dilation
             h, w = (math.ceil(side / factor / s) * factor for side in (stage.height, stage.width))
-            sub_maps = cost(h, w, batch * s * s)
+            sub_maps = cost(height=h, width=w, batch=batch * s * s)
             flops, peak = flops + sub_maps.flops, max(peak, sub_maps.peak_bytes)
-        latents = plan.batch_size * unet.config.in_channels * stage.height * stage.width // factor**2
-        maps = 4 * _LATENT_MAPS * latents
+        maps = 4 * _LATENT_MAPS * plan.batch_size * unet.config.in_channels * stage.height * stage.width // factor**2
         flops, peak = flops * calls * stage.steps * math.ceil(plan.images / plan.batch_size), peak + maps
         if upscaling is not None and upscaling.space == "pixels" and number > 1:
             # Encoding is counted as decoding, which is slightly more.
             for size in (plan.stages[number - 2], stage):
-                vae_cost = decoding(size.height, size.width)
+                vae_cost = decoding(height=size.height, width=size.width)
                 flops, peak = flops + vae_cost.flops * plan.images, max(peak, vae_cost.peak_bytes + maps)
         name = f"stage {number} of {count}" if count > 1 else "denoising"
         peak = int(peak * MARGIN) + weights
         estimates.append(StageEstimate(name, stage.height, stage.width, stage.steps, flops, peak))
     last = plan.stages[-1]
-    vae_cost = decoding(last.height, last.width)
+    vae_cost = decoding(height=last.height, width=last.width)
     peak = int((vae_cost.peak_bytes + _PIXEL_MAPS * 4 * 3 * last.height * last.width) * MARGIN) + weights
     return (*estimates, StageEstimate("decoding", last.height, last.width, 0, vae_cost.flops * plan.images, peak))
 
@@ -217,14 +206,8 @@ def estimate_times(estimate: Estimate, plan: RunPlan, height: int, width: int, f
     """The estimate with times, from one real call of the UNet and one of the decoder at a small size.
 
     Where these calls are so short that overhead dominates, larger sizes of the run's stages are timed instead. Models
-    that are offloaded are timed at the small size alone.
-
-    Args:
-        estimate: The result of :func:`estimate_memory`.
-        plan: The plan, its pipeline ready to run.
-        height: Of the small size, in pixels.
-        width: Of the small size, in pixels.
-        flops: Of the calls at the small size, from :func:`base_flops`.
+    that are offloaded are timed at the small size alone. ``flops`` are those at the small size, from
+    :func:`base_flops`.
     """
     sizes = [(height, width)]
     if plan.offload not in MODELS:
@@ -328,11 +311,8 @@ class CallCost:
 class CostTracker(TorchDispatchMode):
     """Counts operations and follows allocations, of real and of fake tensors.
 
-    A result counts from its creation until its storage is no longer referenced. Memory that a kernel allocates and
-    frees internally is not seen.
-
-    Args:
-        device: The device whose memory is followed.
+    A result on ``device`` counts from its creation until its storage is no longer referenced. Memory that a kernel
+    allocates and frees internally is not seen.
 
     Example:
         >>> with CostTracker(torch.device("cpu")) as tracker:
@@ -348,8 +328,7 @@ class CostTracker(TorchDispatchMode):
 
         from gspn.ops import flop_counts as _formulas  # noqa: F401  (registers those of the scans)
 
-        self._formulas = flop_registry
-        self._device = device.type
+        self._formulas, self._device = flop_registry, device.type
         self._live: dict[int, int] = {}
         self._bytes = self._peak = self._flops = 0
 
@@ -373,14 +352,11 @@ class CostTracker(TorchDispatchMode):
             if isinstance(one, Tensor) and one.device.type == self._device:
                 storage = one.untyped_storage()
                 if storage._cdata not in inputs and storage._cdata not in self._live:
-                    self._allocated(storage)
+                    self._live[storage._cdata] = storage.nbytes()
+                    self._bytes += storage.nbytes()
+                    self._peak = max(self._peak, self._bytes)
+                    weakref.finalize(storage, self._freed, storage._cdata).atexit = False
         return result
-
-    def _allocated(self, storage: torch.UntypedStorage) -> None:
-        self._live[storage._cdata] = storage.nbytes()
-        self._bytes += storage.nbytes()
-        self._peak = max(self._peak, self._bytes)
-        weakref.finalize(storage, self._freed, storage._cdata).atexit = False
 
     def _freed(self, key: int) -> None:
         self._bytes -= self._live.pop(key, 0)
@@ -393,7 +369,7 @@ def call_cost(
     """The cost of a call of a module, predicted on fake tensors: nothing is allocated or computed.
 
     Args:
-        module: The module; its weights count as if they were on ``device``.
+        module: Its weights count as if they were on ``device``.
         call: A function that makes inputs on ``device`` and calls its argument as it would call the module.
         device: The device of the predicted call, which need not exist.
         dtype: Of the weights; their own by default.
@@ -456,11 +432,10 @@ def decoder_cost(vae: Any, *, height: int, width: int, tiled: bool, device: torc
     dtype = torch.float32 if vae.dtype == torch.float16 and vae.config.force_upcast else vae.dtype
 
     def whole(h: int, w: int) -> CallCost:
-        def call(stand_in: Callable[..., Any]) -> None:
-            shape = (1, vae.config.latent_channels, h // factor, w // factor)
-            stand_in(torch.empty(shape, dtype=dtype, device=device))
-
-        return call_cost(_Decoder(vae), call, device, dtype=dtype)
+        shape = (1, vae.config.latent_channels, h // factor, w // factor)
+        return call_cost(
+            _Decoder(vae), lambda decoder: decoder(torch.empty(shape, dtype=dtype, device=device)), device, dtype=dtype
+        )
 
     side = tile_sides(vae)[0]
     if not tiled or max(height, width) <= side:
