@@ -404,8 +404,9 @@ def draw(
 def write(directory: Path, images: Iterable[tuple[CaptionRecord, Image.Image]]) -> int:
     """Save images as PNG files with their records, and return their number."""
     count = 0
-    for count, (record, image) in enumerate(images, start=1):  # noqa: B007  (returned)
+    for record, image in images:
         save_png(record.path(directory), image, record)
+        count += 1
     return count
 
 

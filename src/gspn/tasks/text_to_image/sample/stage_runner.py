@@ -50,18 +50,19 @@ class StageCache:
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
         self.directory = directory / DIRECTORY
         self.settings = json.loads(json.dumps(settings))
+        text = json.dumps(self.settings, indent=1)
+        self._digest = digest([text.encode()])
         begun = read_settings(directory)
-        for key in {} if begun is None else self.settings | begun:
-            before, now = (begun or {}).get(key), self.settings.get(key)
+        if begun is None:
+            write_text(self.directory / _SETTINGS, text + "\n")
+            return
+        for key in self.settings | begun:
+            before, now = begun.get(key), self.settings.get(key)
             if before != now:
                 raise UsageError(
                     f"{str(directory)!r} holds a run with {key}={short(before)}, and this run has {short(now)}; "
                     "pass the arguments that it was started with, or name another output."
                 )
-        text = json.dumps(self.settings, indent=1)
-        self._digest = digest([text.encode()])
-        if begun is None:
-            write_text(self.directory / _SETTINGS, text + "\n")
 
     def save(self, index: int, stage: int, latents: Tensor) -> None:
         """Keep an image's latents ``[C, h, w]`` of a finished stage, counted from 0."""
@@ -166,11 +167,10 @@ class StageRunner:
             if self._cache is not None:
                 for index, one in zip(indices, latents, strict=True):
                     self._cache.save(index, number, one)
-        if latents is None:
-            raise RuntimeError("the plan has no stage")  # plan_stages returns at least one
         return latents
 
-    def _cached(self, indices: Sequence[int]) -> tuple[int, Tensor | None]:
+    def _cached(self, indices: Sequence[int]) -> tuple[int, Any]:
+        """How many stages are finished for all images, and the latents of the last one; None where there is none."""
         if self._cache is not None:
             for number in reversed(range(len(self._plan.stages))):
                 shape = self._shape(self._plan.stages[number])
