@@ -179,7 +179,7 @@ def images(
     from PIL import Image
 
     from gspn.tasks.diffusion.image_grid import draw_prompts
-    from gspn.tasks.text_to_image.evaluate.evaluation import prompt_of
+    from gspn.tasks.text_to_image.evaluate import prompt_of
 
     directories = {entry.label: _directory(root, entry, split, scale) for entry in ENTRIES}
     first = next(iter(directories.values()))

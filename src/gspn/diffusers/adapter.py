@@ -67,17 +67,10 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_model(
-        cls,
-        model: ModelMixin,
-        *,
-        layers: Sequence[str] | None = None,
-        proxy_dim: int | None = None,
-        groups: int | None = None,
-        segment: int | Mapping[str, int | None] | None = None,
-        skip: bool = True,
-        proxy_bias: bool = False,
-        copy_projections: bool = True,
-    ) -> GSPNAdapter:
+        cls, model: ModelMixin, *, layers: Sequence[str] | None = None, proxy_dim: int | None = None,
+        groups: int | None = None, segment: int | Mapping[str, int | None] | None = None, skip: bool = True,
+        proxy_bias: bool = False, copy_projections: bool = True,
+    ) -> GSPNAdapter:  # fmt: skip
         """Make an adapter for a model. The model is not changed, and no reference to it is kept.
 
         Args:
@@ -119,22 +112,15 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
             chosen = [name for name in chosen if name in requested]
         segments = _segments(segment, chosen)
         attentions = {name: check_attention(name, blocks[name]) for name in chosen}
-        adapter = cls(
-            layers={
-                name: {
-                    "dim": attention.query_dim,
-                    "proxy_dim": proxy_dim,
-                    "groups": groups,
-                    "segment": segments[name],
-                    "skip": skip,
-                    "proxy_bias": proxy_bias,
-                    "bias": attention.to_v.bias is not None,
-                    "out_bias": attention.to_out[0].bias is not None,
-                    "dropout": attention.dropout,
-                }
-                for name, attention in attentions.items()
+        options = {
+            name: {
+                "dim": one.query_dim, "proxy_dim": proxy_dim, "groups": groups, "segment": segments[name], "skip": skip,
+                "proxy_bias": proxy_bias, "bias": one.to_v.bias is not None,
+                "out_bias": one.to_out[0].bias is not None, "dropout": one.dropout,
             }
-        )
+            for name, one in attentions.items()
+        }  # fmt: skip
+        adapter = cls(layers=options)
         if copy_projections:
             for name, mixer in adapter.mixers.items():
                 mixer.to_v.load_state_dict(attentions[name].to_v.state_dict())

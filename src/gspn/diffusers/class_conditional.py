@@ -46,13 +46,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
     _optional_components = ["vae"]  # noqa: RUF012  (as diffusers declares them)
 
     def __init__(
-        self,
-        transformer: ModelMixin,
-        scheduler: SchedulerMixin,
-        vae: ModelMixin | None = None,
-        id2label: dict[int, str] | dict[str, str] | None = None,
-        latent_scale: float = 1.0,
-    ) -> None:
+        self, transformer: ModelMixin, scheduler: SchedulerMixin, vae: ModelMixin | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None, latent_scale: float = 1.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         names = {str(key): value for key, value in (id2label or {}).items()}  # as JSON keys are strings
@@ -96,18 +92,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(
-        self,
-        class_labels: Sequence[int | str],
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        guidance_scale: float = 4.0,
-        num_inference_steps: int = 50,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple[Any]:
+        self, class_labels: Sequence[int | str], *, height: int | None = None, width: int | None = None,
+        guidance_scale: float = 4.0, num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None, latents: Tensor | None = None,
+        output_type: str = "pil", return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
         """Generate an image for each class.
 
         Args:

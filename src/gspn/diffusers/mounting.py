@@ -79,15 +79,12 @@ def check_attention(name: str, block: BasicTransformerBlock) -> Any:
             )
     # Attention has further options, but none that a transformer block uses for its first attention.
     unsupported = {
-        "group_norm": attention.group_norm is not None,
-        "spatial_norm": attention.spatial_norm is not None,
-        "norm_q": attention.norm_q is not None,
-        "norm_k": attention.norm_k is not None,
+        "group_norm": attention.group_norm is not None, "spatial_norm": attention.spatial_norm is not None,
+        "norm_q": attention.norm_q is not None, "norm_k": attention.norm_k is not None,
         "residual_connection": attention.residual_connection,
         "rescale_output_factor": attention.rescale_output_factor != 1,
-        "added_kv_proj_dim": attention.added_kv_proj_dim is not None,
-        "is_causal": attention.is_causal,
-    }
+        "added_kv_proj_dim": attention.added_kv_proj_dim is not None, "is_causal": attention.is_causal,
+    }  # fmt: skip
     values = {option: getattr(attention, option) for option, is_set in unsupported.items() if is_set}
     if values:
         raise ValueError(f"{name} has {values}, which GSPN does not support; leave this layer out.")

@@ -47,18 +47,9 @@ class GSPNTokenMixer(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        *,
-        proxy_dim: int | None = None,
-        groups: int | None = None,
-        segment: int | None = None,
-        skip: bool = True,
-        proxy_bias: bool = False,
-        bias: bool = False,
-        out_bias: bool = True,
-        dropout: float = 0.0,
-    ) -> None:
+        self, dim: int, *, proxy_dim: int | None = None, groups: int | None = None, segment: int | None = None,
+        skip: bool = True, proxy_bias: bool = False, bias: bool = False, out_bias: bool = True, dropout: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.dim = dim
         proxy_dim = max(dim // 8, 1) if proxy_dim is None else proxy_dim

@@ -50,39 +50,24 @@ def evaluate(
         results = []
         for directory in samples:
             result = run(
-                directory,
-                reference,
-                root=root,
-                size=size,
-                distractors=distractors,
-                features=features,
-                batch_size=batch_size,
-                device=device.value,
-                console=console,
-            )
+                directory, reference, root=root, size=size, distractors=distractors, features=features,
+                batch_size=batch_size, device=device.value, console=console,
+            )  # fmt: skip
             results.append(result)
             if output is not None:
                 path = output / f"{directory.name}.json"
                 result.write_json(path)
                 wrote(path)
-        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-        table.add_column("")
-        headings = ("images", "FID", "KID x 1000", "IS", "precision", "recall", "text score", "rank", "top 1")
-        for heading in headings:
+        table = Table("", box=None, header_style="bold", padding=(0, 2, 0, 0))
+        for heading in ("images", "FID", "KID x 1000", "IS", "precision", "recall", "text score", "rank", "top 1"):
             table.add_column(heading, justify="right")
         for result in results:
             table.add_row(
-                escape(Path(result.samples).name),
-                str(result.sample_count),
-                f"{result.fid:.2f}",
-                f"{1000 * result.kid:.2f}",
-                f"{result.inception_score:.2f}",
-                f"{result.precision:.2f}",
-                f"{result.recall:.2f}",
-                f"{result.text.similarity:.3f}",
-                f"{result.text.rank:g} of {result.text.candidates}",
-                f"{100 * result.text.top1:.0f} %",
-            )
+                escape(Path(result.samples).name), str(result.sample_count), f"{result.fid:.2f}",
+                f"{1000 * result.kid:.2f}", f"{result.inception_score:.2f}", f"{result.precision:.2f}",
+                f"{result.recall:.2f}", f"{result.text.similarity:.3f}",
+                f"{result.text.rank:g} of {result.text.candidates}", f"{100 * result.text.top1:.0f} %",
+            )  # fmt: skip
         real = results[0].real
         if real is not None:
             table.add_row(

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..messages import one_line_errors
-from ..options import Device, DeviceName, PrecisionName, parse_size
+from ..options import Device, DeviceName, PrecisionName, Size, parse_size
 
 Tiling = StrEnum("Tiling", ["auto", "on", "off"])
 Offload = StrEnum("Offload", ["none", "auto", "model", "activations", "all"])
@@ -24,25 +24,14 @@ def sample(
         str,
         typer.Option("--model", "-m", metavar="NAME", help="Directory of a run or pipeline, shipped name, or hub id."),
     ],
-    adapter: Annotated[
-        str | None,
-        typer.Option(
-            "--adapter",
-            "-a",
-            metavar="NAME",
-            help="Directory of a run or adapter, shipped name, or hub id. Default: the model's own attention.",
-        ),
-    ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Directory of the images.")] = Path(
-        "samples"
-    ),
-    size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WIDTHxHEIGHT",
-            help="Size of the images, such as 8192x4096, or one side. Default: the trained size.",
-        ),
-    ] = None,
+    adapter: Annotated[str | None, typer.Option(
+        "--adapter", "-a", metavar="NAME",
+        help="Directory of a run or adapter, shipped name, or hub id. Default: the model's own attention.",
+    )] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Directory of the images.")
+    ] = Path("samples"),
+    size: Size = None,
     number: Annotated[int, typer.Option("--number", "-n", metavar="N", min=1, help="Images of each prompt.")] = 1,
     negative: Annotated[str | None, typer.Option(metavar="TEXT", help="Negative prompt for guidance.")] = None,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Number of denoising steps.")] = 30,
@@ -58,12 +47,9 @@ def sample(
         bool,
         typer.Option("--upscale", help="Draw in stages from the trained size up; an interrupted run can continue."),
     ] = False,
-    strength: Annotated[
-        list[float] | None,
-        typer.Option(
-            metavar="S", help="Noise strength of the second stage, the third, ... Repeatable; the last holds."
-        ),
-    ] = None,
+    strength: Annotated[list[float] | None, typer.Option(
+        metavar="S", help="Noise strength of the second stage, the third, ... Repeatable; the last holds."
+    )] = None,
     skip_residual: Annotated[bool, typer.Option(help="Pull each stage towards the one before.")] = True,
     skip_power: Annotated[float, typer.Option(metavar="A", help="Exponent of its decay.")] = 3.0,
     dilated: Annotated[bool, typer.Option("--dilated", help="Blend in predictions for strided sub-maps.")] = False,
@@ -82,7 +68,7 @@ def sample(
     estimate_only: Annotated[
         bool, typer.Option("--estimate-only", help="Print the estimate and draw nothing.")
     ] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Draw images from text, each a PNG that records its origin.
 
     The same seed gives the same images for any batch size. Time and memory are estimated before the run starts.
@@ -113,6 +99,5 @@ def sample(
         console.print(
             f"[dim]wrote[/] {result.drawn} images to {escape(str(result.directory))} in {result.seconds:.1f} s"
             + (f"; {kept} were finished before" if kept else ""),
-            highlight=False,
-            soft_wrap=True,
-        )
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip

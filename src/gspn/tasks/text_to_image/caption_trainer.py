@@ -42,17 +42,12 @@ class CaptionTask(Task[Config, Row]):
     """A task on encoded images and captions.
 
     A subclass opens the pipeline, builds the model, and says how its losses are computed and what is saved and drawn.
-
-    Args:
-        config: The task's configuration.
     """
 
     config: Any
 
     def __init__(self, config: Config) -> None:
         self.config = config
-
-    # --- What a subclass provides -------------------------------------------------------------------------------------
 
     @abstractmethod
     def open_pipeline(self) -> Any:
@@ -73,11 +68,7 @@ class CaptionTask(Task[Config, Row]):
     ) -> dict[str, Tensor]:
         """The ``loss`` of each image and its parts, ``[B]`` each, with numbers from PyTorch's generators.
 
-        Args:
-            model: The model.
-            start: Clean latents ``[B, C, h, w]``.
-            text: Their encoded captions.
-            epoch: The epoch, counted from 0; None in an evaluation.
+        ``start`` are clean latents ``[B, C, h, w]``; ``epoch`` is counted from 0, and None in an evaluation.
         """
 
     @abstractmethod
@@ -87,8 +78,6 @@ class CaptionTask(Task[Config, Row]):
     @abstractmethod
     def draw(self, weights: dict[str, Tensor], context: Context) -> dict[str, list[Image.Image]]:
         """Rows of images by name, one image per prompt, drawn with the weights just written."""
-
-    # --- The run ------------------------------------------------------------------------------------------------------
 
     def train(self, resume: bool, console: Console | None) -> TrainingResult[Row]:
         """Encode the data, train and return the result."""
@@ -110,11 +99,9 @@ class CaptionTask(Task[Config, Row]):
 
     def setup(self, context: Context) -> Setup:
         """Open the encoded data and build the model."""
+        config = self.config
         train, self.held_out = self.data.loaders(
-            self.config.data,
-            accumulate=self.config.optim.accumulate,
-            seed=self.config.run.seed,
-            **context.process_info,
+            config.data, accumulate=config.optim.accumulate, seed=config.run.seed, **context.process_info
         )
         model, title, notes = self.build_model(context)
         text, shape = self.data.train.text.index, list(self.data.shape)
@@ -166,8 +153,6 @@ class CaptionTask(Task[Config, Row]):
         with random_state_kept():
             return draw_prompts(self.draw(weights.averaged, context), self.prompts())
 
-    # --- Images -------------------------------------------------------------------------------------------------------
-
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of an image in pixels."""
@@ -197,13 +182,10 @@ class CaptionTask(Task[Config, Row]):
                     some = prompts[begin : begin + size]
                     seeds = [derived_seed(self.config.run.seed, "picture", begin + i) for i in range(len(some))]
                     images += pipeline(
-                        some,
-                        height=height,
-                        width=width,
-                        num_inference_steps=samples.steps,
+                        some, height=height, width=width, num_inference_steps=samples.steps,
                         guidance_scale=samples.guidance,
                         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                    ).images
+                    ).images  # fmt: skip
         finally:
             pipeline.scheduler = trained
         return images

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import UsageError
 
@@ -48,12 +49,7 @@ class Conditioning:
 
 @torch.no_grad()
 def encode_prompts(pipeline: Any, prompts: Sequence[str], *, batch_size: int = 64) -> Conditioning:
-    """Encode prompts with a pipeline's text encoders, on their device and in their dtype.
-
-    Args:
-        pipeline: A ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline`` with its text encoders.
-        prompts: At least one.
-        batch_size: Prompts in a batch.
+    """Encode prompts, at least one, with a pipeline's text encoders, on their device and in their dtype.
 
     Raises:
         UsageError: There is no prompt, or the pipeline has no text encoder.
@@ -108,24 +104,31 @@ def has_further_conditions(unet: Any) -> bool:
     return unet.config.addition_embed_type == _TEXT_TIME
 
 
+@contextmanager
+def recorded_map_sizes(mixers: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[int, int]]]:
+    """Record the height and width of the map that each mixer scans in the block, by the mixer's name."""
+    sizes: dict[str, tuple[int, int]] = {}
+
+    def record(name: str, _mixer: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        sizes.setdefault(name, kwargs["map_size"])
+
+    with ExitStack() as stack:
+        for name, mixer in mixers.items():
+            stack.enter_context(mixer.register_forward_pre_hook(partial(record, name), with_kwargs=True))
+        yield sizes
+
+
 def unet_arguments(unet: Any, text: Conditioning, height: int, width: int) -> dict[str, Any]:
     """The keyword arguments of a UNet for encoded prompts, besides the latents and the timestep.
 
-    Args:
-        unet: A ``UNet2DConditionModel``.
-        text: The encoded prompts, ``[B, ...]``.
-        height: Of the image in pixels; Stable Diffusion XL takes it as the original and the target size.
-        width: Of the image in pixels.
+    Stable Diffusion XL takes height and width, in pixels, as the original and the target size of the image.
 
     Raises:
         UsageError: The UNet needs conditions that a prompt and a size do not give.
     """
     config = unet.config
-    unmet = [
-        key
-        for key in ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
-        if config.get(key) is not None
-    ]
+    unsupported = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
+    unmet = [key for key in unsupported if config.get(key) is not None]
     if unmet or config.addition_embed_type not in (None, _TEXT_TIME):
         name = unmet[0] if unmet else "addition_embed_type"
         raise UsageError(

@@ -24,38 +24,30 @@ _REMEDY = "start the run again, which replaces what is damaged"
 
 @dataclass
 class EncodedSplit:
-    """An encoded split.
-
-    Attributes:
-        latents: Posteriors of the images, with their indices in the data set.
-        text: Captions by that index.
-        captions: The first caption of each image.
-    """
+    """An encoded split."""
 
     latents: LatentSet
+    """Posteriors of the images, with their indices in the data set."""
     text: TextTable
+    """Captions by that index."""
     captions: list[str]
+    """The first caption of each image."""
 
 
 @dataclass
 class EncodedData:
-    """The data of a run, encoded.
-
-    Attributes:
-        name: Of the data set.
-        train: The split of the training.
-        held_out: The split whose loss is measured; None without.
-        shift: Subtracted from the autoencoder's latents; the pipeline adds it before decoding.
-        scale: Divisor of the shifted latents.
-        pixels: Pixels of an image for one of its latent, along a side.
-    """
+    """The data of a run, encoded."""
 
     name: str
     train: EncodedSplit
     held_out: EncodedSplit | None
+    """The split whose loss is measured; None without."""
     shift: Tensor | float
+    """Subtracted from the autoencoder's latents; the pipeline adds it before decoding."""
     scale: Tensor | float
+    """Divisor of the shifted latents."""
     pixels: int
+    """Pixels of an image for one of its latent, along a side."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -80,14 +72,9 @@ class EncodedData:
 def encode_data(
     data: DataConfig, pipeline: Any, directory: Path, *, device: str = "auto", console: Console | None = None
 ) -> EncodedData:
-    """Encode the data of a run, unless its directory has them.
+    """Encode the data of a run with a pipeline's autoencoder and text encoders, unless its directory has them.
 
-    Args:
-        data: The data, and the size of the images.
-        pipeline: Its autoencoder and text encoders encode.
-        directory: Receives ``train/latents``, ``train/text``, ``eval/latents`` and ``eval/text``.
-        device: ``"auto"`` uses a GPU if there is one, ``"cpu"`` does not.
-        console: Where to show progress.
+    The directory receives ``train/latents``, ``train/text``, ``eval/latents`` and ``eval/text``.
 
     Raises:
         UsageError: The data cannot be opened or encoded, or the directory has other data.
@@ -100,13 +87,9 @@ def encode_data(
     ]
     shift, scale = shift_and_scale(pipeline, torch.zeros(()))
     return EncodedData(
-        name=f"{data.name} {data.train_split}",
-        train=splits[0],
-        held_out=splits[1] if len(splits) > 1 else None,
-        shift=shift,
-        scale=scale,
-        pixels=pipeline.vae_scale_factor,
-    )
+        name=f"{data.name} {data.train_split}", train=splits[0], held_out=splits[1] if len(splits) > 1 else None,
+        shift=shift, scale=scale, pixels=pipeline.vae_scale_factor,
+    )  # fmt: skip
 
 
 def _encode_split(
@@ -114,20 +97,10 @@ def _encode_split(
 ) -> EncodedSplit:
     images = open_data(data.name, split, data.root, captions=True, **data.options)
     cache_latents(
-        pipeline.vae,
-        data=data.name,
-        split=split,
-        images=images,
-        output=directory / "latents",
-        size=data.size,
-        hflip=data.hflip > 0,
-        batch_size=data.encode_batch_size,
-        device=device,
-        workers=data.workers,
-        console=console,
-        option="data.cache",
-        **data.options,
-    )
+        pipeline.vae, data=data.name, split=split, images=images, output=directory / "latents", size=data.size,
+        hflip=data.hflip > 0, batch_size=data.encode_batch_size, device=device, workers=data.workers, console=console,
+        option="data.cache", **data.options,
+    )  # fmt: skip
     captions = [images.captions(i) for i in range(len(images))]
     text = cache_text(pipeline, captions, directory / "text", device=device, console=console)
     # Frees the memory of the device.

@@ -24,10 +24,7 @@ MIN_TILE = 512
 def tiles(vae: Any, on: bool, *, side: int | None = None) -> Iterator[None]:
     """Within the block, a VAE works in overlapping tiles or on whole images; its own settings are restored after it.
 
-    Args:
-        vae: An ``AutoencoderKL``.
-        on: Whether to work in tiles.
-        side: The side of a tile in pixels; by default the VAE's own, but at least :data:`MIN_TILE`.
+    ``side`` is the side of a tile in pixels; by default the VAE's own, but at least :data:`MIN_TILE`.
 
     Example:
         >>> with tiles(pipeline.vae, True):  # doctest: +SKIP

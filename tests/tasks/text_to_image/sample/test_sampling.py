@@ -19,13 +19,7 @@ from gspn.tasks.diffusion.schedulers import named_scheduler
 from gspn.tasks.text_to_image.conditioning import encode_nothing, encode_prompts
 from gspn.tasks.text_to_image.decoding import to_images, to_latents, to_pixels
 from gspn.tasks.text_to_image.sample import stage_runner
-from gspn.tasks.text_to_image.sample.denoising import (
-    GuidanceInputs,
-    denoise,
-    draw_noise,
-    first_step,
-    image_generators,
-)
+from gspn.tasks.text_to_image.sample.denoising import GuidanceInputs, denoise, draw_noise, first_step, image_generators
 from gspn.tasks.text_to_image.sample.sampling import sample
 from tasks.text_to_image.t2i_support import make_adapter, make_sd, make_sdxl
 

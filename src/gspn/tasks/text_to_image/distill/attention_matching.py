@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from gspn.diffusers import GSPNAdapter, GSPNTokenMixer
+from gspn.diffusers import GSPNAdapter
 
-from ..conditioning import Conditioning, unet_arguments
+from ..conditioning import Conditioning, recorded_map_sizes, unet_arguments
 
 Recorded = dict[str, tuple[Tensor, Tensor]]
 """By layer: its input and its output, ``[B, N, D]`` each."""
@@ -23,26 +24,18 @@ def recorded(modules: Mapping[str, nn.Module]) -> Iterator[Recorded]:
     """Record input and output of modules during the block, each at its first call.
 
     Under gradient checkpointing a module runs again in the backward pass, after the block, with the same output, which
-    is not recorded. The recorded tensors are part of the graph like any activation.
-
-    Args:
-        modules: The modules by name; their first argument is the tokens.
+    is not recorded. The recorded tensors are part of the graph like any activation. The modules' first argument is the
+    tokens.
     """
     record: Recorded = {}
 
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            del module
-            record.setdefault(name, (args[0] if args else kwargs["hidden_states"], output))
+    def keep(name: str, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        record.setdefault(name, (args[0] if args else kwargs["hidden_states"], output))
 
-        return hook
-
-    handles = [module.register_forward_hook(keep(name), with_kwargs=True) for name, module in modules.items()]
-    try:
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.enter_context(module.register_forward_hook(partial(keep, name), with_kwargs=True))
         yield record
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Distiller(nn.Module):
@@ -54,17 +47,14 @@ class Distiller(nn.Module):
     Args:
         teacher: A ``UNet2DConditionModel`` with its attentions; it is frozen.
         adapter: The adapter in float32, not mounted.
-        height: Height of an image in pixels.
-        width: Width of an image in pixels.
+        height: Of an image, in pixels.
+        width: Of an image, in pixels.
         relative: Divide each layer's error by the mean square of the attention's output.
     """
 
     def __init__(self, teacher: Any, adapter: GSPNAdapter, height: int, width: int, *, relative: bool = False) -> None:
         super().__init__()
-        self.adapter = adapter
-        self.height = height
-        self.width = width
-        self.relative = relative
+        self.adapter, self.height, self.width, self.relative = adapter, height, width, relative
         teacher.requires_grad_(False).eval()
         # Another tree of modules over the same weights.
         student = copy.deepcopy(teacher, {id(p): p for p in (*teacher.parameters(), *teacher.buffers())})
@@ -151,17 +141,7 @@ class Distiller(nn.Module):
         """Height and width of each layer's feature map for latents of this shape, as the student passes them."""
         shape = tuple(noisy.shape[2:])
         if shape not in self._map_sizes:
-            sizes: dict[str, tuple[int, int]] = {}
-
-            def note(name: str) -> Any:
-                return lambda _module, _args, kwargs: sizes.setdefault(name, kwargs["map_size"]) and None
-
-            mixers: dict[str, GSPNTokenMixer] = self.adapter.mixers
-            handles = [one.register_forward_pre_hook(note(name), with_kwargs=True) for name, one in mixers.items()]
-            try:
+            with recorded_map_sizes(self.adapter.mixers) as sizes:
                 self.student(noisy, t, **arguments, return_dict=False)
-            finally:
-                for handle in handles:
-                    handle.remove()
             self._map_sizes[shape] = sizes
         return self._map_sizes[shape]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from gspn.diffusers import GSPNAdapter
 
 from ...._files import replaced_directory
-from ...core.errors import UsageError, require
+from ...core.errors import UsageError
 from ...core.metrics_table import metric
 from ...core.seeding import derived_seed, random_state_kept, seed_everything
 from ...core.task import Context, TrainingResult
@@ -72,7 +73,7 @@ def distill(
     Args:
         config: The configuration.
         resume: Continue from the newest complete checkpoint in the output directory, from the start if there is none.
-        console: The console to print on; standard output by default.
+        console: Where to print; standard output by default.
 
     Raises:
         UsageError: a request that cannot be met; also a loss that is not finite.
@@ -104,9 +105,7 @@ class Distillation(CaptionTask[DistillConfig, DistillRow]):
     def build_model(self, context: Context) -> tuple[nn.Module, str, list[str]]:
         """Teacher and student, whose gates are fitted if the configuration says so."""
         config, device = self.config, context.accelerator.device
-        self.scheduler = require("diffusers", extra="diffusers").DDPMScheduler.from_config(
-            self.pipeline.scheduler.config
-        )
+        self.scheduler: Any = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         teacher = nn.Module.to(self.pipeline.unet, _DTYPES[config.model.weights])
         adapter = build_adapter(config, teacher)
         self.distiller = Distiller(teacher, adapter, *self.image_size, relative=config.distillation.relative)
@@ -144,9 +143,9 @@ class Distillation(CaptionTask[DistillConfig, DistillRow]):
         # On the CPU, so that the numbers do not depend on the device.
         t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(start),)).to(start.device)
         noise = torch.randn_like(start)
-        noisy = self.scheduler.add_noise(start, noise, t)
         is_noise = self.scheduler.config.prediction_type == "epsilon"
-        return noisy, t, noise if is_noise else self.scheduler.get_velocity(start, noise, t)
+        target = noise if is_noise else self.scheduler.get_velocity(start, noise, t)
+        return self.scheduler.add_noise(start, noise, t), t, target
 
     def losses(
         self, model: nn.Module, start: Tensor, text: Conditioning, *, epoch: int | None = None
@@ -154,8 +153,8 @@ class Distillation(CaptionTask[DistillConfig, DistillRow]):
         """The distillation loss of each image and its parts; in the first epochs that of separate layers alone."""
         loss = self.config.distillation
         noisy, t, target = self.noised(start)
-        noisy = noisy.to(self.distiller.teacher.dtype)
-        text = text.to(noisy.dtype)
+        dtype = self.distiller.teacher.dtype
+        noisy, text = noisy.to(dtype), text.to(dtype)
         if epoch is not None and epoch < loss.block_epochs:
             (attention,) = model(noisy, t, text.states, text.pooled, blocks=True)
             return {"loss": attention}
@@ -216,14 +215,9 @@ def build_adapter(config: DistillConfig, unet: Any) -> GSPNAdapter:
         torch.manual_seed(derived_seed(config.run.seed, "adapter"))
         try:
             return GSPNAdapter.from_model(
-                unet,
-                layers=model.layers,
-                proxy_dim=model.proxy_dim,
-                groups=model.groups,
-                segment=model.segments or model.segment,
-                skip=model.skip,
-                proxy_bias=model.proxy_bias,
+                unet, layers=model.layers, proxy_dim=model.proxy_dim, groups=model.groups,
+                segment=model.segments or model.segment, skip=model.skip, proxy_bias=model.proxy_bias,
                 copy_projections=model.initialize != "random",
-            )
+            )  # fmt: skip
         except (ValueError, TypeError, RuntimeError) as error:
             raise UsageError(f"model: {error}") from None

@@ -21,7 +21,7 @@ class GuidanceInputs:
     Attributes:
         text: The encoded prompts, ``[B, ...]``.
         negative: The encoded negative prompts, ``[B, ...]``; None disables guidance.
-        scale: The scale of classifier-free guidance.
+        scale: That of classifier-free guidance.
         split: Call the UNet twice a step instead of once with twice the batch: half the activations, a little slower.
     """
 
@@ -106,19 +106,10 @@ def noise_level(scheduler: Any, step: int) -> tuple[float, float]:
 
 @torch.no_grad()
 def denoise(
-    unet: Any,
-    scheduler: Any,
-    latents: Tensor,
-    inputs: GuidanceInputs,
-    *,
-    height: int,
-    width: int,
-    generators: Sequence[torch.Generator],
-    begin: int = 0,
-    blend: Callable[[Tensor, int], Tensor] | None = None,
-    refine: Callable[[Tensor, Tensor, int], Tensor] | None = None,
-    on_step: Callable[[], object] | None = None,
-) -> Tensor:
+    unet: Any, scheduler: Any, latents: Tensor, inputs: GuidanceInputs, *, height: int, width: int,
+    generators: Sequence[torch.Generator], begin: int = 0, blend: Callable[[Tensor, int], Tensor] | None = None,
+    refine: Callable[[Tensor, Tensor, int], Tensor] | None = None, on_step: Callable[[], object] | None = None,
+) -> Tensor:  # fmt: skip
     """Take the steps of a scheduler from noisy to clean latents, as diffusers' own pipelines do.
 
     The latents keep their dtype, float32, whatever the UNet's. In float32 the result equals that of the pipelines.

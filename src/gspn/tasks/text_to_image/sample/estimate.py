@@ -7,22 +7,29 @@ the ratio of operations.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ...core.errors import UsageError
-from ..conditioning import unet_arguments
-from .memory_and_flops import CallCost, decoder_cost, unet_cost
-from .offload import MODELS, SKIPS
+from ...diffusion.autoencoder import vae_scale_factor
+from ..conditioning import Conditioning, unet_arguments
+from ..decoding import tile_sides
+from .offload import MODELS, SKIPS, offloaded_skips
 
 if TYPE_CHECKING:
     from .sampling import RunPlan
@@ -35,6 +42,7 @@ _LONG_CALL = 2.0  # seconds
 _SHORT_CALL = 0.1  # seconds
 _LARGEST_TIMED = 32  # times the trained area: calls that were too short are timed at sizes up to this
 _PIXEL_MAPS = 3  # the decoded image, a copy while it is assembled, and the bytes
+_TILE_STRIDE = 0.75  # of a tile's side: diffusers' tiles overlap by a quarter
 
 
 @dataclass(frozen=True)
@@ -82,16 +90,15 @@ class Estimate:
     @property
     def seconds(self) -> float | None:
         """The time of all stages."""
-        times = [stage.seconds for stage in self.stages]
-        return None if None in times else sum(one for one in times if one is not None)
+        times = [stage.seconds for stage in self.stages if stage.seconds is not None]
+        return sum(times) if len(times) == len(self.stages) else None
 
     def table(self) -> Table:
         """The estimate as a table for a terminal."""
-        table = Table(
-            title=f"Estimate; {format_bytes(self.available)} free on {self.device}", title_justify="left", box=None
-        )
-        for heading in ("stage", "size", "steps", "operations", "memory", "time"):
-            table.add_column(heading, justify="left" if heading == "stage" else "right")
+        title = f"Estimate; {format_bytes(self.available)} free on {self.device}"
+        table = Table("stage", title=title, title_justify="left", box=None)
+        for heading in ("size", "steps", "operations", "memory", "time"):
+            table.add_column(heading, justify="right")
         for stage in self.stages:
             style = "[bold red]" if stage.peak_bytes > self.available else ""
             table.add_row(
@@ -105,13 +112,10 @@ class Estimate:
 
 
 def estimate_memory(plan: RunPlan) -> tuple[RunPlan, Estimate]:
-    """Count the operations and memory of a run, and decide what its plan leaves open.
+    """Count the operations and memory of a run, without times, and decide what its plan leaves open.
 
     Guidance may be split, and with ``offload="auto"`` skip tensors may be offloaded. The first combination that fits
     is taken, else the one that needs least.
-
-    Returns:
-        The plan with these decisions, and its estimate, without times.
     """
     is_open = plan.split_guidance is None and plan.negative is not None
     splits = [False, True] if is_open else [bool(plan.split_guidance)]
@@ -163,37 +167,29 @@ def estimate_stages(plan: RunPlan) -> tuple[StageEstimate, ...]:
     # Offloaded models return to the device while they compute, so their weights count as well.
     weights = model_bytes(unet) + model_bytes(vae) if plan.offload in MODELS else 0
 
-    def cost(height: int, width: int, batch: int) -> CallCost:
-        return unet_cost(
-            unet, plan.text, height=height, width=width, factor=factor, batch=batch, device=plan.device,
-            offload=plan.offload in SKIPS,
-        )  # fmt: skip
-
-    def decoding(height: int, width: int) -> CallCost:
-        return decoder_cost(vae, height=height, width=width, tiled=plan.tiled, device=plan.device)
-
+    cost = partial(unet_cost, unet, plan.text, factor=factor, device=plan.device, offload=plan.offload in SKIPS)
+    decoding = partial(decoder_cost, vae, tiled=plan.tiled, device=plan.device)
     estimates, count = [], len(plan.stages)
     for number, stage in enumerate(plan.stages, start=1):
-        one = cost(stage.height, stage.width, batch)
+        one = cost(height=stage.height, width=stage.width, batch=batch)
         flops, peak = one.flops, one.peak_bytes
         if upscaling is not None and upscaling.dilated and stage.dilation > 1:
             s = stage.dilation
             h, w = (math.ceil(side / factor / s) * factor for side in (stage.height, stage.width))
-            sub_maps = cost(h, w, batch * s * s)
+            sub_maps = cost(height=h, width=w, batch=batch * s * s)
             flops, peak = flops + sub_maps.flops, max(peak, sub_maps.peak_bytes)
-        latents = plan.batch_size * unet.config.in_channels * stage.height * stage.width // factor**2
-        maps = 4 * _LATENT_MAPS * latents
+        maps = 4 * _LATENT_MAPS * plan.batch_size * unet.config.in_channels * stage.height * stage.width // factor**2
         flops, peak = flops * calls * stage.steps * math.ceil(plan.images / plan.batch_size), peak + maps
         if upscaling is not None and upscaling.space == "pixels" and number > 1:
             # Encoding is counted as decoding, which is slightly more.
             for size in (plan.stages[number - 2], stage):
-                vae_cost = decoding(size.height, size.width)
+                vae_cost = decoding(height=size.height, width=size.width)
                 flops, peak = flops + vae_cost.flops * plan.images, max(peak, vae_cost.peak_bytes + maps)
         name = f"stage {number} of {count}" if count > 1 else "denoising"
         peak = int(peak * MARGIN) + weights
         estimates.append(StageEstimate(name, stage.height, stage.width, stage.steps, flops, peak))
     last = plan.stages[-1]
-    vae_cost = decoding(last.height, last.width)
+    vae_cost = decoding(height=last.height, width=last.width)
     peak = int((vae_cost.peak_bytes + _PIXEL_MAPS * 4 * 3 * last.height * last.width) * MARGIN) + weights
     return (*estimates, StageEstimate("decoding", last.height, last.width, 0, vae_cost.flops * plan.images, peak))
 
@@ -210,14 +206,8 @@ def estimate_times(estimate: Estimate, plan: RunPlan, height: int, width: int, f
     """The estimate with times, from one real call of the UNet and one of the decoder at a small size.
 
     Where these calls are so short that overhead dominates, larger sizes of the run's stages are timed instead. Models
-    that are offloaded are timed at the small size alone.
-
-    Args:
-        estimate: The result of :func:`estimate_memory`.
-        plan: The plan, its pipeline ready to run.
-        height: Of the small size, in pixels.
-        width: Of the small size, in pixels.
-        flops: Of the calls at the small size, from :func:`base_flops`.
+    that are offloaded are timed at the small size alone. ``flops`` are those at the small size, from
+    :func:`base_flops`.
     """
     sizes = [(height, width)]
     if plan.offload not in MODELS:
@@ -303,3 +293,168 @@ def format_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+@dataclass(frozen=True)
+class CallCost:
+    """Operations and memory of one call.
+
+    Attributes:
+        flops: As ``torch.utils.flop_counter`` counts them, scans included: two for a multiply-add.
+        peak_bytes: The peak size of the results that are alive at once, without the inputs and weights.
+    """
+
+    flops: int
+    peak_bytes: int
+
+
+class CostTracker(TorchDispatchMode):
+    """Counts operations and follows allocations, of real and of fake tensors.
+
+    A result on ``device`` counts from its creation until its storage is no longer referenced. Memory that a kernel
+    allocates and frees internally is not seen.
+
+    Example:
+        >>> with CostTracker(torch.device("cpu")) as tracker:
+        ...     y = torch.ones(1000) + 1
+        >>> tracker.cost.peak_bytes
+        8000
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        # Imported here, because it imports triton where that is installed.
+        from torch.utils.flop_counter import flop_registry
+
+        from gspn.ops import flop_counts as _formulas  # noqa: F401  (registers those of the scans)
+
+        self._formulas, self._device = flop_registry, device.type
+        self._live: dict[int, int] = {}
+        self._bytes = self._peak = self._flops = 0
+
+    @property
+    def cost(self) -> CallCost:
+        """The cost so far."""
+        return CallCost(self._flops, self._peak)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is not None:
+            self._flops += formula(*args, **kwargs, out_val=result)
+        # A view of an input, such as a weight, allocates nothing.
+        inputs = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        for one in tree_leaves(result):
+            if isinstance(one, Tensor) and one.device.type == self._device:
+                storage = one.untyped_storage()
+                if storage._cdata not in inputs and storage._cdata not in self._live:
+                    self._live[storage._cdata] = storage.nbytes()
+                    self._bytes += storage.nbytes()
+                    self._peak = max(self._peak, self._bytes)
+                    weakref.finalize(storage, self._freed, storage._cdata).atexit = False
+        return result
+
+    def _freed(self, key: int) -> None:
+        self._bytes -= self._live.pop(key, 0)
+
+
+@torch.no_grad()
+def call_cost(
+    module: nn.Module, call: Callable[..., Any], device: torch.device, *, dtype: torch.dtype | None = None
+) -> CallCost:
+    """The cost of a call of a module, predicted on fake tensors: nothing is allocated or computed.
+
+    Args:
+        module: Its weights count as if they were on ``device``.
+        call: A function that makes inputs on ``device`` and calls its argument as it would call the module.
+        device: The device of the predicted call, which need not exist.
+        dtype: Of the weights; their own by default.
+
+    Example:
+        >>> layer = nn.Linear(1000, 1000)
+        >>> call_cost(layer, lambda layer: layer(torch.empty(1, 1000)), torch.device("cpu"))
+        CallCost(flops=2000000, peak_bytes=8000)
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        # The weights are converted before the tracker starts, so that they do not count.
+        weights = {
+            name: fake.from_tensor(value).to(device, dtype if value.is_floating_point() else None)
+            for name, value in [*module.named_parameters(), *module.named_buffers()]
+        }
+
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(module, weights, args, kwargs)
+
+        with CostTracker(device) as tracker:
+            call(stand_in)
+    return tracker.cost
+
+
+def unet_cost(
+    unet: Any, text: Conditioning, *, height: int, width: int, factor: int, batch: int, device: torch.device,
+    offload: bool = False,
+) -> CallCost:  # fmt: skip
+    """The cost of one call of a UNet, with or without an adapter.
+
+    Args:
+        unet: A ``UNet2DConditionModel``.
+        text: Any encoded prompts; only their length counts.
+        height: Of the images, in pixels.
+        width: Of the images, in pixels.
+        factor: The VAE's pixels per latent pixel.
+        batch: Images in the call, those for guidance included.
+        device: The device of the predicted call.
+        offload: Whether the skip tensors are in host memory.
+    """
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(batch, *shape, dtype=unet.dtype, device=device)
+
+    def call(stand_in: Callable[..., Any]) -> None:
+        latents = empty(unet.config.in_channels, height // factor, width // factor)
+        pooled = None if text.pooled is None else empty(*text.pooled.shape[1:])
+        arguments = unet_arguments(unet, Conditioning(empty(*text.states.shape[1:]), pooled), height, width)
+        stand_in(latents, 1, **arguments, return_dict=False)
+
+    with offloaded_skips(unet, storage="cpu") if offload else contextlib.nullcontext():
+        return call_cost(unet, call, device)
+
+
+def decoder_cost(vae: Any, *, height: int, width: int, tiled: bool, device: torch.device) -> CallCost:
+    """The cost of decoding one image, whole or in tiles; the decoded tiles are all kept until the last is done."""
+    factor = vae_scale_factor(vae.config.block_out_channels)
+    dtype = torch.float32 if vae.dtype == torch.float16 and vae.config.force_upcast else vae.dtype
+
+    def whole(h: int, w: int) -> CallCost:
+        shape = (1, vae.config.latent_channels, h // factor, w // factor)
+        return call_cost(
+            _Decoder(vae), lambda decoder: decoder(torch.empty(shape, dtype=dtype, device=device)), device, dtype=dtype
+        )
+
+    side = tile_sides(vae)[0]
+    if not tiled or max(height, width) <= side:
+        return whole(height, width)
+    one = whole(min(side, height), min(side, width))
+    stride = int(side * _TILE_STRIDE)
+    area = math.prod(sum(min(side, length - at) for at in range(0, length, stride)) for length in (height, width))
+    share = area / (min(side, height) * min(side, width))
+    kept = 3 * dtype.itemsize * (area + height * width)
+    peak = max(one.peak_bytes + kept, 3 * dtype.itemsize * (area + 2 * height * width))
+    return CallCost(int(one.flops * share), peak)
+
+
+class _Decoder(nn.Module):
+    """The decoding half of a VAE, without tiles."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))

@@ -36,7 +36,7 @@ class _LoadOnAccess:
 
 
 @contextmanager
-def offloaded_skips(unet: nn.Module, *, storage: torch.device | str | None = None) -> Iterator[None]:
+def offloaded_skips(unet: Any, *, storage: torch.device | str | None = None) -> Iterator[None]:
     """Within the block, a UNet's skip tensors are on another device between its down blocks and its up blocks.
 
     At large sizes they are most of the memory in use at the lowest level. Hooks move them when a down block ends, and
@@ -60,15 +60,12 @@ def offloaded_skips(unet: nn.Module, *, storage: torch.device | str | None = Non
                 "it out, or choose a GPU."
             )
         storage = "cpu"
-    target = torch.device(storage)
-    blocks: Any = unet
-    first: nn.Module = blocks.down_blocks[0]
     # The device of each call's input: a model that is offloaded itself moves between calls.
     home: list[torch.device] = []
 
     def store(tensor: Tensor) -> Tensor:
         # A copy even on the same device, so that tests without a GPU take the same path.
-        return tensor.to(target, copy=True)
+        return tensor.to(storage, copy=True)
 
     def after_input(_module: nn.Module, _args: Any, result: Tensor) -> Tensor:
         home[:] = [result.device]
@@ -86,10 +83,10 @@ def offloaded_skips(unet: nn.Module, *, storage: torch.device | str | None = Non
         return args, {**kwargs, "res_hidden_states_tuple": skips}
 
     handles = [
-        blocks.conv_in.register_forward_hook(after_input),
-        first.register_forward_pre_hook(before_first, with_kwargs=True),
-        *(block.register_forward_hook(after_down) for block in blocks.down_blocks),
-        *(block.register_forward_pre_hook(before_up, with_kwargs=True) for block in blocks.up_blocks),
+        unet.conv_in.register_forward_hook(after_input),
+        unet.down_blocks[0].register_forward_pre_hook(before_first, with_kwargs=True),
+        *(block.register_forward_hook(after_down) for block in unet.down_blocks),
+        *(block.register_forward_pre_hook(before_up, with_kwargs=True) for block in unet.up_blocks),
     ]
     try:
         yield

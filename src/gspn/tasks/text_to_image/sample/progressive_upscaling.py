@@ -20,9 +20,9 @@ from torch import Tensor
 from gspn.diffusers import GSPNTokenMixer
 
 from ...core.errors import UsageError
-from ..conditioning import Conditioning
+from ..conditioning import Conditioning, recorded_map_sizes
 from .denoising import GuidanceInputs, first_step, noise_level, predict
-from .memory_and_flops import unet_cost
+from .estimate import unet_cost
 
 SPACES = ("latents", "pixels")
 """Where a finished stage can be enlarged."""
@@ -103,11 +103,11 @@ class Stage:
     dilation: int = 1
 
 
-def trained_area(unet: Any, factor: int) -> int:
-    """The area in pixels of the images that a UNet was trained on, from its ``sample_size``."""
+def trained_size(unet: Any, factor: int) -> tuple[int, int]:
+    """Height and width in pixels of the images that a UNet was trained on, from its ``sample_size``."""
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    return height * width * factor**2
+    return height * factor, width * factor
 
 
 def plan_stages(
@@ -124,7 +124,7 @@ def plan_stages(
         area: The trained area, in pixels.
         multiple: The VAE's factor, which divides every side.
         steps: The denoising steps from pure noise.
-        upscaling: The options of progressive upscaling; None for a single stage.
+        upscaling: None for a single stage.
 
     Raises:
         UsageError: A side is not a multiple, or a strength leaves a stage without a step.
@@ -243,9 +243,7 @@ class DilatedSampling:
     :math:`c\, \hat g + (1 - c)\, p`, with c of exponent ``dilated_power``.
 
     Attributes:
-        unet: A ``UNet2DConditionModel``.
         scheduler: A scheduler whose timesteps are set.
-        inputs: The conditioning of the images.
         stride: The stride s.
         factor: The VAE's pixels per latent pixel.
         begin: The stage's first step.
@@ -304,10 +302,7 @@ def sub_map_groups(height: int, width: int, stride: int) -> list[list[tuple[int,
 def gaussian_blur(x: Tensor, width: float, taps: int) -> Tensor:
     """Blur maps ``[B, C, H, W]``, edges repeated, and restore each map's mean and deviation.
 
-    Args:
-        x: The maps.
-        width: The Gaussian's standard deviation.
-        taps: The kernel's side, odd.
+    The Gaussian has the standard deviation ``width`` and ``taps`` pixels a side, an odd number.
     """
     offsets = torch.arange(taps, device=x.device, dtype=x.dtype) - taps // 2
     kernel = torch.exp(-0.5 * (offsets / width) ** 2)
@@ -325,39 +320,20 @@ def gaussian_blur(x: Tensor, width: float, taps: int) -> Tensor:
 def map_lengths(unet: Any, text: Conditioning, *, height: int, width: int, factor: int) -> dict[str, int]:
     """The longer side of the map that each GSPN mixer of a UNet scans, by the mixer's name; counted on fake tensors.
 
-    Args:
-        unet: A UNet with an adapter mounted; without one the result is empty.
-        text: Any encoded prompts.
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
-        factor: The VAE's pixels per latent pixel.
+    Height and width are those of the image in pixels. Without an adapter mounted, the result is empty.
     """
-    lengths: dict[str, int] = {}
-
-    def record(name: str) -> Any:
-        def hook(_mixer: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-            lengths[name] = max(kwargs["map_size"])
-
-        return hook
-
-    mixers = [(name, module) for name, module in unet.named_modules() if isinstance(module, GSPNTokenMixer)]
-    handles = [mixer.register_forward_pre_hook(record(name), with_kwargs=True) for name, mixer in mixers]
-    if handles:
-        try:
+    mixers = {name: module for name, module in unet.named_modules() if isinstance(module, GSPNTokenMixer)}
+    with recorded_map_sizes(mixers) as sizes:
+        if mixers:
             unet_cost(unet, text, height=height, width=width, factor=factor, batch=1, device=torch.device("cpu"))
-        finally:
-            for handle in handles:
-                handle.remove()
-    return lengths
+    return {name: max(size) for name, size in sizes.items()}
 
 
 @contextmanager
 def segmented_scans(unet: Any, segments: Mapping[str, int]) -> Iterator[None]:
-    """Within the block, mixers restart their scans after that many lines at most.
+    """Within the block, mixers restart their scans after that many lines at most, by the mixer's name.
 
-    Args:
-        unet: A UNet with an adapter mounted.
-        segments: The number of lines by the mixer's name; a mixer whose own segment is shorter keeps it.
+    A mixer whose own segment is shorter keeps it.
     """
     scans: list[Any] = [getattr(unet.get_submodule(name), "scan") for name in segments]  # noqa: B009  (for pyright)
     before = [scan.segment for scan in scans]

@@ -37,15 +37,11 @@ from .estimate import (
     model_bytes,
 )
 from .offload import MODELS, OFFLOADS, SKIPS, offloaded_skips
-from .progressive_upscaling import Stage, UpscalingConfig, map_lengths, plan_stages, stage_sizes, trained_area
-from .stage_cache import StageCache, read_settings
-from .stage_runner import RunProgress, StageRunner
+from .progressive_upscaling import Stage, UpscalingConfig, map_lengths, plan_stages, stage_sizes, trained_size
+from .stage_runner import RunProgress, StageCache, StageRunner, read_settings
 
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtypes of the weights."""
-
-TILINGS = ("auto", "on", "off")
-"""Whether the VAE works in tiles; ``"auto"``: above :data:`~gspn.tasks.text_to_image.decoding.TILED_FROM` pixels."""
 
 _AUTO_OFFLOAD_SHARE = 0.8  # of free memory: where the weights take more, `auto` offloads models
 
@@ -120,7 +116,8 @@ class SampleRequest:
         if not 0 <= self.guidance < math.inf:
             raise UsageError(f"guidance {self.guidance} has to be 0 or more; 1 disables it.")
         for name, choices in (
-            ("device", ("auto", "cpu")), ("precision", (*PRECISIONS, None)), ("tiling", TILINGS), ("offload", OFFLOADS)
+            ("device", ("auto", "cpu")), ("precision", (*PRECISIONS, None)), ("tiling", ("auto", "on", "off")),
+            ("offload", OFFLOADS),
         ):  # fmt: skip
             value = getattr(self, name)
             if value not in choices:
@@ -146,12 +143,9 @@ class RunPlan:
     """A request resolved for its model.
 
     Attributes:
-        request: The request.
-        pipeline: The pipeline, ready to run.
+        pipeline: Ready to run.
         scheduler: The scheduler that each stage uses a copy of.
-        device: The device that computes.
         precision: The name of the weights' dtype.
-        stages: The stages of each image.
         text: The encoded prompts.
         negative: The encoded negative prompt, of one image; None without guidance.
         tiled: Whether the VAE works in tiles.
@@ -222,10 +216,12 @@ class RunPlan:
         # Everything that the images depend on. The adapter's weights are among the UNet's.
         shared = ("negative", "seed", "width", "height", "steps", "guidance", "scheduler", "pipeline", "adapter")
         settings = {name: getattr(first, name) for name in (*shared, "precision", "tiled")} | asdict(request.upscale)
+        # Keys with an underscore do not change images, and diffusers' _use_default_values has no fixed order.
+        options = {key: str(value) for key, value in sorted(self.scheduler.config.items()) if not key.startswith("_")}
         settings |= {
             "prompts": request.prompts, "number": request.number, "batch_size": self.batch_size,
             "device": self.device.type, "split_guidance": bool(self.split_guidance),
-            "scheduler_options": {key: str(value) for key, value in sorted(self.scheduler.config.items())},
+            "scheduler_options": options,
             "weights": fingerprint(self.pipeline.unet) + fingerprint(self.pipeline.vae),
         }  # fmt: skip
         return StageCache(request.output, settings)
@@ -236,11 +232,10 @@ class SampleResult:
     """The result of :func:`sample`.
 
     Attributes:
-        directory: The directory of the images.
-        records: The records of all images, in order; empty where only an estimate was requested.
+        records: Those of all images, in order; empty where only an estimate was requested.
         drawn: The number of images that this call drew; the others were finished before.
         seconds: The time spent drawing.
-        estimate: The estimate; None where nothing was checked.
+        estimate: None where nothing was checked.
     """
 
     directory: Path
@@ -251,14 +246,9 @@ class SampleResult:
 
 
 def sample(
-    model: Any,
-    prompts: str | Sequence[str],
-    *,
-    output: str | Path,
-    upscale: bool | UpscalingConfig = False,
-    console: Console | None = None,
-    **options: Any,
-) -> SampleResult:
+    model: Any, prompts: str | Sequence[str], *, output: str | Path, upscale: bool | UpscalingConfig = False,
+    console: Console | None = None, **options: Any,
+) -> SampleResult:  # fmt: skip
     """Generate images from text, as PNG files that record their origin.
 
     With ``upscale``, images above the trained size are drawn in stages
@@ -325,13 +315,12 @@ def resolve(request: SampleRequest, stack: contextlib.ExitStack) -> RunPlan:
         raise UsageError(
             f"{request.steps} steps are more than the {scheduler.config.num_train_timesteps} of the training."
         )
-    size, factor = pipeline.unet.config.sample_size, pipeline.vae_scale_factor
-    own = (size, size) if isinstance(size, int) else size
-    height, width = request.height or own[0] * factor, request.width or own[1] * factor
+    factor = pipeline.vae_scale_factor
+    trained = trained_size(pipeline.unet, factor)
+    height, width = request.height or trained[0], request.width or trained[1]
     stages = plan_stages(
-        height, width, area=trained_area(pipeline.unet, factor), multiple=factor, steps=request.steps,
-        upscaling=request.upscale,
-    )  # fmt: skip
+        height, width, area=math.prod(trained), multiple=factor, steps=request.steps, upscaling=request.upscale
+    )
     tiled = request.tiling == "on" or (request.tiling == "auto" and height * width > TILED_FROM)
 
     for model in (pipeline.unet, pipeline.vae):  # a trainer that samples leaves them in training mode
@@ -367,16 +356,14 @@ def estimate(
 ) -> tuple[RunPlan, StageCache | None, Estimate | None]:
     """Decide what the plan leaves open, refuse what cannot be run, and print the estimate.
 
-    Returns:
-        The plan with all decisions, its offloading in effect until ``stack`` closes; the cache of finished stages; and
-        the estimate.
+    The offloading of the returned plan is in effect until ``stack`` closes.
     """
     request, estimated, small, flops = plan.request, None, (0, 0), (0, 0)
     if request.check or request.estimate_only:
         plan, estimated = estimate_memory(plan)
         if not request.estimate_only:
             check_memory(estimated, plan)
-        last, area = plan.stages[-1], trained_area(plan.pipeline.unet, plan.factor)
+        last, area = plan.stages[-1], math.prod(trained_size(plan.pipeline.unet, plan.factor))
         small = stage_sizes(last.height, last.width, area, plan.factor)[0]
         flops = base_flops(plan, *small)
     # Opened before anything that takes long, because it refuses other settings.

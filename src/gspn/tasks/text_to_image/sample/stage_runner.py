@@ -1,24 +1,110 @@
-"""Draws one batch of images through its stages, and shows the progress."""
+"""Draws one batch of images through its stages, keeps the finished stages on disk, and shows the progress.
+
+A run that was stopped continues after its last whole stage.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from ...._files import write_text
+from ...core.errors import UsageError, require
+from ...diffusion.digests import digest
+from ...diffusion.shard_cache import save_tensors, short
 from ..decoding import to_latents, to_pixels
 from .denoising import denoise, draw_noise, first_step, image_generators
 from .progressive_upscaling import DilatedSampling, Stage, enlarge, segmented_scans, skip_residual
-from .stage_cache import StageCache
 
 if TYPE_CHECKING:
     from .sampling import RunPlan
+
+DIRECTORY = "stages"
+"""In the directory of the images."""
+
+_SETTINGS = "settings.json"
+_LATENTS = "latents"
+_METADATA = "gspn"
+
+
+class StageCache:
+    """The finished stages of a run's images, and the settings that they were sampled with.
+
+    Args:
+        directory: Of the images.
+        settings: Everything that the images depend on, as JSON has it.
+
+    Raises:
+        UsageError: The directory was begun with other settings; the first that differs is named.
+    """
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
+        self.directory = directory / DIRECTORY
+        self.settings = json.loads(json.dumps(settings))
+        text = json.dumps(self.settings, indent=1)
+        self._digest = digest([text.encode()])
+        begun = read_settings(directory)
+        if begun is None:
+            write_text(self.directory / _SETTINGS, text + "\n")
+            return
+        for key in self.settings | begun:
+            before, now = begun.get(key), self.settings.get(key)
+            if before != now:
+                raise UsageError(
+                    f"{str(directory)!r} holds a run with {key}={short(before)}, and this run has {short(now)}; "
+                    "pass the arguments that it was started with, or name another output."
+                )
+
+    def save(self, index: int, stage: int, latents: Tensor) -> None:
+        """Keep an image's latents ``[C, h, w]`` of a finished stage, counted from 0."""
+        save_tensors(self._path(index, stage), {_LATENTS: latents}, self._metadata(index, stage, latents))
+
+    def load(self, index: int, stage: int, shape: tuple[int, ...]) -> Tensor | None:
+        """The latents that :meth:`save` kept; None where there are none, or the file is damaged or of another run."""
+        require("safetensors")
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._path(index, stage), framework="pt") as file:
+                metadata, latents = file.metadata(), file.get_tensor(_LATENTS)
+        except (SafetensorError, OSError, ValueError):
+            return None
+        whole = tuple(latents.shape) == shape and metadata == self._metadata(index, stage, latents)
+        return latents if whole else None
+
+    def _path(self, index: int, stage: int) -> Path:
+        return self.directory / f"{index:05d}-stage{stage + 1}.safetensors"
+
+    def _metadata(self, index: int, stage: int, latents: Tensor) -> dict[str, str]:
+        # A single entry: safetensors writes several in no fixed order, and the same run has to write the same bytes.
+        return {_METADATA: json.dumps([self._digest, index, stage, digest([latents])])}
+
+
+def read_settings(directory: Path) -> dict[str, Any] | None:
+    """The settings of the stages in a directory of images, or None where there are none.
+
+    Raises:
+        UsageError: They cannot be read.
+    """
+    path = directory / DIRECTORY / _SETTINGS
+    if not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise UsageError(f"{str(path)!r} is damaged; remove {str(path.parent)!r}, or name another output.")
+    return settings
 
 
 class RunProgress(Progress):
@@ -81,11 +167,10 @@ class StageRunner:
             if self._cache is not None:
                 for index, one in zip(indices, latents, strict=True):
                     self._cache.save(index, number, one)
-        if latents is None:
-            raise RuntimeError("the plan has no stage")  # plan_stages returns at least one
         return latents
 
-    def _cached(self, indices: Sequence[int]) -> tuple[int, Tensor | None]:
+    def _cached(self, indices: Sequence[int]) -> tuple[int, Any]:
+        """How many stages are finished for all images, and the latents of the last one; None where there is none."""
         if self._cache is not None:
             for number in reversed(range(len(self._plan.stages))):
                 shape = self._shape(self._plan.stages[number])

