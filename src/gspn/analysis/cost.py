@@ -77,9 +77,7 @@ def count_cost(model: nn.Module, input_size: Sequence[int] | None = None) -> Cos
     }
     by_module = {name: macs for name, macs in by_module.items() if name and macs}
     return Cost(
-        params=sum(p.numel() for p in model.parameters()),
-        macs=counter.get_total_flops() // 2,
-        by_module=by_module,
+        params=sum(p.numel() for p in model.parameters()), macs=counter.get_total_flops() // 2, by_module=by_module
     )
 
 

@@ -162,11 +162,7 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
         depth = 2 * half + 1
         self.blocks = nn.ModuleList(
             GSPNDenoiserBlock(
-                dim,
-                mixer=mixer,
-                drop_path=drop_path * i / max(depth - 1, 1),
-                ada_norm=ada_norm,
-                **options,
+                dim, mixer=mixer, drop_path=drop_path * i / max(depth - 1, 1), ada_norm=ada_norm, **options
             )
             for i in range(depth)
         )
@@ -201,11 +197,7 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
         return cls(**{**SIZES[name], "patch_size": int(patch), **options})
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        class_labels: Tensor | None = None,
-        return_dict: bool = True,
+        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict what the scheduler asks for, such as the noise, from a noisy image or latent.
 

@@ -16,18 +16,7 @@ from ..base import Transform
 from ..images import MAX_PIXELS, load_image
 from ..splits import split_folder
 from .base import TEXT_COLUMN, CaptionedImages
-from .parsing import (
-    MAX_RECORD,
-    MAX_TEXT,
-    CaptionTexts,
-    clean,
-    column,
-    cut,
-    decode,
-    lines_of,
-    record_of,
-    some,
-)
+from .parsing import MAX_RECORD, MAX_TEXT, CaptionTexts, clean, column, cut, decode, lines_of, record_of, some
 
 _IMAGES = frozenset(
     (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif")

@@ -18,17 +18,7 @@ from ..base import Transform
 from ..images import MAX_PIXELS, CorruptImageError, load_image
 from ..splits import SPLIT_NAMES, find_split, split_folder, split_names
 from .base import TEXT_COLUMN, CaptionedImages
-from .parsing import (
-    MAX_RECORD,
-    MAX_TEXT,
-    CaptionTexts,
-    clean,
-    column,
-    cut,
-    lines_of,
-    record_of,
-    some,
-)
+from .parsing import MAX_RECORD, MAX_TEXT, CaptionTexts, clean, column, cut, lines_of, record_of, some
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 _COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
