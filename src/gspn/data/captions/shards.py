@@ -18,7 +18,7 @@ from ..base import Transform
 from ..images import MAX_PIXELS, CorruptImageError, load_image
 from ..splits import SPLIT_NAMES, find_split, split_folder, split_names
 from .base import TEXT_COLUMN, CaptionedImages
-from .parsing import MAX_RECORD, MAX_TEXT, CaptionTexts, clean, column, cut, lines_of, record_of, some
+from .parsing import MAX_RECORD, MAX_TEXT, clean, column, cut, lines_of, record_of, some
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 _COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
@@ -43,8 +43,6 @@ class CaptionedShards(CaptionedImages):
             ``open_captions``.
         split: the split.
         caption_column: the key in ``.json``. ``.txt`` takes precedence unless this is not ``"text"``.
-        transform: the transform of each image.
-        max_pixels: the limit of pixels in an image.
 
     Attributes:
         shards: the tar files, in the order of the samples.
@@ -69,7 +67,6 @@ class CaptionedShards(CaptionedImages):
         # Arrays, because each worker that reads a list of numbers gets its own copy of it.
         self._shard, self._offset, self._size = array("q"), array("q"), array("q")
         self._members: list[str] = []
-        self._texts = CaptionTexts()
         without: list[str] = []
         for number in range(len(self.shards)):
             self._add(number, caption_column, without)
@@ -84,15 +81,8 @@ class CaptionedShards(CaptionedImages):
                 f"{len(self.shards)} shards."
             )
 
-    def __len__(self) -> int:
-        return len(self._members)
-
     def image(self, index: int) -> Image.Image:
-        """Image ``index``, RGB, before the transform.
-
-        Raises:
-            CorruptImageError: it cannot be decoded, or its shard has become shorter.
-        """
+        """Image ``index``, RGB, before the transform; a ``CorruptImageError`` if its shard has become shorter."""
         index = self._position(index)
         size, name = self._size[index], self.filename(index)
         if size > _MAX_FILE:
@@ -105,10 +95,6 @@ class CaptionedShards(CaptionedImages):
                 name, "the shard ends within it, which it did not when it was opened; open it again"
             )
         return load_image(io.BytesIO(data), max_pixels=self.max_pixels, name=name)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of image ``index``."""
-        return self._texts[self._position(index)]
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         """The shard of image ``index``, relative to the common folder unless ``absolute``, and the name inside it."""
