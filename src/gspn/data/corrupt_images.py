@@ -38,10 +38,6 @@ class SkipCorrupt(Wrapped):
     Make batches with ``collate`` and pass ``corrupt`` to ``CorruptImages.add``: so the indices come back from the
     workers of a ``DataLoader``.
 
-    Args:
-        dataset: a map-style data set of ``(image, target)``.
-        training: whether another sample takes part in place of a corrupt one.
-
     Raises:
         TypeError: the data set is a stream.
         RuntimeError: from ``__getitem__``: 100 images in a row, or all, are corrupt.
@@ -63,7 +59,8 @@ class SkipCorrupt(Wrapped):
             raise IndexError(f"{index=} is out of range for a data set of {length}.")
         index %= length
         first: Exception | None = None
-        for step in range(min(length, _MOST_IN_A_ROW)):
+        tried = min(length, _MOST_IN_A_ROW)
+        for step in range(tried):
             try:
                 image, target = self.dataset[(index + step) % length]
             except _CORRUPT as error:
@@ -72,9 +69,7 @@ class SkipCorrupt(Wrapped):
             if step == 0:
                 return image, target, -1
             return image, target if self.training else -1, index
-        raise RuntimeError(
-            f"{min(length, _MOST_IN_A_ROW)} images in a row are corrupt, from index {index}; the first: {first}"
-        ) from first
+        raise RuntimeError(f"{tried} images in a row are corrupt, from index {index}; the first: {first}") from first
 
     def reason(self, index: int) -> str | None:
         """Open image ``index`` once more and return what is wrong with it; None if it opens now."""

@@ -24,12 +24,7 @@ class DeterministicAugmentation(Wrapped):
     random draws make no difference, and a run that is resumed at epoch n continues as if it had not been interrupted.
     This takes about 0.1 ms for each sample.
 
-    It does not cover draws elsewhere, such as the order of a sampler, mixup, or timm's random erasing in its prefetcher
-    on the device.
-
-    Args:
-        dataset: a map-style data set.
-        seed: any int.
+    It does not cover draws elsewhere, such as shuffling, mixup, or timm's random erasing in its prefetcher.
 
     Raises:
         TypeError: the data set is a stream, in which a sample has no index.

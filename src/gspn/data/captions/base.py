@@ -16,19 +16,19 @@ class CaptionedImages(LabelledImages):
     ``captions`` are looked up. So ``SkipCorrupt``, ``DeterministicAugmentation`` and ``collate`` apply as to any data
     set. Where another image replaces a corrupt one, the index is that of the replacement. ``classes`` is empty.
 
-    Subclasses append the captions of each image to ``_texts``.
+    Subclasses append the captions of each image to ``texts``.
     """
 
     def __init__(self, name: str, transform: Transform | None = None) -> None:
         super().__init__(name, [], transform)
-        self._texts = CaptionTexts()
+        self.texts = CaptionTexts()
 
     def __len__(self) -> int:
-        return len(self._texts)
+        return len(self.texts)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of image ``index``, one or more alternatives, without decoding it."""
-        return self._texts[self._position(index)]
+        return self.texts[self._position(index)]
 
     def target(self, index: int) -> int:
         """The index of the image itself, never negative."""

@@ -30,7 +30,7 @@ class EmojiCaptions(CaptionedImages):
         self.emoji = Emoji(split)
         super().__init__("emoji", transform)
         for record in self.emoji.records:
-            self._texts.append(_captions(record))
+            self.texts.append(_captions(record))
 
     def image(self, index: int) -> Image.Image:
         """Image ``index``, RGB, 64 x 64, before the transform."""

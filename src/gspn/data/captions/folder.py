@@ -111,7 +111,7 @@ class CaptionedFolder(CaptionedImages):
                     captions = clean(lines_of(file.read(MAX_TEXT + 1), beside), beside)
             if not captions:
                 without.append(path)
-            self._texts.append(captions)
+            self.texts.append(captions)
         if without:
             raise ValueError(
                 f"root={str(self.root)!r}: {len(without):,} of {len(self):,} images have no caption: {some(without)}."

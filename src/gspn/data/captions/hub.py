@@ -72,11 +72,11 @@ class CaptionedRows(CaptionedImages):
         without: list[str] = []
         for batch in dataset.select_columns([caption_column]).iter(_ROWS):
             for value in batch[caption_column]:
-                where = f"{name}, row {len(self._texts)}, {caption_column!r}"
+                where = f"{name}, row {len(self.texts)}, {caption_column!r}"
                 captions = clean(value, where)
                 if not captions:
-                    without.append(f"row {len(self._texts)}")
-                self._texts.append(captions)
+                    without.append(f"row {len(self.texts)}")
+                self.texts.append(captions)
         if without:
             raise ValueError(
                 f"{len(without):,} of {len(self):,} images of {name!r} have no caption in {caption_column!r}: "

@@ -138,7 +138,7 @@ class CaptionedShards(CaptionedImages):
                 self._offset.append(images[0].offset_data)
                 self._size.append(images[0].size)
                 self._members.append(images[0].name)
-                self._texts.append(captions)
+                self.texts.append(captions)
 
 
 def _captions(file: IO[bytes], shard: Path, parts: dict[str, tarfile.TarInfo], caption_column: str) -> tuple[str, ...]:
