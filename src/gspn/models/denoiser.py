@@ -141,7 +141,12 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
         scan: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        _check(in_channels, patch_size, dim, num_layers, num_class_embeds, mixer)
+        sizes = dict(in_channels=in_channels, patch_size=patch_size, dim=dim, num_layers=num_layers)
+        for name, value in {**sizes, "num_class_embeds": num_class_embeds}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} is below 1.")
+        if mixer not in get_args(MixerKind):
+            raise ValueError(f"{mixer=}: use one of {get_args(MixerKind)}.")
         out_channels = in_channels if out_channels is None else out_channels
         # Pipelines read out_channels from the configuration.
         self.register_to_config(out_channels=out_channels)
@@ -274,19 +279,3 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
             nn.init.zeros_(end.weight)
             if end.bias is not None:
                 nn.init.zeros_(end.bias)
-
-
-def _check(
-    in_channels: int, patch_size: int, dim: int, num_layers: int, num_class_embeds: int | None, mixer: str
-) -> None:
-    for name, value in (
-        ("in_channels", in_channels),
-        ("patch_size", patch_size),
-        ("dim", dim),
-        ("num_layers", num_layers),
-        ("num_class_embeds", num_class_embeds),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} is below 1.")
-    if mixer not in get_args(MixerKind):
-        raise ValueError(f"{mixer=}: use one of {get_args(MixerKind)}.")

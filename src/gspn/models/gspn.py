@@ -6,6 +6,7 @@ two small models for small images.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -31,36 +32,17 @@ _SCAN_OPTIONS = ("proxy_dim", "groups", "skip", "directions", "alignment", "impl
 
 
 class Stem(nn.Module):
-    """Two 3x3 convolutions that reduce the image to the first stage's resolution.
+    """Two 3x3 convolutions that reduce the image to the first stage's resolution, by a stride of 2 or 4."""
 
-    Args:
-        in_chans: channels of the image.
-        dim: channels out.
-        stride: 4 or 2.
-        norm_eps: epsilon of the LayerNorms.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
-    """
-
-    def __init__(
-        self,
-        in_chans: int,
-        dim: int,
-        *,
-        stride: int = 4,
-        norm_eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, in_chans: int, dim: int, *, stride: int, **dd: Any) -> None:
         super().__init__()
         if stride not in (2, 4):
             raise ValueError(f"{stride=}: the stem reduces the image by 2 or by 4.")
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
-        self.norm1 = LayerNorm2d(dim // 2, eps=norm_eps, **dd)
+        self.norm1 = LayerNorm2d(dim // 2, eps=1e-5, **dd)
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=stride // 2, padding=1, **dd)
-        self.norm2 = LayerNorm2d(dim, eps=norm_eps, **dd)
+        self.norm2 = LayerNorm2d(dim, eps=1e-5, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, in_chans, H, W]`` to ``[B, dim, ceil(H / stride), ceil(W / stride)]``."""
@@ -68,45 +50,15 @@ class Stem(nn.Module):
         return self.norm2(self.conv2(x))
 
 
-class Downsample(nn.Module):
-    """A 3x3 convolution with stride 2 and a LayerNorm.
+class Stage(nn.Module):
+    """Blocks at one resolution, after a 3x3 convolution with stride 2 and a LayerNorm if the width changes.
 
     Args:
         in_dim: channels in.
-        dim: channels out.
-        norm_eps: epsilon of the LayerNorm.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        *,
-        norm_eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, device=device, dtype=dtype)
-        self.norm = LayerNorm2d(dim, eps=norm_eps, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, in_dim, H, W]`` to ``[B, dim, ceil(H / 2), ceil(W / 2)]``."""
-        return self.norm(self.conv(x))
-
-
-class Stage(nn.Module):
-    """Blocks at one resolution, after a downsampling if the width changes.
-
-    Args:
-        in_dim: channels in; the stage begins with a downsampling if it differs from ``dim``.
         dim: channels of the blocks.
         segments: lines after which the scans restart, one entry for each block.
         drop_path: stochastic depth rates, one for each block.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
+        dd: device and dtype of the parameters.
         **block: options of :class:`gspn.nn.GSPNBlock`.
     """
 
@@ -117,14 +69,15 @@ class Stage(nn.Module):
         *,
         segments: Sequence[int | None],
         drop_path: Sequence[float],
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dd: Mapping[str, Any],
         **block: Any,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.grad_checkpointing = False
-        self.downsample = Downsample(in_dim, dim, **dd) if in_dim != dim else nn.Identity()
+        self.downsample: nn.Module = nn.Identity()
+        if in_dim != dim:
+            conv = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, **dd)
+            self.downsample = nn.Sequential(OrderedDict(conv=conv, norm=LayerNorm2d(dim, eps=1e-5, **dd)))
         self.blocks = nn.Sequential(
             *(GSPNBlock(dim, segment=s, drop_path=p, **block, **dd) for s, p in zip(segments, drop_path, strict=True))
         )
@@ -143,7 +96,6 @@ class GSPN(nn.Module):
     The model takes images of any size: there is no positional embedding, and nothing is interpolated.
 
     Args:
-        in_chans: channels of the image.
         num_classes: number of classes; with 0 the model returns the pooled features.
         global_pool: pooling of the head, ``"avg"``, ``"max"``, ... or ``""`` for none.
         dims: width of each stage.
@@ -157,8 +109,6 @@ class GSPN(nn.Module):
         layer_scale: initial value of the blocks' layer scale; None for no layer scale.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth rate of the last block; rates grow linearly from 0.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Example:
         >>> import torch
@@ -208,7 +158,7 @@ class GSPN(nn.Module):
         for i, dim in enumerate(dims):
             if i > 0 and dim == before:
                 raise ValueError(f"{dims=}: stages {i - 1} and {i} have the same width; pass a different one for each.")
-            stages.append(Stage(before, dim, segments=segments[i], drop_path=rates[i], **options, **dd))
+            stages.append(Stage(before, dim, segments=segments[i], drop_path=rates[i], dd=dd, **options))
             reduction *= 2 if i > 0 else 1
             self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f"stages.{i}"))
             before = dim
