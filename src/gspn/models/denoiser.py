@@ -179,14 +179,9 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_size(cls, size: str, **options: Any) -> GSPNDenoiser2DModel:
-        """Create a model from the name of its size and patch, such as ``"B/2"``.
+        """Create a model from the name of its size (``T``, ``S``, ``B``, ``L``, ``XL``) and patch, such as ``"B/2"``.
 
-        Args:
-            size: ``T``, ``S``, ``B``, ``L`` or ``XL``, a slash, and the side of a patch.
-            **options: arguments of the constructor; they take precedence over the size.
-
-        Raises:
-            ValueError: the size is unknown.
+        ``options`` are arguments of the constructor and take precedence over the size. An unknown size is a ValueError.
 
         Example:
             >>> import torch
@@ -249,9 +244,7 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
         embedding = self.time_embedding(self.time_frequencies(timestep).to(like.dtype))  # [B, dim]
         if self.class_embedding is None or self.num_classes is None:
             if labels is not None:
-                raise ValueError(
-                    "class_labels were passed to a model with no classes; pass num_class_embeds to create it."
-                )
+                raise ValueError("class_labels: this model has no classes; pass num_class_embeds to create one with.")
             return embedding
         if labels is None:
             if not self.class_dropout_prob:

@@ -1,8 +1,4 @@
-"""GSPN backbones for timm.
-
-GSPN (arXiv 2501.12381) in the sizes tiny, small and base of the authors' configurations, GSPN-2 (arXiv 2512.07884), and
-two small models for small images.
-"""
+"""GSPN backbones for timm: GSPN (arXiv 2501.12381), GSPN-2 (arXiv 2512.07884), and two models for small images."""
 
 from __future__ import annotations
 
@@ -209,12 +205,7 @@ class GSPN(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one with the parameters' device and dtype.
-
-        Args:
-            num_classes: number of classes; 0 for no classifier.
-            global_pool: a new pooling; None keeps the present one.
-        """
+        """Replace the classifier; 0 classes leave none, and ``global_pool=None`` keeps the present pooling."""
         self.num_classes = num_classes
         self.head.in_features = self.num_features  # changed if stages were pruned
         self.head.reset(num_classes, pool_type=global_pool)
@@ -313,9 +304,7 @@ def segments_of_blocks(segment: Segment | Sequence[Segment], depths: Sequence[in
     for i, (stage, depth) in enumerate(zip(stages, depths, strict=True)):
         blocks = [stage] * depth if stage is None or isinstance(stage, int) else list(stage)
         if len(blocks) != depth:
-            raise ValueError(
-                f"{segment=} has {len(blocks)} entries for {depth} blocks in stage {i}; pass one for each."
-            )
+            raise ValueError(f"{segment=} has {len(blocks)} entries for {depth} blocks in stage {i}; pass one each.")
         result.append(blocks)
     return result
 
@@ -349,16 +338,9 @@ def _packaged(name: str, classes: Sequence[str], **kwargs: Any) -> dict[str, Any
 
 
 EMOJI_CATEGORIES = (
-    "Activities",
-    "Animals & Nature",
-    "Flags",
-    "Food & Drink",
-    "Objects",
-    "People & Body",
-    "Smileys & Emotion",
-    "Symbols",
-    "Travel & Places",
-)
+    "Activities", "Animals & Nature", "Flags", "Food & Drink", "Objects", "People & Body", "Smileys & Emotion",
+    "Symbols", "Travel & Places",
+)  # fmt: skip
 
 default_cfgs = generate_default_cfgs(
     {

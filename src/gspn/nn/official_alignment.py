@@ -48,10 +48,7 @@ def propagate_official(
         ValueError: the map is not square.
     """
     if x.shape[-1] != x.shape[-2]:
-        raise ValueError(
-            f"{x.shape=}: alignment='official' adds maps to their transposes and needs H == W; "
-            "use square inputs, or alignment='image' with weights trained for it."
-        )
+        raise ValueError(f"{x.shape=}: alignment='official' needs H == W; use square inputs, or alignment='image'.")
     y = None
     # "right" comes first, as it needs no reorientation: a sum takes the memory layout of its first term, here x's.
     for d in sorted(range(len(directions)), key=lambda d: directions[d] != "right"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import posixpath
 from collections import Counter
@@ -142,26 +143,17 @@ def _inside(name: Any, where: str) -> str:
         raise ValueError(f"{where}: file_name={cut(repr(name))} is not the name of a file.")
     windows = PureWindowsPath(name)  # knows both slashes and drives, any of which a hostile name may use
     if windows.drive or windows.root or ".." in windows.parts:
-        raise ValueError(
-            f"{where}: file_name={cut(repr(name))} leaves the folder; write it relative to the metadata, without '..'."
-        )
+        raise ValueError(f"{where}: file_name={cut(repr(name))} leaves the folder; write it relative, without '..'.")
     return name
 
 
 def _rows(file: Path, caption_column: str) -> Iterator[tuple[Any, Any, str]]:
     """``file_name``, caption and position of each row of metadata."""
     if file.stat().st_size > _MAX_METADATA:
-        raise ValueError(
-            f"{file} has more than {_MAX_METADATA:,} bytes; divide it, or store that many images in shards."
-        )
+        raise ValueError(f"{file} has more than {_MAX_METADATA:,} bytes; divide it, or store the images in shards.")
     with file.open("rb") as opened:
         if file.suffix == ".jsonl":
-            rows = (
-                (record_of(line, where), where)
-                for number, line in enumerate(_lines(opened, file), start=1)
-                if line.strip()
-                for where in [f"{file}, line {number}"]
-            )
+            rows = ((record_of(line, where), where) for line, where in _lines(opened, file) if line.strip())
         else:
             rows = _csv_rows(opened, file)
         for record, where in rows:
@@ -171,10 +163,7 @@ def _rows(file: Path, caption_column: str) -> Iterator[tuple[Any, Any, str]]:
 
 
 def _csv_rows(opened: IO[bytes], file: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    reader = csv.DictReader(
-        (decode(line, f"{file}, line {number}") for number, line in enumerate(_lines(opened, file), start=1)),
-        strict=True,
-    )
+    reader = csv.DictReader((decode(line, where) for line, where in _lines(opened, file)), strict=True)
     try:
         for record in reader:
             where = f"{file}, line {reader.line_num}"
@@ -188,10 +177,12 @@ def _csv_rows(opened: IO[bytes], file: Path) -> Iterator[tuple[dict[str, Any], s
         raise ValueError(f"{file}, line {reader.line_num} is not CSV: {error}.") from error
 
 
-def _lines(opened: IO[bytes], file: Path) -> Iterator[bytes]:
-    number = 0
-    while line := opened.readline(MAX_RECORD + 1):
-        number += 1
+def _lines(opened: IO[bytes], file: Path) -> Iterator[tuple[bytes, str]]:
+    """Each line and its position."""
+    for number in itertools.count(1):
+        line, where = opened.readline(MAX_RECORD + 1), f"{file}, line {number}"
+        if not line:
+            return
         if len(line) > MAX_RECORD:
-            raise ValueError(f"{file}, line {number} has more than {MAX_RECORD:,} bytes.")
-        yield line
+            raise ValueError(f"{where} has more than {MAX_RECORD:,} bytes.")
+        yield line, where

@@ -55,16 +55,12 @@ class CaptionedRows(CaptionedImages):
         dataset = dataset.with_format(None)  # a saved format would return tensors
         for option, value in (("image_column", image_column), ("caption_column", caption_column)):
             if value not in dataset.column_names:
-                raise ValueError(
-                    f"{option}={value!r} is not a column of {name!r}; pass {option}= one of "
-                    f"{some(map(repr, dataset.column_names))}."
-                )
+                columns = some(map(repr, dataset.column_names))
+                raise ValueError(f"{option}={value!r} is not a column of {name!r}; pass {option}= one of {columns}.")
         feature = dataset.features[image_column]
         image = _datasets().Image
         if not isinstance(feature, image) and getattr(feature, "dtype", "") not in ("binary", "large_binary"):
-            raise ValueError(
-                f"{image_column=} of {name!r} is of type {feature}; pass a column of images or of their bytes."
-            )
+            raise ValueError(f"{image_column=} of {name!r} is of type {feature}; pass one of images or their bytes.")
         self._column = image_column
         self._images = dataset.select_columns([image_column])
         if isinstance(feature, image):

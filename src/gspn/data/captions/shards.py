@@ -76,10 +76,8 @@ class CaptionedShards(CaptionedImages):
                 f"its name, or a .json with {caption_column!r}; leave images without one out of the shards."
             )
         if not self._members:
-            raise ValueError(
-                f"{some(str(shard) for shard in self.shards)}: no image ({', '.join(_IMAGES)}) in any of "
-                f"{len(self.shards)} shards."
-            )
+            shards = some(str(shard) for shard in self.shards)
+            raise ValueError(f"{shards}: no image ({', '.join(_IMAGES)}) in any of {len(self.shards)} shards.")
 
     def image(self, index: int) -> Image.Image:
         """Image ``index``, RGB, before the transform; a ``CorruptImageError`` if its shard has become shorter."""
@@ -91,9 +89,7 @@ class CaptionedShards(CaptionedImages):
         with self.shards[self._shard[index]].open("rb") as file:
             data = _read(file, self._offset[index], size)
         if len(data) < size:
-            raise CorruptImageError(
-                name, "the shard ends within it, which it did not when it was opened; open it again"
-            )
+            raise CorruptImageError(name, "the shard has become shorter since it was opened; open it again")
         return load_image(io.BytesIO(data), max_pixels=self.max_pixels, name=name)
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
@@ -116,9 +112,7 @@ class CaptionedShards(CaptionedImages):
                 if not stem or extension not in (*_IMAGES, "txt", "json"):
                     continue
                 if not member.isreg() or member.sparse is not None:
-                    raise ValueError(
-                        f"{shard}: {cut(member.name)} is a link or a sparse file; write it as a regular file."
-                    )
+                    raise ValueError(f"{shard}: {cut(member.name)} is a link or sparse; write it as a regular file.")
                 if extension in samples.setdefault(f"{folder}/{stem}", {}):
                     raise ValueError(f"{shard}: {cut(member.name)} is there twice; give each sample its own name.")
                 samples[f"{folder}/{stem}"][extension] = member
@@ -128,9 +122,7 @@ class CaptionedShards(CaptionedImages):
                     continue
                 if len(images) > 1:
                     names = some(member.name for member in images)
-                    raise ValueError(
-                        f"{shard}: {names} have the same name up to the first dot; a sample has one image."
-                    )
+                    raise ValueError(f"{shard}: {names} have one name up to the first dot; a sample has one image.")
                 captions = _captions(file, shard, parts, caption_column)
                 if not captions:
                     without.append(f"{shard.name}/{images[0].name}")
@@ -168,10 +160,7 @@ def _members(file: IO[bytes], shard: Path) -> Iterator[tarfile.TarInfo]:
     file.seek(0)
     for magic, remedy in _COMPRESSED.items():
         if start.startswith(magic):
-            raise ValueError(
-                f"{shard} is compressed, so a sample cannot be found without unpacking all before it; "
-                f"unpack the shard: {remedy}"
-            )
+            raise ValueError(f"{shard} is compressed, which allows no random access; unpack it: {remedy}")
     try:
         yield from _walk(file)
     except MemoryError:
@@ -236,8 +225,8 @@ def _shards_in(root: Path, split: str) -> list[Path]:
     packed = sorted(path.name for path in root.iterdir() if path.name.lower().endswith(_PACKED_NAMES))
     if packed:
         raise ValueError(
-            f"root={str(root)!r} holds compressed shards, in which a sample cannot be found without unpacking all "
-            f"before it: {some(packed)}. Unpack them to .tar, or move them away."
+            f"root={str(root)!r} holds compressed shards, which allow no random access: {some(packed)}. "
+            "Unpack them to .tar, or move them away."
         )
     if not shards:
         raise ValueError(f"root={str(root)!r} holds no *.tar.")
@@ -255,9 +244,7 @@ def _expand(pattern: str) -> list[str]:
         else:
             span, width = range(inside.count(",") + 1), 0
         if span.stop - span.start < (1 if numbers else 2):
-            raise ValueError(
-                f"root={pattern!r}: {match[0]} is not a pattern; write {{0000..0003}}, upwards, or {{a,b}}."
-            )
+            raise ValueError(f"root={pattern!r}: {match[0]} is not a pattern; write {{0..3}}, upwards, or {{a,b}}.")
         # Checked first, because a range may have more numbers than fit in the memory.
         if len(paths) * (span.stop - span.start) > _MAX_SHARDS:
             raise ValueError(f"root={pattern!r} stands for more than {_MAX_SHARDS:,} shards; name fewer.")
