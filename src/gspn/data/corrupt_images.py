@@ -124,7 +124,10 @@ class CorruptImages:
         if not self.epoch:
             return None
         shown = sorted(self.epoch)[:_SHOWN]
-        names = "; ".join(f"{self.names[index]} ({self._reason(index)})" for index in shown)
+        skipping: Any = self._dataset
+        while not isinstance(skipping, SkipCorrupt):
+            skipping = skipping.dataset
+        names = "; ".join(f"{self.names[index]} ({skipping.reason(index) or 'it opens now'})" for index in shown)
         more = f"; and {len(self.epoch) - len(shown)} more" if len(self.epoch) > len(shown) else ""
         return f"{len(self.epoch)} of {len(self._dataset)} images were corrupt and left out: {names}{more}"
 
@@ -135,14 +138,6 @@ class CorruptImages:
         if line is not None:
             warnings.warn(line, CorruptImageWarning, stacklevel=2)
         return line
-
-    def _reason(self, index: int) -> str:
-        inner: Any = self._dataset
-        while isinstance(inner, Wrapped):
-            if isinstance(inner, SkipCorrupt):
-                return inner.reason(index) or "it opens now"
-            inner = inner.dataset
-        return "reason unknown"
 
 
 def collate(batch: Sequence[tuple[Any, ...]]) -> tuple[Any, Tensor, Tensor]:
