@@ -257,16 +257,7 @@ class GSPN(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the modules that the selected intermediates do not need.
-
-        Args:
-            indices: the stages, as in :meth:`forward_intermediates`.
-            prune_norm: whether to remove the last norm.
-            prune_head: whether to remove the classifier.
-
-        Returns:
-            The selected stages.
-        """
+        """Remove the modules that the stages of :meth:`forward_intermediates` do not need, and return those stages."""
         take, last = feature_take_indices(len(self.stages), indices)
         shorter = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
