@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import os
 import posixpath
 from collections import Counter
@@ -179,10 +178,8 @@ def _csv_rows(opened: IO[bytes], file: Path) -> Iterator[tuple[dict[str, Any], s
 
 def _lines(opened: IO[bytes], file: Path) -> Iterator[tuple[bytes, str]]:
     """Each line and its position."""
-    for number in itertools.count(1):
-        line, where = opened.readline(MAX_RECORD + 1), f"{file}, line {number}"
-        if not line:
-            return
+    for number, line in enumerate(iter(lambda: opened.readline(MAX_RECORD + 1), b""), start=1):
+        where = f"{file}, line {number}"
         if len(line) > MAX_RECORD:
             raise ValueError(f"{where} has more than {MAX_RECORD:,} bytes.")
         yield line, where
