@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import tarfile
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -96,6 +97,37 @@ def test_torchvision_folders_are_opened_the_same_way(tmp_path) -> None:
     (root / "val" / "cat" / "0.png").write_bytes(b"")
     with pytest.raises(CorruptImageError, match=r"0\.png"):
         dataset[0]
+
+
+def test_a_stream_has_a_name_classes_and_a_transform(monkeypatch) -> None:
+    timm_data = pytest.importorskip("timm.data.dataset")
+
+    class Reader:
+        class_to_idx = MappingProxyType({"dog": 1, "cat": 0})
+        epoch = 0
+
+        def __iter__(self):
+            return iter([("a", 0), ("b", 1)])
+
+        def __len__(self):
+            return 2
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+    def create_dataset(name, root, split, is_training, target_transform):
+        assert (name, root, split, is_training) == ("hfids/cats", "/data", "train[:10%]", True)
+        return timm_data.IterableImageDataset(None, Reader(), target_transform=target_transform)
+
+    monkeypatch.setattr("gspn.data.timm_datasets.create_dataset", create_dataset)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    options = dict(transform=str.upper, target_transform=lambda target: target + 5)
+    stream = open_dataset("hfids/cats", "train[:10%]", root="/data", **options)
+    assert (stream.name, stream.classes, len(stream)) == ("hfids/cats", ["cat", "dog"], 2)
+    assert list(stream) == [("A", 5), ("B", 6)]
+    stream.set_epoch(3)
+    stream.transform = None
+    assert next(iter(stream)) == ("a", 5) and stream.reader.epoch == 3
 
 
 @pytest.mark.parametrize(

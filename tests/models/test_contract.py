@@ -1,4 +1,4 @@
-"""What timm's users may expect of every model: one contract over the whole registry.
+"""One contract over the whole registry: the promises of every model to the users of timm.
 
 Shapes and parameter counts are those of the real models, on the meta device. Computations run in models with the same
 segments and options, a few channels in each stage, and the same depths where these matter.

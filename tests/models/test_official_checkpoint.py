@@ -182,7 +182,7 @@ def averaged() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def training_file(tmp_path, averaged, monkeypatch) -> Path:
-    """What the authors' training writes: both sets of weights, and the configuration as an object of yacs."""
+    """A file as the authors' training writes it: both sets of weights, and the configuration as an object of yacs."""
     package, module = types.ModuleType("yacs"), types.ModuleType("yacs.config")
 
     class CfgNode(dict):

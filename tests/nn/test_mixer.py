@@ -1,4 +1,4 @@
-"""What the mixer has of its own beside GSPN2d."""
+"""The layers of the mixer beside GSPN2d."""
 
 from __future__ import annotations
 

@@ -16,20 +16,9 @@ if TYPE_CHECKING:
     from .stability import ScanStability, scan_stability, stability_report, write_stability
 
 __all__ = [
-    "Cost",
-    "ImageInfluence",
-    "Influence",
-    "ScanStability",
-    "affinity_matrix",
-    "affinity_rows",
-    "count_cost",
-    "gspn2d_macs",
-    "image_influence",
-    "pixel_influence",
-    "scan_stability",
-    "stability_report",
-    "write_stability",
-]
+    "Cost", "ImageInfluence", "Influence", "ScanStability", "affinity_matrix", "affinity_rows", "count_cost",
+    "gspn2d_macs", "image_influence", "pixel_influence", "scan_stability", "stability_report", "write_stability",
+]  # fmt: skip
 
 __getattr__, __dir__ = lazy_exports(
     __name__,

@@ -37,9 +37,6 @@ def count_cost(model: nn.Module, input_size: Sequence[int] | None = None) -> Cos
         model: the model, on any device; it is counted in evaluation mode and not changed.
         input_size: (channels, height, width) of one image; None for the size of the model's ``pretrained_cfg``.
 
-    Returns:
-        The cost.
-
     Raises:
         ValueError: no size was passed, and the model has none.
 
@@ -77,14 +74,12 @@ def count_cost(model: nn.Module, input_size: Sequence[int] | None = None) -> Cos
     }
     by_module = {name: macs for name, macs in by_module.items() if name and macs}
     return Cost(
-        params=sum(p.numel() for p in model.parameters()),
-        macs=counter.get_total_flops() // 2,
-        by_module=by_module,
+        params=sum(p.numel() for p in model.parameters()), macs=counter.get_total_flops() // 2, by_module=by_module
     )
 
 
 def gspn2d_macs(module: GSPN2d, height: int, width: int) -> int:
-    r"""The multiply-adds of :class:`gspn.nn.GSPN2d` on one map, in closed form.
+    r"""The multiply-adds of :class:`gspn.nn.GSPN2d` on one map, in closed form; :func:`count_cost` counts the same.
 
     With C channels, a proxy of S, G sets of taps and D directions, for each pixel
 
@@ -94,14 +89,6 @@ def gspn2d_macs(module: GSPN2d, height: int, width: int) -> int:
 
     The cost is linear in the number of pixels and does not depend on the segment. With ``alignment="official"`` the
     skip is projected for each direction.
-
-    Args:
-        module: the propagation.
-        height: height of the map.
-        width: width of the map.
-
-    Returns:
-        Multiply-adds, as :func:`count_cost` counts them.
 
     Example:
         >>> from gspn.analysis import gspn2d_macs

@@ -12,7 +12,6 @@ from .._figures import require_matplotlib
 from .explain import Explanation
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK, MUTED = "#1f2430", "#5b6270"
@@ -79,7 +78,9 @@ def draw_explanation(explanation: Explanation, photograph: Tensor | None = None)
         axis.imshow(pixels.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="antialiased")
         axis.set_title(heading, loc="left", fontsize=11, color=INK, fontweight="bold", pad=4)
         axis.set_axis_off()
-        _mark(axis, point, 9 if side == large else 6.5)
+        size = 9 if side == large else 6.5
+        for colour, edge in (("black", 3), ("white", 1.5)):  # a white ring with a black rim
+            axis.plot(*point, "o", markersize=size, mfc="none", markeredgecolor=colour, markeredgewidth=edge)
 
     top = title + label
     panel(margin, top, large, "the image and the point", image)
@@ -88,38 +89,22 @@ def draw_explanation(explanation: Explanation, photograph: Tensor | None = None)
     for i, (direction, map_) in enumerate(influence.directions.items()):
         panel(margin + i * (small + gap), below, small, direction, overlaid(map_))
 
-    bar_axis = figure.add_axes(
-        (
-            (margin + across + 0.16) / page_width,
-            1 - (below + small * aspect) / page_height,
-            0.13 / page_width,
-            (below + small * aspect - top) / page_height,
-        )
-    )
+    bottom = below + small * aspect
+    bar_corner = ((margin + across + 0.16) / page_width, 1 - bottom / page_height)
+    bar_axis = figure.add_axes((*bar_corner, 0.13 / page_width, (bottom - top) / page_height))
     bar = figure.colorbar(ScalarMappable(LogNorm(low, high), colours), cax=bar_axis, extend="max", extendfrac=0.025)
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.minorticks_off()
     bar.ax.tick_params(length=0, labelsize=9, labelcolor=MUTED)
     bar.ax.set_title("affinity", fontsize=9.5, color=MUTED, loc="left", pad=6)
-    left = margin / page_width
-    figure.text(
-        left,
-        1 - 0.2 / page_height,
-        f"{explanation.model}, {explanation.module}",
-        fontsize=14,
-        color=INK,
-        fontweight="bold",
-        va="top",
-    )
-    figure.text(
-        left,
-        1 - 0.56 / page_height,
+    heading = f"{explanation.model}, {explanation.module}"
+    details = (
         f"weights: {explanation.weights}   ·   image seen at {explanation.image.shape[2]} x "
-        f"{explanation.image.shape[1]}   ·   mean |affinity| over the channels, log scale",
-        fontsize=9.5,
-        color=MUTED,
-        va="top",
+        f"{explanation.image.shape[1]}   ·   mean |affinity| over the channels, log scale"
     )
+    left, below_top = margin / page_width, 1 - 0.56 / page_height
+    figure.text(left, 1 - 0.2 / page_height, heading, fontsize=14, color=INK, fontweight="bold", va="top")
+    figure.text(left, below_top, details, fontsize=9.5, color=MUTED, va="top")
     return figure
 
 
@@ -140,8 +125,3 @@ def _levels(map_: Tensor, low: float, high: float, size: tuple[int, int]) -> Ten
     logs = map_.nan_to_num(0.0).clamp_min(low).log()
     logs = (logs - torch.tensor(low).log()) / torch.tensor(high / low).log()
     return F.interpolate(logs[None, None], size, mode="bicubic", align_corners=False)[0, 0].clamp(0, 1)
-
-
-def _mark(axis: Axes, point: tuple[float, float], size: float) -> None:
-    axis.plot(*point, "o", markersize=size, markerfacecolor="none", markeredgecolor="black", markeredgewidth=3)
-    axis.plot(*point, "o", markersize=size, markerfacecolor="none", markeredgecolor="white", markeredgewidth=1.5)

@@ -75,20 +75,17 @@ def explain(
     affinity = image_influence(model.model, x, scaled_point, stage=stage, block=block)
     scan = find_scans(model.model)[affinity.name]
     rows, columns = affinity.influence.merged.shape
+    segment = "global" if scan.segment is None else f"segments of {scan.segment}"
     taps = "taps shared by all channels" if scan.groups == 1 else f"{scan.groups} groups of taps"
+    taps = "taps for each channel" if scan.groups == scan.dim else taps
     parts = affinity.name.split(".")
     in_stage = len(parts) > 3 and parts[0] == "stages" and parts[2] == "blocks"
-    words = [
-        f"{scan.dim} channels",
-        f"{rows} x {columns}",
-        "global" if scan.segment is None else f"segments of {scan.segment}",
-        "taps for each channel" if scan.groups == scan.dim else taps,
-    ]
+    where = f"stage {parts[1]}, block {parts[3]}" if in_stage else affinity.name
     return Explanation(
         image=seen,
         affinity=affinity,
         stability=stability_report(model.model, x),
         model=model.name,
         weights=model.weights,
-        module=f"{f'stage {parts[1]}, block {parts[3]}' if in_stage else affinity.name}: {', '.join(words)}",
+        module=f"{where}: {scan.dim} channels, {rows} x {columns}, {segment}, {taps}",
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..nn import GSPN2d
 from ..ops import Direction
-from .scans import Scan, choose_scan, scans_of, visit_scans
+from .scans import choose_scan, scans_of, visit_scans
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,12 @@ def affinity_rows(module: GSPN2d, x: Tensor, query: tuple[int, int]) -> tuple[di
         >>> torch.allclose((row * x[0]).sum((1, 2)), module(x)[0, :, 2, 4], atol=1e-5)
         True
     """
-    _check(module, x, query)
+    if x.dim() != 4 or x.shape[0] != 1 or x.shape[1] != module.dim:
+        raise ValueError(f"{x.shape=}: pass the input of one image, [1, {module.dim}, H, W].")
+    if not (0 <= query[0] < x.shape[2] and 0 <= query[1] < x.shape[3]):
+        raise ValueError(f"{query=} is outside the map of {x.shape[2]} x {x.shape[3]}; pass (row, column), from 0.")
+    if module.alignment == "official" and x.shape[2] != x.shape[3]:
+        raise ValueError(f"{x.shape=}: alignment='official' needs H == W.")
     with torch.inference_mode(False):
         x = x.clone()  # a tensor made in inference mode cannot be differentiated
         scans = scans_of(module, x)
@@ -97,18 +102,8 @@ def pixel_influence(module: GSPN2d, x: Tensor, query: tuple[int, int]) -> Influe
     """Compute the influence of every pixel on one pixel, as the mean magnitude over channels.
 
     Signs differ between channels and would cancel in a sum: a pixel that half of the channels add and the other half
-    subtract still has influence. :func:`affinity_rows` returns every channel with its sign.
-
-    Args:
-        module: the propagation.
-        x: the input of the module, ``[1, C, H, W]``.
-        query: the pixel, (row, column).
-
-    Returns:
-        The maps ``[H, W]``, merged and for each direction.
-
-    Raises:
-        ValueError: ``x`` has another shape, or the query is outside of it.
+    subtract still has influence. Arguments and errors are those of :func:`affinity_rows`, which returns every channel
+    with its sign.
 
     Example:
         >>> import torch
@@ -119,8 +114,11 @@ def pixel_influence(module: GSPN2d, x: Tensor, query: tuple[int, int]) -> Influe
         (torch.Size([5, 6]), [1.0, 1.0, 1.0, 0.0, 0.0])
     """
     rows, merged = affinity_rows(module, x, query)
+    reach: dict[Direction, Tensor] = {}
     with torch.inference_mode(False):
-        reach: dict[Direction, Tensor] = {scan.direction: _reach(scan, query) for scan in scans_of(module, x.clone())}
+        for scan in scans_of(module, x.clone()):
+            ones = torch.ones_like(scan.taps[:, :, 0])  # [1, G, H, W]
+            reach[scan.direction] = _vjp(replace(scan, lam=None).states, ones, _one_pixel(ones, query)).mean(0)
     return Influence(
         query=query,
         merged=merged.abs().mean(0),
@@ -177,7 +175,6 @@ def image_influence(
         influences.append(pixel_influence(module, x, (py * rows // height, px * columns // width)))
 
     visit_scans(model, image, visit, [name])
-
     (influence,) = influences
 
     def enlarged(map_: Tensor) -> Tensor:
@@ -193,27 +190,11 @@ def image_influence(
     )
 
 
-def _check(module: GSPN2d, x: Tensor, query: tuple[int, int]) -> None:
-    if x.dim() != 4 or x.shape[0] != 1 or x.shape[1] != module.dim:
-        raise ValueError(f"{x.shape=}: pass the input of one image, [1, {module.dim}, H, W].")
-    if not (0 <= query[0] < x.shape[2] and 0 <= query[1] < x.shape[3]):
-        raise ValueError(f"{query=} is outside the map of {x.shape[2]} x {x.shape[3]}; pass (row, column), from 0.")
-    if module.alignment == "official" and x.shape[2] != x.shape[3]:
-        raise ValueError(f"{x.shape=}: alignment='official' needs H == W.")
-
-
 def _one_pixel(map_: Tensor, query: tuple[int, int]) -> Tensor:
     """The map at the query, and zero elsewhere."""
     cotangent = torch.zeros_like(map_)
-    i, j = query
-    cotangent[..., i, j] = map_[..., i, j]
+    cotangent[..., *query] = map_[..., *query]
     return cotangent
-
-
-def _reach(scan: Scan, query: tuple[int, int]) -> Tensor:
-    ones = torch.ones_like(scan.taps[:, :, 0])  # [1, G, H, W]
-    unweighted = replace(scan, lam=None)
-    return _vjp(unweighted.states, ones, _one_pixel(ones, query)).mean(0)
 
 
 def _vjp(function: Callable[[Tensor], Tensor], x: Tensor, cotangent: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class LoadedModel:
     @property
     def input_size(self) -> tuple[int, int, int]:
         """The channels, height and width that the model was made for."""
-        return tuple(self._cfg.get("input_size", (3, 224, 224)))
+        return tuple(_cfg(self.model).get("input_size", (3, 224, 224)))
 
     def normalize(self, image: Tensor) -> Tensor:
         """Turn an image ``[3, H, W]`` in 0 to 1 into the model's input ``[1, in_chans, H, W]``."""
@@ -36,13 +36,14 @@ class LoadedModel:
             image = image.mean(0, keepdim=True)
         elif channels != 3:
             raise ValueError(f"{self.name} takes {channels} channels; an image has 3, or 1 in grey.")
-        mean = image.new_tensor(self._cfg.get("mean", IMAGENET_DEFAULT_MEAN))[:channels].view(-1, 1, 1)
-        std = image.new_tensor(self._cfg.get("std", IMAGENET_DEFAULT_STD))[:channels].view(-1, 1, 1)
+        cfg = _cfg(self.model)
+        mean = image.new_tensor(cfg.get("mean", IMAGENET_DEFAULT_MEAN))[:channels].view(-1, 1, 1)
+        std = image.new_tensor(cfg.get("std", IMAGENET_DEFAULT_STD))[:channels].view(-1, 1, 1)
         return ((image - mean) / std).unsqueeze(0)
 
-    @property
-    def _cfg(self) -> dict[str, Any]:
-        return dict(getattr(self.model, "pretrained_cfg", None) or {})
+
+def _cfg(model: nn.Module) -> dict[str, Any]:
+    return dict(getattr(model, "pretrained_cfg", None) or {})
 
 
 def load_model(name: str, *, seed: int = 0) -> LoadedModel:
@@ -67,7 +68,12 @@ def load_model(name: str, *, seed: int = 0) -> LoadedModel:
     """
     folder = Path(name.removeprefix("local-dir:"))
     if name.startswith("local-dir:") or folder.is_dir():
-        return _from_folder(folder)
+        try:
+            model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        except (OSError, KeyError, ValueError, RuntimeError) as error:
+            # config.json is missing or damaged, the architecture is unknown, or weights are missing or do not fit.
+            raise ValueError(f"{folder} holds no model that timm can load: {error}") from error
+        return LoadedModel(model, _cfg(model).get("architecture") or folder.name, f"from {folder}")
     if name.startswith("hf-hub:"):
         return LoadedModel(timm.create_model(name, pretrained=True).eval(), name, "pretrained")
     plain = name.partition(".")[0]
@@ -85,13 +91,3 @@ def load_model(name: str, *, seed: int = 0) -> LoadedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LoadedModel(timm.create_model(plain).eval(), name, f"random, seed {seed}")
-
-
-def _from_folder(folder: Path) -> LoadedModel:
-    try:
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
-        # config.json is missing or damaged, the architecture is unknown, or weights are missing or do not fit.
-        raise ValueError(f"{folder} holds no model that timm can load: {error}") from error
-    cfg: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
-    return LoadedModel(model.eval(), cfg.get("architecture") or folder.name, f"from {folder}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,15 +50,8 @@ class Scan:
 def scans_of(module: GSPN2d, x: Tensor) -> list[Scan]:
     """Compute the maps of all scans of ``module`` on ``x``, in the order of its directions.
 
-    Maps are computed in the module's precision, as in its forward pass, and kept in the wider of that of ``x`` and
-    float32.
-
-    Args:
-        module: the propagation.
-        x: the input of the module, ``[B, C, H, W]``.
-
-    Returns:
-        A scan for each direction.
+    Maps are computed in the module's precision, as in its forward pass, and kept in the wider of that of ``x``,
+    ``[B, C, H, W]``, and float32.
     """
     options: Any = module  # whose attributes torch types as Tensor | Module
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -112,9 +105,7 @@ def choose_scan(model: nn.Module, stage: int = -1, block: int = -1) -> str:
     """
     stages = list(getattr(model, "stages", []))
     if not stages:
-        raise ValueError(
-            f"{type(model).__name__} has no stages; pass the name of one of its scans: {_names(find_scans(model))}."
-        )
+        raise ValueError(f"{type(model).__name__} has no stages; pass the name of a scan: {_names(find_scans(model))}.")
     blocks = list(getattr(_item(stages, stage, "stage"), "blocks", []))
     inner = set(_item(blocks, block, f"block of stage {stage}").modules())
     for name, module in find_scans(model).items():
@@ -131,17 +122,6 @@ def _item(items: Sequence[nn.Module], index: int, what: str) -> nn.Module:
 
 def _names(scans: dict[str, GSPN2d]) -> str:
     return ", ".join(scans) or "none"
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was
 
 
 @torch.no_grad()
@@ -167,21 +147,20 @@ def visit_scans(
         raise ValueError(f"{unknown or type(model).__name__}: the GSPN2d modules of the model are: {_names(scans)}.")
     seen: set[str] = set()
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def call(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if name not in seen and isinstance(module, GSPN2d):
-                seen.add(name)
-                visit(name, module, arguments[0].detach())
+    def hook(name: str, module: Any, arguments: tuple[Any, ...]) -> None:
+        if name not in seen:
+            seen.add(name)
+            visit(name, module, arguments[0].detach())
 
-        return call
-
-    handles = [scans[name].register_forward_pre_hook(hook(name)) for name in requested]
+    training = {module: module.training for module in model.modules()}
+    handles = [scans[name].register_forward_pre_hook(partial(hook, name)) for name in requested]
     try:
-        with _evaluating(model):
-            model(image)
+        model.eval()(image)
     finally:
         for handle in handles:
             handle.remove()
+        for module, was_training in training.items():
+            module.training = was_training
     missed = [name for name in requested if name not in seen]
     if missed:
         raise ValueError(f"the forward pass did not reach {missed}.")

@@ -67,15 +67,9 @@ class ScanStability:
 
 
 def scan_stability(name: str, module: GSPN2d, x: Tensor) -> list[ScanStability]:
-    """Measure the stability of each scan of a module on its input.
+    """Measure the stability of each scan of a module on its input ``[B, C, H, W]``, with an entry for each direction.
 
-    Args:
-        name: the name of the module in the report.
-        module: the propagation.
-        x: the input of the module, ``[B, C, H, W]``, not empty.
-
-    Returns:
-        An entry for each direction.
+    ``name`` is the name of the module in the report.
 
     Example:
         >>> import torch
@@ -142,7 +136,9 @@ def _measured(name: str, scan: Scan, x: Tensor) -> ScanStability:
     added = (cast("Tensor", scan.lam) * scan.reoriented(x)).abs().amax(axes.cross)
     if axes.reverse:
         heights, added = heights.flip(-1), added.flip(-1)
-    bounds = _sums_so_far(added.double(), scan.segment)
+    # The sums start again with every segment.
+    segments = added.double().split(scan.segment or added.shape[-1], -1)
+    bounds = torch.cat([part.cumsum(-1) for part in segments], -1)
     # Where nothing was added the state is exactly 0 and uses nothing of its bound.
     used = torch.where((bounds == 0) & (heights == 0), 0.0, heights.double() / bounds)
     return ScanStability(
@@ -160,10 +156,3 @@ def _measured(name: str, scan: Scan, x: Tensor) -> ScanStability:
         bound_used=used.max().item(),
         float16_finite=bool(states.half().isfinite().all()),
     )
-
-
-def _sums_so_far(added: Tensor, segment: int | None) -> Tensor:
-    """Cumulative sums over the last axis that start again with every segment."""
-    if segment is None:
-        return added.cumsum(-1)
-    return torch.cat([part.cumsum(-1) for part in added.split(segment, -1)], -1)

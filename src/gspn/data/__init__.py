@@ -18,25 +18,10 @@ if TYPE_CHECKING:
     from .registry import help_text, open_captions, open_dataset
 
 __all__ = [
-    "MAX_PIXELS",
-    "CaptionedImages",
-    "CorruptImageError",
-    "CorruptImageWarning",
-    "CorruptImages",
-    "DeterministicAugmentation",
-    "Digits",
-    "Emoji",
-    "EmojiCaptions",
-    "EmojiRecord",
-    "LabelledImages",
-    "MNIST5k",
-    "SkipCorrupt",
-    "collate",
-    "help_text",
-    "load_image",
-    "open_captions",
-    "open_dataset",
-]
+    "MAX_PIXELS", "CaptionedImages", "CorruptImageError", "CorruptImageWarning", "CorruptImages",
+    "DeterministicAugmentation", "Digits", "Emoji", "EmojiCaptions", "EmojiRecord", "LabelledImages", "MNIST5k",
+    "SkipCorrupt", "collate", "help_text", "load_image", "open_captions", "open_dataset",
+]  # fmt: skip
 
 __getattr__, __dir__ = lazy_exports(
     __name__,

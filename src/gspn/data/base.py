@@ -13,14 +13,13 @@ Transform = Callable[[Image.Image], Any]
 
 
 class LabelledImages(Dataset):
-    """A map-style data set of images and class indices.
+    """A map-style data set of images and class indices. Subclasses define ``image`` or, with the target, ``_sample``.
 
     ``dataset[i]`` is ``(image, target)``: an RGB PIL image, or the result of ``transform``, and an int.
 
     Attributes:
-        name: name of the data set.
         classes: name of each target.
-        transform: the transform of each image; None for none. May be set at any time, as timm does.
+        transform: may be set at any time, as timm does.
     """
 
     def __init__(self, name: str, classes: Sequence[str], transform: Transform | None = None) -> None:
@@ -35,9 +34,9 @@ class LabelledImages(Dataset):
     @abstractmethod
     def __len__(self) -> int: ...
 
-    @abstractmethod
     def image(self, index: int) -> Image.Image:
-        """Image ``index``, RGB, before the transform."""
+        """Image ``index``, RGB, before the transform; a :class:`CorruptImageError` if it cannot be decoded."""
+        return self._sample(index)[0]
 
     @abstractmethod
     def target(self, index: int) -> int:

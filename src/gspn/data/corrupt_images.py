@@ -38,10 +38,6 @@ class SkipCorrupt(Wrapped):
     Make batches with ``collate`` and pass ``corrupt`` to ``CorruptImages.add``: so the indices come back from the
     workers of a ``DataLoader``.
 
-    Args:
-        dataset: a map-style data set of ``(image, target)``.
-        training: whether another sample takes part in place of a corrupt one.
-
     Raises:
         TypeError: the data set is a stream.
         RuntimeError: from ``__getitem__``: 100 images in a row, or all, are corrupt.
@@ -63,7 +59,8 @@ class SkipCorrupt(Wrapped):
             raise IndexError(f"{index=} is out of range for a data set of {length}.")
         index %= length
         first: Exception | None = None
-        for step in range(min(length, _MOST_IN_A_ROW)):
+        tried = min(length, _MOST_IN_A_ROW)
+        for step in range(tried):
             try:
                 image, target = self.dataset[(index + step) % length]
             except _CORRUPT as error:
@@ -72,9 +69,7 @@ class SkipCorrupt(Wrapped):
             if step == 0:
                 return image, target, -1
             return image, target if self.training else -1, index
-        raise RuntimeError(
-            f"{min(length, _MOST_IN_A_ROW)} images in a row are corrupt, from index {index}; the first: {first}"
-        ) from first
+        raise RuntimeError(f"{tried} images in a row are corrupt, from index {index}; the first: {first}") from first
 
     def reason(self, index: int) -> str | None:
         """Open image ``index`` once more and return what is wrong with it; None if it opens now."""
@@ -129,7 +124,10 @@ class CorruptImages:
         if not self.epoch:
             return None
         shown = sorted(self.epoch)[:_SHOWN]
-        names = "; ".join(f"{self.names[index]} ({self._reason(index)})" for index in shown)
+        skipping: Any = self._dataset
+        while not isinstance(skipping, SkipCorrupt):
+            skipping = skipping.dataset
+        names = "; ".join(f"{self.names[index]} ({skipping.reason(index) or 'it opens now'})" for index in shown)
         more = f"; and {len(self.epoch) - len(shown)} more" if len(self.epoch) > len(shown) else ""
         return f"{len(self.epoch)} of {len(self._dataset)} images were corrupt and left out: {names}{more}"
 
@@ -140,14 +138,6 @@ class CorruptImages:
         if line is not None:
             warnings.warn(line, CorruptImageWarning, stacklevel=2)
         return line
-
-    def _reason(self, index: int) -> str:
-        inner: Any = self._dataset
-        while isinstance(inner, Wrapped):
-            if isinstance(inner, SkipCorrupt):
-                return inner.reason(index) or "it opens now"
-            inner = inner.dataset
-        return "reason unknown"
 
 
 def collate(batch: Sequence[tuple[Any, ...]]) -> tuple[Any, Tensor, Tensor]:

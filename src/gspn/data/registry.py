@@ -1,7 +1,4 @@
-"""All data sets by name: a new one is an entry here, and what the entry opens.
-
-Nothing else is imported before a data set is opened, so the commands can name the data sets in their help.
-"""
+"""All data sets by name. The commands name them in their help, so nothing else is imported before one is opened."""
 
 from __future__ import annotations
 
@@ -35,8 +32,8 @@ class Entry:
     """One line on what it is, with its layout if it has a root."""
     root: Literal["none", "optional", "required"] = "none"
     """Whether it takes a root: the folder of the data, or its cache."""
-    needs: Mapping[str, str] = field(default_factory=dict)
-    """The modules it needs, and what ``pip install`` takes for each."""
+    needs: tuple[str, ...] = ()
+    """The modules it needs; ``pip install`` takes the same names but for those of ``_PIP``."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further keywords of the call."""
 
@@ -46,9 +43,9 @@ class Entry:
         return self.name.removesuffix("/<name>") if self.name.endswith("/<name>") else None
 
 
-_TIMM = {"timm": "timm"}
-_DATASETS = {"datasets": "datasets"}
-_OPEN_WITH_TIMM = "timm_datasets:open_with_timm"
+_PIP = {"tensorflow_datasets": "tensorflow tensorflow-datasets"}
+_TIMM = "timm_datasets:open_with_timm"
+_HUB, _TENSORFLOW = ("timm", "datasets"), ("timm", "tensorflow_datasets")
 
 ENTRIES: Mapping[Kind, tuple[Entry, ...]] = {
     "labelled": (
@@ -60,37 +57,19 @@ ENTRIES: Mapping[Kind, tuple[Entry, ...]] = {
             "folder",
             "timm_datasets:open_folder",
             "images in root/train/<class>/ and root/val/<class>/, or a tar of class folders",
-            root="required",
-            needs=_TIMM,
+            "required",
+            ("timm",),
         ),
-        Entry(
-            "hfds/<name>",
-            _OPEN_WITH_TIMM,
-            "a data set of the Hugging Face hub; root is its cache",
-            root="optional",
-            needs={**_TIMM, **_DATASETS},
-        ),
-        Entry("hfids/<name>", _OPEN_WITH_TIMM, "the same as a stream", root="optional", needs={**_TIMM, **_DATASETS}),
-        Entry(
-            "wds/<name>",
-            _OPEN_WITH_TIMM,
-            "WebDataset shards in root, as a stream",
-            root="required",
-            needs={**_TIMM, "webdataset": "webdataset"},
-        ),
-        Entry(
-            "tfds/<name>",
-            _OPEN_WITH_TIMM,
-            "a data set of TensorFlow Datasets, as a stream",
-            root="optional",
-            needs={**_TIMM, "tensorflow_datasets": "tensorflow tensorflow-datasets"},
-        ),
+        Entry("hfds/<name>", _TIMM, "a data set of the Hugging Face hub; root is its cache", "optional", _HUB),
+        Entry("hfids/<name>", _TIMM, "the same as a stream", "optional", _HUB),
+        Entry("wds/<name>", _TIMM, "WebDataset shards in root, as a stream", "required", ("timm", "webdataset")),
+        Entry("tfds/<name>", _TIMM, "a data set of TensorFlow Datasets, as a stream", "optional", _TENSORFLOW),
         Entry(
             "torch/<name>",
-            _OPEN_WITH_TIMM,
+            _TIMM,
             "a data set of torchvision in root, such as torch/cifar10; download=True fetches it",
-            root="required",
-            needs={**_TIMM, "torchvision": "torchvision"},
+            "required",
+            ("timm", "torchvision"),
         ),
     ),
     "captioned": (
@@ -99,20 +78,20 @@ ENTRIES: Mapping[Kind, tuple[Entry, ...]] = {
             "folder",
             "captions.folder:CaptionedFolder",
             "images anywhere below root/<split>, with a .txt beside each, metadata.jsonl or metadata.csv",
-            root="required",
+            "required",
         ),
         Entry(
             "wds",
             "captions.shards:CaptionedShards",
             "WebDataset shards: .tar files with .jpg and .txt or .json; root is a folder, a file or a pattern",
-            root="required",
+            "required",
         ),
         Entry(
             "hfds/<name>",
             "captions.hub:open_rows",
             "a data set of the Hugging Face hub, root its cache; or a local folder that datasets opens",
-            root="optional",
-            needs=_DATASETS,
+            "optional",
+            ("datasets",),
         ),
     ),
 }
@@ -204,8 +183,9 @@ def open_captions(
 
 def _open(kind: Kind, name: str, split: str, root: str | os.PathLike[str] | None, options: dict[str, Any]) -> Any:
     entry = _find(kind, name)
-    for module, package in entry.needs.items():
+    for module in entry.needs:
         if importlib.util.find_spec(module) is None:
+            package = _PIP.get(module, module)
             raise ImportError(f"The data set {name!r} needs {module}, which is not installed: pip install {package}")
     keywords: dict[str, Any] = {"split": split, **entry.options}
     if entry.root == "none" and root is not None:

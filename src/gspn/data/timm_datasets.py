@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data.dataset import ImageDataset, IterableImageDataset
 from timm.data.dataset_factory import create_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from .base import LabelledImages, Transform
 from .images import MAX_PIXELS, CorruptImageError, load_image
@@ -26,10 +26,7 @@ class FileImages(LabelledImages):
 
     Args:
         reader: ``reader[i]`` is ``(file, target)``; has ``filename(i)`` and ``class_to_idx``, as timm's readers do.
-        name: name of the data set.
         classes: name of each target; None for those of the reader.
-        transform: the transform of each image.
-        max_pixels: the limit of pixels in an image.
 
     Raises:
         ValueError: the reader has a class that is not among ``classes``.
@@ -54,10 +51,6 @@ class FileImages(LabelledImages):
 
     def __len__(self) -> int:
         return len(self.reader)
-
-    def image(self, index: int) -> Image.Image:
-        """Image ``index``, RGB, before the transform."""
-        return self._sample(index)[0]
 
     def target(self, index: int) -> int:
         """The class of image ``index``, -1 if it has none."""
@@ -103,10 +96,6 @@ class TorchvisionImages(LabelledImages):
         image, target = self.dataset[index]
         return image.convert("RGB"), int(target)
 
-    def image(self, index: int) -> Image.Image:
-        """Image ``index``, RGB, before the transform."""
-        return self._sample(index)[0]
-
     def target(self, index: int) -> int:
         """The class of image ``index``."""
         targets = getattr(self.dataset, "targets", None)
@@ -121,41 +110,17 @@ class TorchvisionImages(LabelledImages):
         return Path(path).name if basename else path if absolute else os.path.relpath(path, self.dataset.root)
 
 
-class Stream(IterableDataset):
-    """A stream of ``(image, target)``, opened by timm: ``wds/``, ``hfids/``, ``tfds/``.
+class Stream(IterableImageDataset):
+    """A stream of ``(image, target)``, opened by timm (``wds/``, ``hfids/``, ``tfds/``), with ``name`` and ``classes``.
 
-    A sample of a stream has no index, so ``SkipCorrupt`` and ``DeterministicAugmentation`` do not apply. timm's WebDataset reader leaves
-    out samples that cannot be decoded and logs the error; the other readers raise it.
+    A sample of a stream has no index, so ``SkipCorrupt`` and ``DeterministicAugmentation`` do not apply. timm's
+    WebDataset reader leaves out samples that cannot be decoded and logs the error; the other readers raise it.
     """
 
-    def __init__(self, stream: IterableImageDataset, name: str) -> None:
-        self.stream = stream
+    def __init__(self, stream: IterableImageDataset, name: str, transform: Transform | None) -> None:
+        super().__init__(None, stream.reader, transform=transform, target_transform=stream.target_transform)
         self.name = name
         self.classes = _class_names(stream.reader)
-
-    def __iter__(self) -> Iterator[tuple[Any, int]]:
-        stream: Any = self.stream  # timm types its samples by everything that a reader may yield
-        return iter(stream)
-
-    def __len__(self) -> int:
-        return len(self.stream)
-
-    @property
-    def transform(self) -> Transform | None:
-        """The transform of each image; may be set."""
-        return self.stream.transform
-
-    @transform.setter
-    def transform(self, transform: Transform | None) -> None:
-        self.stream.transform = transform
-
-    def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch: the order of the shards depends on it."""
-        self.stream.set_epoch(epoch)
-
-    def set_loader_cfg(self, num_workers: int | None = None) -> None:
-        """Set the number of workers, by which the reader divides its shards."""
-        self.stream.set_loader_cfg(num_workers)
 
 
 def open_folder(
@@ -193,8 +158,7 @@ def open_with_timm(
     options.setdefault("is_training", split.partition("[")[0] in TRAIN)  # "train[:10%]" of hub and TensorFlow
     dataset: Dataset = create_dataset(name, root=location, split=split, **options)
     if isinstance(dataset, IterableImageDataset):
-        dataset.transform = transform
-        return Stream(dataset, name)
+        return Stream(dataset, name, transform)
     if isinstance(dataset, ImageDataset):
         return FileImages(dataset.reader, name, None, transform, max_pixels)
     return TorchvisionImages(dataset, name, transform)

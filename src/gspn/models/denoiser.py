@@ -141,7 +141,12 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
         scan: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        _check(in_channels, patch_size, dim, num_layers, num_class_embeds, mixer)
+        sizes = dict(in_channels=in_channels, patch_size=patch_size, dim=dim, num_layers=num_layers)
+        for name, value in {**sizes, "num_class_embeds": num_class_embeds}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} is below 1.")
+        if mixer not in get_args(MixerKind):
+            raise ValueError(f"{mixer=}: use one of {get_args(MixerKind)}.")
         out_channels = in_channels if out_channels is None else out_channels
         # Pipelines read out_channels from the configuration.
         self.register_to_config(out_channels=out_channels)
@@ -162,11 +167,7 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
         depth = 2 * half + 1
         self.blocks = nn.ModuleList(
             GSPNDenoiserBlock(
-                dim,
-                mixer=mixer,
-                drop_path=drop_path * i / max(depth - 1, 1),
-                ada_norm=ada_norm,
-                **options,
+                dim, mixer=mixer, drop_path=drop_path * i / max(depth - 1, 1), ada_norm=ada_norm, **options
             )
             for i in range(depth)
         )
@@ -178,14 +179,9 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_size(cls, size: str, **options: Any) -> GSPNDenoiser2DModel:
-        """Create a model from the name of its size and patch, such as ``"B/2"``.
+        """Create a model from the name of its size (``T``, ``S``, ``B``, ``L``, ``XL``) and patch, such as ``"B/2"``.
 
-        Args:
-            size: ``T``, ``S``, ``B``, ``L`` or ``XL``, a slash, and the side of a patch.
-            **options: arguments of the constructor; they take precedence over the size.
-
-        Raises:
-            ValueError: the size is unknown.
+        ``options`` are arguments of the constructor and take precedence over the size. An unknown size is a ValueError.
 
         Example:
             >>> import torch
@@ -201,11 +197,7 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
         return cls(**{**SIZES[name], "patch_size": int(patch), **options})
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        class_labels: Tensor | None = None,
-        return_dict: bool = True,
+        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict what the scheduler asks for, such as the noise, from a noisy image or latent.
 
@@ -252,9 +244,7 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
         embedding = self.time_embedding(self.time_frequencies(timestep).to(like.dtype))  # [B, dim]
         if self.class_embedding is None or self.num_classes is None:
             if labels is not None:
-                raise ValueError(
-                    "class_labels were passed to a model with no classes; pass num_class_embeds to create it."
-                )
+                raise ValueError("class_labels: this model has no classes; pass num_class_embeds to create one with.")
             return embedding
         if labels is None:
             if not self.class_dropout_prob:
@@ -282,19 +272,3 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
             nn.init.zeros_(end.weight)
             if end.bias is not None:
                 nn.init.zeros_(end.bias)
-
-
-def _check(
-    in_channels: int, patch_size: int, dim: int, num_layers: int, num_class_embeds: int | None, mixer: str
-) -> None:
-    for name, value in (
-        ("in_channels", in_channels),
-        ("patch_size", patch_size),
-        ("dim", dim),
-        ("num_layers", num_layers),
-        ("num_class_embeds", num_class_embeds),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} is below 1.")
-    if mixer not in get_args(MixerKind):
-        raise ValueError(f"{mixer=}: use one of {get_args(MixerKind)}.")

@@ -1,11 +1,8 @@
-"""GSPN backbones for timm.
-
-GSPN (arXiv 2501.12381) in the sizes tiny, small and base of the authors' configurations, GSPN-2 (arXiv 2512.07884), and
-two small models for small images.
-"""
+"""GSPN backbones for timm: GSPN (arXiv 2501.12381), GSPN-2 (arXiv 2512.07884), and two models for small images."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -31,36 +28,17 @@ _SCAN_OPTIONS = ("proxy_dim", "groups", "skip", "directions", "alignment", "impl
 
 
 class Stem(nn.Module):
-    """Two 3x3 convolutions that reduce the image to the first stage's resolution.
+    """Two 3x3 convolutions that reduce the image to the first stage's resolution, by a stride of 2 or 4."""
 
-    Args:
-        in_chans: channels of the image.
-        dim: channels out.
-        stride: 4 or 2.
-        norm_eps: epsilon of the LayerNorms.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
-    """
-
-    def __init__(
-        self,
-        in_chans: int,
-        dim: int,
-        *,
-        stride: int = 4,
-        norm_eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, in_chans: int, dim: int, *, stride: int, **dd: Any) -> None:
         super().__init__()
         if stride not in (2, 4):
             raise ValueError(f"{stride=}: the stem reduces the image by 2 or by 4.")
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
-        self.norm1 = LayerNorm2d(dim // 2, eps=norm_eps, **dd)
+        self.norm1 = LayerNorm2d(dim // 2, eps=1e-5, **dd)
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=stride // 2, padding=1, **dd)
-        self.norm2 = LayerNorm2d(dim, eps=norm_eps, **dd)
+        self.norm2 = LayerNorm2d(dim, eps=1e-5, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, in_chans, H, W]`` to ``[B, dim, ceil(H / stride), ceil(W / stride)]``."""
@@ -68,45 +46,15 @@ class Stem(nn.Module):
         return self.norm2(self.conv2(x))
 
 
-class Downsample(nn.Module):
-    """A 3x3 convolution with stride 2 and a LayerNorm.
+class Stage(nn.Module):
+    """Blocks at one resolution, after a 3x3 convolution with stride 2 and a LayerNorm if the width changes.
 
     Args:
         in_dim: channels in.
-        dim: channels out.
-        norm_eps: epsilon of the LayerNorm.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        *,
-        norm_eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, device=device, dtype=dtype)
-        self.norm = LayerNorm2d(dim, eps=norm_eps, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, in_dim, H, W]`` to ``[B, dim, ceil(H / 2), ceil(W / 2)]``."""
-        return self.norm(self.conv(x))
-
-
-class Stage(nn.Module):
-    """Blocks at one resolution, after a downsampling if the width changes.
-
-    Args:
-        in_dim: channels in; the stage begins with a downsampling if it differs from ``dim``.
         dim: channels of the blocks.
         segments: lines after which the scans restart, one entry for each block.
         drop_path: stochastic depth rates, one for each block.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
+        dd: device and dtype of the parameters.
         **block: options of :class:`gspn.nn.GSPNBlock`.
     """
 
@@ -117,14 +65,15 @@ class Stage(nn.Module):
         *,
         segments: Sequence[int | None],
         drop_path: Sequence[float],
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dd: Mapping[str, Any],
         **block: Any,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.grad_checkpointing = False
-        self.downsample = Downsample(in_dim, dim, **dd) if in_dim != dim else nn.Identity()
+        self.downsample: nn.Module = nn.Identity()
+        if in_dim != dim:
+            conv = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, **dd)
+            self.downsample = nn.Sequential(OrderedDict(conv=conv, norm=LayerNorm2d(dim, eps=1e-5, **dd)))
         self.blocks = nn.Sequential(
             *(GSPNBlock(dim, segment=s, drop_path=p, **block, **dd) for s, p in zip(segments, drop_path, strict=True))
         )
@@ -143,7 +92,6 @@ class GSPN(nn.Module):
     The model takes images of any size: there is no positional embedding, and nothing is interpolated.
 
     Args:
-        in_chans: channels of the image.
         num_classes: number of classes; with 0 the model returns the pooled features.
         global_pool: pooling of the head, ``"avg"``, ``"max"``, ... or ``""`` for none.
         dims: width of each stage.
@@ -157,8 +105,6 @@ class GSPN(nn.Module):
         layer_scale: initial value of the blocks' layer scale; None for no layer scale.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth rate of the last block; rates grow linearly from 0.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Example:
         >>> import torch
@@ -208,7 +154,7 @@ class GSPN(nn.Module):
         for i, dim in enumerate(dims):
             if i > 0 and dim == before:
                 raise ValueError(f"{dims=}: stages {i - 1} and {i} have the same width; pass a different one for each.")
-            stages.append(Stage(before, dim, segments=segments[i], drop_path=rates[i], **options, **dd))
+            stages.append(Stage(before, dim, segments=segments[i], drop_path=rates[i], dd=dd, **options))
             reduction *= 2 if i > 0 else 1
             self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f"stages.{i}"))
             before = dim
@@ -259,12 +205,7 @@ class GSPN(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one with the parameters' device and dtype.
-
-        Args:
-            num_classes: number of classes; 0 for no classifier.
-            global_pool: a new pooling; None keeps the present one.
-        """
+        """Replace the classifier; 0 classes leave none, and ``global_pool=None`` keeps the present pooling."""
         self.num_classes = num_classes
         self.head.in_features = self.num_features  # changed if stages were pruned
         self.head.reset(num_classes, pool_type=global_pool)
@@ -316,16 +257,7 @@ class GSPN(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the modules that the selected intermediates do not need.
-
-        Args:
-            indices: the stages, as in :meth:`forward_intermediates`.
-            prune_norm: whether to remove the last norm.
-            prune_head: whether to remove the classifier.
-
-        Returns:
-            The selected stages.
-        """
+        """Remove the modules that the stages of :meth:`forward_intermediates` do not need, and return those stages."""
         take, last = feature_take_indices(len(self.stages), indices)
         shorter = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
@@ -363,9 +295,7 @@ def segments_of_blocks(segment: Segment | Sequence[Segment], depths: Sequence[in
     for i, (stage, depth) in enumerate(zip(stages, depths, strict=True)):
         blocks = [stage] * depth if stage is None or isinstance(stage, int) else list(stage)
         if len(blocks) != depth:
-            raise ValueError(
-                f"{segment=} has {len(blocks)} entries for {depth} blocks in stage {i}; pass one for each."
-            )
+            raise ValueError(f"{segment=} has {len(blocks)} entries for {depth} blocks in stage {i}; pass one each.")
         result.append(blocks)
     return result
 
@@ -399,16 +329,9 @@ def _packaged(name: str, classes: Sequence[str], **kwargs: Any) -> dict[str, Any
 
 
 EMOJI_CATEGORIES = (
-    "Activities",
-    "Animals & Nature",
-    "Flags",
-    "Food & Drink",
-    "Objects",
-    "People & Body",
-    "Smileys & Emotion",
-    "Symbols",
-    "Travel & Places",
-)
+    "Activities", "Animals & Nature", "Flags", "Food & Drink", "Objects", "People & Body", "Smileys & Emotion",
+    "Symbols", "Travel & Places",
+)  # fmt: skip
 
 default_cfgs = generate_default_cfgs(
     {

@@ -15,17 +15,11 @@ from .mixer import GSPNMixer
 
 
 class LocalPerceptionUnit(nn.Module):
-    """``x + DWConv3x3(x)``, which GSPN-2 (arXiv 2512.07884) puts before each mixer and each MLP.
+    """``x + DWConv3x3(x)``, which GSPN-2 (arXiv 2512.07884) puts before each mixer and each MLP."""
 
-    Args:
-        dim: channels.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
-    """
-
-    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, dim: int, **dd: Any) -> None:
         super().__init__()
-        self.conv_dw = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+        self.conv_dw = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, dim, H, W]`` to ``[B, dim, H, W]``."""
@@ -36,14 +30,10 @@ class GSPNBlock(nn.Module):
     """A block of a GSPN model: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))``.
 
     Args:
-        dim: channels.
         mlp_ratio: hidden width of the MLP, as a multiple of ``dim``.
         lpu: whether a local perception unit, a residual depthwise 3x3 convolution, precedes the mixer and the MLP.
         layer_scale: initial value of a learned factor for each channel on both branches; None for no such factor.
         drop_path: probability with which a sample skips a branch in training.
-        norm_eps: epsilon of the LayerNorms.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
         **mixer: options of :class:`GSPNMixer`.
 
     Shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from timm.layers._fx import register_notrace_module
@@ -52,8 +52,6 @@ class GSPN2d(nn.Module):
             and its results are added without being reoriented back. It computes something else, for square maps only,
             and exists so that checkpoints trained that way give what they were trained to give.
         impl: as for :func:`gspn.propagate`.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Shape:
         ``[B, C, H, W]`` to ``[B, C, H, W]``.
@@ -88,7 +86,7 @@ class GSPN2d(nn.Module):
         groups = dim if groups is None else groups
         _check_options(dim, proxy_dim, groups, segment, directions, alignment)
         check_impl(impl)
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim = dim
         self.proxy_dim = proxy_dim
         self.groups = groups
@@ -98,12 +96,12 @@ class GSPN2d(nn.Module):
         self.impl = impl
 
         count = len(self.directions)
-        self.proxy = nn.Conv2d(dim, proxy_dim, 1, bias=proxy_bias, **dd)  # type: ignore[arg-type]
-        self.tap_proj = nn.Parameter(torch.empty(count, groups, 3, proxy_dim, **dd))  # type: ignore[arg-type]
-        self.lam_proj = nn.Parameter(torch.empty(count, dim, proxy_dim, **dd))  # type: ignore[arg-type]
-        self.u_proj = nn.Parameter(torch.empty(count, dim, proxy_dim, **dd))  # type: ignore[arg-type]
-        self.skip_proj = nn.Parameter(torch.empty(count, dim, proxy_dim, **dd)) if skip else None  # type: ignore[arg-type]
-        self.merge = nn.Parameter(torch.empty(count, **dd))  # type: ignore[arg-type]
+        self.proxy = nn.Conv2d(dim, proxy_dim, 1, bias=proxy_bias, **dd)
+        self.tap_proj = nn.Parameter(torch.empty(count, groups, 3, proxy_dim, **dd))
+        self.lam_proj = nn.Parameter(torch.empty(count, dim, proxy_dim, **dd))
+        self.u_proj = nn.Parameter(torch.empty(count, dim, proxy_dim, **dd))
+        self.skip_proj = nn.Parameter(torch.empty(count, dim, proxy_dim, **dd)) if skip else None
+        self.merge = nn.Parameter(torch.empty(count, **dd))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

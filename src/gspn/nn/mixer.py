@@ -46,11 +46,7 @@ class GSPNMixer(nn.Module):
         dim: channels in and out.
         expand_ratio: width of the propagated map, as a multiple of ``dim``.
         kernel_size: size of the depthwise convolution, odd.
-        norm_eps: epsilon of the LayerNorm.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
-        **propagation: options of :class:`GSPN2d`: ``proxy_dim``, ``groups``, ``segment``, ``skip``, ``directions``,
-            ``alignment``, ``impl``.
+        **propagation: options of :class:`GSPN2d`, such as ``proxy_dim``, ``groups`` and ``segment``.
 
     Shape:
         ``[B, dim, H, W]`` to ``[B, dim, H, W]``.

@@ -41,32 +41,14 @@ def propagate_official(
     .. math::
         y = \sum_d m_d \bigl( u_d \odot \mathrm{line\_scan}_{right}(R_d x,\, w_d,\, \lambda_d) + s_d \odot R_d x \bigr)
 
-    where :math:`R_d` is :func:`reorient` for direction d. The arguments are those of :func:`gspn.propagate`, with
-    ``directions`` naming each first index of the projections and ``segment`` counting reoriented columns.
-
-    Args:
-        x: ``[B, C, N, N]``.
-        proxy: ``[B, S, N, N]``.
-        tap_proj: ``[D, G, 3, S]``.
-        lam_proj: ``[D, C, S]``.
-        u_proj: ``[D, C, S]``.
-        skip_proj: ``[D, C, S]``; None for no skip.
-        merge: ``[D]``.
-        directions: the D directions.
-        segment: lines after which the scans restart; None for global scans.
-        impl: as for :func:`gspn.propagate`.
-
-    Returns:
-        ``[B, C, N, N]``.
+    where :math:`R_d` is :func:`reorient` for direction d. Arguments and result are those of :func:`gspn.propagate`, for
+    square maps; ``segment`` counts reoriented columns.
 
     Raises:
         ValueError: the map is not square.
     """
     if x.shape[-1] != x.shape[-2]:
-        raise ValueError(
-            f"{x.shape=}: alignment='official' adds maps to their transposes and needs H == W; "
-            "use square inputs, or alignment='image' with weights trained for it."
-        )
+        raise ValueError(f"{x.shape=}: alignment='official' needs H == W; use square inputs, or alignment='image'.")
     y = None
     # "right" comes first, as it needs no reorientation: a sum takes the memory layout of its first term, here x's.
     for d in sorted(range(len(directions)), key=lambda d: directions[d] != "right"):

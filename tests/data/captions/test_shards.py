@@ -188,7 +188,7 @@ def test_links_in_shards_are_refused(kind, tmp_path) -> None:
         info = tarfile.TarInfo("a.png")
         info.type, info.linkname = kind, "/etc/passwd"
         archive.addfile(info)
-    with pytest.raises(ValueError, match=r"a\.tar: a\.png is a link or a sparse file"):
+    with pytest.raises(ValueError, match=r"a\.tar: a\.png is a link or sparse"):
         open_captions("wds", root=tmp_path)
 
 
@@ -212,7 +212,7 @@ def test_a_shard_that_shrinks_or_goes_is_broken(tmp_path, monkeypatch) -> None:
     monkeypatch.undo()
     (tmp_path / "a.tar").write_bytes(data[:2600])
     assert dataset[0][1] == 0
-    with pytest.raises(CorruptImageError, match=r"a\.tar/1\.png: the shard ends within it"):
+    with pytest.raises(CorruptImageError, match=r"a\.tar/1\.png: the shard has become shorter"):
         dataset[1]
     (tmp_path / "a.tar").unlink()
     assert SkipCorrupt(dataset, training=True).reason(0).startswith("[Errno 2]")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-
 from ..base import LabelledImages, Transform
+from .parsing import CaptionTexts
 
 IMAGE_COLUMN, TEXT_COLUMN = "image", "text"
 """The default names of the columns of images and captions."""
@@ -14,21 +13,22 @@ class CaptionedImages(LabelledImages):
     """A map-style data set of images and their captions.
 
     ``dataset[i]`` is ``(image, i)``: an RGB PIL image, or the result of ``transform``, and its own index, by which
-    ``captions`` are looked up. So ``SkipCorrupt``, ``DeterministicAugmentation`` and ``collate`` apply as to any data set. Where another
-    image replaces a corrupt one, the index is that of the replacement. There are no classes.
+    ``captions`` are looked up. So ``SkipCorrupt``, ``DeterministicAugmentation`` and ``collate`` apply as to any data
+    set. Where another image replaces a corrupt one, the index is that of the replacement. ``classes`` is empty.
 
-    Attributes:
-        name: name of the data set.
-        classes: an empty list.
-        transform: the transform of each image; None for none. May be set at any time.
+    Subclasses append the captions of each image to ``texts``.
     """
 
     def __init__(self, name: str, transform: Transform | None = None) -> None:
         super().__init__(name, [], transform)
+        self.texts = CaptionTexts()
 
-    @abstractmethod
+    def __len__(self) -> int:
+        return len(self.texts)
+
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of image ``index``, one or more alternatives, without decoding it."""
+        return self.texts[self._position(index)]
 
     def target(self, index: int) -> int:
         """The index of the image itself, never negative."""

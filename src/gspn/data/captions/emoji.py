@@ -20,13 +20,6 @@ class EmojiCaptions(CaptionedImages):
     The first caption is the name. Each further caption is the name and the next three keywords in alphabetical order.
     Keywords that only repeat words are left out.
 
-    Args:
-        split: as for ``Emoji``.
-        transform: the transform of each image.
-
-    Raises:
-        ValueError: the split is unknown.
-
     Example:
         >>> from gspn.data import EmojiCaptions
         >>> EmojiCaptions("val").captions(0)[:2]
@@ -36,18 +29,12 @@ class EmojiCaptions(CaptionedImages):
     def __init__(self, split: str = "train", *, transform: Transform | None = None) -> None:
         self.emoji = Emoji(split)
         super().__init__("emoji", transform)
-        self._captions = [_captions(record) for record in self.emoji.records]
-
-    def __len__(self) -> int:
-        return len(self.emoji)
+        for record in self.emoji.records:
+            self.texts.append(_captions(record))
 
     def image(self, index: int) -> Image.Image:
         """Image ``index``, RGB, 64 x 64, before the transform."""
         return self.emoji.image(index)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """The name of emoji ``index``, then the name with keywords."""
-        return self._captions[self._position(index)]
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         """The code points of emoji ``index`` as a file name, as in ``1f600.webp``."""

@@ -16,18 +16,7 @@ from ..base import Transform
 from ..images import MAX_PIXELS, load_image
 from ..splits import split_folder
 from .base import TEXT_COLUMN, CaptionedImages
-from .parsing import (
-    MAX_RECORD,
-    MAX_TEXT,
-    CaptionTexts,
-    clean,
-    column,
-    cut,
-    decode,
-    lines_of,
-    record_of,
-    some,
-)
+from .parsing import MAX_RECORD, MAX_TEXT, clean, column, cut, decode, lines_of, record_of, some
 
 _IMAGES = frozenset(
     (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif")
@@ -46,8 +35,6 @@ class CaptionedFolder(CaptionedImages):
         root: the folder of the splits, or of a single one; see :func:`~gspn.data.splits.split_folder`.
         split: the split.
         caption_column: the column of ``metadata.jsonl`` and ``metadata.csv`` with the captions.
-        transform: the transform of each image.
-        max_pixels: the limit of pixels in an image.
 
     Raises:
         ValueError: the split is missing, an image has no caption, or a file of captions is damaged, ambiguous or names
@@ -70,23 +57,12 @@ class CaptionedFolder(CaptionedImages):
         self._paths = sorted(path for path in files if posixpath.splitext(path)[1].lower() in _IMAGES)
         if not self._paths:
             raise ValueError(f"root={str(self.root)!r} holds no image ({', '.join(sorted(_IMAGES))}).")
-        self._texts = self._read_captions(files, self._read_metadata(files, Path(root), caption_column))
-
-    def __len__(self) -> int:
-        return len(self._paths)
+        self._read_captions(files, self._read_metadata(files, Path(root), caption_column))
 
     def image(self, index: int) -> Image.Image:
-        """Image ``index``, RGB, before the transform.
-
-        Raises:
-            CorruptImageError: it cannot be decoded.
-        """
+        """Image ``index``, RGB, before the transform."""
         path = self._paths[self._position(index)]
         return load_image(self.root / path, max_pixels=self.max_pixels, name=path)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of image ``index``."""
-        return self._texts[self._position(index)]
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         """The file of image ``index``, within the folder unless ``absolute``."""
@@ -123,8 +99,7 @@ class CaptionedFolder(CaptionedImages):
             )
         return captions
 
-    def _read_captions(self, files: set[str], metadata: dict[str, tuple[str, ...]]) -> CaptionTexts:
-        texts = CaptionTexts()
+    def _read_captions(self, files: set[str], metadata: dict[str, tuple[str, ...]]) -> None:
         without = []
         for path in self._paths:
             beside = posixpath.splitext(path)[0] + ".txt"
@@ -136,14 +111,13 @@ class CaptionedFolder(CaptionedImages):
                     captions = clean(lines_of(file.read(MAX_TEXT + 1), beside), beside)
             if not captions:
                 without.append(path)
-            texts.append(captions)
+            self.texts.append(captions)
         if without:
             raise ValueError(
                 f"root={str(self.root)!r}: {len(without):,} of {len(self):,} images have no caption: {some(without)}."
                 " Write it into a .txt of the same name beside each, one caption a line, or into metadata.jsonl "
                 f'({{"file_name": "...", "{TEXT_COLUMN}": "..."}}) or metadata.csv, or remove the images.'
             )
-        return texts
 
 
 def _files(root: Path) -> Iterator[str]:
@@ -168,26 +142,17 @@ def _inside(name: Any, where: str) -> str:
         raise ValueError(f"{where}: file_name={cut(repr(name))} is not the name of a file.")
     windows = PureWindowsPath(name)  # knows both slashes and drives, any of which a hostile name may use
     if windows.drive or windows.root or ".." in windows.parts:
-        raise ValueError(
-            f"{where}: file_name={cut(repr(name))} leaves the folder; write it relative to the metadata, without '..'."
-        )
+        raise ValueError(f"{where}: file_name={cut(repr(name))} leaves the folder; write it relative, without '..'.")
     return name
 
 
 def _rows(file: Path, caption_column: str) -> Iterator[tuple[Any, Any, str]]:
     """``file_name``, caption and position of each row of metadata."""
     if file.stat().st_size > _MAX_METADATA:
-        raise ValueError(
-            f"{file} has more than {_MAX_METADATA:,} bytes; divide it, or store that many images in shards."
-        )
+        raise ValueError(f"{file} has more than {_MAX_METADATA:,} bytes; divide it, or store the images in shards.")
     with file.open("rb") as opened:
         if file.suffix == ".jsonl":
-            rows = (
-                (record_of(line, where), where)
-                for number, line in enumerate(_lines(opened, file), start=1)
-                if line.strip()
-                for where in [f"{file}, line {number}"]
-            )
+            rows = ((record_of(line, where), where) for line, where in _lines(opened, file) if line.strip())
         else:
             rows = _csv_rows(opened, file)
         for record, where in rows:
@@ -197,10 +162,7 @@ def _rows(file: Path, caption_column: str) -> Iterator[tuple[Any, Any, str]]:
 
 
 def _csv_rows(opened: IO[bytes], file: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    reader = csv.DictReader(
-        (decode(line, f"{file}, line {number}") for number, line in enumerate(_lines(opened, file), start=1)),
-        strict=True,
-    )
+    reader = csv.DictReader((decode(line, where) for line, where in _lines(opened, file)), strict=True)
     try:
         for record in reader:
             where = f"{file}, line {reader.line_num}"
@@ -214,10 +176,10 @@ def _csv_rows(opened: IO[bytes], file: Path) -> Iterator[tuple[dict[str, Any], s
         raise ValueError(f"{file}, line {reader.line_num} is not CSV: {error}.") from error
 
 
-def _lines(opened: IO[bytes], file: Path) -> Iterator[bytes]:
-    number = 0
-    while line := opened.readline(MAX_RECORD + 1):
-        number += 1
+def _lines(opened: IO[bytes], file: Path) -> Iterator[tuple[bytes, str]]:
+    """Each line and its position."""
+    for number, line in enumerate(iter(lambda: opened.readline(MAX_RECORD + 1), b""), start=1):
+        where = f"{file}, line {number}"
         if len(line) > MAX_RECORD:
-            raise ValueError(f"{file}, line {number} has more than {MAX_RECORD:,} bytes.")
-        yield line
+            raise ValueError(f"{where} has more than {MAX_RECORD:,} bytes.")
+        yield line, where

@@ -15,7 +15,7 @@ from ..base import Transform
 from ..images import MAX_PIXELS, CorruptImageError, load_image
 from ..splits import find_split
 from .base import IMAGE_COLUMN, TEXT_COLUMN, CaptionedImages
-from .parsing import CaptionTexts, clean, some
+from .parsing import clean, some
 
 # Files by which a folder is recognized as saved by datasets.
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
@@ -29,11 +29,8 @@ class CaptionedRows(CaptionedImages):
 
     Args:
         dataset: a map-style data set.
-        name: name of the data set.
         image_column: a column of type ``Image``, or of bytes.
         caption_column: a column of strings, or of lists of strings.
-        transform: the transform of each image.
-        max_pixels: the limit of pixels in an image.
         folders: the folders from which an image may be read if its row holds a path instead of bytes. A path is part
             of the data, which nobody has checked.
 
@@ -58,29 +55,24 @@ class CaptionedRows(CaptionedImages):
         dataset = dataset.with_format(None)  # a saved format would return tensors
         for option, value in (("image_column", image_column), ("caption_column", caption_column)):
             if value not in dataset.column_names:
-                raise ValueError(
-                    f"{option}={value!r} is not a column of {name!r}; pass {option}= one of "
-                    f"{some(map(repr, dataset.column_names))}."
-                )
+                columns = some(map(repr, dataset.column_names))
+                raise ValueError(f"{option}={value!r} is not a column of {name!r}; pass {option}= one of {columns}.")
         feature = dataset.features[image_column]
         image = _datasets().Image
         if not isinstance(feature, image) and getattr(feature, "dtype", "") not in ("binary", "large_binary"):
-            raise ValueError(
-                f"{image_column=} of {name!r} is of type {feature}; pass a column of images or of their bytes."
-            )
+            raise ValueError(f"{image_column=} of {name!r} is of type {feature}; pass one of images or their bytes.")
         self._column = image_column
         self._images = dataset.select_columns([image_column])
         if isinstance(feature, image):
             self._images = self._images.cast_column(image_column, image(decode=False))
-        self._texts = CaptionTexts()
         without: list[str] = []
         for batch in dataset.select_columns([caption_column]).iter(_ROWS):
             for value in batch[caption_column]:
-                where = f"{name}, row {len(self._texts)}, {caption_column!r}"
+                where = f"{name}, row {len(self.texts)}, {caption_column!r}"
                 captions = clean(value, where)
                 if not captions:
-                    without.append(f"row {len(self._texts)}")
-                self._texts.append(captions)
+                    without.append(f"row {len(self.texts)}")
+                self.texts.append(captions)
         if without:
             raise ValueError(
                 f"{len(without):,} of {len(self):,} images of {name!r} have no caption in {caption_column!r}: "
@@ -90,15 +82,8 @@ class CaptionedRows(CaptionedImages):
         if not len(self):
             raise ValueError(f"{name!r} has no rows; pass another split.")
 
-    def __len__(self) -> int:
-        return len(self._texts)
-
     def image(self, index: int) -> Image.Image:
-        """Image ``index``, RGB, before the transform.
-
-        Raises:
-            CorruptImageError: it cannot be decoded, or the row holds no image or a path outside the data set.
-        """
+        """Image ``index``, RGB; a ``CorruptImageError`` if the row holds no image or a path outside the data set."""
         index = self._position(index)
         name = self.filename(index)
         value = self._images[index][self._column]
@@ -111,10 +96,6 @@ class CaptionedRows(CaptionedImages):
         if not (path.is_file() and any(path.is_relative_to(folder) for folder in self._folders)):
             raise CorruptImageError(name, f"the row holds no bytes, and {str(path)!r} is not a file of this data set")
         return load_image(path, max_pixels=self.max_pixels, name=name)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of image ``index``."""
-        return self._texts[self._position(index)]
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         """The data set and the row of image ``index``."""

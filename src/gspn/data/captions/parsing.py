@@ -44,14 +44,9 @@ class CaptionTexts:
 
 
 def clean(value: Any, where: str) -> tuple[str, ...]:
-    """Make captions with single blanks from a string or a list of strings, and leave out empty ones.
+    """Make captions with single blanks from a string, a list of strings or None, and leave out empty ones.
 
-    Args:
-        value: the value that was read; None for no caption.
-        where: its position, for errors.
-
-    Raises:
-        ValueError: the value has another type, or cannot be encoded.
+    A ValueError, of any other type or of text that cannot be encoded, names the position ``where``.
 
     Example:
         >>> clean(["a  cat ", "", "a tabby"], "line 1")
@@ -71,22 +66,14 @@ def clean(value: Any, where: str) -> tuple[str, ...]:
 
 
 def lines_of(data: bytes, where: str) -> list[str]:
-    """The lines of a text file.
-
-    Raises:
-        ValueError: it is not UTF-8, or too long.
-    """
+    """The lines of a text file; a ValueError if it is not UTF-8, or too long."""
     if len(data) > MAX_TEXT:
         raise ValueError(f"{where} has more than {MAX_TEXT:,} bytes, so it is not a file of captions; remove it.")
     return decode(data, where).replace("\r", "\n").split("\n")
 
 
 def decode(data: bytes, where: str) -> str:
-    """Decode UTF-8, with or without a byte-order mark.
-
-    Raises:
-        ValueError: it is not UTF-8.
-    """
+    """Decode UTF-8, with or without a byte-order mark; a ValueError if it is not UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -96,11 +83,7 @@ def decode(data: bytes, where: str) -> str:
 
 
 def record_of(data: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Raises:
-        ValueError: it is not a JSON object, or too long.
-    """
+    """Parse a JSON object; a ValueError if it is not one, or too long."""
     if len(data) > MAX_RECORD:
         raise ValueError(f"{where} has more than {MAX_RECORD:,} bytes; keep everything but captions elsewhere.")
     text = decode(data, where)
@@ -114,11 +97,7 @@ def record_of(data: bytes, where: str) -> dict[str, Any]:
 
 
 def column(record: dict[str, Any], name: str, where: str) -> Any:
-    """The caption column of a record.
-
-    Raises:
-        ValueError: it is missing.
-    """
+    """The caption column of a record; a ValueError if it is missing."""
     if name not in record:
         raise ValueError(
             f"{where} has no caption_column={name!r}; it has {some(map(repr, record))}. "

@@ -18,17 +18,7 @@ from ..base import Transform
 from ..images import MAX_PIXELS, CorruptImageError, load_image
 from ..splits import SPLIT_NAMES, find_split, split_folder, split_names
 from .base import TEXT_COLUMN, CaptionedImages
-from .parsing import (
-    MAX_RECORD,
-    MAX_TEXT,
-    CaptionTexts,
-    clean,
-    column,
-    cut,
-    lines_of,
-    record_of,
-    some,
-)
+from .parsing import MAX_RECORD, MAX_TEXT, clean, column, cut, lines_of, record_of, some
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 _COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
@@ -53,8 +43,6 @@ class CaptionedShards(CaptionedImages):
             ``open_captions``.
         split: the split.
         caption_column: the key in ``.json``. ``.txt`` takes precedence unless this is not ``"text"``.
-        transform: the transform of each image.
-        max_pixels: the limit of pixels in an image.
 
     Attributes:
         shards: the tar files, in the order of the samples.
@@ -79,7 +67,6 @@ class CaptionedShards(CaptionedImages):
         # Arrays, because each worker that reads a list of numbers gets its own copy of it.
         self._shard, self._offset, self._size = array("q"), array("q"), array("q")
         self._members: list[str] = []
-        self._texts = CaptionTexts()
         without: list[str] = []
         for number in range(len(self.shards)):
             self._add(number, caption_column, without)
@@ -89,20 +76,11 @@ class CaptionedShards(CaptionedImages):
                 f"its name, or a .json with {caption_column!r}; leave images without one out of the shards."
             )
         if not self._members:
-            raise ValueError(
-                f"{some(str(shard) for shard in self.shards)}: no image ({', '.join(_IMAGES)}) in any of "
-                f"{len(self.shards)} shards."
-            )
-
-    def __len__(self) -> int:
-        return len(self._members)
+            shards = some(str(shard) for shard in self.shards)
+            raise ValueError(f"{shards}: no image ({', '.join(_IMAGES)}) in any of {len(self.shards)} shards.")
 
     def image(self, index: int) -> Image.Image:
-        """Image ``index``, RGB, before the transform.
-
-        Raises:
-            CorruptImageError: it cannot be decoded, or its shard has become shorter.
-        """
+        """Image ``index``, RGB, before the transform; a ``CorruptImageError`` if its shard has become shorter."""
         index = self._position(index)
         size, name = self._size[index], self.filename(index)
         if size > _MAX_FILE:
@@ -111,14 +89,8 @@ class CaptionedShards(CaptionedImages):
         with self.shards[self._shard[index]].open("rb") as file:
             data = _read(file, self._offset[index], size)
         if len(data) < size:
-            raise CorruptImageError(
-                name, "the shard ends within it, which it did not when it was opened; open it again"
-            )
+            raise CorruptImageError(name, "the shard has become shorter since it was opened; open it again")
         return load_image(io.BytesIO(data), max_pixels=self.max_pixels, name=name)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of image ``index``."""
-        return self._texts[self._position(index)]
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         """The shard of image ``index``, relative to the common folder unless ``absolute``, and the name inside it."""
@@ -140,9 +112,7 @@ class CaptionedShards(CaptionedImages):
                 if not stem or extension not in (*_IMAGES, "txt", "json"):
                     continue
                 if not member.isreg() or member.sparse is not None:
-                    raise ValueError(
-                        f"{shard}: {cut(member.name)} is a link or a sparse file; write it as a regular file."
-                    )
+                    raise ValueError(f"{shard}: {cut(member.name)} is a link or sparse; write it as a regular file.")
                 if extension in samples.setdefault(f"{folder}/{stem}", {}):
                     raise ValueError(f"{shard}: {cut(member.name)} is there twice; give each sample its own name.")
                 samples[f"{folder}/{stem}"][extension] = member
@@ -152,9 +122,7 @@ class CaptionedShards(CaptionedImages):
                     continue
                 if len(images) > 1:
                     names = some(member.name for member in images)
-                    raise ValueError(
-                        f"{shard}: {names} have the same name up to the first dot; a sample has one image."
-                    )
+                    raise ValueError(f"{shard}: {names} have one name up to the first dot; a sample has one image.")
                 captions = _captions(file, shard, parts, caption_column)
                 if not captions:
                     without.append(f"{shard.name}/{images[0].name}")
@@ -162,7 +130,7 @@ class CaptionedShards(CaptionedImages):
                 self._offset.append(images[0].offset_data)
                 self._size.append(images[0].size)
                 self._members.append(images[0].name)
-                self._texts.append(captions)
+                self.texts.append(captions)
 
 
 def _captions(file: IO[bytes], shard: Path, parts: dict[str, tarfile.TarInfo], caption_column: str) -> tuple[str, ...]:
@@ -192,10 +160,7 @@ def _members(file: IO[bytes], shard: Path) -> Iterator[tarfile.TarInfo]:
     file.seek(0)
     for magic, remedy in _COMPRESSED.items():
         if start.startswith(magic):
-            raise ValueError(
-                f"{shard} is compressed, so a sample cannot be found without unpacking all before it; "
-                f"unpack the shard: {remedy}"
-            )
+            raise ValueError(f"{shard} is compressed, which allows no random access; unpack it: {remedy}")
     try:
         yield from _walk(file)
     except MemoryError:
@@ -260,8 +225,8 @@ def _shards_in(root: Path, split: str) -> list[Path]:
     packed = sorted(path.name for path in root.iterdir() if path.name.lower().endswith(_PACKED_NAMES))
     if packed:
         raise ValueError(
-            f"root={str(root)!r} holds compressed shards, in which a sample cannot be found without unpacking all "
-            f"before it: {some(packed)}. Unpack them to .tar, or move them away."
+            f"root={str(root)!r} holds compressed shards, which allow no random access: {some(packed)}. "
+            "Unpack them to .tar, or move them away."
         )
     if not shards:
         raise ValueError(f"root={str(root)!r} holds no *.tar.")
@@ -279,9 +244,7 @@ def _expand(pattern: str) -> list[str]:
         else:
             span, width = range(inside.count(",") + 1), 0
         if span.stop - span.start < (1 if numbers else 2):
-            raise ValueError(
-                f"root={pattern!r}: {match[0]} is not a pattern; write {{0000..0003}}, upwards, or {{a,b}}."
-            )
+            raise ValueError(f"root={pattern!r}: {match[0]} is not a pattern; write {{0..3}}, upwards, or {{a,b}}.")
         # Checked first, because a range may have more numbers than fit in the memory.
         if len(paths) * (span.stop - span.start) > _MAX_SHARDS:
             raise ValueError(f"root={pattern!r} stands for more than {_MAX_SHARDS:,} shards; name fewer.")
