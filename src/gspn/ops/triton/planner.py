@@ -296,13 +296,7 @@ def _line_scan_blocks(layout: _Layout, memory: _Memory, limits: Limits) -> _Bloc
 
 @functools.lru_cache(maxsize=4096)
 def plan_line_scan(
-    sizes: Sizes,
-    tensors: _Tensors,
-    itemsize: int,
-    *,
-    reverse: bool,
-    segment: int | None,
-    limits: Limits,
+    sizes: Sizes, tensors: _Tensors, itemsize: int, *, reverse: bool, segment: int | None, limits: Limits
 ) -> Plan:
     """The launch of ``forward_kernel`` or ``backward_kernel`` for tensors of these sizes and strides.
 
