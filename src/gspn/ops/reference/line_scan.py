@@ -73,16 +73,9 @@ def line_scan(x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segme
 
 
 def line_scan_backward(
-    grad: Tensor,
-    h: Tensor,
-    x: Tensor | None,
-    taps: Tensor,
-    lam: Tensor | None,
-    direction: str,
-    segment: int | None,
-    need_taps: bool,
-    need_lam: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    grad: Tensor, h: Tensor, x: Tensor | None, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None,
+    need_taps: bool, need_lam: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """The adjoint scan: with ``g_i = grad_i + w_{i+1}^T g_{i+1}``, the gradients
 
     ``dx = lam g``, ``dlam = x g``, ``dtaps[k, i, j] = sum_group g[i, j] h[i-1, j+k-1]``.
