@@ -54,12 +54,8 @@ def _vmap(info, in_dims, x, taps, lam, *rest):
 apply_line_scan = register(
     "line_scan",
     "(Tensor x, Tensor taps, Tensor? lam, str direction, SymInt? segment, str impl) -> Tensor",
-    run=_run,
-    fake=lambda x, *_: torch.empty_like(x),
-    save=_save,
-    differentiate=_differentiate,
-    vmap=_vmap,
-)
+    run=_run, fake=lambda x, *_: torch.empty_like(x), save=_save, differentiate=_differentiate, vmap=_vmap,
+)  # fmt: skip
 
 
 # --- line_scan_backward -----------------------------------------------------------------------------------------------
@@ -162,9 +158,6 @@ apply_line_scan_backward = register(
     "line_scan_backward",
     "(Tensor grad, Tensor h, Tensor? x, Tensor taps, Tensor? lam, str direction, SymInt? segment, str impl, "
     "bool need_taps, bool need_lam) -> (Tensor dx, Tensor dtaps, Tensor dlam)",
-    run=_run_backward,
-    fake=_fake_backward,
-    save=_save_backward,
-    differentiate=_differentiate_backward,
-    vmap=_vmap_backward,
-)
+    run=_run_backward, fake=_fake_backward, save=_save_backward,
+    differentiate=_differentiate_backward, vmap=_vmap_backward,
+)  # fmt: skip
