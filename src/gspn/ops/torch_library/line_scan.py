@@ -82,12 +82,8 @@ def _fake_backward(grad, h, x, taps, lam, direction, segment, impl, need_taps, n
 
 def _shifted(map_: Tensor, axis: int, by: int) -> Tensor:
     """``out[i] = map_[i - by]`` along ``axis`` (-1 or -2), 0 where that does not exist; ``by`` is -1, 0 or 1."""
-    if by == 0:
-        return map_
-    size = map_.shape[axis]
-    kept = map_.narrow(axis, 0, size - 1) if by > 0 else map_.narrow(axis, 1, size - 1)
-    edge = (1, 0) if by > 0 else (0, 1)
-    return pad(kept, edge if axis == -1 else (0, 0, *edge))
+    edge = (by, -by)  # a negative width crops
+    return pad(map_, edge if axis == -1 else (0, 0, *edge)) if by else map_
 
 
 def _has_previous(map_: Tensor, direction: str, segment: int | None) -> Tensor:
