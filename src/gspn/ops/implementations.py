@@ -30,8 +30,9 @@ _auto_choice: dict[tuple[str, str, torch.dtype], Backend] = {}
 
 def check_impl(impl: str) -> None:
     """Raise ValueError unless ``impl`` is ``"auto"`` or names an implementation."""
-    if impl not in (names := ("auto", *IMPLEMENTATIONS)):
-        raise ValueError(f"{impl=} is not an implementation; use one of {', '.join(names)}.")
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        names = ", ".join(["auto", *IMPLEMENTATIONS])
+        raise ValueError(f"{impl=} is not an implementation; use one of {names}.")
 
 
 def available_impls(x: Tensor, op: str = "propagate") -> dict[str, str | None]:
