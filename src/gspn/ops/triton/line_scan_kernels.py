@@ -81,6 +81,7 @@ def forward_kernel(
                 i_round, i_visit, n_rounds, mine, n_lines, BLOCK_N, HALO, LINES, TILES, False, REVERSE
             )
             i_cross = i_first + cross
+            m_has_left, m_has_right = i_cross > 0, i_cross < n_cross - 1
             m_taps = (i_first + n >= 0) & (i_first + n < n_cross)
             m = m_channels & m_taps
             if not SHARED:
@@ -99,7 +100,6 @@ def forward_kernel(
             b_after = load_lines(tap(w, s_taps_tap, 2), m_taps, LINES, REVERSE)
             b_state = load_state(b_state, between, i_round, i_visit, i_first, i_cross, n_cross, BLOCK_C, TILES, FAST)
             h_tile = move(h, i_line, i_first)
-            m_has_left, m_has_right = i_cross > 0, i_cross < n_cross - 1
             i_phase = i_step % n_segment if SEGMENTED else i_step
             # GROUP lines are stored together, as wide as one thread's store: no state waits in a register for others.
             for i_group in tl.static_range(LINES // GROUP):
@@ -211,6 +211,7 @@ def backward_kernel(
                 i_round, i_visit, n_rounds, mine, n_lines, BLOCK_N, HALO, LINES, TILES, True, REVERSE
             )
             i_cross = i_first + cross
+            m_has_left, m_has_right = i_cross > 0, i_cross < n_cross - 1
             m_taps = (i_first + n >= 0) & (i_first + n < n_cross)
             m = m_channels & m_taps
             if not SHARED:
@@ -251,7 +252,6 @@ def backward_kernel(
             )
             dx_tile, dlam_tile = move(dx, i_line, i_first), move(dlam, i_line, i_first)
             dw = move(dtaps, i_line, i_first)
-            m_has_left, m_has_right = i_cross > 0, i_cross < n_cross - 1
             # ``b_carried`` is what the line scanned next sends; ``b_previous`` the states of the lines scanned before.
             i_phase = (i_step + LINES - 1) % n_segment if SEGMENTED else i_step + LINES - 1
             for i_group in tl.static_range(LINES // GROUP):
