@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import gspn
-from gspn.ops.projections import project, project_taps
+from gspn.ops.unfused import project, project_taps
 from support import laid_out
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]

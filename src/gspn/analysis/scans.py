@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..nn import GSPN2d
 from ..nn.official_alignment import reorient
 from ..ops import Direction, line_scan, stochastic_taps
-from ..ops.projections import project, project_taps
+from ..ops.unfused import project, project_taps
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ class NotInstalled(str):
 
 
 class Backend(Protocol):
-    """What ``gspn/ops/NAME/__init__.py`` defines. It imports nothing but torch before a call needs it."""
+    """The contents of ``gspn/ops/NAME/__init__.py``, which imports nothing but torch before a call needs it."""
 
     __name__: str
     """The package's name; its last part is the backend's name."""
@@ -31,7 +31,7 @@ class Backend(Protocol):
 
 
 class LineScan(Protocol):
-    """What ``gspn/ops/NAME/line_scan.py`` defines. Results are new tensors; no argument is written to."""
+    """The functions of ``gspn/ops/NAME/line_scan.py``. Results are new tensors; no argument is written to."""
 
     def line_scan(self, x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None) -> Tensor:
         """The state ``h``, of the shape, dtype and strides of ``torch.empty_like(x)``; see :func:`gspn.line_scan`.
@@ -51,22 +51,15 @@ class LineScan(Protocol):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """The gradients ``dx``, ``dtaps`` and ``dlam``, with the shape, dtype and layout of x, taps and lam.
 
-        Args:
-            grad: the gradient of ``h``.
-            h: what :meth:`line_scan` returned, or any tensor like it that takes its place in the formula of ``dtaps``.
-            x: as forward; None if ``need_lam`` is false, then ``dx`` is laid out like ``h``.
-            taps: as forward.
-            lam: as forward.
-            direction: as forward.
-            segment: as forward.
-            need_taps: whether ``dtaps`` is wanted; else it is None.
-            need_lam: whether ``dlam`` is wanted; else, or without ``lam``, it is None.
+        ``grad`` is the gradient of ``h``, and ``h`` the result of :meth:`line_scan`, or any tensor like it that takes
+        its place in the formula of ``dtaps``. ``dtaps`` is None without ``need_taps``, ``dlam`` without ``need_lam`` or
+        ``lam``. ``x`` may be None without ``need_lam``; ``dx`` is then laid out like ``h``.
         """
         ...
 
 
 class Propagate(Protocol):
-    """What ``gspn/ops/NAME/propagate.py`` defines. Results are new tensors; no argument is written to."""
+    """The functions of ``gspn/ops/NAME/propagate.py``. Results are new tensors; no argument is written to."""
 
     def propagate(
         self, x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: Tensor | None,
@@ -90,20 +83,9 @@ class Propagate(Protocol):
         self, grad: Tensor, x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor,
         skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """The gradients ``dx, dproxy, dtap_proj, dlam_proj, du_proj, dskip_proj``.
+        """The gradients ``dx, dproxy, dtap_proj, dlam_proj, du_proj, dskip_proj`` for ``grad``, that of ``y``.
 
         Those of x and proxy have their layout, those of the projections are contiguous; ``dskip_proj`` is None without
         a skip.
-
-        Args:
-            grad: the gradient of ``y``.
-            x: as forward.
-            proxy: as forward.
-            tap_proj: as forward.
-            lam_proj: as forward.
-            u_proj: as forward.
-            skip_proj: as forward.
-            directions: as forward.
-            segment: as forward.
         """
         ...

@@ -34,16 +34,7 @@ _AXES: Final[dict[str, ScanAxes]] = {
 
 
 def scan_axes(direction: str) -> ScanAxes:
-    """The axes that ``direction`` walks.
-
-    Args:
-        direction: one of :data:`DIRECTIONS`.
-
-    Returns:
-        The line axis, the cross axis and whether lines are taken from the end.
-
-    Raises:
-        ValueError: if ``direction`` is not one of the four.
+    """The axes that ``direction`` walks; ValueError unless it is one of :data:`DIRECTIONS`.
 
     Example:
         >>> scan_axes("left")

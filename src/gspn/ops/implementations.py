@@ -1,4 +1,4 @@
-"""Which backends exist, which of them can run a call here, and which one ``impl="auto"`` takes.
+"""The backends: those that exist, those that can run a call here, and the one that ``impl="auto"`` takes.
 
 A new backend is a folder with the functions of :mod:`gspn.ops.backend`, and an entry in :data:`BACKENDS`.
 """
@@ -26,12 +26,6 @@ IMPLEMENTATIONS: dict[str, Backend] = {backend.__name__.rpartition(".")[2]: back
 
 # "auto" must not ask the backends again on every call: they look for compilers, libraries and devices.
 _auto_choice: dict[tuple[str, str, torch.dtype], Backend] = {}
-
-
-def check_op(op: str) -> None:
-    """Raise ValueError unless ``op`` names an operator that has implementations."""
-    if op not in OPS:
-        raise ValueError(f"{op=} is not an operator with implementations; use one of {', '.join(OPS)}.")
 
 
 def check_impl(impl: str) -> None:
@@ -62,7 +56,8 @@ def available_impls(x: Tensor, op: str = "propagate") -> dict[str, str | None]:
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}; pass a tensor of the device and dtype in question.")
-    check_op(op)
+    if op not in OPS:
+        raise ValueError(f"{op=} is not an operator with implementations; use one of {', '.join(OPS)}.")
     return {name: backend.why_not(x.device, x.dtype, op) for name, backend in IMPLEMENTATIONS.items()}
 
 

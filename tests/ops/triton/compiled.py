@@ -1,4 +1,4 @@
-"""What test_aot.py runs in processes of their own, without the interpreter: kernels compiled for cards not here.
+"""Compiles kernels for cards that need not be here; test_aot.py runs this in processes without the interpreter.
 
 What is compiled is what would be launched: the launcher's own plan and arguments, for tensors on the meta device.
 """
@@ -83,7 +83,7 @@ def build(launch: Launch, capability: int) -> Any:
 
 
 def resources(compiled: Any) -> dict[str, int]:
-    """What the assembler reports about a compiled kernel, and which instructions move its data."""
+    """The assembler's report about a compiled kernel, and counts of the instructions that move its data."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

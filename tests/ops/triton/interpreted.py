@@ -1,4 +1,4 @@
-"""What test_interpreter.py runs in processes of their own, where TRITON_INTERPRET=1 lets the kernels run on the CPU.
+"""Runs the kernels on the CPU; test_interpreter.py calls this in processes that have TRITON_INTERPRET=1 set.
 
 Every tensor that the launcher allocates is filled with NaN first: an element that no program writes shows.
 """

@@ -1,4 +1,4 @@
-"""What test_propagate_interpreter.py runs where TRITON_INTERPRET=1 lets the kernels of propagate run on the CPU."""
+"""Runs the kernels of propagate on the CPU; test_interpreter.py calls this where TRITON_INTERPRET=1 is set."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import gspn
-from gspn.ops.projections import project_taps
+from gspn.ops.unfused import project_taps
 from support import assert_as_exact_as_pytorch, laid_out
 
 NAMES = ("y", "dx", "dproxy", "dtap_proj", "dlam_proj", "du_proj", "dskip_proj")

@@ -40,13 +40,9 @@ def _to_previous(taps: Tensor, grad: Tensor) -> Tensor:
 
 def _tap_grads(grad: Tensor, state: Tensor) -> Tensor:
     """``[3, B, G, n]``: each tap's gradient, the channels of a group summed."""
-    return torch.stack(
-        [
-            pad((grad[..., 1:] * state[..., :-1]).sum(-2), (1, 0)),
-            (grad * state).sum(-2),
-            pad((grad[..., :-1] * state[..., 1:]).sum(-2), (0, 1)),
-        ]
-    )
+    before = pad((grad[..., 1:] * state[..., :-1]).sum(-2), (1, 0))
+    after = pad((grad[..., :-1] * state[..., 1:]).sum(-2), (0, 1))
+    return torch.stack([before, (grad * state).sum(-2), after])
 
 
 def line_scan(x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None) -> Tensor:
@@ -73,16 +69,9 @@ def line_scan(x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segme
 
 
 def line_scan_backward(
-    grad: Tensor,
-    h: Tensor,
-    x: Tensor | None,
-    taps: Tensor,
-    lam: Tensor | None,
-    direction: str,
-    segment: int | None,
-    need_taps: bool,
-    need_lam: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    grad: Tensor, h: Tensor, x: Tensor | None, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None,
+    need_taps: bool, need_lam: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """The adjoint scan: with ``g_i = grad_i + w_{i+1}^T g_{i+1}``, the gradients
 
     ``dx = lam g``, ``dlam = x g``, ``dtaps[k, i, j] = sum_group g[i, j] h[i-1, j+k-1]``.
@@ -111,9 +100,7 @@ def line_scan_backward(
         g = grad_lines[i] if carried is None else grad_lines[i] + carried
         restart = step == 0 if segment is None else step % segment == 0
         g_lines[i] = g
-        dtap_lines[i] = (
-            torch.zeros_like(tap_lines[i, :, :, :, 0]) if restart else _tap_grads(g, h_lines[order[step - 1]])
-        )
+        dtap_lines[i] = torch.zeros_like(dtap_lines[i]) if restart else _tap_grads(g, h_lines[order[step - 1]])
         carried = None if restart else _to_previous(tap_lines[i], g)
 
     def with_factor(factor: Tensor | None) -> list[Tensor]:

@@ -7,38 +7,24 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..projections import project, project_taps
 from ..stochastic_taps import stochastic_taps
-from ..unfused import compose
+from ..unfused import compose, project, project_taps
 from .line_scan import line_scan, line_scan_backward
 
 
 def propagate(
-    x: Tensor,
-    proxy: Tensor,
-    tap_proj: Tensor,
-    lam_proj: Tensor,
-    u_proj: Tensor,
-    skip_proj: Tensor | None,
-    directions: tuple[str, ...],
-    segment: int | None,
-) -> Tensor:
+    x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: Tensor | None,
+    directions: tuple[str, ...], segment: int | None,
+) -> Tensor:  # fmt: skip
     """The composition of ``stochastic_taps`` and ``line_scan``; see :func:`gspn.propagate`."""
     y = compose(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, line_scan)
     return torch.empty_like(x).copy_(y)
 
 
 def propagate_backward(
-    grad: Tensor,
-    x: Tensor,
-    proxy: Tensor,
-    tap_proj: Tensor,
-    lam_proj: Tensor,
-    u_proj: Tensor,
-    skip_proj: Tensor | None,
-    directions: tuple[str, ...],
-    segment: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    grad: Tensor, x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor,
+    skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of the composition, each map's in turn; with ``w = stochastic_taps(a)`` those of the logits are
 
     ``da_k = sigmoid(-a_k) w_k (dw_k - sum_j w_j dw_j)``,

@@ -54,12 +54,8 @@ def _vmap(info, in_dims, x, taps, lam, *rest):
 apply_line_scan = register(
     "line_scan",
     "(Tensor x, Tensor taps, Tensor? lam, str direction, SymInt? segment, str impl) -> Tensor",
-    run=_run,
-    fake=lambda x, *_: torch.empty_like(x),
-    save=_save,
-    differentiate=_differentiate,
-    vmap=_vmap,
-)
+    run=_run, fake=lambda x, *_: torch.empty_like(x), save=_save, differentiate=_differentiate, vmap=_vmap,
+)  # fmt: skip
 
 
 # --- line_scan_backward -----------------------------------------------------------------------------------------------
@@ -86,12 +82,8 @@ def _fake_backward(grad, h, x, taps, lam, direction, segment, impl, need_taps, n
 
 def _shifted(map_: Tensor, axis: int, by: int) -> Tensor:
     """``out[i] = map_[i - by]`` along ``axis`` (-1 or -2), 0 where that does not exist; ``by`` is -1, 0 or 1."""
-    if by == 0:
-        return map_
-    size = map_.shape[axis]
-    kept = map_.narrow(axis, 0, size - 1) if by > 0 else map_.narrow(axis, 1, size - 1)
-    edge = (1, 0) if by > 0 else (0, 1)
-    return pad(kept, edge if axis == -1 else (0, 0, *edge))
+    edge = (by, -by)  # a negative width crops
+    return pad(map_, edge if axis == -1 else (0, 0, *edge)) if by else map_
 
 
 def _has_previous(map_: Tensor, direction: str, segment: int | None) -> Tensor:
@@ -162,9 +154,6 @@ apply_line_scan_backward = register(
     "line_scan_backward",
     "(Tensor grad, Tensor h, Tensor? x, Tensor taps, Tensor? lam, str direction, SymInt? segment, str impl, "
     "bool need_taps, bool need_lam) -> (Tensor dx, Tensor dtaps, Tensor dlam)",
-    run=_run_backward,
-    fake=_fake_backward,
-    save=_save_backward,
-    differentiate=_differentiate_backward,
-    vmap=_vmap_backward,
-)
+    run=_run_backward, fake=_fake_backward, save=_save_backward,
+    differentiate=_differentiate_backward, vmap=_vmap_backward,
+)  # fmt: skip

@@ -10,31 +10,22 @@ from torch import Tensor
 
 
 def register(
-    name: str,
-    schema: str,
-    *,
-    run: Callable[..., Any],
-    fake: Callable[..., Any],
-    save: Callable[..., None],
-    differentiate: Callable[..., Any],
-    vmap: Callable[..., Any],
-) -> Callable[..., Any]:
-    """Register ``torch.ops.gspn.NAME``.
+    name: str, schema: str, *, run: Callable[..., Any], fake: Callable[..., Any], save: Callable[..., None],
+    differentiate: Callable[..., Any], vmap: Callable[..., Any],
+) -> Callable[..., Any]:  # fmt: skip
+    """Register ``torch.ops.gspn.NAME``, and return the operator for use under the transforms of torch.func too.
 
     The derivatives that torch.library registers do not compose with torch.func.grad and its relatives (PyTorch asks for
     an autograd.Function with a separate setup_context). Under such a transform the same formulas go through one.
 
     Args:
-        name: of the operator.
+        name: that of the operator.
         schema: its arguments and results, as ``torch.library.define`` takes them.
-        run: what computes.
-        fake: what makes empty results, for tracing.
+        run: the computation.
+        fake: the same call with empty results, for tracing.
         save: ``(ctx, inputs, output)``, keeps what the derivative needs.
         differentiate: ``(ctx, *gradients)`` to the gradients of the inputs.
         vmap: the rule of ``torch.library.register_vmap``.
-
-    Returns:
-        The operator, also under the transforms of torch.func.
     """
     qualified = f"gspn::{name}"
     torch.library.define(qualified, schema)

@@ -65,12 +65,8 @@ def _vmap(info, in_dims, x, proxy, tap_proj, lam_proj, u_proj, skip_proj, *rest)
 apply_propagate = register(
     "propagate",
     f"({_ARGUMENTS}) -> Tensor",
-    run=_run,
-    fake=lambda x, *_: torch.empty_like(x),
-    save=_save,
-    differentiate=_differentiate,
-    vmap=_vmap,
-)
+    run=_run, fake=lambda x, *_: torch.empty_like(x), save=_save, differentiate=_differentiate, vmap=_vmap,
+)  # fmt: skip
 
 
 # --- propagate_backward -----------------------------------------------------------------------------------------------
@@ -109,12 +105,11 @@ def _differentiate_backward(ctx, *cotangents):
         )  # fmt: skip
         present = [t for t in inputs if t is not None]
         first = torch.autograd.grad(y, present, grad, create_graph=True)
-        second = iter(
-            torch.autograd.grad(
-                first, [grad, *present], cotangents[: len(present)], create_graph=further, allow_unused=True
-            )
+        second = torch.autograd.grad(
+            first, [grad, *present], cotangents[: len(present)], create_graph=further, allow_unused=True
         )
-    return (*(None if t is None else next(second) for t in tensors), None, None, None)
+    # Only the skip, the last tensor, may be missing.
+    return (*second, *(None,) * (10 - len(second)))
 
 
 def _vmap_backward(info, in_dims, *arguments):
@@ -128,9 +123,5 @@ _apply_propagate_backward = register(
     "propagate_backward",
     f"(Tensor grad, {_ARGUMENTS}) -> "
     "(Tensor dx, Tensor dproxy, Tensor dtap_proj, Tensor dlam_proj, Tensor du_proj, Tensor dskip_proj)",
-    run=_run_backward,
-    fake=_fake_backward,
-    save=_save,
-    differentiate=_differentiate_backward,
-    vmap=_vmap_backward,
-)
+    run=_run_backward, fake=_fake_backward, save=_save, differentiate=_differentiate_backward, vmap=_vmap_backward,
+)  # fmt: skip

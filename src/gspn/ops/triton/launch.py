@@ -31,14 +31,9 @@ class Launch:
         """Launch it on the device of its tensors, whichever is current."""
         device = next(t.device for t in self.tensors.values() if t is not None)
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[self.plan.grid](
-                **self.tensors,
-                **self.plan.integers,
-                **self.plan.constants,
-                num_warps=self.plan.num_warps,
-                # Explicit because Triton is about to change its default.
-                enable_fp_fusion=True,
-            )
+            # Fusion is explicit because Triton is about to change its default.
+            arguments = {**self.tensors, **self.plan.integers, **self.plan.constants, "enable_fp_fusion": True}
+            self.kernel[self.plan.grid](**arguments, num_warps=self.plan.num_warps)
 
 
 @functools.cache
@@ -47,7 +42,7 @@ def _shared_memory(device: int) -> int:
 
 
 def limits_of(device: torch.device) -> Limits:
-    """What a program may use on this device."""
+    """The resources of a program on this device."""
     if device.type != "cuda":
         return Limits(SHARED_MEMORY)
     return Limits(_shared_memory(torch.cuda.current_device() if device.index is None else device.index))

@@ -20,14 +20,11 @@ def _prepare(
 ) -> Launch:  # fmt: skip
     """Plan the launch of a kernel for its tensors by name, None for those it does without."""
     axes = scan_axes(direction)
+    strides = tuple((name, None if tensor is None else strides_of(tensor, axes)) for name, tensor in tensors.items())
     plan = plan_line_scan(
-        sizes_of(like, groups, axes),
-        tuple((name, None if tensor is None else strides_of(tensor, axes)) for name, tensor in tensors.items()),
-        like.element_size(),
-        reverse=axes.reverse,
-        segment=segment,
-        limits=limits,
-    )
+        sizes_of(like, groups, axes), strides, like.element_size(),
+        reverse=axes.reverse, segment=segment, limits=limits,
+    )  # fmt: skip
     pointers = {f"p_{name}": tensor for name, tensor in tensors.items()}
     return Launch(kernel, plan, {**pointers, "p_states": scratch(plan, like)})
 

@@ -26,47 +26,6 @@ from .addressing import (
 from .neighbour_shuffle import neighbour_pairs, neighbours
 
 
-@triton.jit
-def _scan_tile(
-    b_x, b_lam, b_before, b_here, b_after, b_state, h,
-    m_owned, m_has_left, m_has_right, i_line, mine, i_step, n_segment,
-    LINES: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr, MAY_OVERRUN: tl.constexpr,
-    REVERSE: tl.constexpr, SEGMENTED: tl.constexpr, HAS_LAM: tl.constexpr,
-):  # fmt: skip
-    """Advance the scan by a tile whose first scanned line is number ``i_step``; stores its states, returns the last.
-
-    Lines are stored in groups of GROUP, as wide as one thread's store, so that no state waits in a register for the
-    others. Products with neighbours that do not exist are left out by a select, never multiplied by zero: the tap
-    concerned may hold anything, NaN included.
-    """
-    o_group = tl.arange(0, GROUP)[None, None, :]
-    i_phase = i_step
-    if SEGMENTED:
-        i_phase = i_step % n_segment
-    for i_group in tl.static_range(LINES // GROUP):
-        b_states = ()
-        for i in tl.static_range(i_group * GROUP, i_group * GROUP + GROUP):
-            b_left, b_right = neighbours(b_state, b_state, VECTOR)
-            b_carried = b_here[i].to(tl.float32) * b_state
-            b_carried += tl.where(m_has_left, b_before[i].to(tl.float32) * b_left, 0.0)
-            b_carried += tl.where(m_has_right, b_after[i].to(tl.float32) * b_right, 0.0)
-            b_carried = tl.where(i_phase != 0, b_carried, 0.0)
-            i_phase += 1
-            if SEGMENTED:
-                i_phase = tl.where(i_phase == n_segment, 0, i_phase)
-            b_state = b_x[i].to(tl.float32)
-            if HAS_LAM:
-                b_state *= b_lam[i].to(tl.float32)
-            b_state += b_carried
-            b_states = b_states + (b_state,)
-        i_first = LINES - GROUP - i_group * GROUP if REVERSE else i_group * GROUP
-        m = m_owned
-        if MAY_OVERRUN:
-            m = m_owned & (i_line + i_first + o_group >= mine.i_low) & (i_line + i_first + o_group < mine.i_high)
-        store_lines(h, i_first, b_states, m, GROUP, REVERSE)
-    return b_state
-
-
 @triton.jit(do_not_specialize=integers("x", "taps", "lam", "h"))
 def forward_kernel(
     p_x, s_x_batch, s_x_channel, s_x_cross, s_x_line,
@@ -122,6 +81,7 @@ def forward_kernel(
                 i_round, i_visit, n_rounds, mine, n_lines, BLOCK_N, HALO, LINES, TILES, False, REVERSE
             )
             i_cross = i_first + cross
+            m_has_left, m_has_right = i_cross > 0, i_cross < n_cross - 1
             m_taps = (i_first + n >= 0) & (i_first + n < n_cross)
             m = m_channels & m_taps
             if not SHARED:
@@ -139,78 +99,37 @@ def forward_kernel(
             b_here = load_lines(tap(w, s_taps_tap, 1), m_taps, LINES, REVERSE)
             b_after = load_lines(tap(w, s_taps_tap, 2), m_taps, LINES, REVERSE)
             b_state = load_state(b_state, between, i_round, i_visit, i_first, i_cross, n_cross, BLOCK_C, TILES, FAST)
-            b_state = _scan_tile(
-                b_x, b_lam, b_before, b_here, b_after, b_state, move(h, i_line, i_first),
-                m_owned, i_cross > 0, i_cross < n_cross - 1, i_line, mine, i_step, n_segment,
-                LINES, GROUP, VECTOR, MAY_OVERRUN, REVERSE, SEGMENTED, HAS_LAM,
-            )  # fmt: skip
+            h_tile = move(h, i_line, i_first)
+            i_phase = i_step % n_segment if SEGMENTED else i_step
+            # GROUP lines are stored together, as wide as one thread's store: no state waits in a register for others.
+            for i_group in tl.static_range(LINES // GROUP):
+                b_states = ()
+                for i in tl.static_range(i_group * GROUP, i_group * GROUP + GROUP):
+                    # Products with neighbours that do not exist are left out by a select, never multiplied by zero:
+                    # the tap concerned may hold anything, NaN included.
+                    b_left, b_right = neighbours(b_state, b_state, VECTOR)
+                    b_carried = b_here[i].to(tl.float32) * b_state
+                    b_carried += tl.where(m_has_left, b_before[i].to(tl.float32) * b_left, 0.0)
+                    b_carried += tl.where(m_has_right, b_after[i].to(tl.float32) * b_right, 0.0)
+                    b_carried = tl.where(i_phase != 0, b_carried, 0.0)
+                    i_phase += 1
+                    if SEGMENTED:
+                        i_phase = tl.where(i_phase == n_segment, 0, i_phase)
+                    b_state = b_x[i].to(tl.float32)
+                    if HAS_LAM:
+                        b_state *= b_lam[i].to(tl.float32)
+                    b_state += b_carried
+                    b_states = b_states + (b_state,)
+                i_stored = LINES - GROUP - i_group * GROUP if REVERSE else i_group * GROUP
+                m_stored = m_owned
+                if MAY_OVERRUN:
+                    i_stored_line = i_line + i_stored + g
+                    m_stored = m_owned & (i_stored_line >= mine.i_low) & (i_stored_line < mine.i_high)
+                store_lines(h_tile, i_stored, b_states, m_stored, GROUP, REVERSE)
             store_state(b_state, between, i_round, i_visit, i_first, i_cross, n_cross, m_kept, BLOCK_C, TILES, FAST)
         if HALO > 0:
             # The next round's states come from other threads.
             tl.debug_barrier()
-
-
-@triton.jit
-def _adjoint_tile(
-    b_grad, b_previous, b_x, b_lam, b_before, b_here, b_after, b_carried, dx, dlam, dtaps, s_dtaps_tap,
-    m_channels, m_owned, m_taps_owned, m_has_left, m_has_right, i_line, mine, i_step, n_segment,
-    LINES: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr, MAY_OVERRUN: tl.constexpr,
-    REVERSE: tl.constexpr, SEGMENTED: tl.constexpr, SHARED: tl.constexpr,
-    HAS_LAM: tl.constexpr, NEED_TAPS: tl.constexpr, NEED_LAM: tl.constexpr,
-):  # fmt: skip
-    """Advance the adjoint scan by a tile whose first scanned line is number ``i_step``, storing its gradients.
-
-    ``b_carried`` is what the line after the tile sends to the tile's last; returns what the tile sends on.
-    ``b_previous`` are the states of the lines before each line of the tile.
-    """
-    o_group = tl.arange(0, GROUP)[None, None, :]
-    i_phase = i_step + LINES - 1
-    if SEGMENTED:
-        i_phase = i_phase % n_segment
-    for i_group in tl.static_range(LINES // GROUP):
-        b_dx, b_dlam, b_dbefore, b_dhere, b_dafter = (), (), (), (), ()
-        for k in tl.static_range(i_group * GROUP, i_group * GROUP + GROUP):
-            b_g = b_grad[LINES - 1 - k].to(tl.float32) + b_carried
-            if SHARED:
-                # A channel beyond the last has no part in the sum of its group, even if a tap is infinite.
-                b_g = tl.where(m_channels, b_g, 0.0)
-            b_dx_line = b_g
-            if HAS_LAM:
-                b_dx_line = b_lam[LINES - 1 - k].to(tl.float32) * b_g
-            b_dx = (b_dx_line,) + b_dx
-            if NEED_LAM:
-                b_dlam = (b_x[LINES - 1 - k].to(tl.float32) * b_g,) + b_dlam
-            m_follows = i_phase != 0
-            if SEGMENTED:
-                i_phase = tl.where(m_follows, i_phase, n_segment)
-            i_phase -= 1
-            b_to_left = b_before[LINES - 1 - k].to(tl.float32) * b_g
-            b_to_right = b_after[LINES - 1 - k].to(tl.float32) * b_g
-            if NEED_TAPS:
-                b_h = b_previous[LINES - 1 - k].to(tl.float32)
-                b_from_left, b_from_right, b_h_left, b_h_right = neighbour_pairs(b_to_right, b_to_left, b_h, VECTOR)
-                b_dbefore = (tl.where(m_has_left, tl.where(m_follows, b_g * b_h_left, 0.0), 0.0),) + b_dbefore
-                b_dhere = (tl.where(m_follows, b_g * b_h, 0.0),) + b_dhere
-                b_dafter = (tl.where(m_has_right, tl.where(m_follows, b_g * b_h_right, 0.0), 0.0),) + b_dafter
-            else:
-                b_from_left, b_from_right = neighbours(b_to_right, b_to_left, VECTOR)
-            b_carried = b_here[LINES - 1 - k].to(tl.float32) * b_g
-            b_carried += tl.where(m_has_left, b_from_left, 0.0)
-            b_carried += tl.where(m_has_right, b_from_right, 0.0)
-            b_carried = tl.where(m_follows, b_carried, 0.0)
-        i_first = i_group * GROUP if REVERSE else LINES - GROUP - i_group * GROUP
-        m, m_taps = m_owned, m_taps_owned
-        if MAY_OVERRUN:
-            m = m & (i_line + i_first + o_group >= mine.i_low) & (i_line + i_first + o_group < mine.i_high)
-            m_taps = m_taps & (i_line + i_first + o_group >= mine.i_low) & (i_line + i_first + o_group < mine.i_high)
-        store_lines(dx, i_first, b_dx, m, GROUP, REVERSE)
-        if NEED_LAM:
-            store_lines(dlam, i_first, b_dlam, m, GROUP, REVERSE)
-        if NEED_TAPS:
-            store_lines(dtaps, i_first, b_dbefore, m_taps, GROUP, REVERSE, SHARED)
-            store_lines(tap(dtaps, s_dtaps_tap, 1), i_first, b_dhere, m_taps, GROUP, REVERSE, SHARED)
-            store_lines(tap(dtaps, s_dtaps_tap, 2), i_first, b_dafter, m_taps, GROUP, REVERSE, SHARED)
-    return b_carried
 
 
 @triton.jit(do_not_specialize=[*integers("grad", "h", "x", "taps", "lam", "dx", "dtaps", "dlam"), "s_dtaps_block"])
@@ -292,6 +211,7 @@ def backward_kernel(
                 i_round, i_visit, n_rounds, mine, n_lines, BLOCK_N, HALO, LINES, TILES, True, REVERSE
             )
             i_cross = i_first + cross
+            m_has_left, m_has_right = i_cross > 0, i_cross < n_cross - 1
             m_taps = (i_first + n >= 0) & (i_first + n < n_cross)
             m = m_channels & m_taps
             if not SHARED:
@@ -330,13 +250,56 @@ def backward_kernel(
             b_carried = load_state(
                 b_carried, between, i_round, i_visit, i_first, i_cross, n_cross, BLOCK_C, TILES, FAST
             )
-            b_carried = _adjoint_tile(
-                b_grad, b_previous, b_x, b_lam, b_before, b_here, b_after, b_carried,
-                move(dx, i_line, i_first), move(dlam, i_line, i_first), move(dtaps, i_line, i_first), s_dtaps_tap,
-                m_pixels, m_owned, m_taps_owned, i_cross > 0, i_cross < n_cross - 1, i_line, mine, i_step, n_segment,
-                LINES, GROUP, VECTOR, MAY_OVERRUN, REVERSE, SEGMENTED, SHARED,
-                HAS_LAM, NEED_TAPS, NEED_LAM,
-            )  # fmt: skip
+            dx_tile, dlam_tile = move(dx, i_line, i_first), move(dlam, i_line, i_first)
+            dw = move(dtaps, i_line, i_first)
+            # ``b_carried`` is what the line scanned next sends; ``b_previous`` the states of the lines scanned before.
+            i_phase = (i_step + LINES - 1) % n_segment if SEGMENTED else i_step + LINES - 1
+            for i_group in tl.static_range(LINES // GROUP):
+                b_dx, b_dlam, b_dbefore, b_dhere, b_dafter = (), (), (), (), ()
+                for k in tl.static_range(i_group * GROUP, i_group * GROUP + GROUP):
+                    b_g = b_grad[LINES - 1 - k].to(tl.float32) + b_carried
+                    if SHARED:
+                        # A channel beyond the last has no part in the sum of its group, even if a tap is infinite.
+                        b_g = tl.where(m_pixels, b_g, 0.0)
+                    b_dx_line = b_g
+                    if HAS_LAM:
+                        b_dx_line = b_lam[LINES - 1 - k].to(tl.float32) * b_g
+                    b_dx = (b_dx_line,) + b_dx
+                    if NEED_LAM:
+                        b_dlam = (b_x[LINES - 1 - k].to(tl.float32) * b_g,) + b_dlam
+                    m_follows = i_phase != 0
+                    if SEGMENTED:
+                        i_phase = tl.where(m_follows, i_phase, n_segment)
+                    i_phase -= 1
+                    b_to_left = b_before[LINES - 1 - k].to(tl.float32) * b_g
+                    b_to_right = b_after[LINES - 1 - k].to(tl.float32) * b_g
+                    if NEED_TAPS:
+                        b_h = b_previous[LINES - 1 - k].to(tl.float32)
+                        b_from_left, b_from_right, b_h_left, b_h_right = neighbour_pairs(
+                            b_to_right, b_to_left, b_h, VECTOR
+                        )
+                        b_dbefore = (tl.where(m_has_left, tl.where(m_follows, b_g * b_h_left, 0.0), 0.0),) + b_dbefore
+                        b_dhere = (tl.where(m_follows, b_g * b_h, 0.0),) + b_dhere
+                        b_dafter = (tl.where(m_has_right, tl.where(m_follows, b_g * b_h_right, 0.0), 0.0),) + b_dafter
+                    else:
+                        b_from_left, b_from_right = neighbours(b_to_right, b_to_left, VECTOR)
+                    b_carried = b_here[LINES - 1 - k].to(tl.float32) * b_g
+                    b_carried += tl.where(m_has_left, b_from_left, 0.0)
+                    b_carried += tl.where(m_has_right, b_from_right, 0.0)
+                    b_carried = tl.where(m_follows, b_carried, 0.0)
+                i_stored = i_group * GROUP if REVERSE else LINES - GROUP - i_group * GROUP
+                m_stored, m_taps_stored = m_owned, m_taps_owned
+                if MAY_OVERRUN:
+                    i_stored_line = i_line + i_stored + g
+                    m_stored = m_stored & (i_stored_line >= mine.i_low) & (i_stored_line < mine.i_high)
+                    m_taps_stored = m_taps_stored & (i_stored_line >= mine.i_low) & (i_stored_line < mine.i_high)
+                store_lines(dx_tile, i_stored, b_dx, m_stored, GROUP, REVERSE)
+                if NEED_LAM:
+                    store_lines(dlam_tile, i_stored, b_dlam, m_stored, GROUP, REVERSE)
+                if NEED_TAPS:
+                    store_lines(dw, i_stored, b_dbefore, m_taps_stored, GROUP, REVERSE, SHARED)
+                    store_lines(tap(dw, s_dtaps_tap, 1), i_stored, b_dhere, m_taps_stored, GROUP, REVERSE, SHARED)
+                    store_lines(tap(dw, s_dtaps_tap, 2), i_stored, b_dafter, m_taps_stored, GROUP, REVERSE, SHARED)
             store_state(b_carried, between, i_round, i_visit, i_first, i_cross, n_cross, m_kept, BLOCK_C, TILES, FAST)
         if HALO > 0:
             # The next round's states come from other threads.

@@ -1,4 +1,4 @@
-"""What launches look like: block sizes and all else that a kernel is compiled for, by rules and without autotuning.
+"""Plans of launches: block sizes and all else that a kernel is compiled for, by rules and without autotuning.
 
 A plan depends on shapes, strides and the card's shared memory alone. The same call is therefore always computed the
 same way, and what would be launched can be compiled and inspected on a machine without a GPU. Each operator has its own
@@ -104,12 +104,8 @@ def _smaller(block: int, least: int, programs_of_one: int, channels: int) -> int
 class _Layout:
     """How the tensors of a scan lie in memory, and what follows from it for any kernel.
 
-    Args:
-        sizes: those of the scan. Groups of several channels share taps, and their channels are a program's own.
-        tensors: each with its strides.
-        itemsize: bytes of an element.
-        segment: lines after which the recurrence restarts, None for never.
-        most: the most elements that one thread takes together.
+    Groups of several channels share taps, and a program's channels are all of one group. ``most`` is the most elements
+    that one thread takes together.
     """
 
     def __init__(self, sizes: Sizes, tensors: _Tensors, itemsize: int, segment: int | None, most: int) -> None:
@@ -166,26 +162,21 @@ class _Layout:
         return lines if run >= lines or (self.fast == LINE and run % self.align) else run
 
     def channel_blocks(self, blocks: _Blocks) -> int:
-        """Programs that share the channels of a group."""
         return math.ceil(self.channels / blocks.channels)
 
     def programs(self, blocks: _Blocks) -> int:
-        """Programs in all."""
         runs = math.ceil(self.sizes.lines / self.run(blocks))
         return self.sizes.batch * self.groups * runs * self.channel_blocks(blocks)
 
     def plan(self, blocks: _Blocks, num_warps: int, reverse: bool, shared_memory: int = 0, **constants: Any) -> Plan:
         """The plan with these blocks and threads, and the constants of one operator alone."""
         sizes, align, run, programs = self.sizes, self.align, self.run(blocks), self.programs(blocks)
+        per_line, per_cross, per_channel = (align if self.fast == axis else 1 for axis in (LINE, CROSS, CHANNEL))
         integers: dict[str, int | None] = {
-            "n_groups": self.groups if self.shared else None,
-            "n_channels": self.channels // align if self.fast == CHANNEL else self.channels,
-            "n_cross": sizes.cross // align if self.fast == CROSS else sizes.cross,
-            "n_lines": sizes.lines // align if self.fast == LINE else sizes.lines,
-            "n_run": run // align if self.fast == LINE else run,
-            "n_runs": math.ceil(sizes.lines / run),
-            "n_segment": self.restart,
-        }
+            "n_groups": self.groups if self.shared else None, "n_channels": self.channels // per_channel,
+            "n_cross": sizes.cross // per_cross, "n_lines": sizes.lines // per_line, "n_run": run // per_line,
+            "n_runs": math.ceil(sizes.lines / run), "n_segment": self.restart,
+        }  # fmt: skip
         for name, s in self.tensors.items():
             unit = self.taps_align if "taps" in name else align
             for axis, step in zip(Strides._fields, s or (None,) * 5, strict=True):
@@ -194,26 +185,12 @@ class _Layout:
             if s is not None and self.own[name] != NONE:
                 axis = {CHANNEL: "channel", CROSS: "cross", LINE: "line"}[self.own[name]]
                 integers[f"s_{name}_{axis}"] = None
-        return Plan(
-            grid=(programs,),
-            num_warps=num_warps,
-            constants=dict(
-                FAST=self.fast,
-                ALIGN=align,
-                BLOCK_C=blocks.channels,
-                BLOCK_N=blocks.row,
-                HALO=blocks.halo,
-                LINES=blocks.lines,
-                REVERSE=reverse,
-                SEGMENTED=self.restart < run,
-                STAGES=blocks.stages,
-                **constants,
-            ),
-            integers=integers,
-            channel_blocks=self.channel_blocks(blocks),
-            states=(programs, 2, blocks.channels, sizes.cross) if blocks.halo else None,
-            shared_memory=shared_memory,
-        )
+        constants = dict(
+            FAST=self.fast, ALIGN=align, BLOCK_C=blocks.channels, BLOCK_N=blocks.row, HALO=blocks.halo,
+            LINES=blocks.lines, REVERSE=reverse, SEGMENTED=self.restart < run, STAGES=blocks.stages, **constants,
+        )  # fmt: skip
+        states = (programs, 2, blocks.channels, sizes.cross) if blocks.halo else None
+        return Plan((programs,), num_warps, constants, integers, self.channel_blocks(blocks), states, shared_memory)
 
 
 # --- line_scan --------------------------------------------------------------------------------------------------------
@@ -252,7 +229,6 @@ class _Memory(NamedTuple):
 
 
 def _line_scan_blocks(layout: _Layout, memory: _Memory, limits: Limits) -> _Blocks:
-    """The size of a tile of a line scan."""
     sizes, channels, align = layout.sizes, layout.channels, layout.align
     images, shared, itemsize, _, _ = memory
     rows, most_channels, programs = _power_of_two(sizes.cross), _power_of_two(channels), sizes.batch * layout.groups
@@ -296,23 +272,11 @@ def _line_scan_blocks(layout: _Layout, memory: _Memory, limits: Limits) -> _Bloc
 
 @functools.lru_cache(maxsize=4096)
 def plan_line_scan(
-    sizes: Sizes,
-    tensors: _Tensors,
-    itemsize: int,
-    *,
-    reverse: bool,
-    segment: int | None,
-    limits: Limits,
+    sizes: Sizes, tensors: _Tensors, itemsize: int, *, reverse: bool, segment: int | None, limits: Limits
 ) -> Plan:
     """The launch of ``forward_kernel`` or ``backward_kernel`` for tensors of these sizes and strides.
 
-    Args:
-        sizes: those of the scan.
-        tensors: all of the kernel's, with their strides.
-        itemsize: bytes of an element.
-        reverse: whether the first line scanned is the last in memory.
-        segment: lines after which the recurrence restarts, None for never.
-        limits: what the card has, and for tests when a row is long.
+    Elements have ``itemsize`` bytes; ``reverse``: the first line scanned is the last in memory.
     """
     layout = _Layout(sizes, tensors, itemsize, segment, 16 // itemsize)
     fast, align = layout.fast, layout.align
@@ -334,18 +298,12 @@ def plan_line_scan(
     )
     # A thread's own lines make 16 bytes; shorter pieces are better put together with those of other threads first.
     group = 1 if fast != LINE else align if align * itemsize >= 16 else blocks.lines
+    vector = min(align, max(pixels // (32 * num_warps), 1)) if fast == CROSS else 1
+    uniform = len({(s.channel, s.cross, s.line) for s in layout.images.values()}) == 1
     return layout.plan(
-        blocks,
-        num_warps,
-        reverse,
-        memory.total(blocks),
-        TAPS_ALIGN=layout.taps_align,
-        UNIFORM=len({(s.channel, s.cross, s.line) for s in layout.images.values()}) == 1,
-        WIDE=extent >= 2**31,
-        GROUP=min(group, blocks.lines),
-        VECTOR=min(align, max(pixels // (32 * num_warps), 1)) if fast == CROSS else 1,
-        SHARED=layout.shared,
-    )
+        blocks, num_warps, reverse, memory.total(blocks), TAPS_ALIGN=layout.taps_align, UNIFORM=uniform,
+        WIDE=extent >= 2**31, GROUP=min(group, blocks.lines), VECTOR=vector, SHARED=layout.shared,
+    )  # fmt: skip
 
 
 # --- propagate --------------------------------------------------------------------------------------------------------
@@ -372,19 +330,10 @@ def _propagate_blocks(layout: _Layout, proxy_channels: int, limits: Limits) -> _
 
 @functools.lru_cache(maxsize=4096)
 def plan_propagate(
-    sizes: Sizes,
-    tensors: _Tensors,
-    itemsize: int,
-    proxy_channels: int,
-    *,
-    reverse: bool,
-    segment: int | None,
-    limits: Limits,
-) -> Plan:
-    """The launch of ``scan_kernel`` for images of these sizes and strides and a proxy of ``proxy_channels``.
-
-    The other arguments are those of :func:`plan_line_scan`.
-    """
+    sizes: Sizes, tensors: _Tensors, itemsize: int, proxy_channels: int, *,
+    reverse: bool, segment: int | None, limits: Limits,
+) -> Plan:  # fmt: skip
+    """The launch of ``scan_kernel`` for images of these sizes and strides and a proxy of ``proxy_channels``."""
     # A block's channels may be of several groups: the layout of images knows no groups.
     layout = _Layout(sizes._replace(groups=sizes.channels), tensors, itemsize, segment, min(4, 16 // itemsize))
     blocks = _propagate_blocks(layout, proxy_channels, limits)
@@ -395,11 +344,6 @@ def plan_propagate(
     while vector * itemsize > 4 and layout.programs(blocks) * pixels < _ENOUGH_WARPS * 32 * vector:
         vector //= 2
     num_warps = min(max(pixels // (32 * vector), 1), 16)
-    return layout.plan(
-        blocks,
-        num_warps,
-        reverse,
-        VECTOR=min(vector, max(pixels // (32 * num_warps), 1)),
-        SHARED=sizes.groups == 1 or per_group % blocks.channels == 0,
-        UNROLL=blocks.stages > 1,
-    )
+    vector = min(vector, max(pixels // (32 * num_warps), 1))
+    shared = sizes.groups == 1 or per_group % blocks.channels == 0
+    return layout.plan(blocks, num_warps, reverse, VECTOR=vector, SHARED=shared, UNROLL=blocks.stages > 1)

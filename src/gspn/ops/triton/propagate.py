@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,31 +60,22 @@ def prepare_scan(
     """
     axes = scan_axes(direction)
     channels, groups, proxy_channels = source.shape[1], weights.taps.shape[0], rows.shape[1]
+    strides = (("in", strides_of(source, axes)), ("out", strides_of(out, axes)))
     plan = plan_propagate(
-        sizes_of(source, groups, axes),
-        (("in", strides_of(source, axes)), ("out", strides_of(out, axes))),
-        source.element_size(),
-        proxy_channels,
-        reverse=axes.reverse,
-        segment=segment,
-        limits=limits,
-    )
+        sizes_of(source, groups, axes), strides, source.element_size(), proxy_channels,
+        reverse=axes.reverse, segment=segment, limits=limits,
+    )  # fmt: skip
     plan = replace(
         plan,
         constants={**plan.constants, "S": proxy_channels, "ADJOINT": adjoint},
         integers={**plan.integers, "n_per_group": channels // groups},
     )
     tensors = {
-        "p_in": source,
-        "p_out": out,
-        "p_before": before,
-        "p_proxy": rows,
-        "p_taps": weights.taps,
-        "p_gate": weights.u if adjoint else weights.lam,
-        "p_out_gate": weights.u if gated else None,
-        "p_skip": weights.skip if gated else None,
+        "p_in": source, "p_out": out, "p_before": before, "p_proxy": rows,
+        "p_taps": weights.taps, "p_gate": weights.u if adjoint else weights.lam,
+        "p_out_gate": weights.u if gated else None, "p_skip": weights.skip if gated else None,
         "p_states": scratch(plan, rows),
-    }
+    }  # fmt: skip
     return Launch(scan_kernel, plan, tensors)
 
 
@@ -136,27 +126,15 @@ def prepare_gradients(
         "p_packed": packed, "p_sums": sums,
     }  # fmt: skip
     integers = {
-        **_strides("x", x),
-        **_strides("grad", grad),
-        **_strides("dx", dx),
-        "n_channels": channels,
-        "n_per_group": channels // weights.taps.shape[0],
-        "n_rows": height,
-        "n_columns": width,
+        **_strides("x", x), **_strides("grad", grad), **_strides("dx", dx),
+        "n_channels": channels, "n_per_group": channels // weights.taps.shape[0], "n_rows": height, "n_columns": width,
         "n_segment": x.shape[axes.line] if segment is None else min(segment, x.shape[axes.line]),
-        "n_image_tiles": image_tiles,
-        "n_tiles": batch * image_tiles,
-        "n_span_blocks": span_blocks,
-    }
-    constants: dict[str, Any] = dict(
-        WIDE=height * width + block_n >= 2**31,
-        BLOCK_C=block_c,
-        BLOCK_N=block_n,
-        VERTICAL=axes.line == -2,
-        REVERSE=axes.reverse,
-        S=proxy_channels,
-        ADD_PROXY=add_proxy,
-    )
+        "n_image_tiles": image_tiles, "n_tiles": batch * image_tiles, "n_span_blocks": span_blocks,
+    }  # fmt: skip
+    constants = dict(
+        WIDE=height * width + block_n >= 2**31, BLOCK_C=block_c, BLOCK_N=block_n, VERTICAL=axes.line == -2,
+        REVERSE=axes.reverse, S=proxy_channels, ADD_PROXY=add_proxy,
+    )  # fmt: skip
     plan = Plan((programs, spans, math.ceil(proxy_channels / 16)), 8, constants, integers)
     return Launch(gradients_kernel, plan, tensors), dproxy, sums
 
@@ -179,16 +157,9 @@ def _proxies(proxy: Tensor, directions: tuple[str, ...]) -> dict[int, Tensor]:
 
 
 def propagate(
-    x: Tensor,
-    proxy: Tensor,
-    tap_proj: Tensor,
-    lam_proj: Tensor,
-    u_proj: Tensor,
-    skip_proj: Tensor | None,
-    directions: tuple[str, ...],
-    segment: int | None,
-    limits: Limits | None = None,
-) -> Tensor:
+    x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: Tensor | None,
+    directions: tuple[str, ...], segment: int | None, limits: Limits | None = None,
+) -> Tensor:  # fmt: skip
     """``y``; see :func:`gspn.propagate`. ``limits`` is for tests."""
     y = torch.empty_like(x)
     if x.numel() == 0:
@@ -205,17 +176,9 @@ def propagate(
 
 
 def propagate_backward(
-    grad: Tensor,
-    x: Tensor,
-    proxy: Tensor,
-    tap_proj: Tensor,
-    lam_proj: Tensor,
-    u_proj: Tensor,
-    skip_proj: Tensor | None,
-    directions: tuple[str, ...],
-    segment: int | None,
-    limits: Limits | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    grad: Tensor, x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor,
+    skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None, limits: Limits | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """``dx, dproxy, dtap_proj, dlam_proj, du_proj, dskip_proj``. ``limits`` is for tests."""
     dx = torch.empty_like(x)
     if x.numel() == 0:
