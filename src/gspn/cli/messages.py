@@ -1,4 +1,4 @@
-"""What commands print: files that were written, warnings, errors and tables."""
+"""Messages of commands: files that were written, warnings and errors; and their tables."""
 
 from __future__ import annotations
 

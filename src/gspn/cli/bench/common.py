@@ -90,7 +90,7 @@ class Run:
     ] = None
 
     def problem(self) -> dict[str, Any]:
-        """What a benchmark is constructed with: ``batch``, ``dtype`` and ``device``."""
+        """The options that a benchmark is constructed with: ``batch``, ``dtype`` and ``device``."""
         import torch
 
         return {"batch": self.batch, "dtype": getattr(torch, self.dtype), "device": self.torch_device()}
