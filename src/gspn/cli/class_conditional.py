@@ -198,13 +198,12 @@ def evaluate(
         console.print(facts_table(_facts(result)))
         for name in result.broken:
             warn(f"{name} could not be read and does not count")
-        written = [neighbours, export]
-        if output is not None:
-            written.insert(0, output / "evaluation.json")
-            result.write_json(output / "evaluation.json")
+        table = None if output is None else output / "evaluation.json"
+        if table is not None:
+            result.write_json(table)
         if export is not None:
             export_npz(open_images(samples, limit=limit), export)
-        for path in written:
+        for path in (table, neighbours, export):
             if path is not None:
                 wrote(path)
 
