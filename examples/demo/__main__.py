@@ -154,11 +154,11 @@ def draw_images(page: Page, output: Path, console: Console) -> None:
     drawn = output / "drawn"
     if drawn.exists():
         shutil.rmtree(drawn)  # from an earlier tour
-    found = sample(DENOISER, output=drawn, number=120, steps=STEPS, guidance=2.0, console=console)
-    guesses = predict([drawn / f"{record.index:05d}.png" for record in found.records], DIGITS)
-    right = [guess.indices[0] == record.label for guess, record in zip(guesses, found.records, strict=True)]
-    console.print(f"{DENOISER}: {sum(right)} of {len(right)} are of their class, in {found.seconds:.1f} s")
-    page.tile(f"{found.seconds / len(right):.2f} s", f"to draw a digit from noise, {STEPS} steps with guidance")
+    result = sample(DENOISER, output=drawn, number=120, steps=STEPS, guidance=2.0, console=console)
+    guesses = predict([drawn / f"{record.index:05d}.png" for record in result.records], DIGITS)
+    right = [guess.indices[0] == record.label for guess, record in zip(guesses, result.records, strict=True)]
+    console.print(f"{DENOISER}: {sum(right)} of {len(right)} are of their class, in {result.seconds:.1f} s")
+    page.tile(f"{result.seconds / len(right):.2f} s", f"to draw a digit from noise, {STEPS} steps with guidance")
     page.section(
         "Drawn from noise",
         f"Images of a class-conditional denoiser with GSPN's scans, without attention or positional embedding, in "
@@ -166,8 +166,8 @@ def draw_images(page: Page, output: Path, console: Console) -> None:
         "class that was asked for.",
     )
     page.command(f"gspn class-conditional sample {DENOISER} --number 120 --steps {STEPS} --guidance 2")
-    if found.grid is not None:
-        page.images((found.grid, f"{DENOISER}: handwritten digits that nobody wrote."))
+    if result.grid is not None:
+        page.images((result.grid, f"{DENOISER}: handwritten digits that nobody wrote."))
 
 
 def draw_from_text(page: Page, output: Path, console: Console) -> None:
@@ -177,15 +177,15 @@ def draw_from_text(page: Page, output: Path, console: Console) -> None:
     rows: dict[str, list[Image.Image]] = {}
     seconds = {}
     for name, mounted in (("attention", None), ("GSPN", adapter)):
-        place = output / f"text-{name}"
-        if place.exists():
-            shutil.rmtree(place)  # from an earlier tour
+        folder = output / f"text-{name}"
+        if folder.exists():
+            shutil.rmtree(folder)  # from an earlier tour
         drawn = sample_text(
-            pipeline, PROMPTS, adapter=mounted, output=place, steps=STEPS, guidance=GUIDANCE, batch_size=len(PROMPTS),
+            pipeline, PROMPTS, adapter=mounted, output=folder, steps=STEPS, guidance=GUIDANCE, batch_size=len(PROMPTS),
             check=False, device="cpu", console=console,
         )  # fmt: skip
         seconds[name] = drawn.seconds / len(PROMPTS)
-        rows[name] = [_opened(place / f"{record.index:05d}.png") for record in drawn.records]
+        rows[name] = [_opened(folder / f"{record.index:05d}.png") for record in drawn.records]
     _write(draw_prompts(rows, PROMPTS), output / "text.png")
     large = output / "text-large"
     if large.exists():

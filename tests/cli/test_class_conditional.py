@@ -24,7 +24,7 @@ def run(*arguments):
 def test_flags_reach_the_configuration():
     options = ["--model", "dit", "--model-size", "B/4", "--size", "48", "--latents", "l", "--lr", "0.5"]
     values = read_yaml(run("train", *options, "--dry-run").output, "it")
-    assert (values["model"]["network"], values["model"]["size"]) == ("dit", "B/4")
+    assert (values["model"]["name"], values["model"]["size"]) == ("dit", "B/4")
     assert (values["data"]["size"], values["data"]["latents"], values["optim"]["lr"]) == (48, "l", 0.5)
 
 

@@ -82,7 +82,7 @@ def test_a_missing_package_names_its_extra(run, photograph, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     result = run(photograph)
     assert result.exit_code == 1
-    assert 'pip install "gspn[train]"' in result.output
+    assert "pip install 'gspn[train]'" in result.output
 
 
 def test_the_help_imports_neither_models_nor_plots_nor_benchmarks():

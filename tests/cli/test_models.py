@@ -25,4 +25,4 @@ def test_a_missing_package_names_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     result = CliRunner().invoke(app, ["models"])
     assert result.exit_code == 1
-    assert 'pip install "gspn[train]"' in result.output
+    assert "pip install 'gspn[train]'" in result.output

@@ -123,13 +123,11 @@ def free_memory(device: torch.device) -> int | None:
 
 def git_commit() -> str | None:
     """The commit of the checkout this package is imported from, ``-dirty`` where files differ; None outside one."""
-    package = Path(gspn.__file__)
+    folder, name = os.path.split(gspn.__file__)
     # A virtual environment may lie inside somebody else's checkout: ask whether this very file is tracked.
-    if _output_of("git", "-C", os.fspath(package.parent), "ls-files", package.name) != package.name:
+    if _output_of("git", "-C", folder, "ls-files", name) != name:
         return None
-    return _output_of(
-        "git", "-C", os.fspath(package.parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"
-    )
+    return _output_of("git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 
 
 def _output_of(*command: str) -> str | None:

@@ -24,35 +24,11 @@ _BLOCK = 256
 
 @triton.jit(do_not_specialize=["line", "previous"])
 def _one_line(
-    x_ptr,
-    taps_ptr,
-    lam_ptr,
-    h_ptr,
-    line,
-    previous,
-    channels,
-    per_group,
-    cross,
-    x_batch,
-    x_channel,
-    x_line,
-    x_cross,
-    lam_batch,
-    lam_channel,
-    lam_line,
-    lam_cross,
-    h_batch,
-    h_channel,
-    h_line,
-    h_cross,
-    taps_batch,
-    taps_group,
-    taps_tap,
-    taps_line,
-    taps_cross,
-    HAS_PREVIOUS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, taps_ptr, lam_ptr, h_ptr, line, previous, channels, per_group, cross,
+    x_batch, x_channel, x_line, x_cross, lam_batch, lam_channel, lam_line, lam_cross,
+    h_batch, h_channel, h_line, h_cross, taps_batch, taps_group, taps_tap, taps_line, taps_cross,
+    HAS_PREVIOUS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     plane = tl.program_id(0).to(tl.int64)  # the axis of a grid without a limit that matters
     b = plane // channels
     c = plane % channels
@@ -116,16 +92,6 @@ class LinePerLaunch:
         for step, i in enumerate(order):
             restart = step == 0 if self._segment is None else step % self._segment == 0
             _one_line[grid](  # pyright: ignore[reportIndexIssue]
-                x,
-                taps,
-                lam,
-                self.h,
-                i,
-                i + 1 if self._axes.reverse else i - 1,
-                channels,
-                channels // groups,
-                size,
-                *strides,
-                HAS_PREVIOUS=not restart,  # pyright: ignore[reportArgumentType]
-                BLOCK=_BLOCK,  # pyright: ignore[reportArgumentType]
-            )
+                x, taps, lam, self.h, i, i + 1 if self._axes.reverse else i - 1, channels, channels // groups, size,
+                *strides, HAS_PREVIOUS=not restart, BLOCK=_BLOCK,  # pyright: ignore[reportArgumentType]
+            )  # fmt: skip

@@ -72,10 +72,9 @@ class Problem:
         generator = torch.Generator(self.device).manual_seed(seed)
 
         def normal(batch: int, channels: int) -> Tensor:
-            made = torch.randn(
-                batch, channels, self.height, self.width, generator=generator, device=self.device, dtype=torch.float32
-            )
-            return made.to(self.dtype).contiguous(memory_format=self.memory_format)
+            shape = (batch, channels, self.height, self.width)
+            values = torch.randn(*shape, generator=generator, device=self.device, dtype=torch.float32)
+            return values.to(self.dtype).contiguous(memory_format=self.memory_format)
 
         # As from a projection: the maps of all taps are channels of one tensor, in its layout.
         logits = normal(self.batch, 3 * self.groups).unflatten(1, (self.groups, 3))
@@ -105,19 +104,20 @@ class Problem:
                 width = (width // 2) | 1
             if height == width:
                 width += 2
-        segment = self.segment
-        lines = height if scan_axes(self.direction).line == -2 else width
-        if segment is not None and self.segments > 1:
-            segment = min(segment, max(2, (lines - 1) // 2))
-        return replace(
-            self, batch=batch, channels=groups * shared, groups=groups, height=height, width=width, segment=segment
-        )
+        small = replace(self, batch=batch, channels=groups * shared, groups=groups, height=height, width=width)
+        if self.segment is None or self.segments == 1:
+            return small
+        return replace(small, segment=min(self.segment, max(2, (small.lines - 1) // 2)))
+
+    @property
+    def lines(self) -> int:
+        """The number of lines of a scan."""
+        return self.height if scan_axes(self.direction).line == -2 else self.width
 
     @property
     def segments(self) -> int:
         """How many times the recurrence starts."""
-        lines = self.height if scan_axes(self.direction).line == -2 else self.width
-        return 1 if self.segment is None else -(-lines // self.segment)
+        return 1 if self.segment is None else -(-self.lines // self.segment)
 
 
 @dataclass(frozen=True)
@@ -223,16 +223,16 @@ def measure(
     """
     tensors = problem.tensors()
     h = torch.zeros_like(tensors.x)  # the values that a backward reads do not change its time
-    timed: list[tuple[str, int | None]] = [(name, None) for name in impls]
-    if baselines and LOOP not in impls:
-        timed.append((LOOP, _BASELINE_SAMPLES))
-    if baselines and why_no_line_per_launch(problem) is None:
-        timed.append((LINE_PER_LAUNCH, _BASELINE_SAMPLES))
+    timed: dict[str, int | None] = dict.fromkeys(impls)
+    if baselines:
+        timed.setdefault(LOOP, _BASELINE_SAMPLES)
+        if why_no_line_per_launch(problem) is None:
+            timed[LINE_PER_LAUNCH] = _BASELINE_SAMPLES
     cases: list[tuple[str, Direction, str, int | None]] = [
         (mode, direction, name, most)
         for mode in modes
         for direction in directions
-        for name, most in timed
+        for name, most in timed.items()
         if mode == "forward" or name != LINE_PER_LAUNCH
     ]
 
@@ -253,38 +253,22 @@ def measure(
     for (mode, direction, name, _), candidate, peak in zip(cases, candidates, peaks, strict=True):
         loop, timing = timings.get(f"{LOOP} {mode} {direction}"), timings[candidate.name]
         gbs = problem.traffic(mode) / timing.p50 / 1e6
+        # The fraction may pass 1: a copy writes every second byte, a scan fewer.
         details = {
-            "op": "line_scan",
-            "impl": name,
-            "direction": direction,
-            "channels": problem.channels,
-            "groups": problem.groups,
-            "segment": problem.segment,
+            "op": "line_scan", "impl": name, "direction": direction, "channels": problem.channels,
+            "groups": problem.groups, "segment": problem.segment,
             "memory_format": str(problem.memory_format).removeprefix("torch.").removesuffix("_format"),
-            "bytes": problem.traffic(mode),
-            "gbs": gbs,
-            "copy": copy_name,
-            "copy_gbs": copy_gbs,
-            # May pass 1: a copy writes every second byte, a scan fewer.
-            "fraction_of_copy": gbs / copy_gbs,
-            "speedup_over_loop": None if loop is None else loop.p50 / timing.p50,
+            "bytes": problem.traffic(mode), "gbs": gbs, "copy": copy_name, "copy_gbs": copy_gbs,
+            "fraction_of_copy": gbs / copy_gbs, "speedup_over_loop": None if loop is None else loop.p50 / timing.p50,
             "pages": pages,
-        }
+        }  # fmt: skip
         results.append(
             Result(
-                name=name,
-                mode=mode,
-                batch=problem.batch,
-                height=problem.height,
-                width=problem.width,
-                dtype=problem.dtype,
-                timing=timing,
-                baseline=LOOP,
-                baseline_ms=None if loop is None else loop.p50,
-                peak_bytes=peak,
-                details=details,
+                name=name, mode=mode, batch=problem.batch, height=problem.height, width=problem.width,
+                dtype=problem.dtype, timing=timing, baseline=LOOP, baseline_ms=None if loop is None else loop.p50,
+                peak_bytes=peak, details=details,
             )
-        )
+        )  # fmt: skip
     return results
 
 

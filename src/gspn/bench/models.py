@@ -29,12 +29,8 @@ SIZES = (224, 512, 1024)
 class ModelsProblem:
     """How models are compared: everything but their names and the size of the images.
 
-    Args:
-        batch: images in a call.
-        dtype: the dtype of weights and images.
-        device: the device that the models run on.
-        mode: ``"inference"``, or ``"train"`` for forward and backward to every parameter.
-        memory_format: the layout of weights and images.
+    ``mode`` is ``"inference"``, or ``"train"`` for forward and backward to every parameter. Weights and images have the
+    same dtype and memory format.
     """
 
     batch: int = 1
@@ -72,18 +68,9 @@ class ModelsProblem:
     def call(self, model: nn.Module, x: Tensor) -> Callable[[], object]:
         """One forward, or one forward and backward to every parameter."""
         if self.mode == "inference":
-
-            def forward() -> Tensor:
-                with torch.inference_mode():
-                    return model(x)
-
-            return forward
+            return torch.inference_mode()(lambda: model(x))
         leaves = [p for p in model.parameters() if p.requires_grad]
-
-        def step() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(model(x).float().square().mean(), leaves)
-
-        return step
+        return lambda: torch.autograd.grad(model(x).float().square().mean(), leaves)
 
 
 def why_not(call: Callable[[], object], mode: str = "inference") -> str | None:
@@ -144,7 +131,7 @@ def measure_models(
         raise ValueError(f"{baseline=} is not among the models: {', '.join(names)}.")
     peaks: dict[str, tuple[int, int]] = {}  # the size and bytes of the largest call of each model
     results: list[Result] = []
-    for size in sorted(sizes):
+    for size in sorted(set(sizes)):
         x = problem.images(size)
         calls: dict[str, Callable[[], object]] = {}
         cases: dict[str, dict[str, Any]] = {}
@@ -174,19 +161,11 @@ def measure_models(
         base = timings.get(baseline)
         results += [
             Result(
-                name=name,
-                mode=problem.mode,
-                batch=problem.batch,
-                height=size,
-                width=size,
-                dtype=problem.dtype,
-                timing=timings.get(name),
-                baseline=baseline,
-                baseline_ms=None if base is None else base.p50,
-                **case,
+                name=name, mode=problem.mode, batch=problem.batch, height=size, width=size, dtype=problem.dtype,
+                timing=timings.get(name), baseline=baseline, baseline_ms=None if base is None else base.p50, **case,
             )
             for name, case in cases.items()
-        ]
+        ]  # fmt: skip
     return results
 
 

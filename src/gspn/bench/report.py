@@ -140,20 +140,12 @@ _IMPLEMENTATIONS = {"reference": "#c9ced6", "line-per-launch": "#e0a458"}
 def plot_fractions(results: Sequence[Result], title: str, subtitle: str) -> Figure:
     """Horizontal bars of the fraction of copy bandwidth: a panel for each mode, a group for each direction.
 
-    Args:
-        results: results of :func:`gspn.bench.line_scan.measure`.
-        title: the first line.
-        subtitle: hardware, shape and dtype.
-
-    Returns:
-        The figure; save it with :func:`gspn._figures.save_figure`.
+    The results are those of :func:`gspn.bench.line_scan.measure`; the subtitle states hardware, shape and dtype.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     require_matplotlib()
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import PercentFormatter
 
     modes = list(dict.fromkeys(r.mode for r in results))
@@ -161,14 +153,10 @@ def plot_fractions(results: Sequence[Result], title: str, subtitle: str) -> Figu
     impls = list(dict.fromkeys(r.name for r in results))
     thick = 0.8 / len(impls)
     rows = len(directions) * len(impls)
-    longest = max(1.0, *(_fraction(r) for r in results))
+    longest = max(1.0, *(_number(r.details["fraction_of_copy"]) for r in results))
 
-    figure = Figure(
-        figsize=(4.6 + 4.2 * len(modes), 1.9 + 0.26 * rows + 0.16 * len(directions)),
-        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.06),
-    )
-    # Figure alone needs no backend with a window, and leaves pyplot's state alone.
-    panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
+    size = (4.6 + 4.2 * len(modes), 1.9 + 0.26 * rows + 0.16 * len(directions))
+    figure, panels = _bar_panels(size, modes, directions)
     label: dict[str, Any] = {
         "textcoords": "offset points", "fontsize": 9, "va": "center_baseline", "zorder": 3,
         "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1},  # so that no grid line runs through a number
@@ -178,12 +166,12 @@ def plot_fractions(results: Sequence[Result], title: str, subtitle: str) -> Figu
         for i, impl in enumerate(impls):
             own = [r for r in results if r.mode == mode and r.name == impl]
             positions = [directions.index(r.details["direction"]) + (i - (len(impls) - 1) / 2) * thick for r in own]
+            fractions = [_number(r.details["fraction_of_copy"]) for r in own]
             colour = _IMPLEMENTATIONS.get(impl, _OURS[0])
-            drawn = panel.barh(positions, [_fraction(r) for r in own], height=0.88 * thick, color=colour, zorder=2)
+            drawn = panel.barh(positions, fractions, height=0.88 * thick, color=colour, zorder=2)
             if own:  # an implementation may have one mode alone
                 bars.setdefault(impl, drawn)
-            for position, r in zip(positions, own, strict=True):
-                fraction = _fraction(r)
+            for position, r, fraction in zip(positions, own, fractions, strict=True):
                 percent = f"{fraction:.0%}" if fraction >= 0.095 else f"{fraction:.1%}"
                 at = panel.annotate(
                     percent, (fraction, position), xytext=(6, 0), color=INK, fontweight="bold", **label
@@ -191,7 +179,6 @@ def plot_fractions(results: Sequence[Result], title: str, subtitle: str) -> Figu
                 ms = "" if r.timing is None else f"{plain_number(r.timing.p50)} ms"
                 panel.annotate(ms, (1, 0.5), xycoords=at, xytext=(6, 0), color=MUTED, **label)
         panel.axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        panel.set_title(mode, loc="left", fontsize=11, color=INK, fontweight="bold")
         panel.annotate(
             "copy", (1, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points", ha="center",
             fontsize=9, color=INK,
@@ -199,18 +186,9 @@ def plot_fractions(results: Sequence[Result], title: str, subtitle: str) -> Figu
         panel.set_xlim(0, longest * 1.3)
         panel.set_xticks([t / 4 for t in range(int(longest * 4) + 1)])
         panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        panel.set_yticks(range(len(directions)), directions)
-        panel.grid(axis="x", color=GRID, zorder=0)
-        _remove_frame(panel)
-        panel.tick_params(axis="x", labelcolor=MUTED)
-        panel.tick_params(axis="y", labelsize=11)
-    panels[0].invert_yaxis()
     speeds = ", ".join(dict.fromkeys(plain_number(_number(r.details["copy_gbs"])) for r in results))
-    figure.supxlabel(
-        f"bytes that have to move over time, as a fraction of what a copy reaches in the same run ({speeds} GB/s)",
-        fontsize=9,
-        color=MUTED,
-    )
+    below = f"bytes that have to move over time, as a fraction of what a copy reaches in the same run ({speeds} GB/s)"
+    figure.supxlabel(below, fontsize=9, color=MUTED)
     _add_titles(figure, title, subtitle)
     legend = figure.legend(
         list(bars.values()), list(bars), loc="upper right", bbox_to_anchor=(0.99, 1 - 0.06 / figure.get_figheight()),
@@ -223,25 +201,17 @@ def plot_fractions(results: Sequence[Result], title: str, subtitle: str) -> Figu
 def plot_models(results: Sequence[Result], title: str, subtitle: str) -> Figure:
     """Horizontal bars of images a second, a panel for each size, with the ratio to the baseline beside each.
 
-    Args:
-        results: results of :func:`gspn.bench.models.measure_models`.
-        title: the first line.
-        subtitle: hardware, batch, dtype.
-
-    Returns:
-        The figure; save it with :func:`gspn._figures.save_figure`.
+    The results are those of :func:`gspn.bench.models.measure_models`; the subtitle states hardware, batch and dtype.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     require_matplotlib()
-    from matplotlib.figure import Figure
-
     sizes = list(dict.fromkeys(r.height for r in results))
     names = list(dict.fromkeys(r.name for r in results))
     colours = _colours(names)
-    figure = Figure(figsize=(2.4 + 3.9 * len(sizes), 1.7 + 0.42 * len(names)), layout="constrained")
-    panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+    titles = [f"{size} x {size}" for size in sizes]
+    figure, panels = _bar_panels((2.4 + 3.9 * len(sizes), 1.7 + 0.42 * len(names)), titles, names)
     for panel, size in zip(panels, sizes, strict=True):
         own = {r.name: r for r in results if r.height == size}
         speeds = {name: own[name].images_per_second or 0.0 for name in names}
@@ -255,14 +225,8 @@ def plot_models(results: Sequence[Result], title: str, subtitle: str) -> Figure:
                 color=INK if speeds[name] else MUTED,
             )  # fmt: skip
         panel.set_xlim(0, max(*speeds.values(), 1e-9) * 1.5)
-        panel.set_title(f"{size} x {size}", loc="left", fontsize=11, color=INK, fontweight="bold")
-        panel.set_yticks(range(len(names)), names, fontsize=10)
-        panel.grid(axis="x", color=GRID, zorder=0)
-        _remove_frame(panel)
-    panels[0].invert_yaxis()
-    figure.supxlabel(
-        f"images a second at the median; ratio to {results[0].baseline} in the same run", fontsize=9, color=MUTED
-    )
+    below = f"images a second at the median; ratio to {results[0].baseline} in the same run"
+    figure.supxlabel(below, fontsize=9, color=MUTED)
     _add_titles(figure, title, subtitle)
     return figure
 
@@ -270,14 +234,8 @@ def plot_models(results: Sequence[Result], title: str, subtitle: str) -> Figure:
 def plot_sweep(results: Sequence[Result], exponents: Mapping[str, float], title: str, subtitle: str) -> Figure:
     """Milliseconds over pixels on logarithmic axes: a curve for each candidate, p20 to p80 shaded, with its exponent.
 
-    Args:
-        results: results of :meth:`gspn.bench.size_sweep.SizeSweep.measure`.
-        exponents: results of :func:`gspn.bench.size_sweep.exponents`.
-        title: the first line.
-        subtitle: hardware, width, dtype.
-
-    Returns:
-        The figure; save it with :func:`gspn._figures.save_figure`.
+    The results are those of :meth:`gspn.bench.size_sweep.SizeSweep.measure`, and the exponents those of
+    :func:`gspn.bench.size_sweep.exponents`; the subtitle states hardware, width and dtype.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -319,8 +277,22 @@ def _number(cell: Cell) -> float:
     return float(cell or 0)
 
 
-def _fraction(result: Result) -> float:
-    return _number(result.details["fraction_of_copy"])
+def _bar_panels(size: tuple[float, float], titles: Sequence[str], rows: Sequence[Any]) -> tuple[Figure, list[Axes]]:
+    """A figure with panels side by side, which share the rows of their bars."""
+    from matplotlib.figure import Figure  # alone it needs no backend with a window, and leaves pyplot's state alone
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.06))
+    panels = list(figure.subplots(1, len(titles), sharey=True, squeeze=False)[0])
+    for panel, title in zip(panels, titles, strict=True):
+        panel.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
+        panel.set_yticks(range(len(rows)), rows)
+        panel.grid(axis="x", color=GRID, zorder=0)
+        _remove_frame(panel)
+        panel.tick_params(axis="x", labelcolor=MUTED)
+        panel.tick_params(axis="y", labelsize=11)
+    panels[0].invert_yaxis()
+    return figure, panels
 
 
 def _colours(names: Sequence[str]) -> dict[str, str]:

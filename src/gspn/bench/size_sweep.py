@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -90,8 +91,8 @@ class SizeSweep(ABC):
             A result for each size and candidate, in this order. The last one of a candidate that dropped out has the
             reason instead of a time.
         """
-        running, results = list(candidates or self.candidates), list[Result]()
-        for done, size in enumerate(sorted(sizes)):
+        running, results, sizes = list(candidates or self.candidates), list[Result](), sorted(set(sizes))
+        for done, size in enumerate(sizes):
             if progress is not None:
                 progress(done, len(sizes))
             skipped = {}
@@ -106,26 +107,17 @@ class SizeSweep(ABC):
             base = timings.get(self.baseline)
             results += [
                 Result(
-                    name=name,
-                    mode=self.described_mode(),
-                    batch=self.batch,
-                    height=size,
-                    width=size,
-                    dtype=self.dtype,
-                    timing=timings.get(name),
-                    baseline=self.baseline,
-                    baseline_ms=None if base is None else base.p50,
-                    details={
-                        "bench": self.benchmark,
-                        "params": self.params(name),
-                        "macs": self.macs(name, size),
-                        "attention": attention_backend(calls[name]) if name in calls else "",
-                    },
+                    name=name, mode=self.described_mode(), batch=self.batch, height=size, width=size, dtype=self.dtype,
+                    timing=timings.get(name), baseline=self.baseline, baseline_ms=None if base is None else base.p50,
                     peak_bytes=peak_memory(calls[name], self.device) if name in calls else None,
                     skipped=skipped.get(name, ""),
+                    details={
+                        "bench": self.benchmark, "params": self.params(name), "macs": self.macs(name, size),
+                        "attention": attention_backend(calls[name]) if name in calls else "",
+                    },
                 )
                 for name in running
-            ]
+            ]  # fmt: skip
             running = [name for name in running if name not in skipped]
         if progress is not None:
             progress(len(sizes), len(sizes))
@@ -137,12 +129,7 @@ def timed_call(
 ) -> Callable[[], object]:
     """A call of ``function(*inputs)`` without gradients, or with the gradients of all inputs and parameters."""
     if not train:
-
-        def forward() -> object:
-            with torch.no_grad():
-                return function(*inputs)
-
-        return forward
+        return torch.no_grad()(lambda: function(*inputs))
     leaves = [t.detach().requires_grad_() for t in inputs]
     with torch.no_grad():
         grad = torch.ones_like(function(*leaves))
@@ -158,10 +145,8 @@ def fitted_exponent(sizes: Sequence[float], times: Sequence[float]) -> float | N
     """
     if len(set(sizes)) < 2:
         return None
-    xs, ys = [math.log(s) for s in sizes], [math.log(t) for t in times]
-    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
-    spread = sum((x - x_mean) ** 2 for x in xs)
-    return round(sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / spread, 6)
+    logs = ([math.log(value) for value in values] for values in (sizes, times))
+    return round(statistics.linear_regression(*logs).slope, 6)
 
 
 def exponents(results: Sequence[Result], last: int | None = FITTED) -> dict[str, float]:

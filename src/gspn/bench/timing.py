@@ -44,33 +44,12 @@ class Timing:
 
     def quantile(self, q: float) -> float:
         """The q-quantile of the samples in milliseconds, between neighbouring samples linearly."""
-        return quantile(self.samples_ms, q)
+        return torch.tensor(self.samples_ms, dtype=torch.float64).quantile(q).item()
 
     @property
     def p50(self) -> float:
         """The median in milliseconds."""
         return self.quantile(0.5)
-
-
-def quantile(samples: Sequence[float], q: float) -> float:
-    """The q-quantile, ``0 <= q <= 1``, interpolated linearly between the two nearest samples.
-
-    Raises:
-        ValueError: there are no samples, or ``q`` is outside 0 to 1.
-
-    Example:
-        >>> quantile([4.0, 1.0, 3.0, 2.0], 0.5)
-        2.5
-    """
-    if not samples:
-        raise ValueError("a quantile needs at least one sample.")
-    if not 0 <= q <= 1:
-        raise ValueError(f"{q=} is outside 0 to 1.")
-    ordered = sorted(samples)
-    position = q * (len(ordered) - 1)
-    below = math.floor(position)
-    above = math.ceil(position)
-    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
 
 
 class Stopwatch:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from gspn.tasks import class_conditional as task
 from gspn.tasks.diffusion.schedulers import SCHEDULERS
 
-from .messages import failed, one_line_errors, warn, wrote
+from .messages import facts_table, failed, one_line_errors, warn, wrote
 from .options import (
     BatchSize,
     Device,
@@ -88,20 +87,10 @@ def latents(
     with one_line_errors():
         try:
             result = task.cache_latents(
-                vae,
-                data=data,
-                output=output,
-                split=split,
-                root=root,
-                size=size,
-                hflip=hflip,
-                batch_size=batch_size,
-                shard_size=shard_size,
-                precision=precision.value,
-                device=device.value,
-                workers=workers,
+                vae, data=data, output=output, split=split, root=root, size=size, hflip=hflip, batch_size=batch_size,
+                shard_size=shard_size, precision=precision.value, device=device.value, workers=workers,
                 console=Console(),
-            )
+            )  # fmt: skip
         except KeyboardInterrupt:
             raise failed(f"interrupted; the same command continues with {output}", 130) from None
         if not result.is_main:
@@ -151,22 +140,10 @@ def sample(
     with one_line_errors():
         width, height = (None, None) if size is None else parse_size(size)
         result = task.sample(
-            model,
-            output=output,
-            classes=None if classes is None else [int(one) if one.isdigit() else one for one in classes],
-            number=number,
-            seed=seed,
-            guidance=guidance,
-            steps=steps,
-            scheduler=scheduler,
-            height=height,
-            width=width,
-            batch_size=batch_size,
-            precision=precision.value,
-            device=device.value,
-            grid=grid,
-            console=Console(),
-        )
+            model, output=output, classes=None if classes is None else [int(k) if k.isdigit() else k for k in classes],
+            number=number, seed=seed, guidance=guidance, steps=steps, scheduler=scheduler, height=height, width=width,
+            batch_size=batch_size, precision=precision.value, device=device.value, grid=grid, console=Console(),
+        )  # fmt: skip
         if result.is_main:
             grid_file = f"; all of them: {result.grid}" if result.grid else ""
             wrote(f"{len(result.records)} images to {result.directory} in {result.seconds:.1f} s{grid_file}")
@@ -213,27 +190,20 @@ def evaluate(
 
         console = Console()
         result = task.evaluate(
-            samples,
-            reference,
-            features=features,
+            samples, reference, features=features,
             classifier=None if classifier is None else load_classifier(classifier, batch_size, device.value),
-            neighbours=neighbours,
-            limit=limit,
-            batch_size=batch_size,
-            device=device.value,
-            cache=cache,
+            neighbours=neighbours, limit=limit, batch_size=batch_size, device=device.value, cache=cache,
             console=console,
-        )
-        console.print(_evaluation_table(result))
+        )  # fmt: skip
+        console.print(facts_table(_facts(result)))
         for name in result.broken:
             warn(f"{name} could not be read and does not count")
-        written = [neighbours, export]
-        if output is not None:
-            written.insert(0, output / "evaluation.json")
-            result.write_json(output / "evaluation.json")
+        table = None if output is None else output / "evaluation.json"
+        if table is not None:
+            result.write_json(table)
         if export is not None:
             export_npz(open_images(samples, limit=limit), export)
-        for path in written:
+        for path in (table, neighbours, export):
             if path is not None:
                 wrote(path)
 
@@ -252,11 +222,8 @@ def load_classifier(name: str, batch_size: int = 64, device: Literal["auto", "cp
     return Classifier(name, classify, label_names(model))
 
 
-def _evaluation_table(result: Evaluation) -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    rows = {
+def _facts(result: Evaluation) -> dict[str, str]:
+    facts = {
         "samples": f"{result.samples}, {result.sample_count:,} of {result.width} x {result.height}",
         "reference": f"{result.reference}, {result.reference_count:,}",
         "features": result.features,
@@ -269,7 +236,5 @@ def _evaluation_table(result: Evaluation) -> Table:
     if result.consistency is not None and result.per_class:
         worst = sorted(result.per_class.items(), key=lambda one: one[1])[:3]
         weakest = ", ".join(f"{name} {value:.1%}" for name, value in worst)
-        rows["of their class"] = f"{result.consistency:.1%} by {result.classifier}; least: {weakest}"
-    for name, text in rows.items():
-        table.add_row(name, escape(text))
-    return table
+        facts["of their class"] = f"{result.consistency:.1%} by {result.classifier}; least: {weakest}"
+    return facts

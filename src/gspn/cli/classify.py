@@ -14,7 +14,7 @@ from rich.table import Table
 
 from gspn.tasks import classify as task
 
-from .messages import one_line_errors, warn, wrote
+from .messages import facts_table, one_line_errors, warn, wrote
 from .options import BatchSize, Device, DeviceName, ImageData, Precision, PrecisionName, Results, Root, Workers
 from .training import FLAGS, Flag, TrainingCommand, add_training_commands
 
@@ -75,20 +75,12 @@ def evaluate(
             check_image_path(confusion)
         console = Console()
         result = task.evaluate(
-            model,
-            data=data,
-            root=root,
-            split=split,
-            batch_size=batch_size,
-            workers=workers,
-            precision=precision.value,
-            device=device.value,
-            channels_last=channels_last,
-            console=console,
-        )
+            model, data=data, root=root, split=split, batch_size=batch_size, workers=workers,
+            precision=precision.value, device=device.value, channels_last=channels_last, console=console,
+        )  # fmt: skip
         if not result.is_main:
             return
-        console.print(_evaluation_table(result))
+        console.print(facts_table(_facts(result)))
         for name in result.broken:
             warn(f"{name} could not be read and does not count")
         if output is not None:
@@ -99,11 +91,8 @@ def evaluate(
             wrote(confusion)
 
 
-def _evaluation_table(result: Evaluation) -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    rows = {
+def _facts(result: Evaluation) -> dict[str, str]:
+    return {
         "model": f"{result.model}, {result.parameters / 1e6:.2f} M parameters",
         "data": f"{result.data}/{result.split}, {result.images:,} images, {len(result.classes)} classes",
         "top-1": f"{result.top1:.2f} %",
@@ -114,9 +103,6 @@ def _evaluation_table(result: Evaluation) -> Table:
         f"images/s of the model alone (batch {result.batch_size}, {result.precision}, {result.device})",
         "peak memory": f"{result.peak_memory_mib:,.0f} MiB",
     }
-    for name, text in rows.items():
-        table.add_row(name, escape(text))
-    return table
 
 
 @app.command()

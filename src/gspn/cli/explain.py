@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .messages import failed, wrote
+from gspn.tasks.core.errors import require
+
+from .messages import failed, one_line_errors, titled_table, wrote
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +59,10 @@ def explain(
     import torch
 
     console = Console()
-    _require_extras(output)
+    with one_line_errors():
+        require("PIL", "timm")
+        if output is not None:
+            require("matplotlib", extra="plot")
     if output is not None and output.suffix.lower() != ".png":
         raise typer.BadParameter(f"{str(output)!r} does not end in .png.", param_hint="--output")
     pixels = _load(image)
@@ -101,23 +106,6 @@ def explain(
         raise failed("not every scan keeps its bound; see the table.")
 
 
-def _require_extras(output: Path | None) -> None:
-    try:
-        import PIL
-        import timm  # noqa: F401
-
-        del PIL
-    except ImportError as error:
-        raise failed(f'gspn explain needs {error.name}; pip install "gspn[train]".') from None
-    if output is not None:
-        from gspn._figures import require_matplotlib
-
-        try:
-            require_matplotlib()
-        except ImportError as error:
-            raise failed(str(error)) from None
-
-
 def _load(path: Path) -> Tensor:
     """The image as ``[3, H, W]`` in 0 to 1."""
     import torch
@@ -156,26 +144,17 @@ def _point(text: str, width: int, height: int) -> tuple[int, int]:
 
 
 def _table(report: Sequence[ScanStability], shown: str, title: str) -> Table:
-    table = Table(
-        title=f"scans of {escape(title)}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    table.add_column("block", no_wrap=True)
-    table.add_column("direction", no_wrap=True)
-    for heading in ("tap sum", "max |h|", "growth", "float16"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    numbers = ("tap sum", "max |h|", "growth", "float16")
+    table = titled_table(f"scans of {title}", ["block", "direction"], numbers, box=box.SIMPLE_HEAD, pad_edge=False)
     for _, group in groupby(report, key=lambda entry: entry.module):
         entries = list(group)
         for lead, entry in zip(_lead(entries, shown), entries, strict=True):
             low, high = f"{entry.tap_sum_min:.5f}", f"{entry.tap_sum_max:.5f}"
             table.add_row(
-                lead,
-                entry.direction,
-                low if low == high else f"{low}..{high}",
-                f"{entry.state_max:.3g}",
-                f"{entry.growth:.1f}x",
-                "finite" if entry.float16_finite else "[yellow]overflows[/]",
+                lead, entry.direction, low if low == high else f"{low}..{high}", f"{entry.state_max:.3g}",
+                f"{entry.growth:.1f}x", "finite" if entry.float16_finite else "[yellow]overflows[/]",
                 style=None if entry.ok else "bold red",
-            )
+            )  # fmt: skip
         table.add_section()
     return table
 

@@ -11,6 +11,8 @@ from rich.table import Table
 import gspn
 from gspn.ops.implementations import OPS
 
+from .messages import facts_table, titled_table
+
 if TYPE_CHECKING:
     import torch
 
@@ -37,26 +39,20 @@ def info() -> None:
 def _facts(here: Environment) -> Table:
     import torch
 
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    table.add_row("gspn", here.gspn + (f"  ({here.commit})" if here.commit else ""))
-    table.add_row("python", here.python)
-    table.add_row("torch", here.torch)
-    table.add_row("triton", here.triton or "not installed")
-    table.add_row("system", here.os)
-    table.add_row("cpu", f"{here.device}, {here.threads} threads used by PyTorch")
-    table.add_row("cpu kernels", f"compiled, run with {here.isa}" if here.isa else "not compiled")
-    count = torch.cuda.device_count()
-    if count == 0:
-        table.add_row("cuda", "no device")
-    for i in range(count):
-        properties = torch.cuda.get_device_properties(i)
-        table.add_row(
-            f"cuda:{i}",
-            f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB",
-        )
-    return table
+    cuda = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    facts = {
+        "gspn": here.gspn + (f"  ({here.commit})" if here.commit else ""),
+        "python": here.python,
+        "torch": here.torch,
+        "triton": here.triton or "not installed",
+        "system": here.os,
+        "cpu": f"{here.device}, {here.threads} threads used by PyTorch",
+        "cpu kernels": f"compiled, run with {here.isa}" if here.isa else "not compiled",
+    } | {
+        f"cuda:{i}": f"{one.name}, sm_{one.major}{one.minor}, {one.total_memory / 2**30:.0f} GiB"
+        for i, one in enumerate(cuda)
+    }
+    return facts_table(facts if cuda else facts | {"cuda": "no device"})
 
 
 def _implementations(device: torch.device, op: str) -> Table:
@@ -64,8 +60,7 @@ def _implementations(device: torch.device, op: str) -> Table:
 
     from gspn.bench.environment import device_name
 
-    table = Table(title=f"{op} on {device} ({device_name(device)})", title_justify="left", title_style="bold")
-    table.add_column("impl", no_wrap=True)
+    table = titled_table(f"{op} on {device} ({device_name(device)})", ["impl"])
     for dtype in _DTYPES:
         table.add_column(dtype, justify="center", no_wrap=True)
     table.add_column("why it cannot run")
@@ -83,5 +78,4 @@ def _implementations(device: torch.device, op: str) -> Table:
         # Most reasons hold for every dtype: each is printed once.
         table.add_row(impl, *cells, escape("\n".join(dict.fromkeys(r for r in reasons.values() if r))))
     table.caption = 'yes: can run. auto: what impl="auto" takes.'
-    table.caption_justify = "left"
     return table

@@ -1,15 +1,17 @@
-"""Messages of commands: files that were written, warnings and errors."""
+"""Messages of commands: files that were written, warnings and errors; and their tables."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from gspn.tasks.core.errors import MissingExtraError, UsageError
 
@@ -42,3 +44,21 @@ def warn(message: str) -> None:
 def wrote(what: str | Path, rest: str = "") -> None:
     """Say which file or directory was written; ``rest`` may contain rich's markup."""
     Console().print(f"[dim]wrote[/] {escape(str(what))}{rest}", highlight=False, soft_wrap=True)
+
+
+def facts_table(facts: Mapping[str, str]) -> Table:
+    """A table with a fact in each row: its name and its text, in which rich's markup is escaped."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in facts.items():
+        table.add_row(name, escape(text))
+    return table
+
+
+def titled_table(title: str, texts: Sequence[str], numbers: Sequence[str] = (), **options: Any) -> Table:
+    """A table with a title, columns of text, and columns of numbers, which are aligned to the right."""
+    table = Table(title=escape(title), title_justify="left", title_style="bold", caption_justify="left", **options)
+    for heading in (*texts, *numbers):
+        table.add_column(heading, justify="right" if heading in numbers else "left", no_wrap=True)
+    return table

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from .messages import failed
+from gspn.tasks.core.errors import require
+
+from .messages import one_line_errors, titled_table
 
 
 def models() -> None:
     """List the models of gspn: parameters, multiply-adds at their own input size, and weights."""
-    try:
-        import timm
-    except ImportError:
-        raise failed('gspn models needs timm; pip install "gspn[train]".') from None
+    with one_line_errors():
+        require("timm")
+    import timm
     import torch
 
     import gspn.models  # noqa: F401  (registers the models)
     from gspn.analysis.cost import count_cost
 
-    table = Table(title="timm.create_model(NAME)", title_justify="left", title_style="bold")
-    table.add_column("name", no_wrap=True)
-    for heading in ("M params", "GMACs", "input"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = titled_table("timm.create_model(NAME)", ["name"], ["M params", "GMACs", "input"])
     table.add_column("weights")
     for name in timm.list_models(module="gspn"):
         with torch.device("meta"):  # counts need no values
@@ -32,11 +29,6 @@ def models() -> None:
         cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
         size = " x ".join(str(n) for n in cfg.input_size) if cfg is not None else ""
         tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
-        table.add_row(
-            name,
-            f"{cost.params / 1e6:.1f}",
-            f"{cost.macs / 1e9:.2f}",
-            size,
-            escape(", ".join(tags)) or "[dim]none[/]",
-        )
+        weights = escape(", ".join(tags)) or "[dim]none[/]"
+        table.add_row(name, f"{cost.params / 1e6:.1f}", f"{cost.macs / 1e9:.2f}", size, weights)
     Console().print(table)

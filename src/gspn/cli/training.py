@@ -9,15 +9,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from gspn.data.registry import help_text
 from gspn.tasks.core.config import write_yaml
 from gspn.tasks.core.errors import UsageError
 from gspn.tasks.core.sections import Configuration
 
-from .messages import failed, one_line_errors
+from .messages import facts_table, failed, one_line_errors
 
 _HOW = """
 
@@ -78,12 +76,8 @@ def add_training_commands(app: typer.Typer, *commands: TrainingCommand) -> None:
         for command in commands:
             if len(commands) > 1:
                 Console().print(f"[dim]{command.name}[/]", highlight=False)
-            table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-            table.add_column(style="bold", no_wrap=True)
-            table.add_column()
-            for name in command.config.preset_names():
-                table.add_row(name, escape(command.config.preset_title(name)))
-            Console().print(table)
+            config = command.config
+            Console().print(facts_table({name: config.preset_title(name) for name in config.preset_names()}))
 
     def print_preset(config: type[Configuration], name: str) -> None:
         with one_line_errors():

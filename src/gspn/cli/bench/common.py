@@ -1,11 +1,14 @@
-"""The parts that the commands of ``gspn bench`` share: options, their checks, the run of a sweep, and its table."""
+"""The parts that the commands of ``gspn bench`` share: options, the run of a sweep, and its table."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich import box
@@ -14,7 +17,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..messages import failed, wrote
+from gspn.tasks.core.errors import require
+
+from ..messages import failed, titled_table, wrote
 
 if TYPE_CHECKING:
     import torch
@@ -40,74 +45,111 @@ def choice(name: str, metavar: str, choices: Sequence[str], text: str) -> typer.
         # A repeated value would be timed against itself.
         return list(dict.fromkeys(value)) if isinstance(value, list) else value
 
-    return typer.Option(
-        name,
-        callback=check,
-        metavar=metavar,
-        autocompletion=lambda: list(choices),
-        help=f"{text} One of {', '.join(choices)}.",
-    )
-
-
-def at_least(least: float) -> Callable[[float | None], float | None]:
-    """An option's callback that refuses a number below ``least``, showing both."""
-
-    def check(value: float | None) -> float | None:
-        if value is not None and not value >= least:  # also refuses nan
-            raise typer.BadParameter(f"{value} is below {least}.")
-        return value
-
-    return check
-
-
-def each_at_least(least: int) -> Callable[[list[int] | None], list[int] | None]:
-    """The same for a repeatable option, whose values come back sorted and once each."""
-
-    def check(value: list[int] | None) -> list[int] | None:
-        for one in value or []:
-            if one < least:
-                raise typer.BadParameter(f"{one} is below {least}.")
-        return sorted(set(value)) if value else value
-
-    return check
+    text = f"{text} One of {', '.join(choices)}."
+    return typer.Option(name, callback=check, metavar=metavar, autocompletion=lambda: list(choices), help=text)
 
 
 def count(text: str) -> typer.models.OptionInfo:
     """An option that is a number of at least 1."""
-    return typer.Option(metavar="N", callback=at_least(1), help=text)
+    return typer.Option(metavar="N", min=1, help=text)
 
 
-Batch = Annotated[int, count("Maps, or images, in one call.")]
 Channels = Annotated[int, count("Channels of the map.")]
 Sizes = Annotated[
-    list[int] | None,
-    typer.Option("--size", metavar="N", callback=each_at_least(1), help="Height and width in pixels. Repeatable."),
+    list[int] | None, typer.Option("--size", metavar="N", min=1, help="Height and width in pixels. Repeatable.")
 ]
-Dtype = Annotated[str, choice("--dtype", "DTYPE", DTYPES, "The dtype of every tensor.")]
 Layout = Annotated[str, choice("--memory-format", "LAYOUT", MEMORY_FORMATS, "The layout of maps and weights.")]
 Mode = Annotated[
     str, choice("--mode", "MODE", ("forward", "train"), "The forward pass, or forward and backward to every tensor.")
 ]
+Segment = Annotated[int | None, count("Number of lines after which scans restart. Default: never.")]
 Slowest = Annotated[
-    float,
-    typer.Option(metavar="SECONDS", callback=at_least(0), help="Longest call; a candidate stops before it is passed."),
+    float, typer.Option(metavar="SECONDS", min=0, help="Longest call; a candidate stops before it is passed.")
 ]
-Device = Annotated[
-    str | None, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N. Default: cuda if there is one, else cpu.")
-]
-Threads = Annotated[int | None, count("Number of CPU threads. Default: that of PyTorch.")]
-Repeats = Annotated[int, count("Fewest samples of each candidate at each size.")]
-MinTime = Annotated[
-    float, typer.Option(metavar="SECONDS", callback=at_least(0), help="Least total time of the samples of a candidate.")
-]
-Csv = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="CSV", dir_okay=False, help="Table to write, as CSV.")
-]
-Png = Annotated[Path | None, typer.Option(metavar="PNG", dir_okay=False, help="Plot to write; needs matplotlib.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The options of every benchmark."""
+
+    batch: Annotated[int, count("Maps, or images, in one call.")] = 1
+    dtype: Annotated[str, choice("--dtype", "DTYPE", DTYPES, "The dtype of every tensor.")] = "float32"
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N. Default: cuda if there is one, else cpu.")
+    ] = None
+    threads: Annotated[int | None, count("Number of CPU threads. Default: that of PyTorch.")] = None
+    repeats: Annotated[int, count("Fewest samples of each candidate at each size.")] = 5
+    min_time: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="Least total time of the samples of a candidate.")
+    ] = 0.1
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="CSV", dir_okay=False, help="Table to write, as CSV.")
+    ] = None
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PNG", dir_okay=False, help="Plot to write; needs matplotlib.")
+    ] = None
+
+    def problem(self) -> dict[str, Any]:
+        """The options that a benchmark is constructed with: ``batch``, ``dtype`` and ``device``."""
+        import torch
+
+        return {"batch": self.batch, "dtype": getattr(torch, self.dtype), "device": self.torch_device()}
+
+    def torch_device(self) -> torch.device:
+        """The device, after a check.
+
+        Raises:
+            typer.BadParameter: it cannot be timed.
+        """
+        import torch
+
+        name = self.device
+        if name is None:
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            problem = f"{name!r} is not a device; use cpu, cuda or cuda:N."
+        else:
+            count = torch.cuda.device_count()
+            if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < count):
+                return device
+            problem = f"{name!r}: times are taken on cpu and cuda devices; PyTorch sees {count} CUDA devices here."
+        raise typer.BadParameter(problem, param_hint="--device")
+
+
+def bench_command(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator: the function gets a :class:`Run` and its own options, and the command has the options of both.
+
+    Args:
+        **defaults: defaults of shared options that differ from those of :class:`Run`.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        shared = {f.name: defaults.get(f.name, f.default) for f in fields(Run)}
+        hints = get_type_hints(Run, include_extras=True)
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        parameters = own + [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
+            for name, default in shared.items()
+        ]
+
+        @wraps(function)
+        def command(**values: Any) -> None:
+            run = Run(**{name: values.pop(name) for name in shared})
+            with _bench_errors():
+                _prepare(run)
+                function(run, **values)
+
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {one.name: one.annotation for one in parameters}
+        return command
+
+    return decorate
 
 
 @contextmanager
-def bench_errors() -> Iterator[None]:
+def _bench_errors() -> Iterator[None]:
     """Turn the errors of a benchmark into messages: a wrong option, a failed check, too little memory."""
     import torch
 
@@ -125,26 +167,16 @@ def bench_errors() -> Iterator[None]:
         raise typer.BadParameter(str(error)) from None
 
 
-def prepare(device: str | None, threads: int | None, plot: Path | None) -> torch.device:
-    """Check ``--plot``, set the threads, and return the device.
-
-    Raises:
-        typer.BadParameter: the plot cannot be written, or the device cannot be timed.
-    """
+def _prepare(run: Run) -> None:
+    """Check ``--plot`` and set the threads."""
     import torch
 
-    from gspn._figures import require_matplotlib
-
-    if plot is not None:
-        try:
-            require_matplotlib()
-        except ImportError as error:
-            raise typer.BadParameter(str(error), param_hint="--plot") from None
-        if plot.suffix.lower() != ".png":
-            raise typer.BadParameter(f"{str(plot)!r} does not end in .png.", param_hint="--plot")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return _device_named(device)
+    if run.plot is not None:
+        require("matplotlib", extra="plot")
+        if run.plot.suffix.lower() != ".png":
+            raise typer.BadParameter(f"{str(run.plot)!r} does not end in .png.", param_hint="--plot")
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
 
 
 def layout(name: str) -> torch.memory_format:
@@ -154,34 +186,10 @@ def layout(name: str) -> torch.memory_format:
     return torch.channels_last if name == "channels_last" else torch.contiguous_format
 
 
-def _device_named(name: str | None) -> torch.device:
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise typer.BadParameter(f"{name!r} is not a device; use cpu, cuda or cuda:N.", param_hint="--device") from None
-    if device.type not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"{name!r}: times are taken on cpu and cuda devices.", param_hint="--device")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise typer.BadParameter(
-            f"{name!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices here.", param_hint="--device"
-        )
-    return device
-
-
 def progress_bar() -> Progress:
     """A progress bar on standard error that vanishes when it is done."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def hardware(here: Environment) -> str:
@@ -189,20 +197,20 @@ def hardware(here: Environment) -> str:
     return f"{here.device}, {here.threads} CPU threads"
 
 
-def report(
-    results: Sequence[Result], here: Environment, output: Path | None, plot: Path | None, draw: Callable[[], Figure],
+def write_files(
+    run: Run, results: Sequence[Result], here: Environment, draw: Callable[[], Figure],
     columns: Sequence[str] | None = None,
 ) -> None:  # fmt: skip
-    """Write the CSV and the plot that were asked for."""
+    """Write the CSV and the plot, where they were asked for."""
     from gspn._figures import save_figure
     from gspn.bench.report import COLUMNS, write_csv
 
-    if output is not None:
-        write_csv(output, results, here, columns or COLUMNS)
-        wrote(output)
-    if plot is not None:
-        save_figure(draw(), plot)
-        wrote(plot)
+    if run.output is not None:
+        write_csv(run.output, results, here, columns or COLUMNS)
+        wrote(run.output)
+    if run.plot is not None:
+        save_figure(draw(), run.plot)
+        wrote(run.plot)
 
 
 def results_table(
@@ -219,11 +227,8 @@ def results_table(
     from gspn.bench.attention import NO_ATTENTION
     from gspn.bench.report import plain_number
 
-    table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("size", no_wrap=True)
-    table.add_column("candidate", no_wrap=True)
-    for heading in ("ms p50", *columns):
-        table.add_column(heading, justify="right", no_wrap=True)
+    numbers = ("ms p50", *columns)
+    table = titled_table(title, ["size", "candidate"], numbers, box=box.SIMPLE_HEAD, pad_edge=False)
     previous = None
     for r in results:
         if r.timing is not None:
@@ -240,7 +245,6 @@ def results_table(
         *(f"{r.name} ends before {r.width} x {r.height}: {r.skipped}" for r in results if r.skipped),
     ]
     table.caption = escape("\n".join(lines))
-    table.caption_justify = "left"
     return table
 
 
@@ -257,16 +261,13 @@ def peak(result: Result) -> str:
 
 
 def run_sweep(
+    run: Run,
     sweep: SizeSweep,
     sizes: Sequence[int],
     title: str,
     *,
     plot_title: str,
     slowest: float,
-    repeats: int,
-    min_time: float,
-    output: Path | None,
-    plot: Path | None,
     candidates: Sequence[str] | None = None,
     columns: Columns = lambda _: {},
     notes: Callable[[Sequence[Result]], Sequence[str]] = lambda _: (),
@@ -275,15 +276,12 @@ def run_sweep(
     """Check a sweep, measure it with a progress bar, print its table and write its files.
 
     Args:
+        run: the options of the command.
         sweep: the benchmark.
         sizes: H = W of the maps.
         title: the title of the table, and the subtitle of the plot.
         plot_title: the title of the plot.
         slowest: the longest call in seconds.
-        repeats: the fewest samples.
-        min_time: the least total time of the samples in seconds.
-        output: the CSV to write.
-        plot: the PNG to write.
         candidates: which to time; all by default.
         columns: further columns of the table, from the results.
         notes: further lines of the caption, from the results.
@@ -298,13 +296,9 @@ def run_sweep(
         task = bar.add_task("timing", total=None)
         require_accurate(sweep.check())
         results = sweep.measure(
-            sizes,
-            candidates,
-            slowest_ms=slowest * 1e3,
-            repeats=repeats,
-            min_time=min_time,
+            sizes, candidates, slowest_ms=slowest * 1e3, repeats=run.repeats, min_time=run.min_time,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+        )  # fmt: skip
     here = environment.describe(sweep.device)
     growth = exponents(results, None if fit_all else FITTED)
     lines = [f"ratio: the time of {sweep.baseline} over this one's; peak: memory of a call beyond its arguments"]
@@ -315,4 +309,4 @@ def run_sweep(
     table = results_table(results, f"{title}\n{hardware(here)}", all_columns, [*lines, *notes(results)])
     Console().print(table)
     subtitle = f"{hardware(here)}   ·   {title}"
-    report(results, here, output, plot, lambda: plot_sweep(results, growth, plot_title, subtitle))
+    write_files(run, results, here, lambda: plot_sweep(results, growth, plot_title, subtitle))

@@ -6,43 +6,20 @@ from typing import Annotated
 
 import typer
 
-from .common import (
-    Batch,
-    Channels,
-    Csv,
-    Device,
-    Dtype,
-    MinTime,
-    Mode,
-    Png,
-    Repeats,
-    Sizes,
-    Slowest,
-    Threads,
-    bench_errors,
-    count,
-    prepare,
-    run_sweep,
-)
+from .common import Channels, Mode, Run, Sizes, Slowest, bench_command, count, run_sweep
 
 
+@bench_command()
 def bench_mixer(
+    run: Run,
     channels: Channels = 96,
     proxy_dim: Annotated[int | None, count("Channels of the proxy. Default: 8, and 2 with shared taps.")] = None,
     bare: Annotated[
         bool, typer.Option("--bare", help="Time GSPN with its two projections alone, without convolution and norms.")
     ] = False,
-    batch: Batch = 1,
     size: Sizes = None,
-    dtype: Dtype = "float32",
     mode: Mode = "forward",
     slowest: Slowest = 1.0,
-    device: Device = None,
-    threads: Threads = None,
-    repeats: Repeats = 5,
-    min_time: MinTime = 0.1,
-    output: Csv = None,
-    plot: Png = None,
 ) -> None:
     """Time GSPNMixer and self-attention of the same width, softmax and linear, on maps from 16 to 512.
 
@@ -52,18 +29,8 @@ def bench_mixer(
     Each candidate is first compared with its float64 specification. Where an error is more than twice that of the
     specification in the same dtype, nothing is timed and the exit code is 1.
     """
-    with bench_errors():
-        import torch
+    from gspn.bench.mixer import SIZES, MixerSweep
 
-        from gspn.bench.mixer import SIZES, MixerSweep
-
-        where = prepare(device, threads, plot)
-        sweep = MixerSweep(
-            channels=channels, proxy_dim=proxy_dim, bare=bare, batch=batch, dtype=getattr(torch, dtype), device=where,
-            mode=mode,
-        )  # fmt: skip
-        run_sweep(
-            sweep, size or SIZES, f"token mixers, {mode}, B{batch} C{channels} {dtype}",
-            plot_title="A token mixer on growing maps", slowest=slowest, repeats=repeats, min_time=min_time,
-            output=output, plot=plot,
-        )  # fmt: skip
+    sweep = MixerSweep(channels=channels, proxy_dim=proxy_dim, bare=bare, mode=mode, **run.problem())
+    title = f"token mixers, {mode}, B{run.batch} C{channels} {run.dtype}"
+    run_sweep(run, sweep, size or SIZES, title, plot_title="A token mixer on growing maps", slowest=slowest)

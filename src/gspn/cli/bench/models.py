@@ -10,35 +10,16 @@ from rich.markup import escape
 
 from gspn.tasks.core.errors import require
 
-from .common import (
-    Batch,
-    Csv,
-    Device,
-    Dtype,
-    Layout,
-    MinTime,
-    Png,
-    Repeats,
-    Threads,
-    bench_errors,
-    choice,
-    each_at_least,
-    hardware,
-    layout,
-    peak,
-    prepare,
-    ratio,
-    report,
-    results_table,
-)
+from .common import Layout, Run, bench_command, choice, hardware, layout, peak, ratio, results_table, write_files
 
 
+@bench_command(min_time=0.5)
 def bench_models(
+    run: Run,
     model: Annotated[
         list[str] | None,
         typer.Option(
-            "--model",
-            metavar="NAME",
+            "--model", metavar="NAME",
             help="Name of a model of timm. Repeatable; default: gspn_tiny, gspn2_tiny, swin_tiny_patch4_window7_224, "
             "vit_small_patch16_224.",
         ),
@@ -48,11 +29,7 @@ def bench_models(
     ] = None,
     size: Annotated[
         list[int] | None,
-        typer.Option(
-            metavar="N",
-            callback=each_at_least(1),
-            help="Height and width of the images in pixels. Repeatable; default: 224.",
-        ),
+        typer.Option(metavar="N", min=1, help="Height and width of the images in pixels. Repeatable; default: 224."),
     ] = None,
     mode: Annotated[
         str,
@@ -60,50 +37,33 @@ def bench_models(
             "--mode", "MODE", ("inference", "train"), "The forward pass, or forward and backward to every parameter."
         ),
     ] = "inference",
-    batch: Batch = 1,
-    dtype: Dtype = "float32",
     memory_format: Layout = "channels_last",
-    device: Device = None,
-    threads: Threads = None,
-    repeats: Repeats = 5,
-    min_time: MinTime = 0.5,
-    output: Csv = None,
-    plot: Png = None,
-) -> None:
+) -> None:  # fmt: skip
     """Time models side by side: all candidates take turns within one run.
 
     Weights are random. Swin and ViT are built for each size. Each model is first run twice: if its results are not
     finite, or differ, nothing is reported and the exit code is 1. A model that does not fit into the memory is skipped,
     with the reason.
     """
-    with bench_errors():
-        require("timm")
-        import torch
+    require("timm")
+    from gspn.bench import environment, models
+    from gspn.bench.report import plain_number, plot_models
 
-        from gspn.bench import environment, models
-        from gspn.bench.report import plain_number, plot_models
-
-        where = prepare(device, threads, plot)
-        problem = models.ModelsProblem(batch, getattr(torch, dtype), where, mode, layout(memory_format))
-        with Console(stderr=True).status("starting") as status:
-            results = models.measure_models(
-                problem,
-                list(dict.fromkeys(model or models.MODELS)),
-                size or models.SIZES[:1],
-                baseline=baseline,
-                repeats=repeats,
-                min_time=min_time,
-                progress=lambda text: status.update(escape(text)),
-            )
-        here = environment.describe(where)
-        shape = f"{mode}, B{batch} {dtype}, {memory_format}"
-        columns = {
-            "GMACs": lambda r: f"{r.details['macs'] / 1e9:.1f}" if r.details["macs"] else "",
-            "images/s": lambda r: plain_number(r.images_per_second),
-            "ratio": ratio,
-            "peak MB": peak,
-        }
-        notes = [f"ratio: the time of {results[0].baseline} over this one's; peak: memory of a call without weights"]
-        Console().print(results_table(results, f"models, {shape}\n{hardware(here)}", columns, notes))
-        subtitle = f"{hardware(here)}   ·   {shape}"
-        report(results, here, output, plot, lambda: plot_models(results, "Models side by side", subtitle))
+    problem = models.ModelsProblem(**run.problem(), mode=mode, memory_format=layout(memory_format))
+    with Console(stderr=True).status("starting") as status:
+        results = models.measure_models(
+            problem, list(dict.fromkeys(model or models.MODELS)), size or models.SIZES[:1], baseline=baseline,
+            repeats=run.repeats, min_time=run.min_time, progress=lambda text: status.update(escape(text)),
+        )  # fmt: skip
+    here = environment.describe(problem.device)
+    shape = f"{mode}, B{run.batch} {run.dtype}, {memory_format}"
+    columns = {
+        "GMACs": lambda r: f"{r.details['macs'] / 1e9:.1f}" if r.details["macs"] else "",
+        "images/s": lambda r: plain_number(r.images_per_second),
+        "ratio": ratio,
+        "peak MB": peak,
+    }
+    notes = [f"ratio: the time of {results[0].baseline} over this one's; peak: memory of a call without weights"]
+    Console().print(results_table(results, f"models, {shape}\n{hardware(here)}", columns, notes))
+    subtitle = f"{hardware(here)}   ·   {shape}"
+    write_files(run, results, here, lambda: plot_models(results, "Models side by side", subtitle))

@@ -11,25 +11,18 @@ from gspn.ops.implementations import IMPLEMENTATIONS
 
 from ..messages import failed
 from .common import (
-    Batch,
     Channels,
     Columns,
-    Csv,
-    Device,
-    Dtype,
     Layout,
-    MinTime,
     Mode,
-    Png,
-    Repeats,
+    Run,
+    Segment,
     Sizes,
     Slowest,
-    Threads,
-    bench_errors,
+    bench_command,
     choice,
     count,
     layout,
-    prepare,
     run_sweep,
 )
 
@@ -39,29 +32,22 @@ if TYPE_CHECKING:
 
 ProxyDim = Annotated[int, count("Channels of the proxy.")]
 Shared = Annotated[bool, typer.Option("--shared", help="Share one set of taps among all channels.")]
-Segment = Annotated[int | None, count("Number of lines after which scans restart. Default: never.")]
 
 
+@bench_command(min_time=0.3)
 def bench_propagate(
+    run: Run,
     channels: Channels = 640,
     proxy_dim: ProxyDim = 8,
     shared: Shared = False,
     segment: Segment = None,
-    batch: Batch = 1,
     size: Sizes = None,
-    dtype: Dtype = "float32",
     mode: Mode = "forward",
     memory_format: Layout = "contiguous",
     impl: Annotated[
         str, choice("--impl", "IMPL", ["auto", *IMPLEMENTATIONS], "The implementation of propagate.")
     ] = "auto",
     slowest: Slowest = 20.0,
-    device: Device = None,
-    threads: Threads = None,
-    repeats: Repeats = 5,
-    min_time: MinTime = 0.3,
-    output: Csv = None,
-    plot: Png = None,
 ) -> None:
     """Time gspn.propagate, its unfused form with every map in memory, self-attention and linear attention.
 
@@ -71,84 +57,67 @@ def bench_propagate(
     The operator is first compared with its float64 specification. Where an error is more than twice that of plain
     PyTorch, nothing is timed and the exit code is 1.
     """
-    with bench_errors():
-        import torch
+    from gspn.bench import propagate as bench
 
-        from gspn.bench import propagate as bench
+    sweep = bench.PropagateSweep(
+        channels=channels, proxy_dim=proxy_dim, shared=shared, segment=segment, mode=mode,
+        memory_format=layout(memory_format), impl=impl, **run.problem(),
+    )  # fmt: skip
 
-        where = prepare(device, threads, plot)
-        sweep = bench.PropagateSweep(
-            channels=channels, proxy_dim=proxy_dim, shared=shared, segment=segment, batch=batch,
-            dtype=getattr(torch, dtype), device=where, mode=mode, memory_format=layout(memory_format),
-            impl=impl,
-        )  # fmt: skip
+    def notes(results: Sequence[Result]) -> list[str]:
+        rate = bench.matmul_rate(sweep.device, sweep.dtype)
+        lines = [f"matrix product of 1024: {rate / 1e9:.0f} GFLOP/s"]
+        for r in results:
+            if r.name == bench.PROPAGATE and r.timing is not None and mode == "forward":
+                total = bench.operations(channels, proxy_dim, sweep.groups) * run.batch * channels * r.height * r.width
+                speed = total / (r.timing.p50 / 1e3)
+                lines.append(f"propagate at {r.height}: {speed / 1e9:.0f} GFLOP/s, {speed / rate:.0%} of it")
+        return lines
 
-        def notes(results: Sequence[Result]) -> list[str]:
-            rate = bench.matmul_rate(sweep.device, sweep.dtype)
-            lines = [f"matrix product of 1024: {rate / 1e9:.0f} GFLOP/s"]
-            for r in results:
-                if r.name == bench.PROPAGATE and r.timing is not None and mode == "forward":
-                    count = bench.operations(channels, proxy_dim, sweep.groups) * batch * channels * r.height * r.width
-                    speed = count / (r.timing.p50 / 1e3)
-                    lines.append(f"propagate at {r.height}: {speed / 1e9:.0f} GFLOP/s, {speed / rate:.0%} of it")
-            return lines
-
-        run_sweep(
-            sweep, size or (64, 128), _title("propagate", sweep), plot_title="gspn.propagate beside attention",
-            slowest=slowest, repeats=repeats, min_time=min_time, output=output, plot=plot, columns=_columns(sweep),
-            notes=notes,
-        )  # fmt: skip
+    run_sweep(
+        run, sweep, size or (64, 128), _title("propagate", sweep), plot_title="gspn.propagate beside attention",
+        slowest=slowest, columns=_columns(sweep), notes=notes,
+    )  # fmt: skip
 
 
+@bench_command(min_time=0.3)
 def bench_scaling(
+    run: Run,
     channels: Channels = 32,
     proxy_dim: ProxyDim = 8,
     shared: Shared = False,
     segment: Segment = None,
-    batch: Batch = 1,
     size: Sizes = None,
     attention: Annotated[bool, typer.Option(help="Time self-attention too.")] = False,
-    dtype: Dtype = "float32",
     mode: Mode = "forward",
     memory_format: Layout = "channels_last",
     slowest: Slowest = 60.0,
-    device: Device = None,
-    threads: Threads = None,
-    repeats: Repeats = 5,
-    min_time: MinTime = 0.3,
-    output: Csv = None,
-    plot: Png = None,
 ) -> None:
     """Time gspn.propagate on maps from 128 to 2048 and fit p in time ~ pixels^p over all of them.
 
     Sizes whose maps do not fit into the free memory are left out and named.
     """
-    with bench_errors():
-        import torch
+    from gspn.bench import environment
+    from gspn.bench import propagate as bench
 
-        from gspn.bench import environment
-        from gspn.bench import propagate as bench
-
-        where = prepare(device, threads, plot)
-        sweep = bench.PropagateSweep(
-            channels=channels, proxy_dim=proxy_dim, shared=shared, segment=segment, batch=batch,
-            dtype=getattr(torch, dtype), device=where, mode=mode, memory_format=layout(memory_format),
-        )  # fmt: skip
-        sizes = size or [128, 256, 512, 1024, 2048]
-        free = environment.free_memory(where)
-        # x, y and as much again while they are computed; with all gradients and the copies that autograd keeps.
-        maps = 4 if mode == "forward" else 8
-        needed = {n: n * n * batch * channels * sweep.dtype.itemsize * maps for n in sizes}
-        fitting = [n for n in sizes if free is None or needed[n] < free]
-        left_out = [f"{n} x {n} left out: {needed[n] / 1e9:.1f} GB" for n in sizes if n not in fitting]
-        if not fitting:
-            raise failed(f"no size fits: {', '.join(left_out)}. Use a smaller --size or --channels.")
-        run_sweep(
-            sweep, fitting, _title("scaling", sweep), plot_title="Time on growing maps", slowest=slowest,
-            repeats=repeats, min_time=min_time, output=output, plot=plot, columns=_columns(sweep),
-            candidates=(bench.PROPAGATE, bench.SELF_ATTENTION) if attention else (bench.PROPAGATE,),
-            notes=lambda _: left_out, fit_all=True,
-        )  # fmt: skip
+    sweep = bench.PropagateSweep(
+        channels=channels, proxy_dim=proxy_dim, shared=shared, segment=segment, mode=mode,
+        memory_format=layout(memory_format), **run.problem(),
+    )  # fmt: skip
+    sizes = sorted(set(size or (128, 256, 512, 1024, 2048)))
+    free = environment.free_memory(sweep.device)
+    # x, y and as much again while they are computed; with all gradients and the copies that autograd keeps.
+    maps = 4 if mode == "forward" else 8
+    needed = {n: n * n * run.batch * channels * sweep.dtype.itemsize * maps for n in sizes}
+    fitting = [n for n in sizes if free is None or needed[n] < free]
+    left_out = [f"{n} x {n} left out: {needed[n] / 1e9:.1f} GB" for n in sizes if n not in fitting]
+    if not fitting:
+        raise failed(f"no size fits: {', '.join(left_out)}. Use a smaller --size or --channels.")
+    run_sweep(
+        run, sweep, fitting, _title("scaling", sweep), plot_title="Time on growing maps", slowest=slowest,
+        candidates=(bench.PROPAGATE, bench.SELF_ATTENTION) if attention else (bench.PROPAGATE,),
+        columns=_columns(sweep), notes=lambda _: left_out, fit_all=True,
+    )  # fmt: skip
 
 
 def _title(command: str, sweep: PropagateSweep) -> str:

@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gspn.tasks.core.errors import require
 
-from .common import (
-    Batch,
-    Csv,
-    Device,
-    Dtype,
-    MinTime,
-    Png,
-    Repeats,
-    Slowest,
-    Threads,
-    bench_errors,
-    choice,
-    count,
-    each_at_least,
-    prepare,
-    run_sweep,
-)
+from .common import Run, Slowest, bench_command, choice, count, run_sweep
 
 if TYPE_CHECKING:
     from gspn.bench.report import Result
 
+_BACKENDS = ("auto", "flash", "efficient", "cudnn", "math")
 
+
+@bench_command(repeats=3)
 def bench_unet(
+    run: Run,
     arch: Annotated[str, choice("--arch", "NAME", ("sd15", "sdxl"), "Stable Diffusion 1.5 or XL.")] = "sd15",
     size: Annotated[
         list[int] | None,
         typer.Option(
-            metavar="N",
-            callback=each_at_least(64),
+            metavar="N", min=64,
             help="Height and width of the images in pixels, a multiple of 64. Repeatable; default: 256, 512, 1024.",
         ),
     ] = None,
@@ -46,20 +32,12 @@ def bench_unet(
     backend: Annotated[
         str,
         choice(
-            "--backend", "NAME", ("auto", "flash", "efficient", "cudnn", "math"),
+            "--backend", "NAME", _BACKENDS,
             "Backend of scaled_dot_product_attention; auto leaves the choice to PyTorch.",
         ),
     ] = "auto",
     segment: Annotated[int, count("Number of lines after which local scans restart.")] = 8,
-    batch: Batch = 1,
-    dtype: Dtype = "float32",
-    device: Device = None,
-    threads: Threads = None,
     slowest: Slowest = 60.0,
-    repeats: Repeats = 3,
-    min_time: MinTime = 0.1,
-    output: Csv = None,
-    plot: Png = None,
 ) -> None:  # fmt: skip
     """Time a denoising call with self-attention, with GSPN (global, shared taps, segments), and with no token mixer.
 
@@ -69,27 +47,17 @@ def bench_unet(
     Each mixer is first compared with its float64 specification. Where an error is more than twice that of the
     specification in the same dtype, nothing is timed and the exit code is 1.
     """
-    with bench_errors():
-        require("diffusers", extra="diffusers")
-        import torch
+    require("diffusers", extra="diffusers")
+    from gspn.bench.unet import UNetSweep, over_lower_bound
 
-        from gspn.bench.unet import UNetSweep, over_lower_bound
+    def over_bound(results: Sequence[Result]) -> dict[str, Callable[[Result], str]]:
+        ratios = over_lower_bound(results)
+        return {"over the bound": lambda r: f"{ratios[r.name, r.height]:.2f}x" if (r.name, r.height) in ratios else ""}
 
-        where = prepare(device, threads, plot)
-        sweep = UNetSweep(
-            arch=arch, width=width, batch=batch, dtype=getattr(torch, dtype), device=where, backend=backend,
-            segment=segment,
-        )  # fmt: skip
-
-        run_sweep(
-            sweep, size or (256, 512, 1024), f"UNet of {arch}, width 1/{width}, B{batch} {dtype}, attention {backend}",
-            plot_title="A denoising call of a UNet", slowest=slowest, repeats=repeats, min_time=min_time, output=output,
-            plot=plot,
-            columns=lambda results: {"over the bound": partial(_over_bound, over_lower_bound(results))},
-            notes=lambda _: ["the bound: the time with no self-attention; backends include those of cross-attention"],
-        )  # fmt: skip
-
-
-def _over_bound(bounds: Mapping[tuple[str, int], float], r: Result) -> str:
-    above = bounds.get((r.name, r.height))
-    return "" if above is None else f"{above:.2f}x"
+    run_sweep(
+        run, UNetSweep(arch=arch, width=width, backend=backend, segment=segment, **run.problem()),
+        size or (256, 512, 1024),
+        f"UNet of {arch}, width 1/{width}, B{run.batch} {run.dtype}, attention {backend}",
+        plot_title="A denoising call of a UNet", slowest=slowest, columns=over_bound,
+        notes=lambda _: ["the bound: the time with no self-attention; backends include those of cross-attention"],
+    )  # fmt: skip
