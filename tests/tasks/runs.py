@@ -1,4 +1,4 @@
-"""What a run wrote, for comparisons between runs; and stopping a run."""
+"""Files of a run, for comparisons between runs; and stopping a run."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_patterns_and_single_shards(tmp_path) -> None:
     for split, root, says in [
         ("test", tmp_path, r"split='test' is not a split of the shards of root=.*: it has 'train', 'val'"),
         ("val", tmp_path / "val-0001.tar", r"which has no \{split\} in it: it is not divided into splits"),
-        ("train", f"{tmp_path}/train-{{0002..0004}}.tar", r"2 of 3 shards do not exist: .*0003\.tar"),
+        ("train", f"{tmp_path}/train-{{0002..0004}}.tar", r"2 of 3 shards do not exist: train-0003\.tar"),
         ("train", f"{tmp_path}/train-{{0001..0000}}.tar", r"\{0001\.\.0000\} is not a pattern"),
         ("train", f"{tmp_path}/{{train}}-0000.tar", r"\{train\} is not a pattern"),
         ("train", f"{tmp_path}/train-{{0..{10**30}}}.tar", r"more than 100,000 shards"),

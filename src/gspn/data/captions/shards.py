@@ -196,7 +196,7 @@ def _find_shards(root: str, split: str) -> list[Path]:
     else:
         find_split(split, (), f"{root=}, which has no {{split}} in it")
     shards = [Path(path) for path in ([root] if Path(root).is_file() else _expand(root))]
-    missing = [str(shard) for shard in shards if not shard.is_file()]
+    missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise ValueError(
             f"{root=}: {len(missing):,} of {len(shards):,} shards do not exist: {some(missing)}. Pass the folder of "

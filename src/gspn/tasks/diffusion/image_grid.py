@@ -33,8 +33,8 @@ def draw_grid(
 
     Example:
         >>> image = Image.new("RGB", (64, 64))
-        >>> draw_grid([[image, image]], titles=["a red square", "a blue one"]).size
-        (152, 118)
+        >>> draw_grid([[image, image]], titles=["a red square", "a blue one"]).width
+        152
     """
     width, height = rows[0][0].size
     scale = max(1, math.ceil(smallest / max(width, height)))
