@@ -80,7 +80,7 @@ def test_text_goes_before_json_unless_a_column_is_asked_for(tmp_path) -> None:
 def test_compressed_shards_are_refused(mode, tmp_path) -> None:
     with tarfile.open(tmp_path / "a.tar", f"w:{mode}"):
         pass
-    with pytest.raises(ValueError, match=r"a\.tar is compressed.* unpack the shard: \w+ -d"):
+    with pytest.raises(ValueError, match=r"a\.tar is compressed.* unpack it: \w+ -d"):
         open_captions("wds", root=tmp_path)
     (tmp_path / "a.tar").rename(tmp_path / f"a.tar.{mode}")
     with pytest.raises(ValueError, match=rf"holds compressed shards.*: a\.tar\.{mode}\. Unpack them"):
@@ -168,7 +168,7 @@ def test_no_damage_passes_unseen_or_unnamed(tmp_path) -> None:
         ([("a.png", b""), ("a.txt", b" ")], r"1 of 1 images have no caption: a\.tar/a\.png"),
         ([("a.png", b""), ("b.txt", b"b")], r"1 of 1 images have no caption"),
         ([("x/a.png", b""), ("y/a.txt", b"b")], r"1 of 1 images have no caption"),
-        ([("a.png", b""), ("a.jpg", b""), ("a.txt", b"a")], r"a\.tar: a\.jpg, a\.png have the same name"),
+        ([("a.png", b""), ("a.jpg", b""), ("a.txt", b"a")], r"a\.tar: a\.jpg, a\.png share their name"),
         ([("a.png", b""), ("a.png", b""), ("a.txt", b"a")], r"a\.tar: a\.png is there twice"),
         ([("a.png", b""), ("a.json", b"{")], r"a\.tar: a\.json is not JSON"),
         ([("a.png", b""), ("a.json", b"x" * (2 << 20))], r"a\.json has more than 1,048,576 bytes"),

@@ -122,7 +122,7 @@ class CaptionedShards(CaptionedImages):
                     continue
                 if len(images) > 1:
                     names = some(member.name for member in images)
-                    raise ValueError(f"{shard}: {names} have one name up to the first dot; a sample has one image.")
+                    raise ValueError(f"{shard}: {names} share their name up to the first dot; a sample has one image.")
                 captions = _captions(file, shard, parts, caption_column)
                 if not captions:
                     without.append(f"{shard.name}/{images[0].name}")
