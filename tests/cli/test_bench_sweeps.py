@@ -140,7 +140,7 @@ def test_the_count_of_operations():
     ("options", "shown"),
     [
         (["mixer", "--mode", "both"], ["--mode", "'both'", "forward, train"]),
-        (["mixer", "--size", "0"], ["--size", "0 is not in the range x>=1"]),
+        (["mixer", "--size", "0"], ["'--size'", "1"]),
         (["models", "--mode", "forward"], ["--mode", "'forward'", "inference, train"]),
         (["models", "--model", "gspn_huge", "--size", "16"], ["'gspn_huge'"]),
         (["models", "--model", "gspn_pico", "--baseline", "x"], ["baseline='x'"]),
