@@ -60,7 +60,7 @@ def test_to_the_denoiser_and_back(latents, trained):
         torch.testing.assert_close(learnt, (drawn - 0.3) * 0.5 * 1.7)
         # The pipeline, with the autoencoder of the cache, undoes exactly that.
         expected = (data.vae.decode(drawn).sample / 2 + 0.5).clamp(0, 1)
-        torch.testing.assert_close(pipeline._finished(learnt, "pt"), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(pipeline._decode(learnt, "pt"), expected, rtol=1e-4, atol=1e-5)
         assert not torch.equal(data.prepared(posterior), learnt)  # another sample each time
 
 
