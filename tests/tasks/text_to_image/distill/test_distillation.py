@@ -175,7 +175,7 @@ def test_it_continues_from_an_adapter(place, trained, tmp_path):
         ("distillation.block_epochs=9", "more than schedule.epochs 2"),
         ("distillation.attention=-1", "distillation.attention"),
         ("data.name=nothing", "nothing"),
-        ("data.size=33", "no multiple of 4"),
+        ("data.size=33", "not a multiple of 4"),
         ("run.fsdp=true", r"FSDP is not supported.*run\.fsdp=false"),
         ("model.weights=bf16", "need autocast"),
     ],
