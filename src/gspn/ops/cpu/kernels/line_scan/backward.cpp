@@ -6,8 +6,8 @@
 namespace gspn::GSPN_ISA {
 namespace {
 
-// One line from a cross position on; strides are from position to position. q_k = tap_k g goes to the line before. With
-// shared taps the tap gradients of a vector of channels end in `dtaps` as single numbers.
+// One line; strides are from position to position. q_k = tap_k g goes to the line before. With shared taps the tap
+// gradients of a vector of channels end in `dtaps` as single numbers.
 template <class A>
 struct BackwardLine {
   int64_t cross, m;
@@ -18,28 +18,18 @@ struct BackwardLine {
   const A *carry, *prev;  // [cross][m]; prev padded
   Lines<A> dx, dlam, dtaps[3];
   A* q[3];  // [cross][m], padded
-
-  GSPN_INLINE BackwardLine at(int64_t p) const {
-    BackwardLine line = *this;
-    line.grad.data += p * grad.cross, line.x.data += p * x.cross, line.lam.data += p * lam.cross;
-    line.dx.data += p * dx.cross, line.dlam.data += p * dlam.cross;
-    line.carry += p * m, line.prev += p * m;
-    for (int k = 0; k < 3; ++k) {
-      line.taps.tap[k] += p * taps.cross, line.dtaps[k].data += p * dtaps[k].cross, line.q[k] += p * m;
-    }
-    return line;
-  }
 };
 
-// `count` elements that lie side by side in every tensor.
+// `count` elements from position p on that lie side by side in every tensor.
 template <class A, bool kHasLam, bool kNeedLam, bool kNeedTaps, bool kHasPrev, bool kAdd>
-GSPN_INLINE void backward_run(const BackwardLine<A>& line, int64_t count) {
-  const int64_t m = line.m;
-  const A *grad = line.grad.data, *x = line.x.data, *lam = line.lam.data, *carry = line.carry, *prev = line.prev;
-  const A *t0 = line.taps.tap[0], *t1 = line.taps.tap[1], *t2 = line.taps.tap[2];
-  A *dx = line.dx.data, *dlam = line.dlam.data;
-  A *dt0 = line.dtaps[0].data, *dt1 = line.dtaps[1].data, *dt2 = line.dtaps[2].data;
-  A *q0 = line.q[0], *q1 = line.q[1], *q2 = line.q[2];
+GSPN_INLINE void backward_run(const BackwardLine<A>& line, int64_t p, int64_t count) {
+  const int64_t m = line.m, at = p * m;
+  const A *grad = line.grad.position(p), *x = line.x.position(p), *lam = line.lam.position(p);
+  const A *carry = line.carry + at, *prev = line.prev + at;
+  const A *t0 = line.taps.position(0, p), *t1 = line.taps.position(1, p), *t2 = line.taps.position(2, p);
+  A *dx = line.dx.position(p), *dlam = line.dlam.position(p);
+  A *dt0 = line.dtaps[0].position(p), *dt1 = line.dtaps[1].position(p), *dt2 = line.dtaps[2].position(p);
+  A *q0 = line.q[0] + at, *q1 = line.q[1] + at, *q2 = line.q[2] + at;
   for_each_element<A>(count, [&](auto lane, int64_t i) __attribute__((always_inline)) {
     using L = decltype(lane);
     if constexpr (L::is_vector) {
@@ -90,13 +80,16 @@ GSPN_INLINE A sum_lanes(typename VectorOf<A>::type v) {
 
 // One pixel of m channels that share its taps.
 template <class A, bool kHasLam, bool kNeedLam, bool kNeedTaps, bool kHasPrev>
-GSPN_INLINE void backward_pixel(const BackwardLine<A>& line) {
-  const int64_t m = line.m;
-  const A *grad = line.grad.data, *x = line.x.data, *lam = line.lam.data, *carry = line.carry, *prev = line.prev;
-  A *dx = line.dx.data, *dlam = line.dlam.data;
-  A *q0 = line.q[0], *q1 = line.q[1], *q2 = line.q[2];
+GSPN_INLINE void backward_pixel(const BackwardLine<A>& line, int64_t p) {
+  const int64_t m = line.m, at = p * m;
+  const A *grad = line.grad.position(p), *x = line.x.position(p), *lam = line.lam.position(p);
+  const A *carry = line.carry + at, *prev = line.prev + at;
+  A *dx = line.dx.position(p), *dlam = line.dlam.position(p);
+  A *q0 = line.q[0] + at, *q1 = line.q[1] + at, *q2 = line.q[2] + at;
   A t0 = 0, t1 = 0, t2 = 0;
-  if constexpr (kHasPrev) t0 = *line.taps.tap[0], t1 = *line.taps.tap[1], t2 = *line.taps.tap[2];
+  if constexpr (kHasPrev) {
+    t0 = *line.taps.position(0, p), t1 = *line.taps.position(1, p), t2 = *line.taps.position(2, p);
+  }
   using V = typename VectorOf<A>::type;
   V d0{}, d1{}, d2{};
   A s0 = 0, s1 = 0, s2 = 0;
@@ -132,9 +125,9 @@ GSPN_INLINE void backward_pixel(const BackwardLine<A>& line) {
     }
   }
   if constexpr (kHasPrev && kNeedTaps) {
-    *line.dtaps[0].data = s0 + sum_lanes<A>(d0);
-    *line.dtaps[1].data = s1 + sum_lanes<A>(d1);
-    *line.dtaps[2].data = s2 + sum_lanes<A>(d2);
+    *line.dtaps[0].position(p) = s0 + sum_lanes<A>(d0);
+    *line.dtaps[1].position(p) = s1 + sum_lanes<A>(d1);
+    *line.dtaps[2].position(p) = s2 + sum_lanes<A>(d2);
   }
 }
 
@@ -142,7 +135,7 @@ template <class A, bool kHasLam, bool kNeedLam, bool kNeedTaps, bool kHasPrev>
 void backward_line_of(const BackwardLine<A>& line) {
   const int64_t m = line.m;
   if (line.scalar_taps) {
-    for (int64_t p = 0; p < line.cross; ++p) backward_pixel<A, kHasLam, kNeedLam, kNeedTaps, kHasPrev>(line.at(p));
+    for (int64_t p = 0; p < line.cross; ++p) backward_pixel<A, kHasLam, kNeedLam, kNeedTaps, kHasPrev>(line, p);
   } else {
     const bool dense = line.grad.cross == m && line.dx.cross == m && (!kHasLam || line.lam.cross == m) &&
                        (!kNeedLam || (line.x.cross == m && line.dlam.cross == m)) &&
@@ -150,9 +143,9 @@ void backward_line_of(const BackwardLine<A>& line) {
     const int64_t positions = dense ? 1 : line.cross, count = dense ? line.cross * m : m;
     for (int64_t p = 0; p < positions; ++p) {
       if (kNeedTaps && line.add_dtaps) {
-        backward_run<A, kHasLam, kNeedLam, kNeedTaps, kHasPrev, kNeedTaps>(line.at(p), count);
+        backward_run<A, kHasLam, kNeedLam, kNeedTaps, kHasPrev, kNeedTaps>(line, p, count);
       } else {
-        backward_run<A, kHasLam, kNeedLam, kNeedTaps, kHasPrev, false>(line.at(p), count);
+        backward_run<A, kHasLam, kNeedLam, kNeedTaps, kHasPrev, false>(line, p, count);
       }
     }
   }
@@ -164,13 +157,12 @@ void clear_taps_without_neighbour(const BackwardLine<A>& line) {
   const int64_t width = line.scalar_taps ? 1 : line.m;
   if (line.has_prev) {
     clear(line.dtaps[0].data, width);
-    clear(line.dtaps[2].data + (line.cross - 1) * line.dtaps[2].cross, width);
+    clear(line.dtaps[2].position(line.cross - 1), width);
   } else if (!line.add_dtaps) {
     for (const Lines<A>& dtap : line.dtaps) {
       const bool dense = dtap.cross == width;
-      for (int64_t p = 0; p < (dense ? 1 : line.cross); ++p) {
-        clear(dtap.data + p * dtap.cross, dense ? line.cross * width : width);
-      }
+      const int64_t positions = dense ? 1 : line.cross, count = dense ? line.cross * width : width;
+      for (int64_t p = 0; p < positions; ++p) clear(dtap.position(p), count);
     }
   }
 }
@@ -239,7 +231,7 @@ void backward(const LineScanCall& call, const LineScanPlan& plan, int64_t index,
 
   for (int64_t step = item.last_step; step > item.first_step;) {
     const LineRange range = item.range_until(step);
-    const int64_t begin = step - range.count;
+    const int64_t begin = range.first_step;
     const TapLines<A> taps(item, range, scratch.taps);
     const auto dtap = [&](int k) { return Output<T>(item.tap_view(call.dtaps, k, range), scratch.dtaps[k], pitch); };
     const Output<T> dtaps[3] = {dtap(0), dtap(1), dtap(2)};

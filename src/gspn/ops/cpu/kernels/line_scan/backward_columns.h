@@ -176,7 +176,7 @@ void backward_columns(const LineScanCall& call, const LineScanPlan& plan, int64_
 
   for (int64_t step = item.last_step; step > item.first_step;) {
     const LineRange range = item.range_until(step);
-    const int64_t begin = step - range.count;
+    const int64_t begin = range.first_step;
     const TapLines<A> taps(item, range, scratch.taps);
     for (int64_t k = 0; k < range.count; ++k) scratch.has_prev[range.line(k)] = item.starts_segment(begin + k) ? 0 : -1;
     for (int64_t c = 0; c < item.channels; ++c) {

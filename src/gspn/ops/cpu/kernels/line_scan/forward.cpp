@@ -4,33 +4,25 @@
 namespace gspn::GSPN_ISA {
 namespace {
 
-// One line from a cross position on; strides are from position to position.
+// One line; strides are from position to position.
 template <class A>
 struct ForwardLine {
   int64_t cross, m;
-  bool scalar_taps, has_prev;
+  bool scalar_taps;
   Lines<A> x, lam;
   TapLine<A> taps;
   const A* prev;  // [cross][m], padded by m zeros on both sides; not used on a segment's first line
   A* next;        // the same, written
   Lines<A> h;
-
-  GSPN_INLINE ForwardLine at(int64_t p) const {
-    ForwardLine line = *this;
-    line.x.data += p * x.cross, line.lam.data += p * lam.cross, line.h.data += p * h.cross;
-    for (auto& tap : line.taps.tap) tap += p * taps.cross;
-    line.prev += p * m, line.next += p * m;
-    return line;
-  }
 };
 
-// `count` elements that lie side by side in every tensor.
+// `count` elements from position p on that lie side by side in every tensor.
 template <class A, bool kHasLam, bool kHasPrev, bool kScalarTaps>
-GSPN_INLINE void forward_run(const ForwardLine<A>& line, int64_t count) {
+GSPN_INLINE void forward_run(const ForwardLine<A>& line, int64_t p, int64_t count) {
   const int64_t m = line.m;
-  const A *x = line.x.data, *lam = line.lam.data, *prev = line.prev;
-  const A *t0 = line.taps.tap[0], *t1 = line.taps.tap[1], *t2 = line.taps.tap[2];
-  A *next = line.next, *h = line.h.data;
+  const A *x = line.x.position(p), *lam = line.lam.position(p), *prev = line.prev + p * m;
+  const A *t0 = line.taps.position(0, p), *t1 = line.taps.position(1, p), *t2 = line.taps.position(2, p);
+  A *next = line.next + p * m, *h = line.h.position(p);
   for_each_element<A>(count, [&](auto lane, int64_t i) __attribute__((always_inline)) {
     using L = decltype(lane);
     auto v = L::get(x + i);
@@ -52,48 +44,53 @@ GSPN_INLINE void forward_run(const ForwardLine<A>& line, int64_t count) {
 }
 
 // A pixel that lacks a neighbour, computed again without it.
-template <class A>
-GSPN_INLINE void forward_end(const ForwardLine<A>& line, bool before, bool after) {
+template <class A, bool kHasLam>
+GSPN_INLINE void forward_end(const ForwardLine<A>& line, int64_t p, bool before, bool after) {
   const int64_t m = line.m, tap_step = line.scalar_taps ? 0 : 1;
+  const A *x = line.x.position(p), *lam = line.lam.position(p), *prev = line.prev + p * m;
+  const A *t0 = line.taps.position(0, p), *t1 = line.taps.position(1, p), *t2 = line.taps.position(2, p);
+  A *next = line.next + p * m, *h = line.h.position(p);
   for (int64_t c = 0; c < m; ++c) {
-    const auto tap = [&](int k) { return line.taps.tap[k][c * tap_step]; };
-    A v = line.lam.data ? line.x.data[c] * line.lam.data[c] : line.x.data[c];
-    if (before) v += tap(0) * line.prev[c - m];
-    v += tap(1) * line.prev[c];
-    if (after) v += tap(2) * line.prev[c + m];
-    line.next[c] = v;
-    line.h.data[c] = v;
+    A v = kHasLam ? x[c] * lam[c] : x[c];
+    if (before) v += t0[c * tap_step] * prev[c - m];
+    v += t1[c * tap_step] * prev[c];
+    if (after) v += t2[c * tap_step] * prev[c + m];
+    next[c] = h[c] = v;
   }
 }
 
 template <class A, bool kHasLam, bool kHasPrev>
-void forward_line_of(const ForwardLine<A>& line) {
+GSPN_INLINE void forward_line(const ForwardLine<A>& line) {
   const int64_t m = line.m;
   const bool dense = line.x.cross == m && (!kHasLam || line.lam.cross == m) && line.h.cross == m &&
                      (!kHasPrev || line.taps.cross == m);
   if (dense && !line.scalar_taps) {
-    forward_run<A, kHasLam, kHasPrev, false>(line, line.cross * m);
+    forward_run<A, kHasLam, kHasPrev, false>(line, 0, line.cross * m);
   } else {
     for (int64_t p = 0; p < line.cross; ++p) {
       if (line.scalar_taps) {
-        forward_run<A, kHasLam, kHasPrev, true>(line.at(p), m);
+        forward_run<A, kHasLam, kHasPrev, true>(line, p, m);
       } else {
-        forward_run<A, kHasLam, kHasPrev, false>(line.at(p), m);
+        forward_run<A, kHasLam, kHasPrev, false>(line, p, m);
       }
     }
   }
   if constexpr (kHasPrev) {
-    forward_end(line, false, line.cross > 1);
-    if (line.cross > 1) forward_end(line.at(line.cross - 1), true, false);
+    forward_end<A, kHasLam>(line, 0, false, line.cross > 1);
+    if (line.cross > 1) forward_end<A, kHasLam>(line, line.cross - 1, true, false);
   }
 }
 
-template <class A>
-void forward_line(const ForwardLine<A>& line) {
-  if (line.lam.data) {
-    line.has_prev ? forward_line_of<A, true, true>(line) : forward_line_of<A, true, false>(line);
-  } else {
-    line.has_prev ? forward_line_of<A, false, true>(line) : forward_line_of<A, false, false>(line);
+// The lines of a range, one after the other; `line` begins as the range's first line in memory. All is inlined into one
+// loop over copies of the arguments: members behind a reference would be read again for every line.
+template <class A, bool kHasLam>
+void forward_lines(int64_t segment, LineRange range, ForwardLine<A> line, TapLines<A> taps, A* states, int64_t pitch) {
+  const Lines<A> x = line.x, lam = line.lam, h = line.h;
+  for (int64_t k = 0; k < range.count; ++k) {
+    const int64_t l = range.line(k), step = range.first_step + k, odd = step % 2;
+    line.x.data = x.at(l), line.lam.data = lam.at(l), line.h.data = h.at(l), line.taps = taps.at(l);
+    line.prev = states + (1 - odd) * pitch, line.next = states + odd * pitch;
+    step % segment == 0 ? forward_line<A, kHasLam, false>(line) : forward_line<A, kHasLam, true>(line);
   }
 }
 
@@ -128,15 +125,8 @@ void forward(const LineScanCall& call, const LineScanPlan& plan, int64_t index, 
       const Lines<A> lam = load_or_view(view(call.lam), scratch.lam, pitch);
       const Output<T> h(view(call.h), scratch.h, pitch);
       A* states = scratch.states + 2 * c * pitch + item.m;
-      ForwardLine<A> line{call.cross, item.m, item.scalar_taps(), false, x, lam, {}, nullptr, nullptr, h.lines};
-      for (int64_t k = 0; k < range.count; ++k) {
-        const int64_t l = range.line(k), odd = (step + k) % 2;
-        line.x.data = x.at(l), line.lam.data = lam.at(l), line.h.data = h.lines.at(l);
-        line.taps = taps.at(l);
-        line.has_prev = !item.starts_segment(step + k);
-        line.prev = states + (1 - odd) * pitch, line.next = states + odd * pitch;
-        forward_line(line);
-      }
+      const ForwardLine<A> line{call.cross, item.m, item.scalar_taps(), x, lam, {}, nullptr, nullptr, h.lines};
+      (lam.data ? forward_lines<A, true> : forward_lines<A, false>)(call.segment, range, line, taps, states, pitch);
       h.flush();
     }
     step += range.count;

@@ -29,6 +29,7 @@ struct Lines {
   A* data;
   int64_t line, cross;
   GSPN_INLINE A* at(int64_t l) const { return data ? data + l * line : nullptr; }
+  GSPN_INLINE A* position(int64_t p) const { return data + p * cross; }
 };
 
 template <class A, class T>

@@ -19,7 +19,7 @@ namespace {
 
 // A few lines that are staged together: lines [low, low + count) of the image.
 struct LineRange {
-  int64_t low, count;
+  int64_t first_step, low, count;
   int64_t increment;  // from a line to the one scanned next: 1 or -1
   // The line of the range that is scanned k-th.
   int64_t line(int64_t k) const { return increment > 0 ? k : count - 1 - k; }
@@ -76,13 +76,13 @@ struct WorkItem {
   LineRange range_from(int64_t step) const {
     const int64_t line = line_of(step), within = line % plan.tile;
     const int64_t count = minimum(call.reverse ? within + 1 : plan.tile - within, last_step - step);
-    return {call.reverse ? line - count + 1 : line, count, call.reverse ? -1 : 1};
+    return {step, call.reverse ? line - count + 1 : line, count, call.reverse ? -1 : 1};
   }
   // The range whose last step is `step` - 1.
   LineRange range_until(int64_t step) const {
     const int64_t line = line_of(step - 1), within = line % plan.tile;
     const int64_t count = minimum(call.reverse ? plan.tile - within : within + 1, step - first_step);
-    return {call.reverse ? line : line - count + 1, count, call.reverse ? -1 : 1};
+    return {step - count, call.reverse ? line : line - count + 1, count, call.reverse ? -1 : 1};
   }
 
   T* address(const Image& image, int64_t channel, int64_t line) const {
@@ -134,14 +134,18 @@ template <class A, class Step>
 GSPN_INLINE void for_each_element(int64_t count, Step step) {
   int64_t i = 0;
   for (; i + kLanes<A> <= count; i += kLanes<A>) step(Vector<A>{}, i);
-  for (; i < count; ++i) step(Scalar<A>{}, i);
+  for (; i < count; ++i) {
+    asm("");  // too few to be worth the checks that a vectorized loop begins with
+    step(Scalar<A>{}, i);
+  }
 }
 
-// The three taps of one line, from a cross position on; `cross` elements from position to position.
+// The three taps of one line, `cross` elements from position to position.
 template <class A>
 struct TapLine {
   const A* tap[3];
   int64_t cross;
+  GSPN_INLINE const A* position(int k, int64_t p) const { return tap[k] + p * cross; }
 };
 
 // The three taps of a range's lines.

@@ -95,7 +95,9 @@ __attribute__((noinline)) void add_products(const ProductRun<A> run) {
   const int64_t channels = S ? S : run.proxy.channels, count = run.count;
   int64_t s = 0;
   for (; s + SB <= channels; s += SB) add_to_weights<A, O, SB>(run, s);
-  for (; s < channels; ++s) add_to_weights<A, O, 1>(run, s);
+  if constexpr (S == 0 || S % SB != 0) {
+    for (; s < channels; ++s) add_to_weights<A, O, 1>(run, s);
+  }
 
   int64_t p = 0;
   for (; p + P <= count; p += P) maps_to_proxy<A, O, P>(run, p, channels);
@@ -219,9 +221,9 @@ GSPN_INLINE bool backward_pixels(const BackwardLine<A>& line, int64_t p, int64_t
   return true;
 }
 
-template <class A>
-__attribute__((noinline)) void backward_pixels_safely(const BackwardLine<A>& line, int64_t p, int64_t at, int count) {
-  for (int q = 0; q < count; ++q) backward_pixels<A, 0, 1, false, true, true>(line, p + q, at + q);
+template <class A, int S, int P>
+__attribute__((noinline)) void backward_pixels_safely(const BackwardLine<A>& line, int64_t p, int64_t at) {
+  for (int q = 0; q < P; ++q) backward_pixels<A, S, 1, false, true, true>(line, p + q, at + q);
 }
 
 // The gradients of taps that all channels share, for a run of pixels from p on: one lane a pixel.
@@ -275,7 +277,7 @@ void backward_line(const BackwardLine<A>& line) {
       constexpr int P = decltype(number)::value;
       const bool done = backward_pixels<A, S, P, kShared, kPrev, false>(line, p + i, i);
       if constexpr (kPrev && !kShared) {
-        if (!done) backward_pixels_safely<A>(line, p + i, i, P);
+        if (!done) backward_pixels_safely<A, S, P>(line, p + i, i);
       }
     };
     int64_t i = 0;
@@ -370,14 +372,11 @@ struct Backward {
     }
     for (int64_t d = first; d < last; ++d) {
       clear(gradients.direction(d), gradients.direction_size());
-      if (plan.shared) {
-        clear(gradients.taps(d), 3 * call.proxy_channels * L);
-        dispatch_on_proxy_channels<A, true>(call.proxy_channels,
-                                            [&](auto number) { run_direction<decltype(number)::value, true>(d); });
-      } else {
-        dispatch_on_proxy_channels<A, false>(call.proxy_channels,
-                                             [&](auto number) { run_direction<decltype(number)::value, false>(d); });
-      }
+      if (plan.shared) clear(gradients.taps(d), 3 * call.proxy_channels * L);
+      dispatch_on_proxy_channels<A>(call.proxy_channels, [&](auto number) {
+        constexpr int S = decltype(number)::value;
+        plan.shared ? run_direction<S, true>(d) : run_direction<S, false>(d);
+      });
     }
     if (!plan.separate) write_block<T>(tile_of(scratch.dx), call.dx, channels);
   }

@@ -131,11 +131,11 @@ GSPN_INLINE bool is_common(int64_t proxy_channels) {
   return proxy_channels == 2 || proxy_channels == 4 || proxy_channels == 8 || proxy_channels == 16;
 }
 
-// Calls run with the number of proxy channels as a constant where that is faster: a common number, and taps that are
-// shared, in float. There little else is left to do for a pixel. 0 stands for any number.
-template <class A, bool kShared, class Run>
+// Calls run with the number of proxy channels as a constant where it is a common one and the state is float; 0 stands
+// for any number.
+template <class A, class Run>
 void dispatch_on_proxy_channels(int64_t proxy_channels, Run run) {
-  if constexpr (kShared && sizeof(A) == 4) {
+  if constexpr (sizeof(A) == 4) {
     switch (proxy_channels) {
       case 2: return run(Number<2>{});
       case 4: return run(Number<4>{});

@@ -55,15 +55,10 @@ struct Forward {
 
   // Steps [first, last) of direction d over a tile; the state continues from what the steps before have left.
   void scan(int64_t d, const Walk& walk, const Tile<A>& x, const Tile<A>& y, int64_t first, int64_t last) const {
-    if (plan.shared) {
-      dispatch_on_proxy_channels<A, true>(call.proxy_channels, [&](auto number) {
-        scan_with<decltype(number)::value, true>(d, walk, x, y, first, last);
-      });
-    } else {
-      dispatch_on_proxy_channels<A, false>(call.proxy_channels, [&](auto number) {
-        scan_with<decltype(number)::value, false>(d, walk, x, y, first, last);
-      });
-    }
+    dispatch_on_proxy_channels<A>(call.proxy_channels, [&](auto number) {
+      constexpr int S = decltype(number)::value;
+      plan.shared ? scan_with<S, true>(d, walk, x, y, first, last) : scan_with<S, false>(d, walk, x, y, first, last);
+    });
   }
 
   template <int S, bool kShared>

@@ -94,9 +94,9 @@ GSPN_INLINE bool forward_pixels(const ForwardLine<A>& line, int64_t p) {
   return true;
 }
 
-template <class A, bool kGate>
+template <class A, int S, bool kGate>
 __attribute__((noinline)) void forward_pixels_safely(const ForwardLine<A>& line, int64_t p, int count) {
-  for (int q = 0; q < count; ++q) forward_pixels<A, 0, 1, false, true, kGate, true>(line, p + q);
+  for (int q = 0; q < count; ++q) forward_pixels<A, S, 1, false, true, kGate, true>(line, p + q);
 }
 
 template <class A, int S, bool kShared, bool kPrev, bool kGate>
@@ -105,7 +105,7 @@ void forward_line(const ForwardLine<A>& line) {
     constexpr int P = decltype(number)::value;
     const bool done = forward_pixels<A, S, P, kShared, kPrev, kGate, false>(line, p);
     if constexpr (kPrev && !kShared) {
-      if (!done) forward_pixels_safely<A, kGate>(line, p, P);
+      if (!done) forward_pixels_safely<A, S, kGate>(line, p, P);
     }
   };
   int64_t p = 0;
