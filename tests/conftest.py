@@ -47,14 +47,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: "slow" not in item.keywords)
 
 
-@pytest.fixture
-def one_thread() -> None:
-    """Every test runs on one thread."""
-
-
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
-    """No test leaves another number of threads behind, as the commands' ``--threads`` would."""
+    """Every test runs on one thread, and leaves no other number behind, as the commands' ``--threads`` would."""
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)

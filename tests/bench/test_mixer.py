@@ -26,8 +26,6 @@ from gspn.nn import GSPNMixer
 
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_the_exponent_is_fitted():
     assert fitted_exponent([100, 400, 1600], [1.0, 4.0, 16.0]) == pytest.approx(1)

@@ -11,8 +11,6 @@ from gspn.bench import models
 
 QUICK = {"repeats": 1, "min_time": 0.0}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("mode", models.MODES)
 def test_models_are_measured(mode, tmp_path):

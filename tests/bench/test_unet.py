@@ -12,8 +12,6 @@ from gspn.bench.attention import SELF_ATTENTION
 from gspn.bench.unet import GSPN, LOCAL, NO_MIXER, SHARED, UNetSweep
 from gspn.diffusers import GSPNTokenMixer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def sweep() -> UNetSweep:

@@ -14,7 +14,7 @@ pytest.importorskip("sklearn", reason="needs scikit-learn")
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_minimal.py"
 
 
-def test_it_learns_and_writes_its_weights(tmp_path, capsys, one_thread):
+def test_it_learns_and_writes_its_weights(tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("train_minimal", SCRIPT)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)

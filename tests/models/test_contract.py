@@ -23,8 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from gspn.models import GSPN
 from gspn.nn import GSPN2d
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NAMES = timm.list_models("gspn*", module="gspn")
 
 # Parameters, and millions of multiply-adds at the default size of the architecture (weights may have another).

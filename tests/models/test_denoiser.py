@@ -184,7 +184,6 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     assert again.config.scan == {"segment": 2}
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_pipeline_of_diffusers_in_another_process(tmp_path):
     model = small(in_channels=4, out_channels=8, num_class_embeds=10)
     torch.manual_seed(0)

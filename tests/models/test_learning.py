@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import timm
 import torch
 from sklearn.datasets import load_digits
@@ -12,7 +11,6 @@ from torch.nn import functional as F
 import gspn.models  # noqa: F401  (registers the models)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_digits() -> None:
     digits = load_digits()
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(digits.target)))

@@ -18,8 +18,6 @@ from gspn.models import GSPN
 from gspn.models.official_checkpoint import checkpoint_filter_fn
 from official_support import official_logits, official_shapes, random_official_state
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DIMS, DEPTHS, STATE, CLASSES = (8, 16), (1, 2), 3, 5
 SHAPES = official_shapes(DIMS, DEPTHS, state=STATE, classes=CLASSES)
 

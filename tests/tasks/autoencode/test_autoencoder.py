@@ -27,11 +27,6 @@ def tiny(output, *overrides):
     return AutoencodeConfig.from_values(TINY).changed(*overrides, **{"run.output": output})
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread):
-    """Maps as small as these gain nothing from a second one."""
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     torch.set_num_threads(1)
