@@ -1,4 +1,4 @@
-"""Files are replaced as a whole or not at all."""
+"""Files are replaced as a whole or not at all, and read without trust."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from gspn._files import replaced, replaced_directory, write_text
+from gspn._errors import UsageError
+from gspn._files import open_regular, printable, read_json, read_text, replaced, replaced_directory, write_text
 
 
 def interrupted(path, replace) -> None:
@@ -44,3 +45,41 @@ def test_a_replaced_file_has_an_ordinary_files_mode(tmp_path):
     (tmp_path / "ordinary").touch()
     write_text(tmp_path / "report.csv", "")
     assert (tmp_path / "report.csv").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(OSError, match="not a regular file"):
+        open_regular(tmp_path / "pipe.png")
+    (tmp_path / "file").write_bytes(b"abc")
+    with open_regular(tmp_path / "file") as file:
+        assert file.read() == b"abc"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is not JSON: Expecting"),
+        (b"\xff\xfe{\x00}\x00", "is not UTF-8 text: byte 0 is 0xff"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"1" * 5000, "is not JSON: Exceeds the limit"),
+    ],
+)
+def test_a_damaged_json_file_is_one_line(tmp_path, content, message):
+    path = tmp_path / "\x1b[31m.json"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_json(path)
+    assert "\x1b" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_text_is_bounded(tmp_path):
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbfabc")
+    assert read_text(tmp_path / "a") == "abc"
+    with pytest.raises(UsageError, match="more than 3 bytes"):
+        read_text(tmp_path / "a", most=3)
+
+
+def test_control_characters_are_escaped():
+    assert printable("\x1b[2J\r\n\u202e\x9b\udcff\u200b") == "\\x1b[2J\\r\\n\\u202e\\x9b\\xff\\u200b"
+    assert printable("né 犬 👨\u200d👩\u200d👧") == "né 犬 👨\u200d👩\u200d👧"

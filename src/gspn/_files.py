@@ -1,12 +1,21 @@
-"""Files that are written as a whole or not at all, whenever the process or the machine stops."""
+"""Files: written as a whole or not at all, whenever the process or the machine stops; read without trust."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
+import stat
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
+
+from ._errors import UsageError
+
+_MOST_TEXT = 1 << 28  # bytes of a text file, an index of millions of images among them
 
 
 @contextmanager
@@ -68,3 +77,96 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file to read bytes, but not a pipe, a socket or a device, which may never end or never begin.
+
+    Raises:
+        OSError: it cannot be opened, or is not a regular file.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for somebody who writes
+
+    file = open(path, "rb", opener=opener)  # noqa: SIM115  (the caller closes it)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "is not a regular file", os.fspath(path))
+    return file
+
+
+def read_text(path: Path, *, most: int = _MOST_TEXT) -> str:
+    """The text of a file that a person or another program wrote.
+
+    Args:
+        path: the file.
+        most: the limit of bytes.
+
+    Raises:
+        UsageError: it is larger than that, or not UTF-8.
+        OSError: it cannot be read, or is not a regular file.
+    """
+    with open_regular(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise UsageError(f"{printable(path)} has more than {most:,} bytes, too many for a file of text.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{printable(path)} is not UTF-8 text: byte {error.start:,} is {data[error.start]:#04x}."
+        ) from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file that a person or another program wrote.
+
+    Raises:
+        UsageError: it is not JSON.
+        OSError: it cannot be read, or is not a regular file.
+    """
+    return parse_json(read_text(path), printable(path))
+
+
+def parse_json(text: str, what: str) -> Any:
+    """JSON from a file that a person or another program wrote; ``what`` names it in the error.
+
+    Raises:
+        UsageError: it is not JSON, or nested deeper than can be read.
+
+    Example:
+        >>> parse_json('{"red": 1}', "colours.json")
+        {'red': 1}
+        >>> parse_json("[[1]", "colours.json")
+        Traceback (most recent call last):
+        gspn._errors.UsageError: colours.json is not JSON: Expecting ',' delimiter: line 1 column 5 (char 4).
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise UsageError(f"{what} is not JSON that can be read: it is nested too deeply.") from None
+    except ValueError as error:  # also an integer of thousands of digits
+        raise UsageError(f"{what} is not JSON: {error}.") from None
+
+
+def printable(name: object) -> str:
+    r"""A name for messages and tables: control characters, which a terminal would obey, and bytes that are not UTF-8
+    are escaped.
+
+    Example:
+        >>> printable("caf\u00e9 \x1b[31m.png"), printable(os.fsdecode(b"\xff.png"))
+        ('café \\x1b[31m.png', '\\xff.png')
+    """
+    return "".join(_escaped(letter) for letter in str(name))
+
+
+def _escaped(letter: str) -> str:
+    code = ord(letter)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    kind = unicodedata.category(letter)
+    if letter in "\u200c\u200d":  # joiners, of which emoji and some scripts are made
+        return letter
+    # Controls, directions of writing and other formats, surrogates, private and unassigned characters; separators.
+    return letter.encode("unicode_escape").decode() if kind[0] == "C" or kind in ("Zl", "Zp") else letter

@@ -10,11 +10,11 @@ pytest.importorskip("diffusers", reason="needs gspn[diffusers]")
 
 from typer.testing import CliRunner
 
+from gspn._errors import UsageError
 from gspn.cli import app
 from gspn.cli.options import parse_size
 from gspn.tasks import class_conditional
 from gspn.tasks.core.config import read_yaml
-from gspn.tasks.core.errors import UsageError
 
 
 def run(*arguments):

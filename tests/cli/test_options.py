@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from gspn._errors import UsageError
 from gspn.cli.options import parse_size
-from gspn.tasks.core.errors import UsageError
 
 
 @pytest.mark.parametrize(("text", "size"), [("640x480", (640, 480)), ("8X4", (8, 4)), ("64", (64, 64))])

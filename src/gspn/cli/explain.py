@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gspn.tasks.core.errors import require
+from gspn._errors import require
 
 from .messages import failed, one_line_errors, titled_table, wrote
 

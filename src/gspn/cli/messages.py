@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gspn.tasks.core.errors import MissingExtraError, UsageError
+from gspn._errors import MissingExtraError, UsageError
+from gspn._files import printable
 
 
 @contextmanager
@@ -32,18 +33,18 @@ def one_line_errors() -> Iterator[None]:
 def failed(message: str, code: int = 1) -> typer.Exit:
     """Print an error; raise the exit that is returned."""
     if os.environ.get("RANK", "0") == "0":  # once, however many processes stop at it
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(printable(message))}", highlight=False, soft_wrap=True)
     return typer.Exit(code)
 
 
 def warn(message: str) -> None:
     """Print a warning to the error stream."""
-    Console(stderr=True).print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"[yellow]warning:[/] {escape(printable(message))}", highlight=False, soft_wrap=True)
 
 
 def wrote(what: str | Path, rest: str = "") -> None:
     """Say which file or directory was written; ``rest`` may contain rich's markup."""
-    Console().print(f"[dim]wrote[/] {escape(str(what))}{rest}", highlight=False, soft_wrap=True)
+    Console().print(f"[dim]wrote[/] {escape(printable(what))}{rest}", highlight=False, soft_wrap=True)
 
 
 def facts_table(facts: Mapping[str, str]) -> Table:
@@ -52,13 +53,15 @@ def facts_table(facts: Mapping[str, str]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in facts.items():
-        table.add_row(name, escape(text))
+        table.add_row(printable(name), escape("\n".join(map(printable, text.split("\n")))))
     return table
 
 
 def titled_table(title: str, texts: Sequence[str], numbers: Sequence[str] = (), **options: Any) -> Table:
     """A table with a title, columns of text, and columns of numbers, which are aligned to the right."""
-    table = Table(title=escape(title), title_justify="left", title_style="bold", caption_justify="left", **options)
+    table = Table(
+        title=escape(printable(title)), title_justify="left", title_style="bold", caption_justify="left", **options
+    )
     for heading in (*texts, *numbers):
         table.add_column(heading, justify="right" if heading in numbers else "left", no_wrap=True)
     return table

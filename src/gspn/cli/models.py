@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.markup import escape
 
-from gspn.tasks.core.errors import require
+from gspn._errors import require
 
 from .messages import one_line_errors, titled_table
 

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from gspn._errors import UsageError
 from gspn.data.registry import help_text
-from gspn.tasks.core.errors import UsageError
 
 
 class PrecisionName(StrEnum):

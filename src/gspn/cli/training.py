@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from gspn._errors import UsageError
 from gspn.data.registry import help_text
 from gspn.tasks.core.config import write_yaml
-from gspn.tasks.core.errors import UsageError
 from gspn.tasks.core.sections import Configuration
 
 from .messages import facts_table, failed, one_line_errors

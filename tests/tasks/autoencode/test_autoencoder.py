@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gspn._errors import UsageError
 from gspn.tasks.autoencode import AutoencodeConfig, train
-from gspn.tasks.core.errors import UsageError
 from gspn.tasks.diffusion.autoencoder import load_autoencoder
 from tasks.runs import assert_same, newest_state, rows, stopped_before
 

@@ -12,10 +12,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
+from gspn._errors import UsageError
 from gspn.cli import app
 from gspn.tasks.class_conditional import evaluate
 from gspn.tasks.class_conditional.evaluation import Classifier
-from gspn.tasks.core.errors import UsageError
 from gspn.tasks.diffusion import evaluation
 from gspn.tasks.diffusion.features import FeatureModel, Features
 

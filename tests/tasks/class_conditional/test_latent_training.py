@@ -12,13 +12,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from gspn._errors import UsageError
 from gspn.cli import app
 from gspn.tasks.class_conditional import sample, train
 from gspn.tasks.class_conditional.data import open_data_of
 from gspn.tasks.class_conditional.model import load_pipeline
 from gspn.tasks.core.config import read_yaml
 from gspn.tasks.core.devices import make_accelerator
-from gspn.tasks.core.errors import UsageError
 from gspn.tasks.core.progress import Reporter
 from gspn.tasks.core.task import Context
 from tasks.class_conditional.latent_runs import autoencoder, cached, latent_run

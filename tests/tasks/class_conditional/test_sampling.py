@@ -11,10 +11,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from typer.testing import CliRunner
 
+from gspn._errors import UsageError
 from gspn.cli import app
 from gspn.diffusers import ClassConditionalPipeline, GSPNDenoiser2DModel
 from gspn.tasks.class_conditional import DiffusionConfig, sample
-from gspn.tasks.core.errors import UsageError
 from gspn.tasks.diffusion.schedulers import training_scheduler
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from gspn._errors import UsageError
 from gspn.data import open_dataset
 from gspn.tasks.class_conditional import load_pipeline, sample, shipped_pipelines
 from gspn.tasks.classify import predict
-from gspn.tasks.core.errors import UsageError
 
 SHIPPED = shipped_pipelines()
 

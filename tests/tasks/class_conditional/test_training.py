@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from gspn._errors import UsageError
 from gspn.tasks.class_conditional import ClassConditionalConfig, train
 from gspn.tasks.class_conditional.model import load_pipeline
 from gspn.tasks.core.config import read_yaml
-from gspn.tasks.core.errors import UsageError
 from tasks.class_conditional.class_conditional_runs import tiny
 from tasks.runs import assert_same, newest_state, rows, stopped_before
 

@@ -8,11 +8,11 @@ import pytest
 import timm
 from PIL import Image
 
+from gspn._errors import UsageError
 from gspn.data import open_dataset
 from gspn.tasks.classify import evaluate, predict
 from gspn.tasks.classify.confusion import plot_confusion, save_confusion
 from gspn.tasks.classify.evaluation import Evaluation
-from gspn.tasks.core.errors import UsageError
 from tasks.runs import newest_state, rows
 
 

@@ -10,8 +10,8 @@ import timm
 import torch
 from safetensors import safe_open
 
+from gspn._errors import UsageError
 from gspn.tasks.classify import TrainConfig, train
-from gspn.tasks.core.errors import UsageError
 from tasks.classify.runs import RANDOM, tiny
 from tasks.runs import assert_same, newest_state, rows, stopped_before
 

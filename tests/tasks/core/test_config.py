@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from gspn._errors import UsageError
 from gspn.tasks.autoencode import AutoencodeConfig
 from gspn.tasks.class_conditional import ClassConditionalConfig
 from gspn.tasks.classify import TrainConfig
 from gspn.tasks.core.config import read_yaml, settings, to_mapping, write_yaml
-from gspn.tasks.core.errors import UsageError
 from gspn.tasks.text_to_image.distill import DistillConfig
 from gspn.tasks.text_to_image.train import TextToImageConfig
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gspn.tasks.core.errors import UsageError
+from gspn._errors import UsageError
 from gspn.tasks.core.loaders import ShareBatches, UpdateBatches
 
 

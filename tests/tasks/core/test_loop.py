@@ -14,7 +14,7 @@ from rich.console import Console
 pytest.importorskip("timm", reason="needs gspn[train]")
 pytest.importorskip("accelerate", reason="needs gspn[train]")
 
-from gspn.tasks.core.errors import UsageError
+from gspn._errors import UsageError
 from gspn.tasks.core.loop import fit
 from tasks.core.toy import resume, toy
 from tasks.processes import kill_at_random, start, start_many

@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from gspn.tasks.core.errors import UsageError
+from gspn._errors import UsageError
 from gspn.tasks.diffusion.features import feature_model
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gspn.tasks.core.errors import UsageError
+from gspn._errors import UsageError
 from gspn.tasks.diffusion.image_grid import draw_grid, draw_prompts
 from gspn.tasks.diffusion.images import ImageRecord, export_npz, is_sampled, open_images, read_record, save_png
 

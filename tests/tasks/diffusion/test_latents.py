@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from gspn._errors import UsageError
 from gspn.cli import app
 from gspn.data import open_dataset
 from gspn.tasks.class_conditional import open_latents
-from gspn.tasks.core.errors import UsageError
 from gspn.tasks.diffusion.autoencoder import load_autoencoder
 from gspn.tasks.diffusion.digests import weights_digest
 from gspn.tasks.diffusion.transforms import image_transform

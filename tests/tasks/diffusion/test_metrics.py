@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from gspn.tasks.core.errors import UsageError
+from gspn._errors import UsageError
 from gspn.tasks.diffusion.metrics import (
     frechet_distance,
     inception_score,

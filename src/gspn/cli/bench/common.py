@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gspn.tasks.core.errors import require
+from gspn._errors import require
 
 from ..messages import failed, titled_table, wrote
 

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from gspn.tasks.core.errors import require
+from gspn._errors import require
 
 from .common import Layout, Run, bench_command, choice, hardware, layout, peak, ratio, results_table, write_files
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gspn.tasks.core.errors import require
+from gspn._errors import require
 
 from .common import Run, Slowest, bench_command, choice, count, run_sweep
 

@@ -75,7 +75,7 @@ def sample(
     """
     with one_line_errors():
         width, height = (None, None) if size is None else parse_size(size)
-        from gspn.tasks.core.errors import UsageError
+        from gspn._errors import UsageError
         from gspn.tasks.text_to_image.sample import UpscalingConfig
         from gspn.tasks.text_to_image.sample import sample as run
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from ..._errors import UsageError
 from ..core.config import setting
-from ..core.errors import UsageError
 from ..core.sections import Configuration, EmaConfig, ImageData, ModelExecution, OptimConfig, RunConfig, ScheduleConfig
 from ..diffusion.autoencoder import vae_scale_factor
 

@@ -12,8 +12,8 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..._errors import UsageError, require
 from ..._files import replaced_directory
-from ..core.errors import UsageError, require
 from ..core.loaders import EvalLoader, open_data
 from ..core.loop import fit
 from ..core.metrics_table import EpochRow, metric

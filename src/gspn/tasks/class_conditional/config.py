@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from ..._errors import UsageError
 from ..core import sections
 from ..core.config import setting
-from ..core.errors import UsageError
 from ..core.sections import Configuration, EmaConfig, ImageData, ModelExecution, OptimConfig, RunConfig, ScheduleConfig
 from ..diffusion.config import DiffusionConfig
 

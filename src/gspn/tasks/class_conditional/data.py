@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.errors import UsageError
+from ..._errors import UsageError
 from ..core.loaders import EvalLoader, TrainLoader, class_names, open_data
 from ..core.task import Context
 from ..diffusion.latents import LatentSet, open_latents, sample_posterior

@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from ..core.errors import UsageError
+from ..._errors import UsageError
 from ..diffusion.evaluation import ImageMetrics, compare_images
 from ..diffusion.image_grid import draw_grid
 from ..diffusion.images import ImageSet, open_images, save_png

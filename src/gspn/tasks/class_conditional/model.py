@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.errors import UsageError, nearest, require
+from ..._errors import UsageError, nearest, require
 from .config import ClassConditionalConfig
 
 _DIT = {

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from ..._errors import UsageError
 from ..core.devices import make_accelerator
-from ..core.errors import UsageError
 from ..core.progress import progress_bar
 from ..core.seeding import derived_seed
 from ..diffusion.image_grid import draw_grid

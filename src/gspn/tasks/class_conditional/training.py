@@ -11,8 +11,8 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..._errors import require
 from ..._files import replaced_directory
-from ..core.errors import require
 from ..core.loop import fit
 from ..core.metrics_table import EpochRow, metric
 from ..core.seeding import random_state_kept

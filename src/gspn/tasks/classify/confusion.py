@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..._errors import UsageError, require
 from ..._files import replaced
-from ..core.errors import UsageError, require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

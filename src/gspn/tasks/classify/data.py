@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core.errors import UsageError, require
+from ..._errors import UsageError, require
 from ..core.loaders import class_names, open_data
 from .config import AugmentConfig, DataConfig
 from .model import Preprocessing

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..._errors import UsageError, require
 from ..._files import write_text
 from ..core.devices import make_accelerator, peak_memory_mib, process_info, to_device
-from ..core.errors import UsageError, require
 from ..core.loaders import class_names, open_data, share_loader
 from ..core.progress import progress_bar
 from .model import label_names, load_model, resolve_preprocessing

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..._errors import UsageError, nearest, require
 from ..._files import replaced, write_text
-from ..core.errors import UsageError, nearest, require
 from .config import ModelConfig
 
 if TYPE_CHECKING:

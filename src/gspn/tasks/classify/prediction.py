@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..core.errors import require
+from ..._errors import require
 from .model import label_names, load_model, resolve_preprocessing
 
 

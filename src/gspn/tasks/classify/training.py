@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..core.errors import require
+from ..._errors import require
 from ..core.loaders import class_names
 from ..core.loop import fit
 from ..core.metrics_table import EpochRow, metric

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from .errors import UsageError, nearest, require
+from ..._errors import UsageError, nearest, require
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], parent: str = "") -> T
         Optim(lr=0.0005)
         >>> from_mapping(Optim, {"rl": 5e-4})
         Traceback (most recent call last):
-        gspn.tasks.core.errors.UsageError: unknown configuration key 'rl'; did you mean 'lr'?
+        gspn._errors.UsageError: unknown configuration key 'rl'; did you mean 'lr'?
     """
     if not isinstance(values, Mapping):
         raise UsageError(f"{parent or 'the configuration'} is {values!r}, not a mapping of keys to values.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import UsageError, require
+from ..._errors import UsageError, require
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import data as torch_data
 
-from .errors import MissingExtraError, UsageError, require
+from ..._errors import MissingExtraError, UsageError, require
 from .seeding import derived_seed
 
 

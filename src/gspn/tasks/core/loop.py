@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..._errors import UsageError, require
 from ..._files import replaced, write_text
 from .checkpoints import CheckpointStore
 from .config import read_yaml, to_mapping, write_yaml
 from .devices import distributed_context, make_accelerator, peak_memory_mib
-from .errors import UsageError, require
 from .metrics_table import MetricsTable, Row
 from .optimization import make_optimizer, make_scheduler
 from .progress import Reporter

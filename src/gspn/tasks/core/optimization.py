@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import UsageError, require
+from ..._errors import UsageError, require
 from .sections import OptimConfig, ScheduleConfig
 from .task import Resolved
 

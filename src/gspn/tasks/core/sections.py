@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+from ..._errors import UsageError, nearest
 from .config import (
     assigned,
     check_choice,
@@ -20,7 +21,6 @@ from .config import (
     settings,
     to_mapping,
 )
-from .errors import UsageError, nearest
 
 
 @dataclass(frozen=True)

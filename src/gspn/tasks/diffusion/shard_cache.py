@@ -21,10 +21,10 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 from rich.console import Console
 from torch import Tensor
 
+from ..._errors import UsageError, require
 from ..._files import replaced, write_text
 from ..core.config import flat, from_mapping, to_mapping
 from ..core.devices import distributed_context, make_accelerator
-from ..core.errors import UsageError, require
 from ..core.progress import progress_bar
 from .digests import file_digest
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core.errors import require
+from ..._errors import require
 
 
 def image_transform(size: int, channels: int = 3, *, crop: int | None = None, hflip: float = 0.0) -> Any:

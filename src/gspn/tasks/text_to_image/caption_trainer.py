@@ -12,8 +12,8 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..._errors import require
 from ..core.devices import distributed_context, make_accelerator
-from ..core.errors import require
 from ..core.loop import fit, refuse_existing
 from ..core.metrics_table import EpochRow, metric
 from ..core.seeding import derived_seed, random_state_kept

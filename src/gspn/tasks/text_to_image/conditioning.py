@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import UsageError
+from ..._errors import UsageError
 
 _TEXT_TIME = "text_time"
 

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..core.errors import require
+from ..._errors import require
 from ..core.loaders import EvalLoader, TrainLoader, open_data, seeded_loader, share_loader
 from ..diffusion.latent_cache import cache_latents
 from ..diffusion.latents import LatentSet, open_latents, sample_posterior

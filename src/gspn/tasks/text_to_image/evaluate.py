@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from ..core.errors import UsageError
+from ..._errors import UsageError
 from ..core.loaders import open_data
 from ..diffusion.evaluation import ImageMetrics, compare_images
 from ..diffusion.images import open_images, read_images, read_record

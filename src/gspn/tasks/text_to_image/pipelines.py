@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..core.errors import MissingExtraError, UsageError, nearest, require
+from ..._errors import MissingExtraError, UsageError, nearest, require
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 """The pipelines of diffusers that are supported."""

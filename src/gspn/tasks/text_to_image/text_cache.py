@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..core.errors import UsageError
+from ..._errors import UsageError
 from ..diffusion.digests import digest, weights_digest
 from ..diffusion.shard_cache import CacheIndex, CacheWriter, ShardReader
 from .conditioning import Conditioning, encode_nothing, encode_prompts, encoders_on

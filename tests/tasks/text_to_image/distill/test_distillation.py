@@ -9,8 +9,8 @@ import torch
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save_file
 
+from gspn._errors import UsageError
 from gspn.diffusers import GSPNAdapter
-from gspn.tasks.core.errors import UsageError
 from gspn.tasks.text_to_image.distill import DistillConfig, distill
 from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
 from gspn.tasks.text_to_image.sample import sample

@@ -10,8 +10,8 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_support import inputs, make_unet
+from gspn._errors import UsageError
 from gspn.diffusers import GSPNAdapter
-from gspn.tasks.core.errors import UsageError
 from gspn.tasks.text_to_image.conditioning import Conditioning, encode_prompts, unet_arguments
 from gspn.tasks.text_to_image.decoding import tiles, to_pixels
 from gspn.tasks.text_to_image.sample import SampleRequest, estimate, sampling

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from gspn._errors import UsageError
 from gspn.diffusers import GSPNTokenMixer
-from gspn.tasks.core.errors import UsageError
 from gspn.tasks.diffusion.schedulers import named_scheduler
 from gspn.tasks.text_to_image.conditioning import encode_nothing, encode_prompts
 from gspn.tasks.text_to_image.sample import stage_runner

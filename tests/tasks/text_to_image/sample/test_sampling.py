@@ -13,8 +13,8 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
+from gspn._errors import UsageError
 from gspn.cli import app
-from gspn.tasks.core.errors import UsageError
 from gspn.tasks.diffusion.schedulers import named_scheduler
 from gspn.tasks.text_to_image.conditioning import encode_nothing, encode_prompts
 from gspn.tasks.text_to_image.decoding import to_images, to_latents, to_pixels

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gspn.tasks.core.errors import UsageError
+from gspn._errors import UsageError
 from gspn.tasks.text_to_image.pipelines import load_pipeline
 from gspn.tasks.text_to_image.sample import sample
 from gspn.tasks.text_to_image.train import TextToImageConfig, train

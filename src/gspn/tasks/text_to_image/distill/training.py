@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from gspn.diffusers import GSPNAdapter
 
+from ...._errors import UsageError
 from ...._files import replaced_directory
-from ...core.errors import UsageError
 from ...core.metrics_table import metric
 from ...core.seeding import derived_seed, random_state_kept, seed_everything
 from ...core.task import Context, TrainingResult

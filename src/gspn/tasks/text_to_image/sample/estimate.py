@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ...core.errors import UsageError
+from ...._errors import UsageError
 from ...diffusion.autoencoder import vae_scale_factor
 from ..conditioning import Conditioning, unet_arguments
 from ..decoding import tile_sides

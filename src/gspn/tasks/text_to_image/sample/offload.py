@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import UsageError
+from ...._errors import UsageError
 
 OFFLOADS = ("none", "auto", "model", "activations", "all")
 """The parts to keep in host memory: none, those that do not fit, whole models, skip tensors, or both."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gspn.diffusers import GSPNTokenMixer
 
-from ...core.errors import UsageError
+from ...._errors import UsageError
 from ..conditioning import Conditioning, recorded_map_sizes
 from .denoising import GuidanceInputs, first_step, noise_level, predict
 from .estimate import unet_cost

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from ...core.errors import UsageError
+from ...._errors import UsageError
 from ...diffusion.digests import fingerprint
 from ...diffusion.images import ImageRecord, is_sampled, save_png
 from ...diffusion.schedulers import check_chain, named_scheduler

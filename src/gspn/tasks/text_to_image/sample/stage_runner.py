@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from ...._errors import UsageError, require
 from ...._files import write_text
-from ...core.errors import UsageError, require
 from ...diffusion.digests import digest
 from ...diffusion.shard_cache import save_tensors, short
 from ..decoding import to_latents, to_pixels

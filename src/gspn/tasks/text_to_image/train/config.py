@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from ...._errors import UsageError
 from ...core.config import setting
-from ...core.errors import UsageError
 from ...core.sections import Configuration, EmaConfig, ModelExecution, OptimConfig, RunConfig, ScheduleConfig
 from ..config import DataConfig, SamplesConfig
 

@@ -10,8 +10,8 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from ...._errors import UsageError, require
 from ...._files import replaced_directory
-from ...core.errors import UsageError, require
 from ...core.seeding import derived_seed, random_state_kept
 from ...core.task import Context, TrainingResult
 from ...diffusion.autoencoder import load_autoencoder, vae_scale_factor

@@ -30,7 +30,7 @@ def require(*modules: str, extra: str = "train") -> ModuleType:
         'json'
         >>> require("no_such_package")
         Traceback (most recent call last):
-        gspn.tasks.core.errors.MissingExtraError: this needs no_such_package; pip install 'gspn[train]'
+        gspn._errors.MissingExtraError: this needs no_such_package; pip install 'gspn[train]'
     """
     imported = []
     for name in modules:
