@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from PIL import Image
@@ -47,6 +48,13 @@ class LabelledImages(Dataset):
         del basename, absolute
         return f"{self.name}/{index}"
 
+    def identity(self) -> str:
+        """A digest of what the images are: the name and the class of each, in their order, but no pixels.
+
+        It does not depend on where the files are, so that a run can be resumed after its data were moved.
+        """
+        return digest_of(f"{self.filename(i)}\0{self.target(i)}" for i in range(len(self)))
+
     def _sample(self, index: int) -> tuple[Image.Image, int]:
         return self.image(index), self.target(index)
 
@@ -58,6 +66,19 @@ class LabelledImages(Dataset):
 
     def __repr__(self) -> str:
         return f"<{self.name}: {len(self)} images, {len(self.classes)} classes>"
+
+
+def digest_of(parts: Iterable[str]) -> str:
+    """A digest of texts in their order, also of names that are not UTF-8.
+
+    Example:
+        >>> digest_of(["a", "b"]) == digest_of(["ab"])
+        False
+    """
+    hasher = hashlib.sha256()
+    for part in parts:
+        hasher.update(part.encode("utf-8", "surrogatepass") + b"\n\0")
+    return hasher.hexdigest()[:32]
 
 
 class Wrapped(Dataset):
