@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from data_support import bomb, folder, jpeg, png
+from gspn._errors import UsageError
 from gspn.data import (
     CorruptImages,
     CorruptImageWarning,
@@ -83,7 +84,7 @@ def test_a_folder_of_nothing_sound_is_an_error(tmp_path) -> None:
     for path in root.rglob("*.png"):
         path.write_bytes(b"")
     dataset = SkipCorrupt(open_dataset("folder", "train", root=root), training=True)
-    with pytest.raises(RuntimeError, match=r"2 images in a row are corrupt, from index 0; .*cat/0.png"):
+    with pytest.raises(UsageError, match=r"all 2 images are corrupt, from index 0 on; .*cat/0.png"):
         dataset[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +20,22 @@ from gspn._files import printable
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn errors into one line: exit code 2 for a wrong request, 1 for a missing package or file."""
+    """Turn errors into one line: exit code 2 for a wrong request, 1 for a missing package or file.
+
+    Warnings of this package become one line too.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            shown = warnings.showwarning
+
+            def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+                if category.__module__.startswith("gspn."):
+                    warn(str(message))
+                else:
+                    shown(message, category, *where, **more)
+
+            warnings.showwarning = show
+            yield
     except UsageError as error:
         raise failed(str(error), 2) from None
     except MissingExtraError as error:
@@ -38,7 +52,9 @@ def failed(message: str, code: int = 1) -> typer.Exit:
 
 
 def warn(message: str) -> None:
-    """Print a warning to the error stream."""
+    """Print a warning to the error stream, once however many processes warn."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     Console(stderr=True).print(f"[yellow]warning:[/] {escape(printable(message))}", highlight=False, soft_wrap=True)
 
 

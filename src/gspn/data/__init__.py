@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .base import LabelledImages
+    from .base import LabelledImages, Relabelled
     from .captions.base import CaptionedImages
     from .captions.emoji import EmojiCaptions
     from .corrupt_images import CorruptImages, CorruptImageWarning, SkipCorrupt, collate
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_PIXELS", "CaptionedImages", "CorruptImageError", "CorruptImageWarning", "CorruptImages",
     "DeterministicAugmentation", "Digits", "Emoji", "EmojiCaptions", "EmojiRecord", "LabelledImages", "LeftOut",
-    "LeftOutWarning", "MNIST5k", "SkipCorrupt", "class_of", "collate", "help_text", "image_files", "index_of_classes",
-    "load_image", "natural_order", "open_captions", "open_dataset", "to_rgb", "trimmed",
+    "LeftOutWarning", "MNIST5k", "Relabelled", "SkipCorrupt", "class_of", "collate", "help_text", "image_files",
+    "index_of_classes", "load_image", "natural_order", "open_captions", "open_dataset", "to_rgb", "trimmed",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "LabelledImages": ".base",
+        **dict.fromkeys(("LabelledImages", "Relabelled"), ".base"),
         "CaptionedImages": ".captions.base",
         "EmojiCaptions": ".captions.emoji",
         **dict.fromkeys(("CorruptImages", "CorruptImageWarning", "SkipCorrupt", "collate"), ".corrupt_images"),

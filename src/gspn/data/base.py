@@ -122,3 +122,28 @@ class Wrapped(Dataset):
         """The name of sample ``index``."""
         inner = getattr(self.dataset, "filename", None)
         return f"{self.name}/{index}" if inner is None else inner(index, basename, absolute)
+
+
+class Relabelled(Wrapped):
+    """A map-style data set whose targets are the indices of the same class names in another order.
+
+    Raises:
+        ValueError: ``classes`` are other names.
+    """
+
+    def __init__(self, dataset: Dataset, classes: Sequence[str]) -> None:
+        super().__init__(dataset)
+        index = {name: i for i, name in enumerate(classes)}
+        own = super().classes
+        if set(own) != set(index):
+            raise ValueError(f"{self.name} has the classes {own[:10]} and not {list(classes)[:10]}.")
+        self._classes, self._index = list(classes), [index[name] for name in own]
+
+    @property
+    def classes(self) -> list[str]:
+        """The names in their new order."""
+        return self._classes
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, target = self.dataset[index]
+        return image, self._index[target] if target >= 0 else target

@@ -215,7 +215,7 @@ def test_broken_images_are_named_and_left_out(vae, folder, tmp_path, workers):
 def test_no_image_at_all(vae, folder, tmp_path):
     for path in folder.rglob("*.png"):
         path.write_bytes(b"no image")
-    with pytest.raises(UsageError, match="9 images in a row are corrupt"):
+    with pytest.raises(UsageError, match="all 9 images are corrupt"):
         cached(vae, tmp_path / "out", data="folder", root=folder)
 
 
