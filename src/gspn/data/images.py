@@ -24,7 +24,7 @@ _EXTENSIONS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "WEBP": (".webp",),
     "GIF": (".gif",),
-    "BMP": (".bmp", ".dib"),
+    "BMP": (".bmp",),
     "TIFF": (".tif", ".tiff"),
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
     "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -147,8 +148,7 @@ def open_with_timm(
     if isinstance(dataset, ImageDataset):
         folders = [] if location is None else [location]
         if not folders:
-            from datasets import config
-
+            config = importlib.import_module("datasets").config
             folders = [str(config.HF_DATASETS_CACHE), str(config.HF_HUB_CACHE)]
         return HubImages(dataset.reader, name, folders, transform, max_pixels)
     return TorchvisionImages(dataset, name, transform)
