@@ -20,21 +20,9 @@ from gspn._files import printable
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn errors into one line: exit code 2 for a wrong request, 1 for a missing package or file.
-
-    Warnings of this package become one line too.
-    """
+    """Turn errors into one line: exit code 2 for a wrong request, 1 for a missing package or file."""
     try:
-        with warnings.catch_warnings():
-            shown = warnings.showwarning
-
-            def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-                if category.__module__.startswith("gspn."):
-                    warn(str(message))
-                else:
-                    shown(message, category, *where, **more)
-
-            warnings.showwarning = show
+        with _one_line_warnings():
             yield
     except UsageError as error:
         raise failed(str(error), 2) from None
@@ -42,6 +30,22 @@ def one_line_errors() -> Iterator[None]:
         raise failed(str(error)) from None
     except OSError as error:
         raise failed(f"{error.filename or 'a file'}: {error.strerror or error}.") from None
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Print each warning of this package in one line, from the first process only."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not category.__module__.startswith("gspn."):
+                shown(message, category, *where, **more)
+            elif os.environ.get("RANK", "0") == "0":
+                warn(str(message))
+
+        warnings.showwarning = show
+        yield
 
 
 def failed(message: str, code: int = 1) -> typer.Exit:
@@ -52,9 +56,7 @@ def failed(message: str, code: int = 1) -> typer.Exit:
 
 
 def warn(message: str) -> None:
-    """Print a warning to the error stream, once however many processes warn."""
-    if os.environ.get("RANK", "0") != "0":
-        return
+    """Print a warning to the error stream."""
     Console(stderr=True).print(f"[yellow]warning:[/] {escape(printable(message))}", highlight=False, soft_wrap=True)
 
 

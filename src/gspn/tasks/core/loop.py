@@ -158,10 +158,9 @@ class _Run(Generic[Row]):
         if resume and path.is_file():
             saved = read_yaml(path.read_text(encoding="utf-8"), str(path))
             for key, (old, new) in self.config.differences(saved, resolved).items():
-                remedy = "Restore the data" if key.endswith(("_files", "_classes")) else "Leave it out"
                 raise UsageError(
                     f"{key} is {new!r}, and the run in {str(self.output)!r} has {old!r}; a resumed run keeps it. "
-                    f"{remedy}, or start another run with --output."
+                    "Leave it out, or start another run with --output."
                 )
         self.accelerator.wait_for_everyone()
         if self.main:

@@ -215,7 +215,9 @@ def _from_folder(path: Path, size: tuple[int, int] | None, limit: int | None) ->
     files = [file for file in found if file not in grids]
     left_out.add(_GRID, *sorted(grids))
     if left_out:
-        warnings.warn(f"{printable(path)}: {left_out}", data.LeftOutWarning, stacklevel=3)
+        warnings.warn(
+            f"{printable(path)}: {left_out}", data.LeftOutWarning, stacklevel=2
+        )  # of one place, so it is said once
     folders = {name: i for i, name in enumerate(data.natural_order({data.class_of(file) for file in files} - {""}))}
 
     def read(file: str) -> tuple[Image.Image, int, str | None]:

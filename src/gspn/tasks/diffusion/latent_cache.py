@@ -120,6 +120,7 @@ def cache_latents(
     count = len(images)
     source = str(vae) if isinstance(vae, str | Path) else "vae"
     config = {key: value for key, value in autoencoder.config.items() if not key.startswith("_")}
+    begun = LatentIndex.read(directory)
     request = LatentIndex(
         rows=count,
         shard_size=shard_size,
@@ -129,7 +130,7 @@ def cache_latents(
             name=data,
             split=split,
             options=json.loads(json.dumps(options, default=str)),
-            names=_names_of(images, directory),
+            names=_names_of(images, old=begun is not None and len(begun.data.names) == _SHORT),
             classes=[] if getattr(images, "classes", None) == [] else class_names(images),
             size=size,
         ),
@@ -165,10 +166,10 @@ def cache_latents(
     return CachedLatents(directory, index, made, broken, time.perf_counter() - start, is_main)
 
 
-def _names_of(images: Any, directory: Path) -> str:
-    """A digest of the names and classes of all images; of the names of some in a directory that has such a one."""
-    begun, count = LatentIndex.read(directory), len(images)
-    if begun is None or len(begun.data.names) != _SHORT:
+def _names_of(images: Any, *, old: bool) -> str:
+    """A digest of the names and classes of all images; or that of some names which version 0.1.0 wrote."""
+    count = len(images)
+    if not old:
         return images.identity() if hasattr(images, "identity") else digest([list(map(images.filename, range(count)))])
     named = [str(images.filename(i * count // _NAMED)) for i in range(min(_NAMED, count))]
     return digest(["\0".join(named).encode("utf-8", "surrogatepass")])[:_SHORT]
