@@ -34,14 +34,15 @@ def one_line_errors() -> Iterator[None]:
 
 @contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    """Print each warning of this package in one line, from the first process only."""
+    """Print each warning of this package once and in one line, from the first process only."""
     with warnings.catch_warnings():
-        shown = warnings.showwarning
+        shown, said = warnings.showwarning, set[str]()
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
             if not category.__module__.startswith("gspn."):
                 shown(message, category, *where, **more)
-            elif os.environ.get("RANK", "0") == "0":
+            elif os.environ.get("RANK", "0") == "0" and str(message) not in said:
+                said.add(str(message))
                 warn(str(message))
 
         warnings.showwarning = show
