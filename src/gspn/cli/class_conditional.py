@@ -135,8 +135,8 @@ def sample(
     with one_line_errors():
         width, height = (None, None) if size is None else parse_size(size)
         result = task.sample(
-            model, output=output, classes=None if classes is None else [int(k) if k.isdigit() else k for k in classes],
-            number=number, seed=seed, guidance=guidance, steps=steps, scheduler=scheduler, height=height, width=width,
+            model, output=output, classes=classes, number=number, seed=seed, guidance=guidance, steps=steps,
+            scheduler=scheduler, height=height, width=width,
             batch_size=batch_size, precision=precision.value, device=device.value, grid=grid, console=Console(),
         )  # fmt: skip
         if result.is_main:

@@ -15,6 +15,7 @@ from gspn._errors import UsageError
 from gspn.cli import app
 from gspn.diffusers import ClassConditionalPipeline, GSPNDenoiser2DModel
 from gspn.tasks.class_conditional import DiffusionConfig, sample
+from gspn.tasks.class_conditional.sampling import _number_or_name
 from gspn.tasks.diffusion.schedulers import training_scheduler
 
 
@@ -165,3 +166,8 @@ def test_training_from_the_command(tmp_path):
     result = run(app, ["class-conditional", "presets"])
     assert result.exit_code == 0 and "mnist5k" in result.output
     assert run(app, ["class-conditional", "preset", "mnist5k"]).output.startswith("#")
+
+
+def test_a_name_that_is_a_number_is_a_name():
+    names = {"1": 0, "2": 1, "10": 2}
+    assert [_number_or_name(one, names) for one in ("1", "10", "0", 1, "cat", "²")] == ["1", "10", 0, 1, "cat", "²"]
