@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from ..._errors import UsageError
+from ..._timesteps import set_timesteps
 from ..core.devices import make_accelerator
 from ..core.progress import progress_bar
 from ..core.seeding import derived_seed
@@ -106,6 +107,7 @@ def sample(
     total = 8 * len(labels) if number is None else number
     if total < 1 or batch_size < 1 or steps < 1:
         raise UsageError(f"number {total}, batch size {batch_size} and steps {steps} have to be at least 1.")
+    set_timesteps(pipeline.scheduler, steps)  # refuses too many, before anything is drawn
     accelerator = make_accelerator(precision=precision, device=device)
     pipeline.to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
@@ -148,7 +150,7 @@ def sample_records(
 
     Height and width are those of the training by default.
     """
-    names, side = {number: name for name, number in pipeline.labels.items()}, pipeline.default_size
+    names, side = {int(key): name for key, name in pipeline.config["id2label"].items()}, pipeline.default_size
     common |= {"height": side if height is None else height, "width": side if width is None else width}
     common["scheduler"] = type(pipeline.scheduler).__name__
     chosen = [labels[i % len(labels)] for i in range(total)]
