@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..._errors import UsageError
+from ..._files import file_digest
 from .autoencoder import load_autoencoder
-from .digests import file_digest, weights_digest
+from .digests import weights_digest
 from .shard_cache import INDEX, CacheIndex, ShardReader
 
 AUTOENCODER = "vae"

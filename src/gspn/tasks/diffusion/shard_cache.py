@@ -22,11 +22,10 @@ from rich.console import Console
 from torch import Tensor
 
 from ..._errors import UsageError, require
-from ..._files import replaced, write_text
+from ..._files import file_digest, replaced, short, write_text
 from ..core.config import flat, from_mapping, to_mapping
 from ..core.devices import distributed_context, make_accelerator
 from ..core.progress import progress_bar
-from .digests import file_digest
 
 INDEX = "index.json"
 
@@ -308,9 +307,3 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     save = require("safetensors.torch").save_file
     with replaced(path) as part:
         save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, metadata=metadata)
-
-
-def short(value: Any) -> str:
-    """The value as errors show it: at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
