@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..._errors import UsageError, require
-from ..._files import replaced_directory
+from ..._files import printable, replaced_directory
 from ..core.loaders import class_names, make_loader, open_data
 from .autoencoder import load_autoencoder, vae_scale_factor
 from .digests import digest, weights_digest
@@ -23,7 +23,7 @@ from .latents import AUTOENCODER, ImagesRecord, LatentIndex, VaeRecord
 from .shard_cache import CacheWriter
 from .transforms import image_transform
 
-# The names of so many images, evenly spread, tell one folder from another at no cost.
+# Caches of version 0.1.0 have a digest of the names of so many images, evenly spread.
 _NAMED = 64
 
 
@@ -116,7 +116,7 @@ def cache_latents(
         images = open_data(data, split, root, **options)
         class_names(images)  # a class-conditional model needs them
     count = len(images)
-    named = [str(images.filename(i * count // _NAMED)) for i in range(min(_NAMED, count))]
+    begun = LatentIndex.read(directory)
     source = str(vae) if isinstance(vae, str | Path) else "vae"
     config = {key: value for key, value in autoencoder.config.items() if not key.startswith("_")}
     request = LatentIndex(
@@ -128,7 +128,7 @@ def cache_latents(
             name=data,
             split=split,
             options=json.loads(json.dumps(options, default=str)),
-            names=digest(["\0".join(named).encode()])[:16],
+            names=_names_digest(images, some=begun is not None and len(begun.data.names) == 16),
             classes=[] if getattr(images, "classes", None) == [] else class_names(images),
             size=size,
         ),
@@ -154,6 +154,15 @@ def cache_latents(
     index, made, is_main = writer.write(precision=precision, device=device, console=console or Console())
     broken = tuple(name for shard in index.shards for name in shard.broken)
     return CachedLatents(directory, index, made, broken, time.perf_counter() - start, is_main)
+
+
+def _names_digest(images: Any, *, some: bool) -> str:
+    """A digest of the names of all images; of ``some`` as version 0.1.0 had it."""
+    count = len(images)
+    rows = [i * count // _NAMED for i in range(min(_NAMED, count))] if some else range(count)
+    # Names may be of bytes that are not UTF-8.
+    names = (str(images.filename(i)).encode("utf-8", "surrogateescape") for i in rows)
+    return digest([b"\0".join(names)])[: 16 if some else None]
 
 
 def _latent_shape(vae: Any, size: int) -> tuple[int, int, int]:
@@ -193,7 +202,7 @@ class _Encoder:
             encoded: list[dict[str, Tensor]] = []
             broken: list[str] = []
             for rows in parts:
-                pixels, labels, unread = self._next(loaded)
+                pixels, labels, unread = next(loaded)
                 broken += [self.images.filename(i) for i in unread.tolist() if i >= 0]
                 mean, std = self._posteriors(pixels, accelerator)  # [B, V, C, h, w] each
                 batch = {"mean": mean, "std": std, "label": labels, "index": torch.tensor(rows)}
@@ -202,16 +211,6 @@ class _Encoder:
                 self._check(encoded[-1])
                 advance(len(rows))
             yield number, {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}, broken
-
-    def _next(self, loaded: Iterator[Any]) -> Any:
-        try:
-            return next(loaded)
-        except RuntimeError as error:
-            # SkipCorrupt's error for a folder that is gone; from a worker it comes with its traceback.
-            if "images in a row are corrupt" not in str(error):
-                raise
-            line = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
-            raise UsageError(f"data {self.index.data.name!r}: {line}. Repair them and start again.") from None
 
     @torch.inference_mode()
     def _posteriors(self, pixels: Tensor, accelerator: Any) -> tuple[Tensor, Tensor]:
@@ -234,7 +233,7 @@ class _Encoder:
         ):
             if not valid.all():
                 name = self.images.filename(int(batch["index"][~valid][0]))
-                raise UsageError(f"{name} of {index.data.name!r} has {problem}.")
+                raise UsageError(f"{printable(name)} of {index.data.name!r} has {problem}.")
         shape = tuple(batch["mean"].shape[2:])
         if shape != index.shape:
             raise UsageError(

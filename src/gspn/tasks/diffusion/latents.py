@@ -49,7 +49,7 @@ class ImagesRecord:
     split: str
     options: dict[str, Any]
     names: str
-    """A digest of some of their names."""
+    """A digest of their names; 16 characters, of some of them, in caches of version 0.1.0."""
     classes: list[str]
     """Names; empty where labels are not classes."""
     size: int
@@ -108,7 +108,7 @@ class LatentSet(ShardReader[LatentIndex], Dataset):
         view = 1 if self.index.hflip and self.hflip and random.random() < self.hflip else 0  # noqa: S311
         shard = self.opened(number)
         parts = [shard.get_slice(part)[row, view] for part in ("mean", "std")]  # [C, h, w] each
-        return torch.cat(parts).float(), int(shard.get_slice("label")[row])
+        return self.finite(number, torch.cat(parts)).float(), int(shard.get_slice("label")[row])
 
     def filename(self, i: int, basename: bool = False, absolute: bool = False) -> str:
         """A name for latent i; the flags are timm's, and have no effect here."""
@@ -133,7 +133,7 @@ def open_latents(directory: str | Path, *, verify: bool = False, remedy: str = R
     """Open a directory that ``gspn class-conditional latents`` wrote.
 
     The sizes and headers of all files are compared with the index, which takes milliseconds for each. ``verify`` reads
-    all files and compares their checksums too. ``remedy`` is what errors about missing or damaged files end with.
+    all files and compares their checksums too, as training does. ``remedy`` is what errors about missing or damaged files end with.
 
     Raises:
         UsageError: There are none, they are not complete, or a file is missing or damaged.

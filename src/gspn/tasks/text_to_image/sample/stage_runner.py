@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ...._errors import UsageError, require
-from ...._files import short, write_text
+from ...._files import printable, read_json, short, write_text
 from ...core.progress import PlainProgress, counted
 from ...diffusion.digests import digest
 from ...diffusion.shard_cache import save_tensors
@@ -97,14 +97,15 @@ def read_settings(directory: Path) -> dict[str, Any] | None:
         UsageError: They cannot be read.
     """
     path = directory / DIRECTORY / _SETTINGS
-    if not path.is_file():
+    if not path.exists():
         return None
+    remedy = f"remove {printable(path.parent)!r}, or name another output"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        settings = None
+        settings = read_json(path)
+    except (UsageError, OSError) as error:
+        raise UsageError(f"{printable(path)!r} is damaged ({str(error).removesuffix('.')}); {remedy}.") from None
     if not isinstance(settings, dict):
-        raise UsageError(f"{str(path)!r} is damaged; remove {str(path.parent)!r}, or name another output.")
+        raise UsageError(f"{printable(path)!r} is damaged; {remedy}.")
     return settings
 
 
