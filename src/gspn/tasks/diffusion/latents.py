@@ -133,7 +133,8 @@ def open_latents(directory: str | Path, *, verify: bool = False, remedy: str = R
     """Open a directory that ``gspn class-conditional latents`` wrote.
 
     The sizes and headers of all files are compared with the index, which takes milliseconds for each. ``verify`` reads
-    all files and compares their checksums too, as training does. ``remedy`` is what errors about missing or damaged files end with.
+    all files and compares their checksums too, as training does. ``remedy`` is what errors about missing or damaged
+    files end with.
 
     Raises:
         UsageError: There are none, they are not complete, or a file is missing or damaged.
