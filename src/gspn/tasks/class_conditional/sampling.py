@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from ..._errors import UsageError
+from ..._locks import DirectoryLock
 from ..._timesteps import set_timesteps
 from ..core.devices import make_accelerator
 from ..core.progress import progress_bar
@@ -115,20 +117,22 @@ def sample(
     common = {"seed": seed, "steps": steps, "guidance": guidance, "model": name}
     records = sample_records(pipeline, labels, total, height=height, width=width, **common)
     directory = Path(output)
-    directory.mkdir(parents=True, exist_ok=True)
     own = records[accelerator.process_index :: accelerator.num_processes]
     start = time.perf_counter()
     shown = (console or Console()) if accelerator.is_main_process else None
-    with progress_bar(shown, "sampling", len(own)) as advance:
-        for begin in range(0, len(own), batch_size):
-            batch = own[begin : begin + batch_size]
-            with accelerator.autocast():
-                images = sample_batch(pipeline, batch)
-            for record, image in zip(batch, images, strict=True):
-                save_png(record.path(directory), image, record)
-            advance(len(batch))
-    seconds = time.perf_counter() - start
-    accelerator.wait_for_everyone()
+    # One process holds the directory for all.
+    with DirectoryLock(directory) if accelerator.is_main_process else contextlib.nullcontext():
+        accelerator.wait_for_everyone()
+        with progress_bar(shown, "sampling", len(own)) as advance:
+            for begin in range(0, len(own), batch_size):
+                batch = own[begin : begin + batch_size]
+                with accelerator.autocast():
+                    images = sample_batch(pipeline, batch)
+                for record, image in zip(batch, images, strict=True):
+                    save_png(record.path(directory), image, record)
+                advance(len(batch))
+        seconds = time.perf_counter() - start
+        accelerator.wait_for_everyone()
     path = None
     if grid and accelerator.is_main_process:
         path = directory / "grid.png"

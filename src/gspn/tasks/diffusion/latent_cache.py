@@ -243,7 +243,7 @@ class _Encoder:
         ):
             if not valid.all():
                 name = self.images.filename(int(batch["index"][~valid][0]))
-                raise UsageError(f"{name} of {index.data.name!r} has {problem}.")
+                raise UsageError(f"{printable(name)} of {index.data.name!r} has {problem}.")
         shape = tuple(batch["mean"].shape[2:])
         if shape != index.shape:
             raise UsageError(

@@ -19,6 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 from ...._errors import UsageError
+from ...._locks import DirectoryLock
 from ...._timesteps import set_timesteps
 from ...diffusion.digests import fingerprint
 from ...diffusion.images import ImageRecord, is_sampled, save_png
@@ -284,6 +285,8 @@ def sample(
 def run(request: SampleRequest, console: Console) -> SampleResult:
     """Carry out a request: resolve it, estimate it, draw the images and write them."""
     with contextlib.ExitStack() as stack:
+        if not request.estimate_only:
+            stack.enter_context(DirectoryLock(request.output))
         plan = resolve(request, stack)
         plan, cache, estimated = estimate(plan, stack, console)
         if request.estimate_only:
