@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from ..._console import default_console
 from ..._errors import UsageError
 from ..core.devices import make_accelerator
 from ..core.progress import progress_bar
@@ -116,7 +117,7 @@ def sample(
     directory.mkdir(parents=True, exist_ok=True)
     own = records[accelerator.process_index :: accelerator.num_processes]
     start = time.perf_counter()
-    shown = (console or Console()) if accelerator.is_main_process else None
+    shown = (console or default_console()) if accelerator.is_main_process else None
     with progress_bar(shown, "sampling", len(own)) as advance:
         for begin in range(0, len(own), batch_size):
             batch = own[begin : begin + batch_size]

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..._console import default_console
 from ..._errors import UsageError, require
 from ..._files import replaced, write_text
 from .checkpoints import CheckpointStore
@@ -58,7 +59,7 @@ def fit(task: Task[Any, Row], *, resume: bool = False, console: Console | None =
     """
     require("accelerate", "timm", "torchvision", "safetensors", "yaml")
     with distributed_context():
-        return _Run(task, resume, console or Console()).run()
+        return _Run(task, resume, console or default_console()).run()
 
 
 def refuse_existing(output: Path, resume: bool) -> None:

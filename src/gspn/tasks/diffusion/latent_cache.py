@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..._console import default_console
 from ..._errors import UsageError, require
 from ..._files import replaced_directory
 from ..core.loaders import class_names, make_loader, open_data
@@ -151,7 +152,7 @@ def cache_latents(
     encoder = _Encoder(request, autoencoder, images, batch_size, workers)
     # The same autoencoder may be in another directory.
     writer = CacheWriter(directory, request, encoder.encode, "encoding", option, ("vae.source",), save_autoencoder)
-    index, made, is_main = writer.write(precision=precision, device=device, console=console or Console())
+    index, made, is_main = writer.write(precision=precision, device=device, console=console or default_console())
     broken = tuple(name for shard in index.shards for name in shard.broken)
     return CachedLatents(directory, index, made, broken, time.perf_counter() - start, is_main)
 
