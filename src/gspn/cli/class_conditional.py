@@ -135,9 +135,9 @@ def sample(
     batch_size: BatchSize = 64,
     precision: Precision = PrecisionName.fp32,
     device: Device = DeviceName.auto,
-    grid: Annotated[bool, typer.Option(help="Write a grid of all images too.")] = True,
+    grid: Annotated[bool, typer.Option(help="Write a grid of the first images too.")] = True,
 ) -> None:
-    """Sample images of classes, each a PNG with its origin in it, and a grid of all.
+    """Sample images of classes, each a PNG with its origin in it, and a grid of the first 400 at most.
 
     The same seed gives the same images for every batch size. For several GPUs start it with torchrun.
     """
@@ -148,7 +148,7 @@ def sample(
         batch_size=batch_size, precision=precision.value, device=device.value, grid=grid, console=Console(),
     )  # fmt: skip
     if result.is_main:
-        grid_file = f"; all of them: {result.grid}" if result.grid else ""
+        grid_file = f"; a grid: {result.grid}" if result.grid else ""
         wrote(f"{len(result.records)} images to {result.directory} in {result.seconds:.1f} s{grid_file}")
 
 

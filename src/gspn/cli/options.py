@@ -11,7 +11,6 @@ import typer
 
 from gspn._errors import UsageError
 from gspn._files import check_writable
-from gspn.bench.environment import free_memory
 from gspn.data.registry import help_text
 
 
@@ -88,6 +87,8 @@ def parse_size(text: str) -> tuple[int, int]:
     sides = [width, height if by else width]
     if not all(side.isascii() and side.isdecimal() and len(side) < 20 and int(side) for side in sides):
         raise UsageError(f"--size {text!r} is not a size; give WIDTHxHEIGHT, such as 640x480, or one side, such as 64.")
+    from gspn.bench.environment import free_memory
+
     size = int(sides[0]), int(sides[1])
     needed, free = 12 * size[0] * size[1], free_memory(torch.device("cpu"))  # three channels in float32
     if needed > (2**40 if free is None else free):

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from .._errors import MissingExtraError
+
 if TYPE_CHECKING:
     from .base import LabelledImages
     from .captions.base import CaptionedImages
@@ -186,7 +188,9 @@ def _open(kind: Kind, name: str, split: str, root: str | os.PathLike[str] | None
     for module in entry.needs:
         if importlib.util.find_spec(module) is None:
             package = _PIP.get(module, module)
-            raise ImportError(f"The data set {name!r} needs {module}, which is not installed: pip install {package}")
+            raise MissingExtraError(
+                f"The data set {name!r} needs {module}, which is not installed: pip install {package}"
+            )
     keywords: dict[str, Any] = {"split": split, **entry.options}
     if entry.root == "none" and root is not None:
         raise ValueError(f"{root=} does not apply to {name!r}, which takes no root; leave it out.")

@@ -34,13 +34,12 @@ def load_saved(folder: Path) -> nn.Module:
         OSError: a file cannot be read.
     """
     path = folder / CONFIG
+    if not path.exists():
+        raise UsageError(f"{printable(folder)} has no {CONFIG}; name a folder that timm or `gspn classify` saved.")
     config = read_json(path)
     where = printable(path)
     _check_config(config, where)
-    if (folder / WEIGHTS).exists():
-        kinds = _dtypes(folder / WEIGHTS)
-    else:
-        kinds = {}
+    kinds = _dtypes(folder / WEIGHTS) if (folder / WEIGHTS).exists() else {}
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except _REFUSALS as error:

@@ -66,7 +66,8 @@ def test_every_number_has_a_range():
 @pytest.mark.parametrize(
     "override",
     [
-        "data.interpolation=foo", "augment.interpolation=foo", "augment.auto_augment=foo", "augment.auto_augment=rand-q3",
+        "data.interpolation=foo", "augment.interpolation=foo", "augment.auto_augment=foo",
+        "augment.auto_augment=rand-q3",
         "augment.auto_augment=rand-mX", "augment.auto_augment=''", "augment.auto_augment=augmix-z1", "data.std=[0,0,0]",
         "data.mean=[.nan,0,0]", "augment.scale=[2,1]", "augment.scale=[0.5,0.2]", "augment.scale=[0,1]",
         "augment.ratio=[2,1]", "augment.affine.fill=256", "optim.betas=[0.9,1]", "optim.momentum=1", "optim.eps=-1",

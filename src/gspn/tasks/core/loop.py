@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..._console import default_console
 from ..._errors import UsageError, require
 from ..._files import replaced, write_text
 from .checkpoints import CheckpointStore
@@ -59,7 +58,7 @@ def fit(task: Task[Any, Row], *, resume: bool = False, console: Console | None =
     """
     require("accelerate", "timm", "torchvision", "safetensors", "yaml")
     with distributed_context():
-        return _Run(task, resume, console or default_console()).run()
+        return _Run(task, resume, console or Console()).run()
 
 
 def refuse_existing(output: Path, resume: bool) -> None:

@@ -11,8 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..._console import default_console
-from ..._files import printable
 from .metrics_table import EpochRow
 
 _COLUMNS = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -25,7 +23,7 @@ def progress_bar(console: Console | None, description: str, total: int) -> Itera
         yield lambda _: None
         return
     with Progress(*_COLUMNS, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task(escape(printable(description)), total=total)
+        task = progress.add_task(description, total=total)
         yield lambda count: progress.advance(task, count)
 
 
@@ -93,7 +91,7 @@ class Reporter:
 
     def warn(self, line: str) -> None:
         """Print a warning to the error stream, from any process."""
-        default_console(stderr=True).print(f"[yellow]warning:[/] {escape(line)}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[yellow]warning:[/] {escape(line)}", highlight=False, soft_wrap=True)
 
     def say(self, *lines: str) -> None:
         """Print lines, above the bar if there is one."""
