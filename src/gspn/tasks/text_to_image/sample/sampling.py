@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from ...._console import default_console
 from ...._errors import UsageError
 from ...._locks import DirectoryLock
 from ...._timesteps import set_timesteps
@@ -279,7 +280,7 @@ def sample(
         model=model, prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts), output=Path(output),
         upscale=(UpscalingConfig() if upscale is True else upscale) or None, **options,
     )  # fmt: skip
-    return run(request, console or Console())
+    return run(request, console or default_console())
 
 
 def run(request: SampleRequest, console: Console) -> SampleResult:
