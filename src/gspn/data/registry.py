@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from .._errors import MissingExtraError
 from .._files import printable
 
 if TYPE_CHECKING:
@@ -188,7 +189,9 @@ def _open(kind: Kind, name: str, split: str, root: str | os.PathLike[str] | None
     for module in entry.needs:
         if importlib.util.find_spec(module) is None:
             package = _PIP.get(module, module)
-            raise ImportError(f"The data set {name!r} needs {module}, which is not installed: pip install {package}")
+            raise MissingExtraError(
+                f"The data set {name!r} needs {module}, which is not installed: pip install {package}"
+            )
     keywords: dict[str, Any] = {"split": split, **entry.options}
     if entry.root == "none" and root is not None:
         raise ValueError(f"{root=} does not apply to {name!r}, which takes no root; leave it out.")

@@ -108,7 +108,7 @@ def test_every_task_has_the_classes_of_its_training(task, tmp_path):
         setup = Setup(torch.nn.Identity(), opened.train, "model", "data", evaluation=opened.held_out)
     assert [target for _, targets in setup.evaluation for target in targets.tolist()] == [1]
     facts = {key: value for key, value in setup.resolved.items() if key.startswith(("train_", "eval_"))}
-    assert facts["train_classes"].startswith("2: a, b, ") and facts["train_files"].startswith("2 images, ")
+    assert facts["train_classes"].endswith(": a, b") and facts["train_files"].startswith("2 images, ")
     assert facts["eval_classes"] == facts["train_classes"] and facts["eval_files"] != facts["train_files"]
 
 

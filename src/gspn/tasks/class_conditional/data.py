@@ -57,14 +57,14 @@ def _open_latents_of(
 ) -> tuple[LatentSet, LatentSet | None, dict[str, Any]]:
     """The latents to train on, those that are held out, and the facts of a :class:`RunData`."""
     data = config.data
-    train = open_latents(directory)
+    train = open_latents(directory, verify=True)
     if not train.classes:
         raise UsageError(
             f"the latents in {str(directory)!r} have captions and no classes; name latents of images with classes."
         )
     _check_keys(data, train)
     train.hflip = data.hflip
-    held_out = None if data.eval_split is None else open_latents(data.eval_split)
+    held_out = None if data.eval_split is None else open_latents(data.eval_split, verify=True)
     if held_out is not None:
         _check_matching(held_out, train)
     vae = train.autoencoder()

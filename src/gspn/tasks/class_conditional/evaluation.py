@@ -10,6 +10,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
+from ..._console import default_console
 from ..._errors import UsageError
 from ..._files import printable
 from ..diffusion.evaluation import ImageMetrics, compare_images
@@ -83,8 +84,9 @@ def evaluate(
     ours = open_images(samples, limit=limit)
     theirs = open_images(reference, size=(ours.pixels.shape[2], ours.pixels.shape[3]), limit=limit)
     metrics, fake, real = compare_images(
-        ours, theirs, features=features, batch_size=batch_size, device=device, cache=cache, console=console or Console()
-    )
+        ours, theirs, features=features, batch_size=batch_size, device=device, cache=cache,
+        console=console or default_console(),
+    )  # fmt: skip
     per_class = None if classifier is None else _hits(ours, classifier)
     if neighbours is not None:
         save_png(neighbours, draw_neighbours(ours, theirs, fake.pooled, real.pooled))

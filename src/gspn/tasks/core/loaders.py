@@ -251,7 +251,7 @@ def facts_of(dataset: Any) -> dict[str, str]:
     classes = [str(one) for one in getattr(dataset, "classes", None) or ()]
     facts = {"files": f"{len(dataset):,} images, {dataset.identity()}"}
     if classes:
-        facts["classes"] = f"{len(classes):,}: {_some(classes)}, {require('gspn.data.base').digest_of(classes)[:16]}"
+        facts["classes"] = f"{len(classes):,}, {require('gspn.data.base').digest_of(classes)[:8]}: {_some(classes)}"
     return facts
 
 

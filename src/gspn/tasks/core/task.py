@@ -153,6 +153,7 @@ class Context:
                 counts = targets >= 0
                 with self.accelerator.autocast():
                     measured = metrics(model, self.to_device(images), targets.clamp(min=0).to(device))
+                self.reporter.doing("evaluating")
                 for name, values in {"count": torch.ones(len(targets)), **measured}.items():
                     sums[name] = sums.get(name, 0) + values.cpu().double()[counts].sum()
         model.train(training)

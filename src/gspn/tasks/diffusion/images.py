@@ -18,6 +18,7 @@ from torch import Tensor
 from ..._errors import UsageError, require
 from ..._files import open_regular, printable, replaced
 from ..core.loaders import open_data
+from .archives import read_npz
 from .digests import digest
 
 METADATA = "gspn"
@@ -190,11 +191,9 @@ def read_images(
 
 
 def _from_archive(path: Path, size: tuple[int, int] | None, limit: int | None) -> ImageSet:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            pixels, labels = archive["arr_0"], archive.get("arr_1")
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{str(path)!r} cannot be read as an .npz with arr_0: {error}") from None
+    pixels, labels = read_npz(path, "arr_0", "arr_1")
+    if pixels is None:
+        raise UsageError(f"{printable(path)} has no arr_0; it has to be uint8 [N, H, W, 3].")
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
         raise UsageError(
             f"{str(path)!r}: arr_0 is {pixels.dtype} {list(pixels.shape)}; it has to be uint8 [N, H, W, 3]."

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..._console import default_console
 from ..._errors import UsageError, require
 from ..._files import printable, replaced_directory
 from ..core.loaders import class_names, loaded, make_loader, open_data
@@ -153,7 +154,7 @@ def cache_latents(
     encoder = _Encoder(request, autoencoder, images, batch_size, workers)
     # The same autoencoder may be in another directory.
     writer = CacheWriter(directory, request, encoder.encode, "encoding", option, ("vae.source",), save_autoencoder)
-    index, made, is_main = writer.write(precision=precision, device=device, console=console or Console())
+    index, made, is_main = writer.write(precision=precision, device=device, console=console or default_console())
     broken = tuple(name for shard in index.shards for name in shard.broken)
     if broken and is_main:
         shown = "; ".join(map(printable, broken[:_SHOWN])) + ("; ..." if len(broken) > _SHOWN else "")
@@ -243,7 +244,7 @@ class _Encoder:
         ):
             if not valid.all():
                 name = self.images.filename(int(batch["index"][~valid][0]))
-                raise UsageError(f"{name} of {index.data.name!r} has {problem}.")
+                raise UsageError(f"{printable(name)} of {index.data.name!r} has {problem}.")
         shape = tuple(batch["mean"].shape[2:])
         if shape != index.shape:
             raise UsageError(
