@@ -144,6 +144,6 @@ def load_pipeline(source: str | Path) -> Any:
         )
     try:
         # In float32 whatever the file has; lower precision is by autocast.
-        return ClassConditionalPipeline.from_pretrained(name if path is None else path)
+        return ClassConditionalPipeline.from_pretrained(name if path is None else path, use_safetensors=True)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise UsageError(f"{name!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
