@@ -9,13 +9,17 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ._errors import UsageError
+from ._errors import UsageError, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _OLD = ".part-old-"
 _MOST_TEXT = 1 << 28  # bytes of a text file, an index of millions of images among them
@@ -125,6 +129,23 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def check_writable(path: Path) -> None:
+    """Find out before hours of work whether ``path`` can be written: its folder, or the first above it that exists.
+
+    Raises:
+        OSError: it cannot.
+    """
+    folder = path if path.is_dir() else path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(folder))
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written: {error.strerror}", os.fspath(path)) from None
+
+
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a file to read bytes, but not a pipe, a socket or a device, which may never end or never begin.
 
@@ -175,6 +196,23 @@ def read_json(path: Path) -> Any:
     return parse_json(read_text(path), printable(path))
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file that a person or another program wrote, on the CPU.
+
+    Raises:
+        UsageError: it is damaged, or in another format.
+        OSError: it cannot be read, or is not a regular file.
+    """
+    safetensors = require("safetensors", "safetensors.torch")
+    open_regular(path).close()
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+    except (safetensors.SafetensorError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        # Not only its own error: a dtype that this PyTorch does not have, for example, ends as AttributeError.
+        raise UsageError(f"{printable(path)} is not a whole safetensors file: {error}.") from None
+
+
 def parse_json(text: str, what: str) -> Any:
     """JSON from a file that a person or another program wrote; ``what`` names it in the error.
 
@@ -204,7 +242,8 @@ def printable(name: object) -> str:
         >>> printable("caf\u00e9 \x1b[31m.png"), printable(os.fsdecode(b"\xff.png"))
         ('café \\x1b[31m.png', '\\xff.png')
     """
-    return "".join(_escaped(letter) for letter in str(name))
+    text = str(name)
+    return text if text.isascii() and text.isprintable() else "".join(map(_escaped, text))
 
 
 def short(value: object) -> str:

@@ -42,7 +42,15 @@ class Setup:
     """The held-out images, if there are any; broken ones among them are reported."""
     num_classes: int = 0
     resolved: Mapping[str, Any] = field(default_factory=dict)
-    """Further values that follow from the configuration; saved under ``resolved``. A resumed run must have the same."""
+    """Further values that follow from the configuration; saved under ``resolved``. A resumed run must have the same.
+
+    What the images and their classes are is added to it.
+    """
+
+    def __post_init__(self) -> None:
+        loaders = {"train": self.train, "eval": self.evaluation}
+        facts = {f"{name}_{fact}": value for name, one in loaders.items() if one for fact, value in one.facts.items()}
+        object.__setattr__(self, "resolved", {**self.resolved, **facts})
 
 
 @dataclass(frozen=True)

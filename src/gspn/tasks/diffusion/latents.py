@@ -49,7 +49,7 @@ class ImagesRecord:
     split: str
     options: dict[str, Any]
     names: str
-    """A digest of their names; 16 characters, of some of them, in caches of version 0.1.0."""
+    """A digest of their names and classes; in caches of version 0.1.0, of 16 letters, of some of the names."""
     classes: list[str]
     """Names; empty where labels are not classes."""
     size: int

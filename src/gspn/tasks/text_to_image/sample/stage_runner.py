@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...._errors import UsageError, require
 from ...._files import printable, read_json, short, write_text
+from ...._timesteps import set_timesteps
 from ...core.progress import PlainProgress, counted
 from ...diffusion.digests import digest
 from ...diffusion.shard_cache import save_tensors
@@ -194,7 +195,7 @@ class StageRunner:
         plan, stage, config = self._plan, self._plan.stages[number], self._plan.request.upscale
         unet, steps, inputs = plan.pipeline.unet, plan.request.steps, plan.guidance_inputs(indices)
         scheduler = type(plan.scheduler).from_config(plan.scheduler.config)  # without the history of earlier stages
-        scheduler.set_timesteps(steps, device=plan.device)
+        set_timesteps(scheduler, steps, plan.device)
         generators = image_generators(plan.request.seed, indices, number)
         noise = draw_noise(generators, self._shape(stage), plan.device)
         blend = refine = None
