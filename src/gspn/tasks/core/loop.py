@@ -19,7 +19,7 @@ from ..._files import naming, read_text, replaced, short, write_text
 from ..._locks import DirectoryLock
 from .checkpoints import CheckpointStore, Training
 from .config import flat, from_mapping, read_yaml, to_mapping, write_yaml
-from .devices import distributed_context, make_accelerator, peak_memory_mib, torch_errors
+from .devices import batchnorm_errors, distributed_context, make_accelerator, peak_memory_mib
 from .metrics_table import MetricsTable, Row
 from .optimization import make_optimizer, make_scheduler
 from .progress import Reporter
@@ -65,7 +65,7 @@ def fit(task: Task[Any, Row], *, resume: bool = False, console: Console | None =
     """
     require("accelerate", "timm", "torchvision", "safetensors", "yaml")
     output = task.config.run.output
-    with naming(output), distributed_context(), torch_errors(), contextlib.ExitStack() as held:
+    with naming(output), distributed_context(), batchnorm_errors(), contextlib.ExitStack() as held:
         return _Run(task, resume, console or Console(), held).run()
 
 

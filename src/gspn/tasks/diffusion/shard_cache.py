@@ -28,7 +28,7 @@ from ..._errors import UsageError, require
 from ..._files import file_digest, printable, read_json, replaced, short, write_text
 from ..._locks import DirectoryLock
 from ..core.config import flat, from_mapping, to_mapping
-from ..core.devices import distributed_context, make_accelerator, torch_errors
+from ..core.devices import distributed_context, make_accelerator
 from ..core.progress import progress_bar
 
 INDEX = "index.json"
@@ -244,7 +244,6 @@ class CacheWriter(Generic[Index]):
     prepare: Callable[[], None] = lambda: None
 
     @distributed_context()
-    @torch_errors("start again")
     def write(
         self, *, precision: str = "fp32", device: str = "auto", console: Console | None = None
     ) -> tuple[Index, int, bool]:
