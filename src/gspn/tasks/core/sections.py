@@ -141,6 +141,9 @@ class RunConfig:
     """Use deterministic CUDA kernels only, so that a resumed run equals the uninterrupted one bit for bit there too."""
     checkpoint_every_s: float = setting(1800.0, 0, free=True)
     """Seconds between checkpoints within an epoch; there is one after every epoch in any case."""
+    stop_after_s: float | None = setting(None, above=0, free=True)
+    """Seconds of training after which the run ends, as after its last epoch; the epoch under way is cut short. It can
+    be continued with the next epoch. null: never."""
     eval_every: int = setting(1, 1)
     """Epochs between evaluations; the last epoch is always evaluated."""
     log_every: int = setting(50, 1, free=True)
