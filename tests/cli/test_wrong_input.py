@@ -84,8 +84,8 @@ def refused(result, arguments):
 def test_every_option(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runner, command = CliRunner(), COMMANDS[path]
-    for option in options(command):
-        for value in NASTY:
+    for i, option in enumerate(options(command)):
+        for value in NASTY[i % 4 :: 4]:  # all of them for one option or another, in a quarter of the time
             arguments = [*path, *base(path), option, value]
             refused(runner.invoke(app, arguments), arguments)
     refused(runner.invoke(app, [*path, *base(path), "--nonsense"]), path)
@@ -95,7 +95,7 @@ def test_every_option(path, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 def test_every_argument(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for value in NASTY[::3]:
+    for value in NASTY[::5]:
         count = sum(not one.opts[0].startswith("-") for one in COMMANDS[path].params)
         arguments = [*path, *[value] * count, *[one for one in base(path) if one != NOTHING or path[-1] == "latents"]]
         if count and path != ("t2i", "sample"):
