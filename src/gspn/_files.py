@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -19,6 +21,7 @@ from ._errors import UsageError, require
 if TYPE_CHECKING:
     from torch import Tensor
 
+_OLD = ".part-old-"
 _MOST_TEXT = 1 << 28  # bytes of a text file, an index of millions of images among them
 
 
@@ -28,15 +31,16 @@ def replaced(path: Path) -> Iterator[Path]:
 
     It is on the disk before it takes the place of the old one, in one step.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{os.getpid()}-{path.name}")
-    try:
-        yield part
-        sync(part)
-        part.replace(path)
-        sync(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            sync(part)
+            part.replace(path)
+            sync(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -46,24 +50,66 @@ def replaced_directory(path: Path) -> Iterator[Path]:
     Its files are on the disk before it takes the place of the old one. Directories cannot change places in one step
     everywhere: a process that stops in between leaves the old one as ``.part-old-...``, and none under the name.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{os.getpid()}-{path.name}")
-    old = path.with_name(f".part-old-{path.name}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    try:
-        yield part
-        for file in sorted(part.rglob("*")):
-            sync(file)
-        sync(part)
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
-        part.rename(path)
-        sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
+    old = path.with_name(f"{_OLD}{path.name}")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            yield part
+            for file in sorted(part.rglob("*")):
+                sync(file)
+            sync(part)
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                path.rename(old)
+            part.rename(path)
+            sync(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def remove_parts(directory: Path) -> None:
+    """Remove what a killed process left of files in a directory, or one below it; nobody else may write there.
+
+    A directory that :func:`replaced_directory` had put aside returns to its name if nothing took its place.
+    """
+    for path in [*directory.glob(".part-*"), *directory.glob("*/.part-*")]:
+        name = path.name.removeprefix(_OLD)
+        if path.name != name and not path.with_name(name).exists():
+            path.rename(path.with_name(name))
+        elif path.name != name or re.match(r"\.part-\d+-.", path.name):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the operating system in the block name ``path``, also safetensors' own, unless they name another file.
+
+    Writing to a full disk raises an error without a name, and safetensors one of a type of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        code, named = _error_code(error), getattr(error, "filename", None)
+        if code is None or (named is not None and ".part-" not in str(named)):
+            raise
+        raise OSError(code, os.strerror(code), os.fspath(path)) from error
+
+
+def _error_code(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"(?:os error|code:) (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return None if found is None else int(found[1])
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file, as ``sha256sum`` prints it."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -198,6 +244,17 @@ def printable(name: object) -> str:
     """
     text = str(name)
     return text if text.isascii() and text.isprintable() else "".join(map(_escaped, text))
+
+
+def short(value: object) -> str:
+    """The value as errors show it: at most 60 characters.
+
+    Example:
+        >>> len(short(list(range(1000))))
+        60
+    """
+    text = printable(repr(value))
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _escaped(letter: str) -> str:

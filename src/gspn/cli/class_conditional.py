@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from gspn.tasks.class_conditional import Evaluation
     from gspn.tasks.class_conditional.evaluation import Classifier
 
-_NAMED = 5
-
 app = App(help="Train class-conditional denoisers, sample images, and measure them.")
 
 
@@ -97,9 +95,6 @@ def latents(
         raise failed(f"interrupted; the same command continues with {output}", 130) from None
     if not result.is_main:
         return
-    if result.broken:
-        shown = "; ".join(result.broken[:_NAMED]) + ("; ..." if len(result.broken) > _NAMED else "")
-        warn(f"{len(result.broken)} images could not be read and are left out; index.json names them: {shown}")
     directory, index = escape(str(result.directory)), result.index
     wrote(
         f"{index.images:,} latents of {' x '.join(map(str, index.shape))} to {result.directory} in "

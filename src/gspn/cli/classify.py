@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gspn._console import Console
+from gspn._files import printable
 from gspn.tasks import classify as task
 
 from .app import App
@@ -137,8 +138,8 @@ def predict(
         table.add_column("probability", justify="right")
         for one in predictions:
             for rank, (name, probability) in enumerate(zip(one.classes, one.probabilities, strict=True)):
-                image, style = ("", "dim") if rank else (escape(one.image), None)
-                table.add_row(image, escape(name), f"{probability:.1%}", style=style)
+                image, style = ("", "dim") if rank else (escape(printable(one.image)), None)
+                table.add_row(image, escape(printable(name)), f"{probability:.1%}", style=style)
         Console().print(table)
     broken = [one for one in predictions if one.broken is not None]
     for one in broken:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from rich.console import Console
 
 from ..._console import default_console
 from ..._errors import UsageError
+from ..._locks import DirectoryLock
+from ..._timesteps import set_timesteps
 from ..core.devices import make_accelerator
 from ..core.progress import progress_bar
 from ..core.seeding import derived_seed
@@ -111,6 +114,7 @@ def sample(
         raise UsageError(f"number {total}, batch size {batch_size} and steps {steps} have to be at least 1.")
     if not 0 <= guidance < math.inf:
         raise UsageError(f"guidance {guidance} has to be 0 or more; 1 disables it.")
+    set_timesteps(pipeline.scheduler, steps)  # refuses too many, before anything is drawn
     accelerator = make_accelerator(precision=precision, device=device)
     pipeline.to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
@@ -118,20 +122,22 @@ def sample(
     common = {"seed": seed, "steps": steps, "guidance": guidance, "model": name}
     records = sample_records(pipeline, labels, total, height=height, width=width, **common)
     directory = Path(output)
-    directory.mkdir(parents=True, exist_ok=True)
     own = records[accelerator.process_index :: accelerator.num_processes]
     start = time.perf_counter()
     shown = (console or default_console()) if accelerator.is_main_process else None
-    with progress_bar(shown, "sampling", len(own)) as advance:
-        for begin in range(0, len(own), batch_size):
-            batch = own[begin : begin + batch_size]
-            with accelerator.autocast():
-                images = sample_batch(pipeline, batch)
-            for record, image in zip(batch, images, strict=True):
-                save_png(record.path(directory), image, record)
-            advance(len(batch))
-    seconds = time.perf_counter() - start
-    accelerator.wait_for_everyone()
+    # One process holds the directory for all.
+    with DirectoryLock(directory) if accelerator.is_main_process else contextlib.nullcontext():
+        accelerator.wait_for_everyone()
+        with progress_bar(shown, "sampling", len(own)) as advance:
+            for begin in range(0, len(own), batch_size):
+                batch = own[begin : begin + batch_size]
+                with accelerator.autocast():
+                    images = sample_batch(pipeline, batch)
+                for record, image in zip(batch, images, strict=True):
+                    save_png(record.path(directory), image, record)
+                advance(len(batch))
+        seconds = time.perf_counter() - start
+        accelerator.wait_for_everyone()
     path = None
     if grid and accelerator.is_main_process:
         path = directory / "grid.png"
@@ -155,7 +161,7 @@ def sample_records(
 
     Height and width are those of the training by default.
     """
-    names, side = {number: name for name, number in pipeline.labels.items()}, pipeline.default_size
+    names, side = {int(key): name for key, name in pipeline.config["id2label"].items()}, pipeline.default_size
     common |= {"height": side if height is None else height, "width": side if width is None else width}
     common["scheduler"] = type(pipeline.scheduler).__name__
     chosen = [labels[i % len(labels)] for i in range(total)]

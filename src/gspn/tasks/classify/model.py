@@ -7,6 +7,7 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,10 @@ class Preprocessing:
 
     def transform(self) -> Any:
         """The evaluation transform, by timm: PIL image to ``[3, H, W]``."""
-        return require("timm.data").create_transform(**asdict(self), is_training=False)
+        composed = require("timm.data").create_transform(**asdict(self), is_training=False)
+        height, width = self.input_size[-2:]
+        composed.transforms.insert(0, partial(require("gspn.data").trimmed, width=width, height=height))
+        return composed
 
 
 def build_model(config: ModelConfig, *, num_classes: int, size: int) -> nn.Module:

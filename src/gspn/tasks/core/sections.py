@@ -276,6 +276,8 @@ class Configuration:
         """
         free = {key_path for key_path, one, _ in settings(self) if one.metadata.get("free")} | {"resolved.processes"}
         old, new = flat(self._with_present_keys(saved)), flat({**to_mapping(self), "resolved": to_mapping(resolved)})
+        # Runs of earlier versions did not save all that follows from a configuration.
+        free |= {key for key in new if key.startswith("resolved.") and key not in old}
         keys = sorted((old.keys() | new.keys()) - free)
         return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
