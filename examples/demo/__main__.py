@@ -92,7 +92,7 @@ def main(
     with clock.part("classify") as share:
         classify_images(page, output, share.amount, console)
     with clock.part("draw") as share:
-        draw_images(page, output, share.amount, console)
+        draw_images(page, output, share, console)
     with clock.part("text") as share:
         drawn = draw_from_text(page, output, share.amount, console)
     with clock.part("enlarge") as share:
@@ -230,14 +230,17 @@ def classified(
     return images, [dataset.classes[dataset.target(i)] for i in picks], predict(images, model)
 
 
-def draw_images(page: Page, output: Path, amount: float, console: Console) -> None:
+def draw_images(page: Page, output: Path, share: Share, console: Console) -> None:
     """Digits from noise by the denoiser of the package, and how many of them are of their class."""
     console.rule("drawing digits from noise with the weights of the package")
     drawn = output / "drawn"
     if drawn.exists():
         shutil.rmtree(drawn)  # from an earlier tour
-    number = max(10, round(12 * amount) * 10)
-    result = sample(DENOISER, output=drawn, number=number, steps=STEPS, guidance=2.0, console=console)
+    number, options = 10, {"output": drawn, "steps": STEPS, "guidance": 2.0, "console": console}
+    result = sample(DENOISER, number=number, **options)  # one of each, whose time tells how many there is time for
+    more = min(120, int(share.seconds / result.seconds - 1) * 10)
+    if more > number:
+        number, result = more, sample(DENOISER, number=more, **options)
     guesses = predict([drawn / f"{record.index:05d}.png" for record in result.records], DIGITS)
     right = [guess.indices[0] == record.label for guess, record in zip(guesses, result.records, strict=True)]
     console.print(f"{DENOISER}: {sum(right)} of {len(right)} are of their class, in {result.seconds:.1f} s")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from ..._errors import UsageError, nearest
-from ..._files import printable, read_text
+from ..._files import printable, read_text, short
 from .config import (
     assigned,
     check_choice,
@@ -219,7 +219,7 @@ class Configuration:
         """
         if not isinstance(values, Mapping):
             sections = ", ".join(one.name for one in fields(cls))
-            raise UsageError(f"the configuration is {repr(values)[:100]}, not a mapping with {sections}.")
+            raise UsageError(f"the configuration is {short(values)}, not a mapping with {sections}.")
         if "resolved" in values:
             values = cls._with_present_keys(values)
         return from_mapping(cls, {key: value for key, value in values.items() if key != "resolved"})
