@@ -116,7 +116,7 @@ def main(
 
 @dataclass(frozen=True)
 class Share:
-    """What a part may use: seconds, and the amount of its whole work that fits into them, at most 1."""
+    """The seconds that a part may use, and the amount of its whole work that fits into them, at most 1."""
 
     seconds: float
     amount: float
