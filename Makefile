@@ -54,7 +54,7 @@ test-minimum: $(MINIMUM)/.installed ## Run the core of the suite with the least 
 fuzz: $(INSTALLED) ## Damage inputs and check what becomes of them, for SECONDS=600; finds go to tests/fuzz/finds/
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m fuzz --seconds $(SECONDS)
 
-demo: $(INSTALLED) ## Train, evaluate, classify, draw, look inside, time: minutes on a CPU; writes runs/demo/report.html
+demo: $(INSTALLED) ## Train, evaluate, classify, draw, look inside, time: about 4 minutes on a CPU; writes runs/demo/report.html
 	$(BIN)/python examples/demo --output runs/demo
 
 lint: $(INSTALLED) ## Check style, types, the arrows between the packages, and words that are no longer used
