@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --d
 unexport PYTHONDONTWRITEBYTECODE
 KERNELS := $(shell find src/gspn/ops/cpu/kernels -type f)
 
-.PHONY: help install test test-fast demo lint format bench clean
+.PHONY: help install test test-fast demo lint format bench sanitize clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ format: $(INSTALLED) ## Format the sources
 
 bench: $(INSTALLED) ## Measure line_scan on this machine; writes runs/bench/
 	$(BIN)/gspn bench line-scan --output runs/bench/line_scan.csv --plot runs/bench/line_scan.png
+
+sanitize: $(INSTALLED) ## Sweep the CPU kernels, built with address and undefined-behaviour sanitizers; minutes
+	$(BIN)/python scripts/sanitize.py
 
 clean: ## Remove builds and the environment
 	rm -rf build dist $(VENV)
