@@ -1,6 +1,7 @@
 """The adapter as a thing of its own: which layers it takes, mounting and giving back, saving, and the traps."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -9,10 +10,18 @@ pytest.importorskip("diffusers.models")
 
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
+from diffusers.training_utils import EMAModel
 
 from diffusers_support import inputs, make_dit, make_pixart, make_unet, run
 from gspn.diffusers import GSPNAdapter, GSPNTokenMixer
 
+# More than ten blocks: their names, sorted as text, are not in order.
+LONG = {
+    "unet": lambda: make_unet(layers_per_block=11),
+    "sdxl": lambda: make_unet("sdxl", layers_per_block=1, transformer_layers_per_block=(1, 1, 11)),
+    "pixart": lambda: make_pixart(num_layers=12),
+    "dit": lambda: make_dit(num_layers=12),
+}
 MAKERS = {"unet": make_unet, "sdxl": lambda: make_unet("sdxl"), "pixart": make_pixart, "dit": make_dit}
 
 
@@ -82,6 +91,52 @@ def test_names_are_those_of_the_mounted_model():
     }  # fmt: skip
     shared = {id(p) for p in unet.parameters()}
     assert all(id(p) in shared for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_parameters_keep_the_order_of_the_model(kind, tmp_path):
+    with torch.device("meta"):
+        model = LONG[kind]()
+    adapter = GSPNAdapter.from_model(model, copy_projections=False).to_empty(device="cpu")
+    attentions = [name for name, module in model.named_modules() if name in adapter.mixers]
+    order = [name for name, _ in adapter.named_parameters()]
+    assert [name for name in order if name.endswith("to_v.weight")] == [f"{name}.to_v.weight" for name in attentions]
+    adapter.save_pretrained(tmp_path)
+    layers = adapter.config["layers"]
+    mixed = [layers, dict(sorted(layers.items())), dict(reversed(layers.items())), json.loads(json.dumps(layers))]
+    with torch.device("meta"):
+        again = [GSPNAdapter(layers=one) for one in mixed]
+    for one in (*again, GSPNAdapter.from_pretrained(tmp_path), copy.deepcopy(adapter)):
+        assert [name for name, _ in one.named_parameters()] == list(one.state_dict()) == order
+
+
+def test_an_average_saved_and_loaded_is_of_the_same_parameters(tmp_path):
+    adapter = GSPNAdapter.from_model(make_pixart(num_layers=11))
+    before = {name: value.clone() for name, value in adapter.state_dict().items()}
+    EMAModel(adapter.parameters(), model_cls=GSPNAdapter, model_config=adapter.config).save_pretrained(tmp_path)
+    EMAModel.from_pretrained(tmp_path, GSPNAdapter).copy_to(adapter.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in adapter.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "a.", "a..b", "__class__.x", "a.__dict__.b", "mixers", "config", "a.forward", "train.attn1", "a b", "²",
+     "a\x1b[", "a" * 501, 3, None, "a.attn1.scan"],
+)  # fmt: skip
+def test_names_that_are_none_of_a_layer(name):
+    with pytest.raises(ValueError, match=r"^layer ") as caught:
+        GSPNAdapter(layers={"a.attn1": {"dim": 8}, name: {"dim": 8}})
+    assert "\x1b" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dim": "8"}, {"dim": 8.0}, {"dim": True}, {"dim": 0}, {"dim": None}, {"bias": "false"}, {"dropout": 2},
+     {"dropout": "x"}, {"skip": 1}, {"proxy_dim": 0}, [], None, "dim"],
+)  # fmt: skip
+def test_options_of_a_damaged_configuration(options):
+    with pytest.raises(ValueError, match=r"has to be|at least 1|a dictionary"):
+        GSPNAdapter(layers={"a.attn1": {"dim": 8, **options} if isinstance(options, dict) else options})
 
 
 def test_projections_are_the_attentions():

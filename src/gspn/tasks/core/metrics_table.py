@@ -73,15 +73,16 @@ class MetricsTable(Generic[Row]):
         kept = [row for row in self._rows if int(row["step"]) <= step]
         if len(kept) < len(self._rows):
             self._rows = kept
-            self._write()
+            self.write()
 
     def append(self, row: Row) -> None:
         """Add a row."""
         values = asdict(row).items()
         self._rows.append({key: "" if v is None else str(v) if isinstance(v, int) else f"{v:.9g}" for key, v in values})
-        self._write()
+        self.write()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write all rows."""
         text = io.StringIO()
         writer = csv.DictWriter(text, [one.name for one in fields(self.row)], lineterminator="\n")
         writer.writeheader()
