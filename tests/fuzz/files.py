@@ -19,6 +19,7 @@ import numpy as np
 import timm
 import torch
 import yaml
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import save
 from timm.models import save_for_hf
@@ -30,7 +31,7 @@ from gspn.tasks.class_conditional import ClassConditionalConfig, load_pipeline, 
 from gspn.tasks.class_conditional.sampling import SampleRecord
 from gspn.tasks.classify import TrainConfig
 from gspn.tasks.classify.model import load_model
-from gspn.tasks.core.checkpoints import CheckpointStore
+from gspn.tasks.core.checkpoints import CheckpointStore, Training
 from gspn.tasks.diffusion.images import open_images, read_record, save_png
 from gspn.tasks.diffusion.latents import ImagesRecord, LatentIndex, VaeRecord
 from gspn.tasks.diffusion.shard_cache import Shard, write_json
@@ -71,8 +72,10 @@ def file_target(
         return files
 
     def check(files: Input) -> None:
-        with written(files) as folder, refusals(library=library):
-            read(folder)
+        with written(files) as folder, contextlib.chdir(folder):
+            with refusals(library=library):
+                read(folder)
+            assert not Path("executed").exists(), "a file of the input was executed"
 
     return Target(name, make, check, quick)
 
@@ -232,17 +235,43 @@ def _read_archive(folder: Path) -> None:
     assert images.pixels.dtype == torch.uint8 and len(images.labels) == len(images)
 
 
-def _run() -> Files:
-    state = {"state": {"epoch": 1, "step": 9}, "sizes": {"weights.txt": 4}}
-    return {
-        "step-000000009/state.json": json.dumps(state).encode(),
-        "step-000000009/weights.txt": b"abcd",
-        "stages/settings.json": json.dumps({"prompts": ["a"], "seed": 0, "size": [8, 8]}).encode(),
-    }
+@functools.cache
+def _training() -> Training:
+    accelerator = Accelerator(cpu=True)
+    model = torch.nn.Linear(3, 2)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return Training(accelerator, model, optimizer)
 
 
-def _read_run(folder: Path) -> None:
-    CheckpointStore(folder).newest()
+def _checkpoint() -> Files:
+    with tempfile.TemporaryDirectory() as name:
+        CheckpointStore(Path(name)).save(_training(), 9, {"epoch": 1, "step": 9})
+        return {path.relative_to(name).as_posix(): path.read_bytes() for path in Path(name).rglob("*.*")}
+
+
+def _old_checkpoint() -> Files:
+    """As accelerate writes it, with the sizes that version 0.1.0 added."""
+    with tempfile.TemporaryDirectory() as name:
+        training, folder = _training(), Path(name) / "step-000000009"
+        training.accelerator.save_state(str(folder))
+        torch.save({"average": torch.zeros(2)}, folder / "custom_checkpoint_0.pkl")
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+        (folder / "state.json").write_text(json.dumps({"state": {"step": 9}, "sizes": sizes}))
+        return {path.relative_to(name).as_posix(): path.read_bytes() for path in folder.iterdir()}
+
+
+def _read_checkpoint(folder: Path) -> None:
+    state, lines = CheckpointStore(folder).load_newest(_training())
+    assert isinstance(state, dict) and not lines
+
+
+def _settings() -> Files:
+    return {"stages/settings.json": json.dumps({"prompts": ["a"], "seed": 0, "size": [8, 8]}).encode()}
+
+
+def _read_settings(folder: Path) -> None:
     assert isinstance(read_settings(folder), dict | None)
 
 
@@ -332,7 +361,9 @@ SOUND: dict[str, tuple[Callable[[], Files], Callable[[Path], object], int, bool]
     "latents": (_latents, _read_latents, 40, False),
     "records": (_records, _read_records, 60, False),
     "archive": (_archive, _read_archive, 60, False),
-    "run": (_run, _read_run, 60, False),
+    "checkpoint": (_checkpoint, _read_checkpoint, 60, False),
+    "old-checkpoint": (_old_checkpoint, _read_checkpoint, 60, False),
+    "settings": (_settings, _read_settings, 30, False),
     "metadata-lines": (_lines, _captions("folder"), 60, True),
     "metadata-table": (_table, _captions("folder"), 60, True),
     "captions-beside": (_beside, _captions("folder"), 40, True),

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 _EDGES = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
+_HOSTILE = b"cos\nsystem\n(S'touch executed'\ntR."  # a pickle that runs a command
 _HEADER = 96  # bytes at the start, where most fields are that decide
 
 
@@ -139,7 +140,7 @@ def damaged_file(rng: Random, name: str, data: bytes) -> bytes:
         return _damaged_tar(rng, data)
     if suffix == "png":
         return _damaged_png(rng, data)
-    raise ValueError(name)
+    return _damaged_zip(rng, data) if data.startswith(b"PK") else damaged(rng, data, [data])
 
 
 def _damaged_lines(rng: Random, data: bytes) -> bytes:
@@ -163,6 +164,19 @@ def _damaged_safetensors(rng: Random, data: bytes) -> bytes:
     header = damaged_json(rng, json.loads(data[8 : 8 + length]), indent=None)
     size = len(header) if rng.random() < 0.9 else rng.choice((0, 1, 2**31, 2**63, 2**64 - 1))
     return struct.pack("<Q", size) + header + data[8 + length :]
+
+
+def _damaged_zip(rng: Random, data: bytes) -> bytes:
+    """A file of PyTorch, with damage to a member of it that its checksums do not show."""
+    if rng.random() < 0.3:
+        return damaged(rng, data, [data])
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
+        chosen = rng.choice(old.namelist())
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, damaged(rng, content, [content, _HOSTILE]) if name == chosen else content)
+    return file.getvalue()
 
 
 def _damaged_npz(rng: Random, data: bytes) -> bytes:
