@@ -134,11 +134,6 @@ def test_without_an_average_and_with_few_evaluations(tmp_path):
     assert all(row["ema_loss"] == "" for row in table) and result.best_epoch == 0
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(UsageError, match=r"optim\.lr=5e\+29"):
-        fit(toy(tmp_path, "optim.lr=1e30", "optim.clip_grad=null", "schedule.warmup_epochs=0"))
-
-
 def test_broken_images_are_counted_and_named_once(tmp_path, capsys):
     result = fit(toy(tmp_path, broken=7))
     assert result.broken == ("point 7",)
@@ -158,3 +153,12 @@ def test_two_processes_share_an_epoch(whole, tmp_path):
     # Each process draws its own noise and dropout: the same data, not the same loss to the last digit.
     assert row["step"] == "6"
     assert float(row["train_loss"]) == pytest.approx(float(rows(whole[1].output)[0]["train_loss"]), rel=0.2)
+
+
+def test_a_run_stops_by_the_clock_and_goes_on_with_the_next_epoch(tmp_path):
+    said = io.StringIO()
+    task = toy(tmp_path, "run.stop_after_s=1e-9")
+    result = fit(task, console=Console(file=said, width=200))
+    assert result.last is not None and (result.last.epoch, result.last.step) == (1, 1)
+    assert task.saved == [(1, True)] and "stopped in epoch 1 by run.stop_after_s" in said.getvalue()
+    assert fit(toy(tmp_path), resume=True).last.epoch == 3

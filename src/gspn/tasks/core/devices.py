@@ -80,21 +80,17 @@ def distributed_context() -> Iterator[None]:
 
 
 @contextmanager
-def torch_errors() -> Iterator[None]:
-    """Turn PyTorch's error that comes from the request into one line.
-
-    Raises:
-        UsageError: BatchNorm has one value to average.
-    """
+def batchnorm_errors() -> Iterator[None]:
+    """Turn PyTorch's error of BatchNorm, where it has a single value to average, into one line."""
     try:
         yield
     except ValueError as error:
-        if "Expected more than 1 value per channel when training" in str(error):
-            raise UsageError(
-                "BatchNorm needs more than one value of each channel, and a batch of one image has one; raise "
-                "data.batch_size, or choose a model without BatchNorm."
-            ) from error
-        raise
+        if "Expected more than 1 value per channel when training" not in str(error):
+            raise
+        raise UsageError(
+            "BatchNorm needs more than one value of each channel, and a batch of one image has one; raise "
+            "data.batch_size, or choose a model without BatchNorm."
+        ) from error
 
 
 def process_info(accelerator: Accelerator) -> dict[str, Any]:
