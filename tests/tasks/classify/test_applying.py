@@ -32,7 +32,7 @@ def test_evaluation_agrees_with_training(trained, evaluation):
     assert evaluation.loss == pytest.approx(float(last["ema_loss"]), rel=1e-4)
     model = timm.create_model(f"local-dir:{trained / 'last'}", pretrained=True)
     state = newest_state(trained).items()
-    model.load_state_dict({k.removeprefix("weights."): v for k, v in state if k.startswith("weights.")})
+    model.load_state_dict({k.removeprefix("model."): v for k, v in state if k.startswith("model.")})
     raw = evaluate(model, data="digits", batch_size=100)
     assert (raw.top1, raw.top5) == pytest.approx((float(last["top1"]), float(last["top5"])))
     assert raw.loss == pytest.approx(float(last["eval_loss"]), rel=1e-4)
