@@ -90,8 +90,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 :class:`diffusers.DiTPipeline` takes them. A single one is a list of one.
 
         Raises:
-            ValueError: There is none, a name is unknown or that of several classes, a number is out of range, or
-                something is neither.
+            ValueError: There is none, a name is unknown or that of several classes, a number is out of range, or it is
+                no integer.
 
         Example:
             >>> pipeline.label_ids([["cat"], 1])  # doctest: +SKIP

@@ -242,8 +242,8 @@ def _check_size(cls: Any, folder: Path) -> None:
     described = sum(tensor.numel() for tensor in built.state_dict().values())
     if described > 2 * present + _FREE:
         raise UsageError(
-            f"'{printable(folder)}': config.json describes {described:,} weights, and {present:,} are there; one of the "
-            "two files belongs to another model."
+            f"'{printable(folder)}': config.json describes {described:,} weights, and {present:,} are there; one of "
+            "the two files belongs to another model."
         )
 
 
