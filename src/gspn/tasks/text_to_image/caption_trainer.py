@@ -12,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..._console import default_console
 from ..._errors import require
 from ..._timesteps import set_timesteps
 from ..core.devices import distributed_context, make_accelerator
@@ -84,7 +85,7 @@ class CaptionTask(Task[Config, Row]):
         """Encode the data, train and return the result."""
         require("accelerate", "timm", "torchvision", "safetensors", "yaml")
         require("diffusers", extra="diffusers")
-        config, console = self.config, console or Console()
+        config, console = self.config, console or default_console()
         # One connection for all: if it were closed and opened again between encoding and training, one process might
         # meet the other's old end.
         with distributed_context():

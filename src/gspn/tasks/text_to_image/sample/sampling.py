@@ -18,7 +18,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from ...._console import default_console
 from ...._errors import UsageError
+from ...._locks import DirectoryLock
 from ...._timesteps import set_timesteps
 from ...diffusion.digests import fingerprint
 from ...diffusion.images import ImageRecord, is_sampled, save_png
@@ -278,12 +280,14 @@ def sample(
         model=model, prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts), output=Path(output),
         upscale=(UpscalingConfig() if upscale is True else upscale) or None, **options,
     )  # fmt: skip
-    return run(request, console or Console())
+    return run(request, console or default_console())
 
 
 def run(request: SampleRequest, console: Console) -> SampleResult:
     """Carry out a request: resolve it, estimate it, draw the images and write them."""
     with contextlib.ExitStack() as stack:
+        if not request.estimate_only:
+            stack.enter_context(DirectoryLock(request.output))
         plan = resolve(request, stack)
         plan, cache, estimated = estimate(plan, stack, console)
         if request.estimate_only:
