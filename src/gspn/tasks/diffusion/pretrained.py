@@ -212,7 +212,8 @@ def _class(library: str, index: Mapping[str, Any]) -> Any:
         module = require(library, extra="diffusers" if library == "diffusers" else "text")
     else:
         return None
-    cls = None if name.startswith(("_", "Auto")) else getattr(module, name, None)
+    hidden = name.startswith("_") or (library == "transformers" and name.startswith("Auto"))
+    cls = None if hidden else getattr(module, name, None)
     return cls if isinstance(cls, type) and hasattr(cls, "from_pretrained") else None
 
 
