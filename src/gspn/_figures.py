@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def label(name: object) -> str:
-    """A name of a file, class or model as a text in a figure: matplotlib takes what is between two `$` for a formula.
+    r"""A name of a file, class or model as a text in a figure: matplotlib takes what is between two `$` for a formula.
 
     Example:
         >>> print(label("$5 or $x_2$"))
-        \\$5 or \\$x_2\\$
+        \$5 or \$x_2\$
     """
     return printable(name).replace("$", r"\$")
 

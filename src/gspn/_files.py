@@ -207,7 +207,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     open_regular(path).close()
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except (safetensors.SafetensorError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         # Not only its own error: a dtype that this PyTorch does not have, for example, ends as AttributeError.
         raise UsageError(f"{printable(path)} is not a whole safetensors file: {error}.") from None

@@ -49,7 +49,7 @@ class _Group(TyperGroup):
             return super().make_context(info_name, args, *others, **options)
 
     def invoke(self, ctx: Any) -> Any:
-        with _own_output(), one_line_errors():
+        with own_output(), one_line_errors():
             return super().invoke(ctx)
 
 
@@ -66,7 +66,7 @@ class _Command(TyperCommand):
 
 
 @contextmanager
-def _own_output() -> Iterator[None]:
+def own_output() -> Iterator[None]:
     """Let nothing but the command's own lines appear, and let no name that cannot be encoded end it."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)

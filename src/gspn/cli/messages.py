@@ -25,7 +25,7 @@ _WrongArguments: Any = typer.BadParameter.__base__  # click's UsageError: typer 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn errors that are no bugs into one line: exit code 2 for a wrong request, 1 for packages, files and memory."""
+    """Turn every error but a bug into one line: exit code 2 for a wrong request, 1 for packages, files and memory."""
     try:
         with _one_line_warnings():
             yield

@@ -13,7 +13,7 @@ import timm
 from torch import nn
 
 from .._errors import UsageError, nearest, require
-from .._files import open_regular, printable, read_json
+from .._files import open_regular, printable, read_json, short
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -77,44 +77,44 @@ def _dtypes(path: Path) -> dict[str, str]:
 def _check_config(config: Any, where: str) -> None:
     """Refuse what timm would take without a word, or fail on later."""
     if not isinstance(config, Mapping):
-        raise UsageError(f"{where} is {_shown(config)}, not a mapping with an architecture.")
+        raise UsageError(f"{where} is {short(config)}, not a mapping with an architecture.")
     if not isinstance(config.get("architecture"), str):
-        raise UsageError(f"{where} has no architecture that is a name: {_shown(config.get('architecture'))}.")
+        raise UsageError(f"{where} has no architecture that is a name: {short(config.get('architecture'))}.")
     check_model_name(config["architecture"])
     split = "pretrained_cfg" in config  # older files have everything on one level
     cfg = config["pretrained_cfg"] if split else config
     arguments = config.get("model_args")
     for name, value in (("pretrained_cfg", cfg), ("model_args", {} if arguments is None else arguments)):
         if not isinstance(value, Mapping):
-            raise UsageError(f"{where}: {name} is {_shown(value)}; it has to be a mapping.")
+            raise UsageError(f"{where}: {name} is {short(value)}; it has to be a mapping.")
     classes = config.get("num_classes", cfg.get("num_classes"))
     if classes is not None and not (_whole(classes) and 0 <= classes < 2**31):
-        raise UsageError(f"{where}: num_classes is {_shown(classes)}; it has to be a whole number, 0 or more.")
+        raise UsageError(f"{where}: num_classes is {short(classes)}; it has to be a whole number, 0 or more.")
     built = (arguments or {}).get("num_classes", classes)
     if built != classes:
-        raise UsageError(f"{where}: num_classes is {_shown(classes)}, and {_shown(built)} in model_args.")
+        raise UsageError(f"{where}: num_classes is {short(classes)}, and {short(built)} in model_args.")
     names = config.get("label_names", cfg.get("label_names"))
     if names is not None and not isinstance(names, Mapping | list):
-        raise UsageError(f"{where}: label_names is {_shown(names)}; it has to be a list.")
+        raise UsageError(f"{where}: label_names is {short(names)}; it has to be a list.")
     if isinstance(names, list) and classes is not None and len(names) != classes:
         raise UsageError(f"{where}: there are {len(names)} label_names for {classes} classes.")
 
     size = cfg.get("input_size")
     if size is not None and not (_numbers(size, 3) and all(_whole(one) and 0 < one < 2**16 for one in size)):
-        raise UsageError(f"{where}: input_size is {_shown(size)}; it has to be [channels, height, width].")
+        raise UsageError(f"{where}: input_size is {short(size)}; it has to be [channels, height, width].")
     channels = 3 if size is None else size[0]
     for name in ("mean", "std"):
         value = cfg.get(name)
         if value is not None and not (_numbers(value, channels) and (name == "mean" or all(one > 0 for one in value))):
             least = " above 0" if name == "std" else ""
-            raise UsageError(f"{where}: {name} is {_shown(value)}; it has to be a list of {channels} numbers{least}.")
+            raise UsageError(f"{where}: {name} is {short(value)}; it has to be a list of {channels} numbers{least}.")
     crop = cfg.get("crop_pct")
     if crop is not None and not (_numbers([crop], 1) and 0 < crop <= 2):
-        raise UsageError(f"{where}: crop_pct is {_shown(crop)}; it has to be between 0 and 1.")
+        raise UsageError(f"{where}: crop_pct is {short(crop)}; it has to be between 0 and 1.")
     interpolation = cfg.get("interpolation")
     if interpolation is not None and interpolation not in INTERPOLATIONS:
         raise UsageError(
-            f"{where}: interpolation is {_shown(interpolation)}; it has to be one of {', '.join(INTERPOLATIONS)}."
+            f"{where}: interpolation is {short(interpolation)}; it has to be one of {', '.join(INTERPOLATIONS)}."
         )
 
 
@@ -129,7 +129,3 @@ def _numbers(value: Any, count: int) -> bool:
         and len(value) == count
         and all(isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one) for one in value)
     )
-
-
-def _shown(value: Any) -> str:
-    return textwrap.shorten(repr(value), 100)

@@ -82,6 +82,7 @@ def test_a_file_is_named_in_its_errors(tmp_path):
 
 
 FREE = {
+    "run.stop_after_s",
     "data.root", "data.batch_size", "data.workers", "model.grad_checkpointing", "model.compile", "optim.accumulate",
     "run.output", "run.device", "run.deterministic", "run.checkpoint_every_s", "run.log_every", "run.trackers",
 }  # fmt: skip

@@ -153,3 +153,12 @@ def test_two_processes_share_an_epoch(whole, tmp_path):
     # Each process draws its own noise and dropout: the same data, not the same loss to the last digit.
     assert row["step"] == "6"
     assert float(row["train_loss"]) == pytest.approx(float(rows(whole[1].output)[0]["train_loss"]), rel=0.2)
+
+
+def test_a_run_stops_by_the_clock_and_goes_on_with_the_next_epoch(tmp_path):
+    said = io.StringIO()
+    task = toy(tmp_path, "run.stop_after_s=1e-9")
+    result = fit(task, console=Console(file=said, width=200))
+    assert result.last is not None and (result.last.epoch, result.last.step) == (1, 1)
+    assert task.saved == [(1, True)] and "stopped in epoch 1 by run.stop_after_s" in said.getvalue()
+    assert fit(toy(tmp_path), resume=True).last.epoch == 3

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from ..._errors import UsageError, nearest, require
+from ..._files import short
 
 T = TypeVar("T")
 
 # YAML 1.1, which PyYAML follows, takes 1e-3 for a string: a float needs a point there.
 _MOST_VALUES, _MOST_NESTED = 100_000, 16  # of a configuration
 _LONGEST_NAME = 4096  # letters
-_MOST_SHOWN = 120  # letters of a value in an error
 
 _FLOAT = re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+$")
 
@@ -72,14 +72,14 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], parent: str = "") -> T
         gspn._errors.UsageError: unknown configuration key 'rl'; did you mean 'lr'?
     """
     if not isinstance(values, Mapping):
-        raise UsageError(f"{parent or 'the configuration'} is {_shown(values)}, not a mapping of keys to values.")
+        raise UsageError(f"{parent or 'the configuration'} is {short(values)}, not a mapping of keys to values.")
     hints = _hints(cls)
     fields = {field.name: field for field in dataclasses.fields(typing.cast("Any", cls))}
     built = {}
     for key, value in values.items():
         key_path = f"{parent}.{key}" if parent else str(key)
         if key not in fields:
-            raise UsageError(f"unknown configuration key {_shown(key_path)}{_nearest_key(str(key), hints, parent)}")
+            raise UsageError(f"unknown configuration key {short(key_path)}{_nearest_key(str(key), hints, parent)}")
         built[key] = _converted(hints[key], value, key_path)
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -131,7 +131,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not all(key.split(".")) or key.count(".") > _MOST_NESTED:
-        raise UsageError(f"{_shown(text)} is not of the form section.key=value, such as optim.lr=1e-3.")
+        raise UsageError(f"{short(text)} is not of the form section.key=value, such as optim.lr=1e-3.")
     return key, read_yaml(value, f"the value of {key}")
 
 
@@ -204,7 +204,7 @@ def check_choice(key_path: str, value: Any, choices: Iterable[Any]) -> None:
     choices = list(choices)
     known = [str(one) for one in choices]
     if value not in choices or isinstance(value, bool):
-        raise UsageError(f"{key_path} is {_shown(value)}, not one of {', '.join(known)}{nearest(str(value), known)}")
+        raise UsageError(f"{key_path} is {short(value)}, not one of {', '.join(known)}{nearest(str(value), known)}")
 
 
 def check_range(
@@ -302,24 +302,18 @@ def _name(text: str, key_path: str) -> str:
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
-        raise UsageError(f"{key_path} is {_shown(text)}, which is not text.") from None
+        raise UsageError(f"{key_path} is {short(text)}, which is not text.") from None
     if len(text) > _LONGEST_NAME:
         raise UsageError(
-            f"{key_path} is {_shown(text)}, of {len(text):,} letters; at most {_LONGEST_NAME:,} can be used."
+            f"{key_path} is {short(text)}, of {len(text):,} letters; at most {_LONGEST_NAME:,} can be used."
         )
     if "\0" in text:
-        raise UsageError(f"{key_path} is {_shown(text)}; the NUL character cannot be in it.")
+        raise UsageError(f"{key_path} is {short(text)}; the NUL character cannot be in it.")
     return text
 
 
 def _wrong(hint: Any, value: Any, key_path: str) -> UsageError:
-    return UsageError(f"{key_path} is {_shown(value)}; it has to be {_type_words(hint)}.")
-
-
-def _shown(value: Any) -> str:
-    """A value as YAML or Python would write it, shortened."""
-    text = repr(value)
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+    return UsageError(f"{key_path} is {short(value)}; it has to be {_type_words(hint)}.")
 
 
 def _type_words(hint: Any) -> str:

@@ -18,7 +18,7 @@ from ..._errors import UsageError, require
 from ..._files import naming, read_text, replaced, short, write_text
 from ..._locks import DirectoryLock
 from .checkpoints import CheckpointStore, Training
-from .config import flat, from_mapping, read_yaml, to_mapping, write_yaml
+from .config import from_mapping, read_yaml, to_mapping, write_yaml
 from .devices import batchnorm_errors, distributed_context, make_accelerator, peak_memory_mib
 from .metrics_table import MetricsTable, Row
 from .optimization import make_optimizer, make_scheduler
@@ -133,6 +133,7 @@ class _Run(Generic[Row]):
 
         self._reported_broken: dict[int, set[int]] = {}
         self.position = Position()
+        self.stop_at, self.stopped = math.inf, False
         self.lr = 0.0  # of the last update, for layers whose rate is not reduced
         if resume:
             self._load()
@@ -183,18 +184,18 @@ class _Run(Generic[Row]):
         if not isinstance(saved, Mapping):
             raise UsageError(f"{str(path)!r} is not the configuration of a run; restore it, or name another --output.")
         resolved = {**asdict(self.resolved), **self.setup.resolved}
-        known = flat(saved)
         for key, (old, new) in self.config.differences(saved, resolved).items():
             if key in _REMEDIES:
                 if not key.startswith("resolved."):
                     self.changed.append(f"{key} is {new!r} from here on, and was {old!r}")
-            elif not key.startswith("resolved.") or key in known:  # older versions did not save some that follow
+            else:
                 if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
                     i = next(i for i, (one, other) in enumerate(zip(old, new, strict=True)) if one != other)
                     key, old, new = f"{key}[{i}]", old[i], new[i]
+                remedy = "Restore the data" if key.endswith(("_files", "_classes")) else "Leave it out"
                 raise UsageError(
                     f"{key} is {short(new)}, and the run in {str(self.output)!r} has {short(old)}; a resumed run keeps "
-                    "it. Leave it out, or start another run with --output."
+                    f"it. {remedy}, or start another run with --output."
                 )
 
     def _write_config(self) -> None:
@@ -271,7 +272,10 @@ class _Run(Generic[Row]):
             self._start_trackers()
 
     def _is_checkpoint_due(self, saved: float) -> bool:
-        due = time.monotonic() - saved >= self.config.run.checkpoint_every_s
+        return self._agreed(time.monotonic() - saved >= self.config.run.checkpoint_every_s)
+
+    def _agreed(self, due: bool) -> bool:
+        """Whether the first process finds that something is due."""
         if self.accelerator.num_processes == 1:
             return due
         if self.position.update % _ASK_EVERY:
@@ -287,9 +291,14 @@ class _Run(Generic[Row]):
         try:
             with self._trackers(), self.reporter.running(self.updates, self.resolved.images_per_update, self._step):
                 saved = time.monotonic()
+                if self.config.run.stop_after_s is not None:
+                    self.stop_at = saved + self.config.run.stop_after_s
                 for epoch in range(self.position.epoch, self.config.schedule.epochs):
                     self._train_epoch(epoch, saved)
                     self._end_epoch(epoch)
+                    if self.stopped:
+                        self.reporter.say(f"stopped in epoch {epoch + 1} by run.stop_after_s")
+                        break
                     saved = time.monotonic()
         finally:
             self._report_broken()
@@ -319,6 +328,9 @@ class _Run(Generic[Row]):
             if self._step % config.run.log_every == 0:
                 self._check_finite(total.item())  # of every update so far
                 self.accelerator.log({"update_loss": loss.item(), "lr": self.lr}, step=self._step)
+            self.stopped = self.stop_at < math.inf and self._agreed(time.monotonic() >= self.stop_at)
+            if self.stopped:
+                break
             # After the last update of an epoch there is one anyway.
             if update + 1 < self.updates and self._is_checkpoint_due(saved):
                 (position.loss_sum,) = self.context.sum(total[None])
@@ -362,11 +374,11 @@ class _Run(Generic[Row]):
     def _end_epoch(self, epoch: int) -> None:
         """Evaluate, save the model, the row and the checkpoint, in this order: a kill in between loses nothing."""
         position, run = self.position, self.config.run
-        loss = position.loss_sum / (self.updates * self.accelerator.num_processes)
+        loss = position.loss_sum / (position.update * self.accelerator.num_processes)
         self._check_finite(loss)
         self._check_weights()
         metrics: Mapping[str, float | None] = {}
-        if epoch + 1 == self.config.schedule.epochs or (epoch + 1) % run.eval_every == 0:
+        if self.stopped or epoch + 1 == self.config.schedule.epochs or (epoch + 1) % run.eval_every == 0:
             self.reporter.doing("evaluating")
             metrics = self.task.evaluate(Models(self.model, self.ema and self.ema.module), self.context)
         row = self.task.row_type(
@@ -375,7 +387,7 @@ class _Run(Generic[Row]):
             lr=self.lr,
             train_loss=loss,
             seconds=position.seconds,
-            images_per_second=self.updates * self.resolved.images_per_update / max(position.seconds, 1e-9),
+            images_per_second=position.update * self.resolved.images_per_update / max(position.seconds, 1e-9),
             peak_memory_mib=peak_memory_mib(self.accelerator.device),
             broken_images=position.broken,
             **metrics,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from ..._errors import UsageError, nearest
-from ..._files import printable, read_text
+from ..._files import printable, read_text, short
 from .config import (
     assigned,
     check_choice,
@@ -141,6 +141,9 @@ class RunConfig:
     """Use deterministic CUDA kernels only, so that a resumed run equals the uninterrupted one bit for bit there too."""
     checkpoint_every_s: float = setting(1800.0, 0, free=True)
     """Seconds between checkpoints within an epoch; there is one after every epoch in any case."""
+    stop_after_s: float | None = setting(None, above=0, free=True)
+    """Seconds of training after which the run ends, as after its last epoch; the epoch under way is cut short. It can
+    be continued with the next epoch. null: never."""
     eval_every: int = setting(1, 1)
     """Epochs between evaluations; the last epoch is always evaluated."""
     log_every: int = setting(50, 1, free=True)
@@ -216,7 +219,7 @@ class Configuration:
         """
         if not isinstance(values, Mapping):
             sections = ", ".join(one.name for one in fields(cls))
-            raise UsageError(f"the configuration is {repr(values)[:100]}, not a mapping with {sections}.")
+            raise UsageError(f"the configuration is {short(values)}, not a mapping with {sections}.")
         if "resolved" in values:
             values = cls._with_present_keys(values)
         return from_mapping(cls, {key: value for key, value in values.items() if key != "resolved"})
