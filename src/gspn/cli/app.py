@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import os
@@ -83,7 +84,7 @@ def own_output() -> Iterator[None]:
 def _no_foreign_bars() -> Iterator[None]:
     """Without the progress bars of tqdm, which most libraries use and none lets switch off for all."""
     try:
-        from tqdm import tqdm
+        tqdm: Any = importlib.import_module("tqdm").tqdm
     except ImportError:
         yield
         return
