@@ -69,15 +69,19 @@ class _Command(TyperCommand):
 @contextmanager
 def own_output() -> Iterator[None]:
     """Let nothing but the command's own lines appear, and let no name that cannot be encoded end it."""
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    added = _QUIET.keys() - os.environ.keys()
+    os.environ.update({name: _QUIET[name] for name in added})
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings(), _no_foreign_bars():
         warnings.filterwarnings("ignore", module=_OTHERS)
         warnings.showwarning = lambda message, *_, **__: warn(str(message))
-        yield
+        try:
+            yield
+        finally:
+            for name in added:
+                os.environ.pop(name, None)
 
 
 @contextmanager
