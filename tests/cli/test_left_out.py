@@ -21,7 +21,7 @@ ODD = os.fsdecode(b"\xff\n\x1b[31m.png")
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    """Six images of two classes, two with a hostile name, one damaged; and what is no image."""
+    """Six images of two classes, two with a hostile name, one damaged; and other files."""
     for label in ("1", "2"):
         (tmp_path / "images" / label).mkdir(parents=True)
         for name in ("a.png", "b.png", ODD):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -279,15 +280,57 @@ def test_loaded_in_half_precision(tmp_path):
     assert adapter.mount(unet).dtype == torch.float32
 
 
-def test_a_mounted_model_is_not_saved(tmp_path):
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_mounted_model_that_was_trained_is_saved_as_its_class(kind, tmp_path):
+    model = MAKERS[kind]()
+    size = {"height": 8, "width": 8} if kind == "dit" else {}
+    adapter = GSPNAdapter.from_model(model)
+    state = state_of(model)
+    with adapter.mounted(model):
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.01 * torch.randn_like(p)
+        expected, copied = run(model, **size), copy.deepcopy(model)
+        for number, one in enumerate((model, torch.compile(model), copied)):
+            with pytest.warns(UserWarning, match=rf"without the {len(adapter.mixers)} mixers.*adapter.save_pretrained"):
+                one.save_pretrained(tmp_path / str(number), safe_serialization=True)
+        adapter.save_pretrained(tmp_path / "adapter")
+        assert torch.equal(run(model, **size), expected)  # the mixers are where they were
+    assert state_of(model) == state
+    plain = run(model, **size)
+    for number in range(3):
+        again = type(model).from_pretrained(tmp_path / str(number))
+        assert torch.equal(run(again, **size), plain)
+        with GSPNAdapter.from_pretrained(tmp_path / "adapter").mounted(again):
+            assert torch.equal(run(again, **size), expected)
+
+
+def test_a_mounted_model_saves_in_the_dtype_that_it_has(tmp_path):
     unet = make_unet()
     with GSPNAdapter.from_model(unet).mounted(unet):
-        for one in (unet, torch.compile(unet), copy.deepcopy(unet)):
-            with pytest.raises(RuntimeError, match=r"4 self-attentions.*adapter.save_pretrained.*unmount"):
-                one.save_pretrained(tmp_path / "mounted", safe_serialization=True)
-        assert not (tmp_path / "mounted").exists()
-    unet.save_pretrained(tmp_path / "unet")
-    assert torch.equal(run(UNet2DConditionModel.from_pretrained(tmp_path / "unet")), run(unet))
+        unet.to(torch.bfloat16)
+        with pytest.warns(UserWarning, match="without the 4 mixers"):
+            unet.save_pretrained(tmp_path)
+    again = UNet2DConditionModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in unet.state_dict().items())
+
+
+def test_a_lora_of_mixers_is_said_as_it_is_made(tmp_path):
+    peft = pytest.importorskip("peft")
+    unet = make_unet()
+    adapter = GSPNAdapter.from_model(unet).mount(unet)
+    for targets, layers in ((["attn2.to_q"], 0), (["to_q", "to_k", "to_v", "to_out.0"], 8)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            unet.add_adapter(peft.LoraConfig(r=2, target_modules=targets))
+        said = [str(one.message) for one in said if "GSPN" in str(one.message)]
+        assert [one.split()[0] for one in said] == ([str(layers)] if layers else [])
+        with pytest.raises(RuntimeError, match="cannot be saved while it holds a LoRA"):
+            unet.save_pretrained(tmp_path)
+        unet.delete_adapters("default")
+        unet.unload_lora()
+    adapter.unmount()
+    assert "add_adapter" not in vars(unet)
 
 
 def test_mounting_twice():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 import gspn
 from gspn.ops.cpu import instruction_set, instruction_sets
 from propagate_cases import in_doubles, magnitudes, run, state_dtype
-from support import DTYPES, every_pair
+from support import DTYPES, every_pair, laid_out, scan_and_gradients
 
 ALL = ",".join(gspn.DIRECTIONS)
 SHAPE = (6, 5)
@@ -44,7 +46,7 @@ def states(dtype: torch.dtype, size: str, channels: int) -> tuple[Tensor, Tensor
 def compare(
     actual: dict[str, Tensor], exact: dict[str, Tensor], scale: dict[str, Tensor], what: str, x: Tensor
 ) -> None:  # fmt: skip
-    dtype, wide = actual["y"].dtype, torch.finfo(state_dtype(actual["y"].dtype))
+    dtype, wide = x.dtype, torch.finfo(state_dtype(x.dtype))
     for name, result in actual.items():
         limits = torch.finfo(result.dtype)
         # The power of a logit of a hundred is as exact as the logit, and below the normal numbers nothing is.
@@ -96,3 +98,31 @@ def test_propagate_is_exact_for_every_logit_and_state(dtype, size, proxy_channel
     for some in triples.split(4):
         tap_proj = some[torch.arange(4) % len(some), None]
         check(*states(dtype, size, 3), tap_proj, proxy_channels, impls)
+
+
+@every_pair(
+    dtype=DTYPES,
+    size=["one", "large", "small", "large gradient", "mixed"],
+    direction=gspn.DIRECTIONS,
+    layout=["contiguous", "channels_last", "transposed"],
+    groups=[13, 1],
+)
+def test_line_scan_is_exact_for_every_state(dtype, size, direction, layout, groups) -> None:
+    triples = logits(dtype)[:groups, :, None, None].expand(-1, -1, *SHAPE)
+    taps = gspn.stochastic_taps(triples[None].to(dtype), direction=direction)
+    x, grad = states(dtype, size, 13)
+    lam = torch.rand(x.shape).to(dtype)
+    x, taps, lam, grad = (laid_out(t, layout) for t in (x, taps, lam, grad))
+    less = 2.0**-200 if x.abs().max() > 1e200 else 1.0
+
+    def exactly(change: Callable[[Tensor], Tensor], h: Tensor) -> dict[str, Tensor]:
+        w, gate, g, a, state = (change(t.double()) for t in (taps, lam, grad, x, h))
+        how = {"h": state * less, "direction": direction, "segment": None, "impl": "reference"}
+        results = scan_and_gradients(a * less, w, gate, g, **how)
+        return {name: t if name == "dx" else t / less for name, t in results.items()}
+
+    for isa in instruction_sets():
+        with instruction_set(isa):
+            actual = scan_and_gradients(x, taps, lam, grad, direction=direction, segment=None, impl="cpu")
+        exact, scale = exactly(lambda t: t, actual["h"]), exactly(torch.abs, actual["h"])
+        compare(actual, exact, scale, isa, x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import random
@@ -59,8 +60,11 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 @contextmanager
-def stopped_before(update: int) -> Iterator[None]:
-    """Training within the block is interrupted before this update, counted from 1 over the run."""
+def stopped_before(update: int, *, strict: bool = True) -> Iterator[None]:
+    """Training within the block is interrupted before this update, counted from 1 over the run.
+
+    ``strict``: it is an error if it ends before.
+    """
     plain, calls = loop._Run._update, []
 
     def counted(self, *arguments):
@@ -69,6 +73,7 @@ def stopped_before(update: int) -> Iterator[None]:
             raise KeyboardInterrupt
         return plain(self, *arguments)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+    expected = pytest.raises(KeyboardInterrupt) if strict else contextlib.suppress(KeyboardInterrupt)
+    with pytest.MonkeyPatch.context() as patch, expected:
         patch.setattr(loop._Run, "_update", counted)
         yield

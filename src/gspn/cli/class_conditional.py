@@ -138,18 +138,13 @@ def sample(
     """
     width, height = (None, None) if size is None else parse_size(size)
     result = task.sample(
-        model, output=output, classes=None if classes is None else [_class(k) for k in classes],
-        number=number, seed=seed, guidance=guidance, steps=steps, scheduler=scheduler, height=height, width=width,
-        batch_size=batch_size, precision=precision.value, device=device.value, grid=grid, console=Console(),
+        model, output=output, classes=classes, number=number, seed=seed, guidance=guidance, steps=steps,
+        scheduler=scheduler, height=height, width=width, batch_size=batch_size, precision=precision.value,
+        device=device.value, grid=grid, console=Console(),
     )  # fmt: skip
     if result.is_main:
         grid_file = f"; a grid: {result.grid}" if result.grid else ""
         wrote(f"{len(result.records)} images to {result.directory} in {result.seconds:.1f} s{grid_file}")
-
-
-def _class(text: str) -> int | str:
-    """A class from the command line: a number, or a name."""
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else text
 
 
 @app.command()

@@ -117,7 +117,7 @@ def _facts(result: Evaluation) -> dict[str, str]:
 
 @app.command()
 def predict(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files of images.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files of images, or folders of them.")],
     model: Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=_MODEL)],
     top: Annotated[int, typer.Option(metavar="N", min=1, help="Number of classes to show for each image.")] = 5,
     batch_size: BatchSize = 16,

@@ -54,7 +54,8 @@ class SkipCorrupt(Wrapped):
     def __init__(self, dataset: Dataset, *, training: bool) -> None:
         super().__init__(dataset)
         self.training = training
-        self._corrupt: dict[int, str] = {}  # not decoded again: there may be thousands in a row
+        self._corrupt: set[int] = set()  # not decoded again: there may be thousands in a row
+        self._first: str | None = None
 
     def __getitem__(self, index: int) -> tuple[Any, int, int]:
         length = len(self)
@@ -73,10 +74,11 @@ class SkipCorrupt(Wrapped):
                 if len(unread) == _MOST_IN_A_ROW:
                     break
             except _CORRUPT as error:
-                self._corrupt[position] = str(error)
+                self._corrupt.add(position)
+                self._first = self._first or str(error)
             else:
                 return (image, target, -1) if step == 0 else (image, target if self.training else -1, index)
-        first = next(iter(self._corrupt.values()), None) if not unread else str(unread[0])
+        first = str(unread[0]) if unread else self._first
         every = (
             f"all {length:,} images are corrupt"
             if len(unread) < _MOST_IN_A_ROW

@@ -29,7 +29,7 @@ class LeftOutWarning(UserWarning):
 
 
 class LeftOut:
-    """What is left out of a set of files: how many of each kind, and the names of a few. Its text is one line.
+    """The files that are left out of a set: how many of each kind, and the names of a few. Its text is one line.
 
     Example:
         >>> left_out = LeftOut()

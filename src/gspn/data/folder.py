@@ -51,22 +51,22 @@ class _ClassFolders(LabelledImages):
         max_pixels: int,
     ) -> None:
         self.root, self.left_out, self.max_pixels = root, left_out, max_pixels
-        found = natural_order(paths)
-        if not found:
+        every = natural_order(paths)
+        if not every:
             raise UsageError(
                 f"{printable(root)} holds no image in a folder of its class "
                 f"({', '.join(sorted(EXTENSIONS))}); {left_out}."
             )
-        self.paths = [path for path in found if "/" in path] or found
-        if len(self.paths) < len(found):
-            left_out.add(LOOSE, *(path for path in found if "/" not in path))
+        self.paths = [path for path in every if "/" in path] or every
+        if len(self.paths) < len(every):
+            left_out.add(LOOSE, *(path for path in every if "/" not in path))
         own = natural_order({class_of(path) for path in self.paths} - {""})
-        super().__init__("folder", own if classes is None else classes, transform)
+        index = index_of_classes(own if classes is None else classes)
+        super().__init__("folder", list(index), transform)
         if classes and not own:
             raise UsageError(
                 f"{printable(root)} has images and no class folders; put them in a folder for each class. {left_out}."
             )
-        index = index_of_classes(self.classes)
         unknown = [name for name in own if name not in index]
         if unknown:
             raise UsageError(f"{printable(root)} has classes that are not in classes={self.classes}: {unknown[:10]}.")
@@ -163,6 +163,8 @@ def index_of_classes(classes: Sequence[str]) -> dict[str, int]:
         >>> index_of_classes(["cat", "dog"])
         {'cat': 0, 'dog': 1}
     """
+    if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+        raise UsageError(f"classes={classes!r} is not a list of names of classes.")
     index = {name: i for i, name in enumerate(classes)}
     if len(index) < len(classes) or "" in index:
         twice = next((name for i, name in enumerate(classes) if index[name] != i), "")

@@ -148,7 +148,7 @@ def row_image(value: Any, folders: Sequence[Path], *, max_pixels: int = MAX_PIXE
     A path is a part of the data, which nobody has checked, so no other file is read.
 
     Raises:
-        CorruptImageError: the row holds neither, or the image cannot be decoded.
+        CorruptImageError: the row holds no image, or it cannot be decoded.
     """
     value = value if isinstance(value, dict) else {"bytes": value}
     if value.get("bytes"):

@@ -209,6 +209,9 @@ def _open(kind: Kind, name: str, split: str, root: str | os.PathLike[str] | None
         for option, value in options.items():
             if option not in known:
                 raise ValueError(f"{option}={value!r} does not apply to {name!r}, which takes {', '.join(known)}.")
+    most = options.get("max_pixels", 1)
+    if not isinstance(most, int) or most < 1:
+        raise ValueError(f"max_pixels={most!r} is not a number of pixels.")
     dataset = opens(**keywords, **options)
     left_out = getattr(dataset, "left_out", None)
     if left_out:

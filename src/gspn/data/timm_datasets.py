@@ -146,10 +146,8 @@ def open_with_timm(
     if isinstance(dataset, IterableImageDataset):
         return Stream(dataset, name, transform)
     if isinstance(dataset, ImageDataset):
-        folders = [] if location is None else [location]
-        if not folders:
-            config = importlib.import_module("datasets").config
-            folders = [str(config.HF_DATASETS_CACHE), str(config.HF_HUB_CACHE)]
+        config, own = importlib.import_module("datasets").config, name.partition("/")[2]
+        folders = [location or config.HF_DATASETS_CACHE, config.HF_HUB_CACHE, *([own] if Path(own).is_dir() else [])]
         return HubImages(dataset.reader, name, folders, transform, max_pixels)
     return TorchvisionImages(dataset, name, transform)
 

@@ -152,8 +152,10 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
     def mount(self, model: ModelMixin) -> GSPNAdapter:
         """Replace the model's self-attentions with the mixers.
 
-        The mixers take the model's dtype and devices. The model's ``save_pretrained`` raises until :meth:`unmount`,
-        because its file would lack the queries and keys that its class needs.
+        The mixers take the model's dtype and devices. Until :meth:`unmount`, the model's ``save_pretrained`` writes
+        what its class needs, its other weights as they are now and the attentions that the mixers replaced, and warns
+        that the mixers are the adapter's to save. Its ``add_adapter`` warns where a LoRA adapts mixers: in a model
+        without them, such a LoRA changes attentions of the same names.
 
         Args:
             model: A model of the architecture that the adapter was made for.

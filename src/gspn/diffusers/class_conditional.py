@@ -102,7 +102,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             listed = [listed]
         numbers = [self._label_id(one) for one in listed]
         if not numbers:
-            raise ValueError(f"class_labels={printable(repr(classes))[:80]}: name at least one class.")
+            raise ValueError(f"class_labels={printable(repr(classes))[:80]}: no classes; name at least one.")
         return numbers
 
     def _label_id(self, one: Any) -> int:

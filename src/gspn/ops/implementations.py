@@ -25,14 +25,15 @@ IMPLEMENTATIONS: dict[str, Backend] = {backend.__name__.rpartition(".")[2]: back
 """The backends by name, which is what ``impl`` names."""
 
 # "auto" must not ask the backends again on every call: they look for compilers, libraries and devices.
-_auto_choice: dict[tuple[str, str, torch.dtype], Backend] = {}
+_auto_choice: dict[tuple[str, str, torch.dtype], Any] = {}
 
 
-def check_impl(impl: str) -> None:
-    """Raise ValueError unless ``impl`` is ``"auto"`` or names an implementation."""
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
+def check_impl(impl: Any) -> None:
+    """Raise TypeError or ValueError unless ``impl`` is ``"auto"`` or names an implementation."""
+    if not isinstance(impl, str) or (impl != "auto" and impl not in IMPLEMENTATIONS):
         names = ", ".join(["auto", *IMPLEMENTATIONS])
-        raise ValueError(f"{impl=} is not an implementation; use one of {names}.")
+        error = ValueError if isinstance(impl, str) else TypeError
+        raise error(f"{impl=} is not an implementation; use one of {names}.")
 
 
 def available_impls(x: Tensor, op: str = "propagate") -> dict[str, str | None]:
@@ -81,6 +82,10 @@ def _choose(device: torch.device, dtype: torch.dtype, op: str) -> Backend:
     return IMPLEMENTATIONS[slowest]
 
 
+def _module(backend: Backend, op: str) -> Any:
+    return importlib.import_module(f"{backend.__name__}.{op}")
+
+
 def resolve(impl: str, like: Tensor, op: str) -> Any:
     """The module that computes ``op`` on tensors like ``like``; its functions are those of :mod:`gspn.ops.backend`.
 
@@ -91,12 +96,11 @@ def resolve(impl: str, like: Tensor, op: str) -> Any:
     if impl == "auto":
         key = (op, like.device.type, like.dtype)
         if key not in _auto_choice:
-            _auto_choice[key] = _choose(like.device, like.dtype, op)
-        backend = _auto_choice[key]
-    else:
-        backend = IMPLEMENTATIONS[impl]
-        reason = backend.why_not(like.device, like.dtype, op)
-        if reason is not None:
-            error = ImportError if isinstance(reason, NotInstalled) else NotImplementedError
-            raise error(f"impl={impl!r} cannot run {op} here: {reason}")
-    return importlib.import_module(f"{backend.__name__}.{op}")
+            _auto_choice[key] = _module(_choose(like.device, like.dtype, op), op)
+        return _auto_choice[key]
+    backend = IMPLEMENTATIONS[impl]
+    reason = backend.why_not(like.device, like.dtype, op)
+    if reason is not None:
+        error = ImportError if isinstance(reason, NotInstalled) else NotImplementedError
+        raise error(f"impl={impl!r} cannot run {op} here: {reason}")
+    return _module(backend, op)

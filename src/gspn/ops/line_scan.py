@@ -7,7 +7,7 @@ from torch import Tensor
 from .directions import Direction, scan_axes
 from .implementations import check_impl
 from .torch_library import apply_line_scan
-from .validation import autocast, check_groups, check_image, check_segment, check_tensors
+from .validation import autocast, check_is_tensor, check_segment
 
 
 def line_scan(
@@ -75,20 +75,9 @@ def line_scan(
     scan_axes(direction)
     check_impl(impl)
     check_segment(segment)
+    check_is_tensor("x", x)
+    check_is_tensor("taps", taps)
+    if lam is not None:
+        check_is_tensor("lam", lam)
     x, taps, lam = autocast(x, taps, lam)
-    check_tensors(x, {"taps": taps} if lam is None else {"taps": taps, "lam": lam})
-    check_image(x, "line_scan")
-    if taps.dim() != 5 or taps.shape[2] != 3:
-        raise ValueError(f"{taps.shape=}: taps must be [B, G, 3, H, W], three taps for each pixel of each group.")
-    batch, _, height, width = x.shape
-    if taps.shape[0] != batch or taps.shape[3] != height or taps.shape[4] != width:
-        raise ValueError(
-            f"{taps.shape=} does not fit {x.shape=}: taps must be "
-            f"[{batch}, G, 3, {height}, {width}], of x's batch and frame size."
-        )
-    check_groups("taps", taps, x)
-    if lam is not None and lam.shape != x.shape:
-        raise ValueError(
-            f"{lam.shape=} differs from {x.shape=}; lam weighs each element of x, so expand it to x's shape."
-        )
     return apply_line_scan(x, taps, lam, direction, segment, impl)

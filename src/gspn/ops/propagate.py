@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor
 
 from .directions import DIRECTIONS, Direction
 from .implementations import check_impl
-from .torch_library import apply_line_scan, apply_propagate
-from .unfused import compose
-from .validation import autocast, check_groups, check_image, check_segment, check_tensors, state_dtype
-
-
-def _check_shapes(
-    x: Tensor, proxy: Tensor, tap_proj: Tensor, gates: dict[str, Tensor], merge: Tensor | None, count: int
-) -> None:
-    """Raise ValueError unless all shapes are those of ``count`` directions over ``x``."""
-    check_image(x, "propagate")
-    batch, channels, height, width = x.shape
-    if proxy.dim() != 4 or (proxy.shape[0], *proxy.shape[2:]) != (batch, height, width) or proxy.shape[1] == 0:
-        raise ValueError(
-            f"{proxy.shape=} does not fit {x.shape=}: proxy must be [{batch}, S, {height}, {width}], S at least 1."
-        )
-    proxy_channels = proxy.shape[1]
-    if tap_proj.dim() != 4 or (tap_proj.shape[0], *tap_proj.shape[2:]) != (count, 3, proxy_channels):
-        raise ValueError(
-            f"{tap_proj.shape=}: tap_proj must be [{count}, G, 3, {proxy_channels}], three taps for each of {count} "
-            f"directions and G groups, from the {proxy_channels} channels of the proxy."
-        )
-    check_groups("tap_proj", tap_proj, x)
-    for name, gate in gates.items():
-        if gate.shape != (count, channels, proxy_channels):
-            raise ValueError(
-                f"{name}.shape is {gate.shape}; it must be [{count}, {channels}, {proxy_channels}], "
-                f"for {count} directions, x's channels and the proxy's."
-            )
-    if merge is not None and merge.shape != (count,):
-        raise ValueError(f"{merge.shape=}: merge must be [{count}], a weight for each direction.")
+from .torch_library import apply_propagate, composed_propagate
+from .validation import (
+    autocast,
+    check_directions,
+    check_gate,
+    check_is_tensor,
+    check_kind,
+    check_propagate,
+    check_scannable,
+    check_segment,
+    state_dtype,
+)
 
 
 def propagate(
@@ -115,26 +98,35 @@ def propagate(
     """
     check_impl(impl)
     check_segment(segment)
-    unknown = [d for d in directions if d not in DIRECTIONS]
-    if isinstance(directions, str) or not directions or unknown or len(set(directions)) != len(directions):
-        raise ValueError(f"{directions=}: pass one or more of {DIRECTIONS}, each once.")
+    if directions is not DIRECTIONS:
+        check_directions(directions)
+    check_is_tensor("x", x)
+    check_is_tensor("proxy", proxy)
     x, proxy = autocast(x, proxy)
-    check_tensors(x, {"proxy": proxy})
+    check_scannable("x", x)
     # Projections may have the state's dtype, which loses nothing.
     wide = state_dtype(x.dtype)
-    gates = {"lam_proj": lam_proj, "u_proj": u_proj} | ({} if skip_proj is None else {"skip_proj": skip_proj})
-    check_tensors(x, {"tap_proj": tap_proj, **gates} | ({} if merge is None else {"merge": merge}), wide)
-    _check_shapes(x, proxy, tap_proj, gates, merge, len(directions))
 
-    # The merge is folded into the projections, and the skips of all directions are one: both sums are linear.
-    tap_proj, lam_proj, u_proj = (p.to(wide) for p in (tap_proj, lam_proj, u_proj))
-    skip_proj = None if skip_proj is None else skip_proj.to(wide)  # [D, C, S]
+    def widened(name: str, projection: Tensor) -> Tensor:
+        check_is_tensor(name, projection)
+        check_kind(name, projection, ("x", x), x.dtype, wide)
+        return projection if projection.dtype == wide else projection.to(wide)
+
+    tap_proj, lam_proj, u_proj = widened("tap_proj", tap_proj), widened("lam_proj", lam_proj), widened("u_proj", u_proj)
+    # The merge is folded into the projections, and the skips of all directions are one: both sums are linear. What
+    # these products and sums would broadcast is checked before.
+    skip_proj = None if skip_proj is None else widened("skip_proj", skip_proj)  # [D, C, S]
+    count = len(directions)
+    if u_proj.shape != lam_proj.shape or (skip_proj is not None and skip_proj.shape != lam_proj.shape):
+        check_propagate(x, proxy, tap_proj, lam_proj, u_proj, None, directions, segment)
+        check_gate("skip_proj", cast("Tensor", skip_proj), lam_proj.shape)
     if merge is not None:
-        weight = merge.to(wide).view(-1, 1, 1)
+        merge = widened("merge", merge)
+        if merge.shape != (count,):
+            raise ValueError(f"{merge.shape=}: merge must be [{count}], a weight for each direction.")
+        weight = merge.view(-1, 1, 1)
         u_proj = u_proj * weight
         skip_proj = None if skip_proj is None else skip_proj * weight
     skip_proj = None if skip_proj is None else skip_proj.sum(0)  # [C, S]
-    arguments = (x, proxy, tap_proj, lam_proj, u_proj, skip_proj)
-    if impl == "reference":
-        return compose(*arguments, directions, segment, lambda *scan: apply_line_scan(*scan, "reference"))
-    return apply_propagate(*arguments, ",".join(directions), segment, impl)
+    call = composed_propagate if impl == "reference" else apply_propagate
+    return call(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, ",".join(directions), segment, impl)

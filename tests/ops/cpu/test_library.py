@@ -6,13 +6,14 @@ import ctypes
 import hashlib
 import itertools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-import gspn
-from gspn.ops.cpu import c_structs, library, line_scan, propagate
+from gspn.ops.cpu import c_structs, library, line_scan, propagate, why_not
 from propagate_cases import make_arguments
 from support import make_inputs, run_python
 
@@ -93,7 +94,7 @@ def test_the_file_is_opened_once(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(library, "_path", lambda: opened.append(1) or tmp_path / "gspn_cpu.so")
     library._library_or_error.cache_clear()
     try:
-        reasons = {gspn.ops.cpu.why_not(torch.device("cpu"), torch.float32, "propagate") for _ in range(3)}
+        reasons = {why_not(torch.device("cpu"), torch.float32, "propagate") for _ in range(3)}
     finally:
         library._library_or_error.cache_clear()
     assert len(reasons) == len(opened) == 1
@@ -104,30 +105,37 @@ def test_the_file_is_opened_once(monkeypatch, tmp_path) -> None:
 INTEGERS = (0, -1, -(2**63), 2**62, 2**63 - 1)
 
 
-def calls(monkeypatch) -> list[tuple[ctypes.Structure, object, object]]:
+def calls(monkeypatch) -> list[tuple[Any, Any, list[Any]]]:
     """A right call of each entry point, its function, and what must stay alive."""
-    caught: list[tuple[ctypes.Structure, object, object]] = []
+    caught: list[tuple[Any, Any]] = []
     x, taps, lam, grad = make_inputs(1, 4, 3, 5, 2, torch.float32)
     arguments, grad_y = make_arguments(1, 4, 3, 5, 2, 2, torch.float32)
 
     def catch(function, call, what) -> None:
-        caught.append((call, function, what))
+        caught.append((call, function))
         library.run(function, call, what)
 
     for module in (line_scan, propagate):
         monkeypatch.setattr(module, "run", catch)
     # Everything is kept: a call that is changed in one number and accepted must find its memory.
-    keep = [x, taps, lam, grad, arguments, grad_y]
-    plain_empty, plain_empty_like = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: keep.append(t := plain_empty(*a, **k)) or t)
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: keep.append(t := plain_empty_like(*a, **k)) or t)
+    keep: list[Any] = [x, taps, lam, grad, arguments, grad_y]
+
+    def kept(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate_and_keep(*args: Any, **kwargs: Any) -> torch.Tensor:
+            keep.append(allocate(*args, **kwargs))
+            return keep[-1]
+
+        return allocate_and_keep
+
+    monkeypatch.setattr(torch, "empty", kept(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", kept(torch.empty_like))
     h = line_scan.line_scan(x, taps, lam, "down", None)
     line_scan.line_scan_backward(grad, h, x, taps, lam, "left", 2, True, True)
     directions = ("down", "left", "up", "right")
     propagate.propagate(*arguments, directions, None)
     propagate.propagate_backward(grad_y, *arguments, directions, 2)
     assert len(caught) == 4
-    return [(call, function, keep) for call, function, _ in caught]
+    return [(call, function, keep) for call, function in caught]
 
 
 def test_wrong_numbers_are_refused(monkeypatch) -> None:
@@ -197,10 +205,10 @@ def test_wrong_directions_groups_threads_and_pointers_are_refused(monkeypatch) -
 @pytest.mark.parametrize("position", range(7))
 def test_a_tensor_without_memory_is_not_taken_as_absent(position) -> None:
     arguments, grad = make_arguments(1, 4, 3, 5, 2, 2, torch.float32)
-    tensors = [grad, *arguments]
+    tensors: list[Any] = [grad, *arguments]
     tensors[position].untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="no memory"):
-        propagate.propagate_backward(*tensors, ("down", "up", "left", "right"), None)
+        propagate.propagate_backward(grad, *tensors[1:7], ("down", "up", "left", "right"), None)
     if position == 0:
         return
     with pytest.raises(ValueError, match="no memory"):

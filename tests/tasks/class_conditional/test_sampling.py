@@ -18,6 +18,7 @@ from gspn._errors import UsageError
 from gspn.cli import app
 from gspn.diffusers import ClassConditionalPipeline, GSPNDenoiser2DModel
 from gspn.tasks.class_conditional import DiffusionConfig, sample
+from gspn.tasks.class_conditional.sampling import _number_or_name
 from gspn.tasks.diffusion.schedulers import training_scheduler
 
 
@@ -192,3 +193,8 @@ def test_numbers_that_cannot_be_are_refused(saved, tmp_path):
     for options in ({"guidance": float("nan")}, {"guidance": -1.0}, {"number": 0}, {"steps": 0}, {"batch_size": 0}):
         with pytest.raises(UsageError):
             sample(saved, output=tmp_path, **options)
+
+
+def test_a_name_that_is_a_number_is_a_name():
+    names = {"1": 0, "2": 1, "10": 2}
+    assert [_number_or_name(one, names) for one in ("1", "10", "0", 1, "cat", "²")] == ["1", "10", 0, 1, "cat", "²"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -20,6 +21,7 @@ pytest.importorskip("accelerate", reason="needs gspn[train]")
 from gspn._errors import UsageError
 from gspn._locks import DirectoryLock
 from gspn.tasks.core.loop import fit
+from tasks.core.test_checkpoints import Bomb
 from tasks.core.toy import Points, Toy, toy
 from tasks.runs import assert_same, newest_checkpoint, newest_state, rows, stopped_before
 
@@ -98,6 +100,35 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(whole, tmp_path, limi
     assert_same(newest_state(tmp_path / "run"), before)
     fit(toy(tmp_path / "run"), resume=True)
     assert_same(newest_state(tmp_path / "run"), newest_state(whole.output))
+
+
+def test_no_file_of_a_run_is_a_program(tmp_path):
+    """Each file in turn is a pickle that would make a directory, and text of other kinds: one line, or read past."""
+    with stopped_before(8):
+        fit(toy(tmp_path / "run", "ema.decay=0.9"))
+    mark = tmp_path / "mark"
+    names = [path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(names) == 12
+    whole = shutil.copytree(tmp_path / "run", tmp_path / "kept")
+    for name in sorted(names):
+        for content in (
+            pickle.dumps(Bomb(mark)),
+            b"",
+            b"\0" * 100,
+            b"[" * 10_000,
+            b"\xff\xfe\0a",
+            b'{"a": 1}',
+            b"x,y\n1",
+        ):
+            shutil.rmtree(tmp_path / "run")
+            shutil.copytree(whole, tmp_path / "run")
+            (tmp_path / "run" / name).write_bytes(content)
+            with stopped_before(1, strict=False):
+                try:
+                    fit(toy(tmp_path / "run"), resume=True, console=Console(file=io.StringIO()))
+                except UsageError as error:
+                    assert "\n" not in str(error)  # noqa: PT017
+            assert not mark.exists(), name
 
 
 class Removing(Toy):
@@ -200,9 +231,9 @@ class Vanishing(Points):
 @pytest.mark.parametrize(
     ("points", "settings", "message"),
     [
-        (Killed(50), ["data.workers=1"], "a process that loads images was killed; .*--resume"),
-        (Vanishing(50), [], "50 images in a row are corrupt.*No such file.*--resume"),
-        (Vanishing(50), ["data.workers=1"], "50 images in a row are corrupt.*No such file.*--resume"),
+        (Killed(50), ["data.workers=1"], "a process that loads images has stopped"),
+        (Vanishing(50), [], "all 50 images are corrupt.*No such file"),
+        (Vanishing(50), ["data.workers=1"], "all 50 images are corrupt.*No such file"),
     ],
 )
 def test_loading_that_fails_is_one_line(tmp_path, points, settings, message):

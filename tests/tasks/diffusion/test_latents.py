@@ -187,6 +187,37 @@ def test_what_is_no_autoencoder(vae, tmp_path):
         load_autoencoder(broken)
 
 
+def test_every_name_counts_and_old_caches_stay(vae, tmp_path):
+    """One name of 200 that changes; caches of version 0.1.0 have a digest of 64 of them."""
+    images = tmp_path / "images" / "train" / "red"
+    images.mkdir(parents=True)
+    for i in range(200):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(images / f"{i:03}.png")
+    options = {"data": "folder", "root": tmp_path / "images", "workers": 0}
+    found = cached(vae, tmp_path / "out", **options)
+    assert len(found.index.data.names) == 64
+    old = shutil.copytree(tmp_path / "out", tmp_path / "old")
+    names = [f"red/{i * 200 // 64:03}.png" for i in range(64)]
+    values = json.loads((old / "index.json").read_text())
+    values["data"]["names"] = hashlib.sha256("\0".join(names).encode()).hexdigest()[:16]
+    (old / "index.json").write_text(json.dumps(values))
+    assert cached(vae, old, **options).made == 0
+    (images / "001.png").rename(images / "001a.png")
+    with pytest.raises(UsageError, match=r"data\.names"):
+        cached(vae, tmp_path / "out", **options)
+    assert cached(vae, old, **options).made == 0
+
+
+def test_latents_that_are_not_finite_are_not_learnt(copy):
+    path = copy / "latents-00001.safetensors"
+    tensors = load_file(path)
+    tensors["mean"][7, 0, 0, 0, 0] = float("inf")
+    save_file(tensors, path)
+    latents = open_latents(copy)  # without a look at the checksums
+    with pytest.raises(UsageError, match=r"latents-00001\.safetensors.*not finite.*again"):
+        latents[250 + 7]
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Nine coloured images in three classes, two of them no images."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..base import LabelledImages, Transform, digest_of
+from ..base import LabelledImages, Transform
 from .parsing import CaptionTexts
 
 IMAGE_COLUMN, TEXT_COLUMN = "image", "text"
@@ -33,10 +33,6 @@ class CaptionedImages(LabelledImages):
     def target(self, index: int) -> int:
         """The index of the image itself, never negative."""
         return self._position(index)
-
-    def identity(self) -> str:
-        """A digest of the names and the captions of all images, in their order, but of no pixels."""
-        return digest_of("\0".join((self.filename(i), *self.captions(i))) for i in range(len(self)))
 
     def __repr__(self) -> str:
         return f"<{self.name}: {len(self)} images with captions>"

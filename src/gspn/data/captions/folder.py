@@ -106,7 +106,7 @@ class CaptionedFolder(CaptionedImages):
         if missing:
             raise ValueError(
                 f"root={str(self.root)!r} lacks {len(missing):,} images that its metadata names: {some(missing)}. "
-                f"Add them or remove their rows. What is no image of this folder does not count; {self.left_out}."
+                f"Add them or remove their rows. Only images of this folder count; {self.left_out}."
             )
         return captions
 

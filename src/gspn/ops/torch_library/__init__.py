@@ -6,6 +6,6 @@ see one opaque node, never a kernel launch, a loop over lines or a look for a co
 """
 
 from .line_scan import apply_line_scan, apply_line_scan_backward
-from .propagate import apply_propagate
+from .propagate import apply_propagate, composed_propagate
 
-__all__ = ["apply_line_scan", "apply_line_scan_backward", "apply_propagate"]
+__all__ = ["apply_line_scan", "apply_line_scan_backward", "apply_propagate", "composed_propagate"]

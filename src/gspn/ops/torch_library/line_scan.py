@@ -9,6 +9,12 @@ With ``A`` the scan's linear map, ``h = A(taps) (lam x)``, the adjoint state is 
 ``v = A r`` is the gradient of ``grad``, the gradient of ``taps`` has the form of ``dtaps`` with ``v`` in the place of
 ``h``, and ``h``, ``x``, ``lam`` enter linearly. All of it is expressed by these two operators again, so derivatives of
 any order exist and run in the fast kernels.
+
+Forward mode needs no more. The tangent of a scan is a scan,
+
+    dh = A (dlam x + lam dx + sum_k dtaps_k h[i-1, j+k-1]),
+
+and so is that of the adjoint state, with the products ``dtaps_k g`` sent to the states that the taps weigh.
 """
 
 from __future__ import annotations
@@ -18,14 +24,27 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..directions import scan_axes
-from ..implementations import resolve
+from ..implementations import check_impl, resolve
+from ..validation import check_line_scan, check_memory
 from .operator import fold, register
 
 # --- line_scan --------------------------------------------------------------------------------------------------------
 
 
+def _check(x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None, impl: str) -> None:
+    check_impl(impl)
+    check_line_scan(("x", x), (("lam", lam),), taps, direction, segment)
+
+
 def _run(x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None, impl: str) -> Tensor:
+    _check(x, taps, lam, direction, segment, impl)
+    check_memory("x taps lam", x, taps, lam)
     return resolve(impl, x, "line_scan").line_scan(x, taps, lam, direction, segment)
+
+
+def _fake(x: Tensor, *others) -> Tensor:
+    _check(x, *others)
+    return torch.empty_like(x)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -46,25 +65,46 @@ def _differentiate(ctx, grad: Tensor):
     return (*(g if need else None for g, need in zip(grads, needed, strict=True)), None, None, None)
 
 
-def _vmap(info, in_dims, x, taps, lam, *rest):
-    h = torch.ops.gspn.line_scan(*fold((x, taps, lam), in_dims[:3], info.batch_size), *rest)
+def _tangent(inputs, output, dx: Tensor, dtaps: Tensor, dlam: Tensor | None, *_):
+    x, taps, lam, direction, segment, impl = inputs
+    source = dx if lam is None or dlam is None else lam * dx + dlam * x
+    source = source + (_of_channels(dtaps, x) * _previous_states(output[0], direction, segment)).sum(2)
+    return apply_line_scan(source.to(x.dtype), taps, None, direction, segment, impl)
+
+
+def _vmap(call, info, in_dims, x, taps, lam, *rest):
+    h = call(*fold((x, taps, lam), in_dims[:3], info.batch_size), *rest)
     return h.unflatten(0, (info.batch_size, -1)), 0
 
 
 apply_line_scan = register(
     "line_scan",
     "(Tensor x, Tensor taps, Tensor? lam, str direction, SymInt? segment, str impl) -> Tensor",
-    run=_run, fake=lambda x, *_: torch.empty_like(x), save=_save, differentiate=_differentiate, vmap=_vmap,
+    run=_run, fake=_fake, save=_save, differentiate=_differentiate, vmap=_vmap, tangent=_tangent,
 )  # fmt: skip
 
 
 # --- line_scan_backward -----------------------------------------------------------------------------------------------
 
 
+def _check_backward(
+    grad: Tensor, h: Tensor, x: Tensor | None, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None,
+    impl: str, need_taps: bool, need_lam: bool,
+) -> None:  # fmt: skip
+    check_impl(impl)
+    check_line_scan(("grad", grad), (("h", h), ("x", x), ("lam", lam)), taps, direction, segment)
+    if need_lam and (x is None or lam is None):
+        raise ValueError(
+            f"{need_lam=} but {'x' if x is None else 'lam'} is None; pass both x and lam, or need_lam=False."
+        )
+
+
 def _run_backward(
     grad: Tensor, h: Tensor, x: Tensor | None, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None,
     impl: str, need_taps: bool, need_lam: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_backward(grad, h, x, taps, lam, direction, segment, impl, need_taps, need_lam)
+    check_memory("grad h x taps lam", grad, h, x, taps, lam)
     dx, dtaps, dlam = resolve(impl, h, "line_scan").line_scan_backward(
         grad, h, x, taps, lam, direction, segment, need_taps, need_lam
     )
@@ -73,11 +113,17 @@ def _run_backward(
 
 
 def _fake_backward(grad, h, x, taps, lam, direction, segment, impl, need_taps, need_lam):
+    _check_backward(grad, h, x, taps, lam, direction, segment, impl, need_taps, need_lam)
     return (
         torch.empty_like(h if x is None else x),
         torch.empty_like(taps) if need_taps else h.new_empty(0),
         torch.empty_like(lam) if need_lam and lam is not None else h.new_empty(0),
     )
+
+
+def _of_channels(taps: Tensor, like: Tensor) -> Tensor:
+    """``[B, G, 3, H, W]`` to ``[B, C, 3, H, W]``, for the channels of ``like``."""
+    return taps.repeat_interleave(like.shape[1] // taps.shape[1], dim=1)
 
 
 def _shifted(map_: Tensor, axis: int, by: int) -> Tensor:
@@ -126,7 +172,7 @@ def _differentiate_backward(ctx, a: Tensor, b: Tensor, c: Tensor):
     if ctx.need_lam:
         r = r + x * c
     if ctx.need_taps:
-        b = b.repeat_interleave(h.shape[1] // b.shape[1], dim=1)  # [B, C, 3, H, W]
+        b = _of_channels(b, h)
         r = r + (b * _previous_states(h, direction, segment)).sum(2)
     v = apply_line_scan(r.to(h.dtype), taps, None, direction, segment, impl)
     g, d_taps, _ = apply_line_scan_backward(grad, v, None, taps, None, direction, segment, impl, True, False)
@@ -140,9 +186,24 @@ def _differentiate_backward(ctx, a: Tensor, b: Tensor, c: Tensor):
     )
 
 
-def _vmap_backward(info, in_dims, grad, h, x, taps, lam, direction, segment, impl, need_taps, need_lam):
+def _tangent_backward(inputs, output, d_grad: Tensor, d_h: Tensor, d_x, d_taps: Tensor, d_lam, *_):
+    grad, h, x, taps, lam, direction, segment, impl, need_taps, need_lam = inputs
+    # The adjoint state g, its tangent, and the two parts of the tangent of dtaps = sum_group g h[i-1, j+k-1].
+    g, of_states, _ = apply_line_scan_backward(grad, d_h, None, taps, None, direction, segment, impl, need_taps, False)
+    sent = _to_previous_states(_of_channels(d_taps, h) * g.unsqueeze(2), direction, segment)
+    d_g, of_adjoint, _ = apply_line_scan_backward(
+        (d_grad + sent).to(h.dtype), h, None, taps, None, direction, segment, impl, need_taps, False
+    )
+    return (
+        d_g if lam is None else lam * d_g + d_lam * g,
+        of_states + of_adjoint,
+        x * d_g + d_x * g if need_lam else torch.zeros_like(output[2]),
+    )
+
+
+def _vmap_backward(call, info, in_dims, grad, h, x, taps, lam, direction, segment, impl, need_taps, need_lam):
     tensors = fold((grad, h, x, taps, lam), in_dims[:5], info.batch_size)
-    grads = torch.ops.gspn.line_scan_backward(*tensors, direction, segment, impl, need_taps, need_lam)
+    grads = call(*tensors, direction, segment, impl, need_taps, need_lam)
     return tuple(
         # A gradient that was not requested has no batch to unfold.
         g.unflatten(0, (info.batch_size, -1)) if need else g.expand(info.batch_size, 0)
@@ -155,5 +216,5 @@ apply_line_scan_backward = register(
     "(Tensor grad, Tensor h, Tensor? x, Tensor taps, Tensor? lam, str direction, SymInt? segment, str impl, "
     "bool need_taps, bool need_lam) -> (Tensor dx, Tensor dtaps, Tensor dlam)",
     run=_run_backward, fake=_fake_backward, save=_save_backward,
-    differentiate=_differentiate_backward, vmap=_vmap_backward,
+    differentiate=_differentiate_backward, vmap=_vmap_backward, tangent=_tangent_backward,
 )  # fmt: skip

@@ -5,18 +5,20 @@ folded into the projections, and the skips of all directions added up to one. Au
 
 Directions are named in one string, with commas: torch.jit's tracer has no lists of strings.
 
-Nothing is kept for the backward but the arguments: maps and states are recomputed. A second derivative goes through the
-composition (:mod:`gspn.ops.unfused`), which has derivatives of every order.
+Nothing is kept for the backward but the arguments: maps and states are recomputed. A second derivative, and everything
+in forward mode, goes through the composition (:mod:`gspn.ops.unfused`), which has derivatives of every order.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from ..implementations import resolve
+from ..implementations import check_impl, resolve
 from ..unfused import compose
+from ..validation import check_memory, check_propagate, check_same, split_directions
 from .line_scan import apply_line_scan
 from .operator import fold, register
 
@@ -31,20 +33,44 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _one_by_one(op, info, in_dims, tensors, rest):
+def _one_by_one(call, info, in_dims, tensors, rest):
     """A mapped projection is another operator for each entry."""
     return [
-        op(*(t if dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims, strict=True)), *rest)
+        call(*(t if dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims, strict=True)), *rest)
         for i in range(info.batch_size)
     ]
+
+
+_NAMES = "x proxy tap_proj lam_proj u_proj skip_proj grad"
+
+
+def _check(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, impl, grad=None) -> None:
+    check_impl(impl)
+    check_propagate(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, split_directions(directions), segment)
+    if grad is not None:
+        check_same("grad", grad, ("x", x), x.shape)
+
+
+def composed_propagate(*arguments):
+    """``propagate`` as its parts, each an operation with derivatives of every order in both modes."""
+    _check(*arguments)
+    *tensors, directions, segment, impl = arguments
+    return compose(*tensors, split_directions(directions), segment, lambda *scan: apply_line_scan(*scan, impl))
 
 
 # --- propagate --------------------------------------------------------------------------------------------------------
 
 
 def _run(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, impl):
+    _check(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, impl)
+    check_memory(_NAMES, x, proxy, tap_proj, lam_proj, u_proj, skip_proj)
     module = resolve(impl, x, "propagate")
-    return module.propagate(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, tuple(directions.split(",")), segment)
+    return module.propagate(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, split_directions(directions), segment)
+
+
+def _fake(x, *others):
+    _check(x, *others)
+    return torch.empty_like(x)
 
 
 def _differentiate(ctx, grad):
@@ -54,18 +80,18 @@ def _differentiate(ctx, grad):
     return (*(g if need and t is not None else None for g, t, need in needed), None, None, None)
 
 
-def _vmap(info, in_dims, x, proxy, tap_proj, lam_proj, u_proj, skip_proj, *rest):
-    op, projections = torch.ops.gspn.propagate, (tap_proj, lam_proj, u_proj, skip_proj)
+def _vmap(call, info, in_dims, x, proxy, tap_proj, lam_proj, u_proj, skip_proj, *rest):
+    projections = (tap_proj, lam_proj, u_proj, skip_proj)
     if all(dim is None for dim in in_dims[2:6]):
-        y = op(*fold((x, proxy), in_dims[:2], info.batch_size), *projections, *rest)
+        y = call(*fold((x, proxy), in_dims[:2], info.batch_size), *projections, *rest)
         return y.unflatten(0, (info.batch_size, -1)), 0
-    return torch.stack(_one_by_one(op, info, in_dims[:6], (x, proxy, *projections), rest)), 0
+    return torch.stack(_one_by_one(call, info, in_dims[:6], (x, proxy, *projections), rest)), 0
 
 
 apply_propagate = register(
     "propagate",
     f"({_ARGUMENTS}) -> Tensor",
-    run=_run, fake=lambda x, *_: torch.empty_like(x), save=_save, differentiate=_differentiate, vmap=_vmap,
+    run=_run, fake=_fake, save=_save, differentiate=_differentiate, vmap=_vmap, composition=composed_propagate,
 )  # fmt: skip
 
 
@@ -73,15 +99,18 @@ apply_propagate = register(
 
 
 def _run_backward(grad, x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, impl):
+    _check(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, impl, grad)
+    check_memory(_NAMES, x, proxy, tap_proj, lam_proj, u_proj, skip_proj, grad)
     module = resolve(impl, x, "propagate")
     *grads, dskip = module.propagate_backward(
-        grad, x, proxy, tap_proj, lam_proj, u_proj, skip_proj, tuple(directions.split(",")), segment
+        grad, x, proxy, tap_proj, lam_proj, u_proj, skip_proj, split_directions(directions), segment
     )
     # An operator cannot return None: the gradient of a skip that is not there is an empty tensor.
     return (*grads, x.new_empty(0) if dskip is None else dskip)
 
 
 def _fake_backward(grad, x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, impl):
+    _check(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, impl, grad)
     return (
         *(torch.empty_like(t) for t in (x, proxy)),
         *(t.new_empty(t.shape) for t in (tap_proj, lam_proj, u_proj)),
@@ -89,33 +118,35 @@ def _fake_backward(grad, x, proxy, tap_proj, lam_proj, u_proj, skip_proj, direct
     )
 
 
+def _compose_backward(tensors, *how) -> tuple[list[Tensor], Callable[..., tuple[Tensor, ...]]]:
+    """The tensors that are there, and the function that gives the gradients of the composition at them."""
+
+    def gradients(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        skip = () if len(inputs) == 6 else (None,)
+        _, pull = torch.func.vjp(lambda *inputs: composed_propagate(*inputs, *skip, *how), *inputs)
+        return pull(grad)
+
+    return [t for t in tensors if t is not None], gradients
+
+
+def _composition_backward(*arguments):
+    present, gradients = _compose_backward(arguments[:7], *arguments[7:])
+    grads = gradients(*present)
+    return grads if len(grads) == 6 else (*grads, present[0].new_empty(0))
+
+
 def _differentiate_backward(ctx, *cotangents):
-    further = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # As views: no argument is then a function of another, as a proxy is of x, and derivatives are partial ones.
-        tensors: list[Any] = [
-            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-            for t in ctx.saved_tensors
-        ]
-        grad, *inputs = tensors
-        x, proxy, tap_proj, lam_proj, u_proj, skip_proj = inputs
-        y = compose(
-            x, proxy, tap_proj, lam_proj, u_proj, skip_proj,
-            ctx.directions.split(","), ctx.segment, lambda *scan: apply_line_scan(*scan, "auto"),
-        )  # fmt: skip
-        present = [t for t in inputs if t is not None]
-        first = torch.autograd.grad(y, present, grad, create_graph=True)
-        second = torch.autograd.grad(
-            first, [grad, *present], cotangents[: len(present)], create_graph=further, allow_unused=True
-        )
+    present, gradients = _compose_backward(ctx.saved_tensors, ctx.directions, ctx.segment, ctx.impl)
+    _, pull = torch.func.vjp(gradients, *present)
+    second = pull(cotangents[: len(present) - 1])
     # Only the skip, the last tensor, may be missing.
     return (*second, *(None,) * (10 - len(second)))
 
 
-def _vmap_backward(info, in_dims, *arguments):
+def _vmap_backward(call, info, in_dims, *arguments):
     # Every entry has projection gradients of its own, so nothing can be folded into the batch.
     tensors, rest = arguments[:7], arguments[7:]
-    results = _one_by_one(torch.ops.gspn.propagate_backward, info, in_dims[:7], tensors, rest)
+    results = _one_by_one(call, info, in_dims[:7], tensors, rest)
     return tuple(torch.stack(grads) for grads in zip(*results, strict=True)), (0,) * 6
 
 
@@ -124,4 +155,5 @@ _apply_propagate_backward = register(
     f"(Tensor grad, {_ARGUMENTS}) -> "
     "(Tensor dx, Tensor dproxy, Tensor dtap_proj, Tensor dlam_proj, Tensor du_proj, Tensor dskip_proj)",
     run=_run_backward, fake=_fake_backward, save=_save, differentiate=_differentiate_backward, vmap=_vmap_backward,
+    composition=_composition_backward,
 )  # fmt: skip

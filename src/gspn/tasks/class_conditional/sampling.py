@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def sample(
     Args:
         model: A pipeline for :func:`~gspn.tasks.class_conditional.model.load_pipeline`.
         output: A directory; images are ``00000.png`` and so on, the grid is ``grid.png``.
-        classes: Numbers or names, taken in turn; all by default.
+        classes: Numbers or names, taken in turn; all by default. A text that is a name and a number is the name.
         number: Images in all; by default eight of each class.
         seed: Of the noise.
         guidance: Guidance scale; 1 disables it.
@@ -104,7 +104,8 @@ def sample(
     pipeline = load_pipeline(model)
     pipeline.scheduler = named_scheduler(scheduler, pipeline.scheduler)
     try:
-        labels = pipeline.label_ids(list(range(pipeline.num_classes or 1)) if classes is None else list(classes))
+        chosen = range(pipeline.num_classes or 1) if classes is None else classes
+        labels = pipeline.label_ids([_number_or_name(one, pipeline.labels) for one in chosen])
     except ValueError as error:
         raise UsageError(str(error)) from None
     if not labels:
@@ -146,6 +147,11 @@ def sample(
         if len(chosen) < len(records) and shown is not None:
             shown.print(f"grid.png shows the first {len(chosen):,} of {len(records):,} images", highlight=False)
     return Samples(directory, records, path, seconds, accelerator.is_main_process)
+
+
+def _number_or_name(one: int | str, names: Mapping[str, int]) -> int | str:
+    is_number = isinstance(one, str) and one not in names and one.isascii() and one.isdecimal() and len(one) < 20
+    return int(one) if is_number else one
 
 
 def sample_records(

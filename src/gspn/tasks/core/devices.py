@@ -80,32 +80,17 @@ def distributed_context() -> Iterator[None]:
 
 
 @contextmanager
-def torch_errors(remedy: str = "continue with --resume") -> Iterator[None]:
-    """Turn PyTorch's errors that come from the machine, the data or the request into one line, with this remedy.
-
-    Raises:
-        UsageError: a process that loads images was killed, no image can be read, or BatchNorm has one value to average.
-    """
+def batchnorm_errors() -> Iterator[None]:
+    """Turn PyTorch's error of BatchNorm, where it has a single value to average, into one line."""
     try:
         yield
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
-            raise UsageError(
-                "a process that loads images was killed; often there is not enough memory. Lower the number of "
-                f"workers or the batch size, and {remedy}."
-            ) from error
-        if "images in a row are corrupt" in text:  # from a worker it comes with its traceback
-            line = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
-            raise UsageError(f"{line}. Repair the data, and {remedy}.") from error
-        raise
     except ValueError as error:
-        if "Expected more than 1 value per channel when training" in str(error):
-            raise UsageError(
-                "BatchNorm needs more than one value of each channel, and a batch of one image has one; raise "
-                "data.batch_size, or choose a model without BatchNorm."
-            ) from error
-        raise
+        if "Expected more than 1 value per channel when training" not in str(error):
+            raise
+        raise UsageError(
+            "BatchNorm needs more than one value of each channel, and a batch of one image has one; raise "
+            "data.batch_size, or choose a model without BatchNorm."
+        ) from error
 
 
 def process_info(accelerator: Accelerator) -> dict[str, Any]:

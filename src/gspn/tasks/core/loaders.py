@@ -109,7 +109,7 @@ class TrainLoader:
     broken: Any
     """The images that could not be read, a :class:`gspn.data.CorruptImages`."""
     facts: dict[str, str] = field(default_factory=dict)
-    """What the images are, by :func:`facts_of`."""
+    """Names and classes of the images, by :func:`facts_of`."""
 
     def batches(self, epoch: int, update: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The batches of this process, from an update of an epoch on."""
@@ -245,13 +245,13 @@ def with_classes(name: str, split: str, root: Any, classes: list[str], **options
 
 
 def facts_of(dataset: Any) -> dict[str, str]:
-    """What the images of a data set are, which a resumed run compares: their names and classes, and no pixels."""
+    """The names and the classes of a data set's images, without pixels, which a resumed run compares."""
     if not hasattr(dataset, "identity"):
         return {}
     classes = [str(one) for one in getattr(dataset, "classes", None) or ()]
     facts = {"files": f"{len(dataset):,} images, {dataset.identity()}"}
     if classes:
-        facts["classes"] = f"{len(classes):,}: {_some(classes)}, {require('gspn.data.base').digest_of(classes)[:16]}"
+        facts["classes"] = f"{len(classes):,}, {require('gspn.data.base').digest_of(classes)[:8]}: {_some(classes)}"
     return facts
 
 
@@ -288,7 +288,9 @@ def class_names(dataset: Any) -> list[str]:
     """
     names = getattr(dataset, "classes", None)
     if not names:
-        raise UsageError(f"{getattr(dataset, 'name', dataset)!r} does not name its classes.")
+        raise UsageError(
+            f"{getattr(dataset, 'name', dataset)!r} has no classes; a folder needs a folder of each class."
+        )
     return [str(one) for one in names]
 
 

@@ -18,8 +18,8 @@ from ..._errors import UsageError, require
 from ..._files import naming, read_text, replaced, short, write_text
 from ..._locks import DirectoryLock
 from .checkpoints import CheckpointStore, Training
-from .config import flat, from_mapping, read_yaml, to_mapping, write_yaml
-from .devices import distributed_context, make_accelerator, peak_memory_mib, torch_errors
+from .config import from_mapping, read_yaml, to_mapping, write_yaml
+from .devices import batchnorm_errors, distributed_context, make_accelerator, peak_memory_mib
 from .metrics_table import MetricsTable, Row
 from .optimization import make_optimizer, make_scheduler
 from .progress import Reporter
@@ -65,7 +65,7 @@ def fit(task: Task[Any, Row], *, resume: bool = False, console: Console | None =
     """
     require("accelerate", "timm", "torchvision", "safetensors", "yaml")
     output = task.config.run.output
-    with naming(output), distributed_context(), torch_errors(), contextlib.ExitStack() as held:
+    with naming(output), distributed_context(), batchnorm_errors(), contextlib.ExitStack() as held:
         return _Run(task, resume, console or Console(), held).run()
 
 
@@ -184,18 +184,18 @@ class _Run(Generic[Row]):
         if not isinstance(saved, Mapping):
             raise UsageError(f"{str(path)!r} is not the configuration of a run; restore it, or name another --output.")
         resolved = {**asdict(self.resolved), **self.setup.resolved}
-        known = flat(saved)
         for key, (old, new) in self.config.differences(saved, resolved).items():
             if key in _REMEDIES:
                 if not key.startswith("resolved."):
                     self.changed.append(f"{key} is {new!r} from here on, and was {old!r}")
-            elif not key.startswith("resolved.") or key in known:  # older versions did not save some that follow
+            else:
                 if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
                     i = next(i for i, (one, other) in enumerate(zip(old, new, strict=True)) if one != other)
                     key, old, new = f"{key}[{i}]", old[i], new[i]
+                remedy = "Restore the data" if key.endswith(("_files", "_classes")) else "Leave it out"
                 raise UsageError(
                     f"{key} is {short(new)}, and the run in {str(self.output)!r} has {short(old)}; a resumed run keeps "
-                    "it. Leave it out, or start another run with --output."
+                    f"it. {remedy}, or start another run with --output."
                 )
 
     def _write_config(self) -> None:

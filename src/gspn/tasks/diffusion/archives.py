@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -15,14 +16,16 @@ from ..._errors import UsageError, require
 from ..._files import open_regular, printable
 
 # What zip and numpy raise for a damaged file: BadZipFile and zlib.error are neither OSError nor ValueError, another
-# compression is NotImplementedError, and a password is RuntimeError.
+# compression is NotImplementedError, and a password is RuntimeError. numpy reads the header of an array as Python.
 _DAMAGED = (
     EOFError,
     NotImplementedError,
     OSError,
     RuntimeError,
+    SyntaxError,
     ValueError,
     struct.error,
+    tokenize.TokenError,
     zipfile.BadZipFile,
     zlib.error,
 )

@@ -209,9 +209,9 @@ def _from_archive(path: Path, size: tuple[int, int] | None, limit: int | None) -
 
 def _from_folder(path: Path, size: tuple[int, int] | None, limit: int | None) -> ImageSet:
     data = require("gspn.data")
-    found, left_out = data.image_files(path)
-    grids = {file for file in found if Path(file).name == "grid.png"}
-    files = [file for file in found if file not in grids]
+    paths, left_out = data.image_files(path)
+    grids = {file for file in paths if Path(file).name == "grid.png"}
+    files = [file for file in paths if file not in grids]
     left_out.add(_GRID, *sorted(grids))
     if left_out:
         warnings.warn(

@@ -28,7 +28,7 @@ from ..._errors import UsageError, require
 from ..._files import file_digest, printable, read_json, replaced, short, write_text
 from ..._locks import DirectoryLock
 from ..core.config import flat, from_mapping, to_mapping
-from ..core.devices import distributed_context, make_accelerator, torch_errors
+from ..core.devices import distributed_context, make_accelerator
 from ..core.progress import progress_bar
 
 INDEX = "index.json"
@@ -55,11 +55,14 @@ class Shard:
     """Names of what could not be read, and is left out."""
 
     def is_whole(self, directory: Path) -> bool:
-        """Whether the file is there with the size and the checksum of this record."""
+        """Whether the file is there with the size, the checksum and the rows of this record."""
         path = directory / self.file
         try:
-            return path.stat().st_size == (self.bytes or path.stat().st_size) and file_digest(path) == self.sha256
-        except OSError:
+            if path.stat().st_size != (self.bytes or path.stat().st_size) or file_digest(path) != self.sha256:
+                return False
+            with require("safetensors").safe_open(path, framework="pt") as file:
+                return all(file.get_slice(name).get_shape()[0] == self.rows for name in file.keys())  # noqa: SIM118
+        except (OSError, require("safetensors").SafetensorError):
             return False
 
 
@@ -241,7 +244,6 @@ class CacheWriter(Generic[Index]):
     prepare: Callable[[], None] = lambda: None
 
     @distributed_context()
-    @torch_errors("start again")
     def write(
         self, *, precision: str = "fp32", device: str = "auto", console: Console | None = None
     ) -> tuple[Index, int, bool]:

@@ -196,26 +196,32 @@ void start_with_skip(const PropagateCall& call, const Packed<A>& packed, int64_t
                      const Tile<A>& out) {
   using V = typename VectorOf<A>::type;
   const Rectangle& at = out.at;
-  const ProxyLines<A> proxies(call, batch, false);
-  for (int64_t i = 0; i < at.rows; ++i) {
-    const ProxyLine<A> proxy = proxies.at(at.row + i).at(at.column);
-    const A* from = x.pixel(at.row + i, at.column);
-    A* to = out.pixel(at.row + i, at.column);
-    const auto some = [&](auto number, int64_t p) __attribute__((always_inline)) {
-      constexpr int P = decltype(number)::value;
-      V skip[1][P];
-      project<A, 0, 1, P>(packed.skip(), 1, 0, proxy.at(p), skip);
-      for (int q = 0; q < P; ++q) {
-        store(to + (p + q) * out.column, rounded(skip[0][q] * load(from + (p + q) * x.column)));
-      }
-    };
-    int64_t p = 0;
-    if (!call.skip_proj) {
-      for (; p < at.columns; ++p) store(to + p * out.column, V{});
+  if (!call.skip_proj) {
+    for (int64_t i = 0; i < at.rows; ++i) {
+      A* to = out.pixel(at.row + i, at.column);
+      for (int64_t p = 0; p < at.columns; ++p) store(to + p * out.column, V{});
     }
-    for (; p + kPixels <= at.columns; p += kPixels) some(Number<kPixels>{}, p);
-    for (; p < at.columns; ++p) some(Number<1>{}, p);
+    return;
   }
+  const ProxyLines<A> proxies(call, batch, false);
+  dispatch_on_proxy_channels<A>(call.proxy_channels, [&](auto proxy_channels) {
+    for (int64_t i = 0; i < at.rows; ++i) {
+      const ProxyLine<A> proxy = proxies.at(at.row + i).at(at.column);
+      const A* from = x.pixel(at.row + i, at.column);
+      A* to = out.pixel(at.row + i, at.column);
+      const auto some = [&](auto number, int64_t p) __attribute__((always_inline)) {
+        constexpr int S = decltype(proxy_channels)::value, P = decltype(number)::value;
+        V skip[1][P];
+        project<A, S, 1, P>(packed.skip(), 1, 0, proxy.at(p), skip);
+        for (int q = 0; q < P; ++q) {
+          store(to + (p + q) * out.column, rounded(skip[0][q] * load(from + (p + q) * x.column)));
+        }
+      };
+      int64_t p = 0;
+      for (; p + kPixels <= at.columns; p += kPixels) some(Number<kPixels>{}, p);
+      for (; p < at.columns; ++p) some(Number<1>{}, p);
+    }
+  });
 }
 
 // --- Taps of a line that all channels of the block share ---
