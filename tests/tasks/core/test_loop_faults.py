@@ -231,9 +231,9 @@ class Vanishing(Points):
 @pytest.mark.parametrize(
     ("points", "settings", "message"),
     [
-        (Killed(50), ["data.workers=1"], "a process that loads images has stopped"),
-        (Vanishing(50), [], "all 50 images are corrupt.*No such file"),
-        (Vanishing(50), ["data.workers=1"], "all 50 images are corrupt.*No such file"),
+        (Killed(50), ["data.workers=1"], "a process that loads images was killed; .*--resume"),
+        (Vanishing(50), [], "all 50 images are corrupt.*No such file.*--resume"),
+        (Vanishing(50), ["data.workers=1"], "all 50 images are corrupt.*No such file.*--resume"),
     ],
 )
 def test_loading_that_fails_is_one_line(tmp_path, points, settings, message):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 8  # names of classes
 _STOPPED = "DataLoader worker (pid"
+_AGAIN = "start again; a training continues with --resume"
 
 
 @dataclass(eq=False)
@@ -108,7 +109,7 @@ class TrainLoader:
     seeded: Any
     broken: Any
     """The images that could not be read, a :class:`gspn.data.CorruptImages`."""
-    facts: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     """Names and classes of the images, by :func:`facts_of`."""
 
     def batches(self, epoch: int, update: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -127,7 +128,7 @@ class EvalLoader:
     loader: torch_data.DataLoader[Any]
     share: ShareBatches
     broken: Any
-    facts: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         seen = 0
@@ -244,14 +245,14 @@ def with_classes(name: str, split: str, root: Any, classes: list[str], **options
     )
 
 
-def facts_of(dataset: Any) -> dict[str, str]:
+def facts_of(dataset: Any) -> dict[str, Any]:
     """The names and the classes of a data set's images, without pixels, which a resumed run compares."""
     if not hasattr(dataset, "identity"):
         return {}
     classes = [str(one) for one in getattr(dataset, "classes", None) or ()]
-    facts = {"files": f"{len(dataset):,} images, {dataset.identity()}"}
+    facts: dict[str, Any] = {"files": f"{len(dataset):,} images, {dataset.identity()}"}
     if classes:
-        facts["classes"] = f"{len(classes):,}, {require('gspn.data.base').digest_of(classes)[:8]}: {_some(classes)}"
+        facts["classes"] = classes
     return facts
 
 
@@ -270,14 +271,14 @@ def loaded(loader: Any) -> Iterator[Any]:
     except UsageError as error:
         # From a worker it comes with the worker's traceback.
         line = str(error).strip().splitlines()[-1].removeprefix(f"{UsageError.__module__}.UsageError: ")
-        raise UsageError(f"{line}. Repair them and start again.") from None
+        raise UsageError(f"{line}. Repair the data and {_AGAIN}.") from None
     except RuntimeError as error:
         if _STOPPED not in str(error):
             raise
-        what = str(error).splitlines()[0].strip(". ")
         raise UsageError(
-            f"a process that loads images has stopped ({what}); if the memory was full, use fewer workers."
-        ) from None
+            "a process that loads images was killed; often there is not enough memory. Lower the number of workers or "
+            f"the batch size, and {_AGAIN}."
+        ) from error
 
 
 def class_names(dataset: Any) -> list[str]:

@@ -192,7 +192,7 @@ class _Run(Generic[Row]):
                 if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
                     i = next(i for i, (one, other) in enumerate(zip(old, new, strict=True)) if one != other)
                     key, old, new = f"{key}[{i}]", old[i], new[i]
-                remedy = "Restore the data" if key.endswith(("_files", "_classes")) else "Leave it out"
+                remedy = "Restore the data" if "_files" in key or "_classes" in key else "Leave it out"
                 raise UsageError(
                     f"{key} is {short(new)}, and the run in {str(self.output)!r} has {short(old)}; a resumed run keeps "
                     f"it. {remedy}, or start another run with --output."
