@@ -54,7 +54,7 @@ def propagate(
 
     Under autocast to bfloat16, ``x`` and ``proxy`` are converted to bfloat16; under autocast to float16, whose range a
     long scan leaves, to float32. The projections stay as they are. First derivatives run in the kernels; a second
-    derivative goes through the composition of :func:`gspn.stochastic_taps` and :func:`gspn.line_scan`, as everything
+    derivative, or one in forward mode, goes through the composition of :func:`gspn.stochastic_taps` and :func:`gspn.line_scan`, as everything
     does with ``impl="reference"``.
 
     Args:
