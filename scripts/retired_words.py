@@ -17,8 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WALKED = (
-    "src", "tests", "docs", "examples", "scripts", "benchmarks", "README.md", "CONTRIBUTING.md", "Makefile",
-    "pyproject.toml",
+    "src", "tests", "docs", "examples", "scripts", "benchmarks", "README.md", "CONTRIBUTING.md", "SECURITY.md",
+    "Makefile", "pyproject.toml",
 )  # fmt: skip
 SUFFIXES = {".py", ".md", ".toml", ".yaml", ".yml", ".h", ".cpp", ".sh", ".html"}
 

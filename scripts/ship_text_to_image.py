@@ -26,7 +26,8 @@ import yaml
 
 import gspn
 from gspn._files import replaced_directory, write_text
-from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline, save_pipeline, weights_directory
+from gspn.tasks.diffusion.pretrained import weights_directory
+from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline, save_pipeline
 
 PIPELINE, ADAPTER = "gspn_text_to_image.emoji64", "gspn_adapter.emoji64"
 MOST_BYTES = 12_000_000

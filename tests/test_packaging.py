@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -64,3 +67,16 @@ def test_the_installed_kernels_link_neither_python_nor_torch() -> None:
         pytest.skip(f"ldd cannot read {path}")
     for name in ("libpython", "libtorch", "libc10", "libgomp", "libomp", "libstdc++", "libcuda"):
         assert name not in done.stdout
+
+
+def test_the_least_versions_are_those_that_are_tested() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    lines = (ROOT / "constraints-minimum.txt").read_text(encoding="utf-8").splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    for requirement in itertools.chain(*lists):
+        name, bound, version = re.fullmatch(r"([\w-]+)(?:\[[\w,]+\])?(>=|==|)(.*)", requirement).groups()
+        if name != "gspn":
+            assert bound, f"{requirement} has no least version"
+            least, actual = (tuple(int(part) for part in re.findall(r"\d+", one)) for one in (version, tested[name]))
+            assert actual[: len(least)] == least, f"{requirement}, and {tested[name]} is tested"

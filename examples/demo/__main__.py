@@ -1,5 +1,7 @@
 """A tour in minutes on a CPU: train, evaluate, classify, sample, explain, time. Writes one page with all results.
 
+It goes by the clock: a slow machine, or one that is shared, does less of each, and the page says how much.
+
 python examples/demo --output runs/demo
 """
 
@@ -7,9 +9,14 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
+import psutil
+import timm
 import torch
 import typer
 from figures import learning_curve, prediction_grid
@@ -19,6 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from gspn._console import default_console
 from gspn._figures import save_figure
 from gspn._files import replaced
 from gspn.analysis.drawing import draw_explanation
@@ -29,9 +37,10 @@ from gspn.bench.accuracy_check import require_accurate
 from gspn.bench.mixer import PER_CHANNEL, SELF_ATTENTION, SHARED, MixerSweep
 from gspn.bench.report import plain_number, plot_sweep
 from gspn.bench.size_sweep import exponents
-from gspn.data import Emoji, MNIST5k
+from gspn.cli.app import own_output
+from gspn.data import Emoji, LabelledImages, MNIST5k
 from gspn.tasks.class_conditional import sample
-from gspn.tasks.classify import TrainConfig, evaluate, predict, train
+from gspn.tasks.classify import Prediction, TrainConfig, evaluate, predict, train
 from gspn.tasks.classify.confusion import save_confusion
 from gspn.tasks.diffusion.image_grid import draw_prompts
 from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
@@ -62,11 +71,14 @@ def main(
         Path,
         typer.Option("--output", "-o", metavar="DIR", file_okay=False, help="Directory of the page."),
     ] = Path("runs/demo"),
-    epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Number of epochs of the training run.")] = EPOCHS,
+    epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Most epochs of the training run.")] = EPOCHS,
+    seconds: Annotated[
+        float, typer.Option(metavar="SECONDS", min=30, help="Time for everything; parts are cut short to keep to it.")
+    ] = 235,
 ) -> None:
     """Run the tour."""
-    started = time.perf_counter()
-    console = Console()
+    clock = Clock(seconds)
+    console = default_console()
     page = Page(
         "GSPN: line scans in the place of attention",
         "This machine has trained a small model from nothing, classified images and generated others from noise with "
@@ -74,15 +86,24 @@ def main(
         "self-attention.",
     )
     output.mkdir(parents=True, exist_ok=True)
-    train_digits(page, output, epochs, console)
-    classify_images(page, output, console)
-    draw_images(page, output, console)
-    draw_from_text(page, output, console)
-    look_inside(page, output, console)
-    time_the_mixer(page, output, console)
+    # A part that begins late has less time.
+    with clock.part("train") as share:
+        train_digits(page, output, epochs, share, console)
+    with clock.part("classify") as share:
+        classify_images(page, output, share.amount, console)
+    with clock.part("draw") as share:
+        draw_images(page, output, share, console)
+    with clock.part("text") as share:
+        drawn = draw_from_text(page, output, share.amount, console)
+    with clock.part("enlarge") as share:
+        draw_large(page, output, share.amount, drawn, console)
+    with clock.part("inside") as share:
+        look_inside(page, output, share.amount, console)
+    with clock.part("mixer") as share:
+        time_the_mixer(page, output, share, console)
 
     here = environment.describe(torch.device("cpu"))
-    seconds = time.perf_counter() - started
+    seconds = clock.spent
     page.tile(f"{seconds / 60:.1f} min", "for everything on this page")
     page.footer(
         f"{here.device}, {here.threads} threads · gspn {here.gspn} · torch {here.torch} · Python {here.python} · "
@@ -93,52 +114,104 @@ def main(
     console.print(f"[bold]wrote[/] {escape(str(report))}  [dim]({seconds:.0f} s; open it in a browser)[/]")
 
 
-def train_digits(page: Page, output: Path, epochs: int, console: Console) -> None:
+@dataclass(frozen=True)
+class Share:
+    """The seconds that a part may use, and the amount of its whole work that fits into them, at most 1."""
+
+    seconds: float
+    amount: float
+
+
+class Clock:
+    """Divides the time that is left among the parts that are left, at the pace of this machine so far."""
+
+    WEIGHTS: ClassVar = {"train": 90, "classify": 25, "draw": 30, "text": 20, "enlarge": 35, "inside": 10, "mixer": 25}
+    """Seconds of each part on two cores that do nothing else."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.pace = seconds, 1.0
+        self.started = psutil.Process().create_time()  # imports take their time, too
+        self.left = dict(self.WEIGHTS)
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the process began."""
+        return time.time() - self.started
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[Share]:
+        """The time of a part; how long it takes in truth sets the pace of those that follow."""
+        seconds = max(self.seconds - self.spent, 1.0) * self.left[name] / sum(self.left.values())
+        whole = self.left.pop(name)
+        share, begun = Share(seconds, min(1.0, seconds / (whole * self.pace))), self.spent
+        yield share
+        self.pace = max((self.spent - begun) / whole / share.amount, 0.5)
+
+
+def seconds_an_image() -> float:
+    """The time of an image in an evaluation of the model that is trained."""
+    model, images = timm.create_model("gspn_pico", num_classes=10).eval(), torch.rand(32, 3, 28, 28)
+    with torch.inference_mode():
+        model(images)
+        begun = time.perf_counter()
+        model(images)
+    return (time.perf_counter() - begun) / len(images)
+
+
+def train_digits(page: Page, output: Path, epochs: int, share: Share, console: Console) -> None:
     """A training run from nothing, evaluated."""
-    console.rule("training gspn_pico on 4,000 digits")
-    run = output / "mnist5k_pico"
+    # Evaluations take a fixed time: where it would be a large part of all, there is a set of fewer images.
+    small = seconds_an_image() * 3000 > share.seconds / 3
+    data, size, count, tests = ("digits", 8, 1433, 364) if small else ("mnist5k", 28, 4000, 1000)
+    console.rule(f"training gspn_pico on {count:,} digits")
+    preset = f"{data}_pico"
+    run = output / preset
     if run.exists():
         shutil.rmtree(run)  # from an earlier tour
     # A schedule this short has no time for the preset's regularisation.
-    config = TrainConfig.load("mnist5k_pico").changed(
-        f"schedule.epochs={epochs}", "schedule.warmup_epochs=0.5", f"run.output={run}"
-    )
+    config = TrainConfig.load(preset).changed(
+        f"schedule.epochs={epochs}", "schedule.warmup_epochs=0.5", f"run.output={run}",
+        f"run.stop_after_s={0.6 * share.seconds:.0f}",  # the rest is for evaluations
+    )  # fmt: skip
     result = train(config, console=console)
-    scores = evaluate(run / "best", data="mnist5k", console=console)
+    assert result.last is not None
+    planned = epochs * (count // config.data.batch_size)
+    reached = f"{epochs} epochs" if result.last.step >= planned else f"{result.last.step} of {planned} updates"
+    scores = evaluate(run / "best", data=data, console=console)
     learning_curve(run / "metrics.csv", output / "learning.png")
     save_confusion(scores, output / "confusion.png")
-    images_per_second = result.last.images_per_second if result.last else float("nan")
-    page.tile(f"{scores.top1:.1f} %", f"of 1,000 unseen digits right after {epochs} epochs on 4,000")
+    images_per_second = result.last.images_per_second
+    page.tile(f"{scores.top1:.1f} %", f"of {tests:,} unseen digits right after {reached} on {count:,}")
     page.tile(f"{images_per_second:,.0f} / s", "images through a training step")
     page.section(
         "Trained here",
-        f"gspn_pico, {scores.parameters / 1e6:.2f} million parameters, on MNIST-5k (4,000 to train, 1,000 to test, "
-        f"28 x 28 pixels), {epochs} epochs of the shipped preset's 40.",
+        f"gspn_pico, {scores.parameters / 1e6:.2f} million parameters, on {data} ({count:,} to train, {tests:,} to "
+        f"test, {size} x {size} pixels), for {reached} of a schedule of {epochs} epochs."
+        + ("" if result.last.step >= planned else " The time that was set aside for it ended before the schedule did.")
+        + (" This machine has little time, or is shared, so the smallest set of digits was taken." if small else ""),
     )
-    page.command(f"gspn classify train --config mnist5k_pico --epochs {epochs}")
+    page.command(f"gspn classify train --config {preset} --epochs {epochs}")
     page.images(
         (output / "learning.png", "Accuracy and loss on the test digits after each epoch."),
         (output / "confusion.png", "Which digit was taken for which."),
     )
 
 
-def classify_images(page: Page, output: Path, console: Console) -> None:
+def classify_images(page: Page, output: Path, amount: float, console: Console) -> None:
     """Images classified with the weights of the package."""
     console.rule("classifying with the weights of the package")
     digits, emoji = MNIST5k("val"), Emoji("val")
     shown = {}
     for name, dataset, count, columns in ((DIGITS, digits, 24, 12), (EMOJI, emoji, 36, 9)):
-        # Spread over the classes, which lie one after another.
-        picks = [round(i * (len(dataset) - 1) / (count - 1)) for i in range(count)]
-        images = [dataset.image(i) for i in picks]
-        truths = [dataset.classes[dataset.target(i)] for i in picks]
-        guesses = predict(images, name)
+        images, truths, guesses = classified(dataset, count, name)
         prediction_grid(images, guesses, truths, output / f"{name}.png", columns=columns)
-        scores = evaluate(name, data=dataset.name.partition("/")[0], console=console)
-        shown[name] = scores
-        console.print(f"{name}: {scores.top1:.2f} % of {scores.images} {scores.data} right")
-    page.tile(f"{shown[DIGITS].top1:.1f} %", "digits right with the shipped gspn_pico")
-    page.tile(f"{shown[EMOJI].top1:.1f} %", "emoji with unseen names put into the right one of 9 categories")
+        seen = max(count, round(amount * len(dataset)))
+        _, truths, guesses = classified(dataset, seen, name)
+        right = sum(guess.classes[0] == truth for guess, truth in zip(guesses, truths, strict=True)) / seen
+        shown[name] = f"{100 * right:.1f} %", f"{seen:,} of {len(dataset):,}"
+        console.print(f"{name}: {100 * right:.2f} % right of {shown[name][1]}")
+    page.tile(shown[DIGITS][0], f"digits right with the shipped gspn_pico, of {shown[DIGITS][1]} test images")
+    page.tile(shown[EMOJI][0], f"emoji with unseen names put into the right one of 9 categories, of {shown[EMOJI][1]}")
     page.section(
         "Classified with the shipped weights",
         "Test digits, and emoji whose names were not in the training set, with the most probable class.",
@@ -148,13 +221,26 @@ def classify_images(page: Page, output: Path, console: Console) -> None:
     page.images((output / f"{EMOJI}.png", f"{EMOJI}: emoji with unseen names."))
 
 
-def draw_images(page: Page, output: Path, console: Console) -> None:
+def classified(
+    dataset: LabelledImages, count: int, model: str
+) -> tuple[list[Image.Image], list[str], list[Prediction]]:
+    """Some images, spread over the classes, which lie one after another; their true classes; the model's."""
+    picks = [round(i * (len(dataset) - 1) / (count - 1)) for i in range(count)]
+    images = [dataset.image(i) for i in picks]
+    return images, [dataset.classes[dataset.target(i)] for i in picks], predict(images, model)
+
+
+def draw_images(page: Page, output: Path, share: Share, console: Console) -> None:
     """Digits from noise by the denoiser of the package, and how many of them are of their class."""
     console.rule("drawing digits from noise with the weights of the package")
     drawn = output / "drawn"
     if drawn.exists():
         shutil.rmtree(drawn)  # from an earlier tour
-    result = sample(DENOISER, output=drawn, number=120, steps=STEPS, guidance=2.0, console=console)
+    number, options = 10, {"output": drawn, "steps": STEPS, "guidance": 2.0, "console": console}
+    result = sample(DENOISER, number=number, **options)  # one of each, whose time tells how many there is time for
+    more = min(120, int(share.seconds / result.seconds - 1) * 10)
+    if more > number:
+        number, result = more, sample(DENOISER, number=more, **options)
     guesses = predict([drawn / f"{record.index:05d}.png" for record in result.records], DIGITS)
     right = [guess.indices[0] == record.label for guess, record in zip(guesses, result.records, strict=True)]
     console.print(f"{DENOISER}: {sum(right)} of {len(right)} are of their class, in {result.seconds:.1f} s")
@@ -165,15 +251,15 @@ def draw_images(page: Page, output: Path, console: Console) -> None:
         f"{STEPS} steps: a row for each class. The shipped classifier assigns {sum(right)} of {len(right)} to the "
         "class that was asked for.",
     )
-    page.command(f"gspn class-conditional sample {DENOISER} --number 120 --steps {STEPS} --guidance 2")
+    page.command(f"gspn class-conditional sample {DENOISER} --number {number} --steps {STEPS} --guidance 2")
     if result.grid is not None:
         page.images((result.grid, f"{DENOISER}: handwritten digits that nobody wrote."))
 
 
-def draw_from_text(page: Page, output: Path, console: Console) -> None:
-    """The same prompts and noise with a UNet's self-attention and with GSPN in its place; and four times as large."""
+def draw_from_text(page: Page, output: Path, amount: float, console: Console) -> tuple[Any, Any]:
+    """The same prompts and noise with a UNet's self-attention and with GSPN in its place; returns both models."""
     console.rule("drawing emoji from text, with attention and with GSPN in its place")
-    pipeline, adapter = load_pipeline(TEACHER), load_adapter(ADAPTER)
+    pipeline, adapter, steps = load_pipeline(TEACHER), load_adapter(ADAPTER), max(8, round(STEPS * amount))
     rows: dict[str, list[Image.Image]] = {}
     seconds = {}
     for name, mounted in (("attention", None), ("GSPN", adapter)):
@@ -181,36 +267,46 @@ def draw_from_text(page: Page, output: Path, console: Console) -> None:
         if folder.exists():
             shutil.rmtree(folder)  # from an earlier tour
         drawn = sample_text(
-            pipeline, PROMPTS, adapter=mounted, output=folder, steps=STEPS, guidance=GUIDANCE, batch_size=len(PROMPTS),
+            pipeline, PROMPTS, adapter=mounted, output=folder, steps=steps, guidance=GUIDANCE, batch_size=len(PROMPTS),
             check=False, device="cpu", console=console,
         )  # fmt: skip
         seconds[name] = drawn.seconds / len(PROMPTS)
         rows[name] = [_opened(folder / f"{record.index:05d}.png") for record in drawn.records]
     _write(draw_prompts(rows, PROMPTS), output / "text.png")
-    large = output / "text-large"
-    if large.exists():
-        shutil.rmtree(large)
-    upscaled = sample_text(
-        pipeline, PROMPTS[:4], adapter=adapter, output=large, steps=STEPS, guidance=GUIDANCE, batch_size=4, height=256,
-        width=256, upscale=UpscalingConfig(dilated=True), check=False, device="cpu", console=console,
-    )  # fmt: skip
-    enlarged = {"GSPN": [_opened(large / f"{i:05d}.png") for i in range(4)]}
-    _write(draw_prompts(enlarged, PROMPTS[:4], columns=4), output / "text-large.png")
     page.tile(
         f"{seconds['GSPN']:.2f} s",
-        f"to draw an emoji from its name, {STEPS} steps; {seconds['attention']:.2f} s with attention",
+        f"to draw an emoji from its name, {steps} steps; {seconds['attention']:.2f} s with attention",
     )
     page.section(
         "Drawn from text",
         "A small text-to-image model of the Stable Diffusion kind, and the same with GSPN in the place of all its "
-        f"self-attention: the same prompts, noise and {STEPS} steps. {seconds['attention']:.2f} s an image with "
+        f"self-attention: the same prompts, noise and {steps} steps. {seconds['attention']:.2f} s an image with "
         f"attention and {seconds['GSPN']:.2f} s with GSPN, at a size where attention has 256 tokens and costs little.",
     )
-    page.command(f'gspn t2i sample "{PROMPTS[0]}" --model {TEACHER} --adapter {ADAPTER} --steps {STEPS} --guidance 4')
+    page.command(f'gspn t2i sample "{PROMPTS[0]}" --model {TEACHER} --adapter {ADAPTER} --steps {steps} --guidance 4')
     page.images((output / "text.png", "Attention above, GSPN below."))
+    return pipeline, adapter
+
+
+def draw_large(page: Page, output: Path, amount: float, models: tuple[Any, Any], console: Console) -> None:
+    """Images four times as large as those of the training."""
+    if amount < 0.5:
+        page.text("There was no time left for images at four times the size of the training.")
+        return
+    pipeline, adapter = models
+    count = max(1, round(4 * amount))
+    large = output / "text-large"
+    if large.exists():
+        shutil.rmtree(large)
+    upscaled = sample_text(
+        pipeline, PROMPTS[:count], adapter=adapter, output=large, steps=STEPS, guidance=GUIDANCE, batch_size=count,
+        height=256, width=256, upscale=UpscalingConfig(dilated=True), check=False, device="cpu", console=console,
+    )  # fmt: skip
+    enlarged = {"GSPN": [_opened(large / f"{i:05d}.png") for i in range(count)]}
+    _write(draw_prompts(enlarged, PROMPTS[:count], columns=count), output / "text-large.png")
     page.text(
         f"At four times the size of the training, by progressive upscaling in three stages, each starting "
-        f"from the one before: {upscaled.seconds / 4:.1f} s an image."
+        f"from the one before: {upscaled.seconds / count:.1f} s an image."
     )
     page.command(f'gspn t2i sample "{PROMPTS[0]}" --model {TEACHER} --adapter {ADAPTER} --size 256 --upscale --dilated')
     page.images((output / "text-large.png", "256 x 256 pixels, from a model of 64 x 64."))
@@ -226,13 +322,14 @@ def _opened(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def look_inside(page: Page, output: Path, console: Console) -> None:
+def look_inside(page: Page, output: Path, amount: float, console: Console) -> None:
     """The affinity of a pixel of a photograph with every other."""
     console.rule("explaining a model on a photograph")
     from sklearn.datasets import load_sample_image
 
     photograph = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1) / 255
-    explanation = explain(load_model(EMOJI), photograph, POINT, stage=1)
+    size = 448 if amount > 0.5 else 224
+    explanation = explain(load_model(EMOJI), photograph, POINT, stage=1, size=size)
     save_figure(draw_explanation(explanation, photograph), output / "affinity.png")
     rows = explanation.stability
     worst = max(max(abs(row.tap_sum_max - 1), abs(row.tap_sum_min - 1)) for row in rows)
@@ -242,11 +339,11 @@ def look_inside(page: Page, output: Path, console: Console) -> None:
         f"a direction, without the matrix. The weights of each of the model's {len(rows)} scans sum to one within "
         f"{worst:.0e}: the paper's stability condition, measured.",
     )
-    page.command(f"gspn explain photograph.jpg --point {POINT[0]},{POINT[1]} --model {EMOJI} --stage 1")
+    page.command(f"gspn explain photograph.jpg --point {POINT[0]},{POINT[1]} --model {EMOJI} --stage 1 --size {size}")
     page.images((output / "affinity.png", "Brighter is more. Four scans together reach the whole image."))
 
 
-def time_the_mixer(page: Page, output: Path, console: Console) -> None:
+def time_the_mixer(page: Page, output: Path, share: Share, console: Console) -> None:
     """The token mixer beside self-attention of the same width, on growing maps."""
     console.rule("timing the mixer beside self-attention")
     sweep = MixerSweep()
@@ -254,11 +351,12 @@ def time_the_mixer(page: Page, output: Path, console: Console) -> None:
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True
     ) as progress:
-        task = progress.add_task("map sizes", total=len(SIDES))
+        sides = SIDES[: max(3, round(share.amount * len(SIDES)))]
+        task = progress.add_task("map sizes", total=len(sides))
         results = sweep.measure(
-            SIDES,
+            sides,
             (PER_CHANNEL, SHARED, SELF_ATTENTION),
-            slowest_ms=1500,
+            slowest_ms=min(1500, 30 * share.seconds),
             repeats=3,
             min_time=0.05,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
@@ -290,4 +388,5 @@ def time_the_mixer(page: Page, output: Path, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with own_output():
+        typer.run(main)

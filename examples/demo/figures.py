@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from gspn._figures import save_figure
+from gspn._figures import label, save_figure
 from gspn.tasks.classify import Prediction
 
 INK, MUTED, RIGHT, WRONG = "#1f2430", "#5b6270", "#1a7f4b", "#c6372e"
@@ -52,6 +52,7 @@ def prediction_grid(
         axis.imshow(image, interpolation="nearest" if max(image.size) < 48 else "lanczos")
         right = prediction.classes[0] == truth
         guess, share = prediction.classes[0], f"{prediction.probabilities[0]:.0%}"
+        guess, truth = label(guess), label(truth)
         title = f"{guess}\n{share}" if right else f"{guess} {share}\nis {truth}"
         axis.set_title(title, fontsize=10 if columns > 10 else 7, color=RIGHT if right else WRONG, pad=3)
     save_figure(figure, output, dpi=150)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from gspn._files import replaced
+from gspn._files import printable, replaced
 
 _STYLE = """
 :root { --ink: #1f2430; --muted: #5b6270; --line: #e3e6ec; --wash: #f6f7f9; --accent: #2b5fd9; }
@@ -40,6 +40,11 @@ footer { margin-top: 56px; color: var(--muted); font-size: 14px; border-top: 1px
 """
 
 
+def _text(text: str) -> str:
+    """Any text in HTML, between tags or in quotes."""
+    return escape(printable(text))
+
+
 @dataclass
 class Page:
     """A page that grows section by section.
@@ -57,46 +62,46 @@ class Page:
 
     def tile(self, figure: str, meaning: str) -> None:
         """Add a number to the top of the page."""
-        self._tiles.append(f'<div class="tile"><b>{escape(figure)}</b><span>{escape(meaning)}</span></div>')
+        self._tiles.append(f'<div class="tile"><b>{_text(figure)}</b><span>{_text(meaning)}</span></div>')
 
     def section(self, heading: str, text: str) -> None:
         """Begin a section."""
-        self._parts.append(f"<h2>{escape(heading)}</h2><p>{escape(text)}</p>")
+        self._parts.append(f"<h2>{_text(heading)}</h2><p>{_text(text)}</p>")
 
     def text(self, text: str) -> None:
         """Add a paragraph."""
-        self._parts.append(f"<p>{escape(text)}</p>")
+        self._parts.append(f"<p>{_text(text)}</p>")
 
     def command(self, text: str) -> None:
         """Add a command to type."""
-        self._parts.append(f"<pre>{escape(text)}</pre>")
+        self._parts.append(f"<pre>{_text(text)}</pre>")
 
     def images(self, *shown: tuple[Path, str]) -> None:
         """Add PNG files with their captions, side by side where there is room."""
         figures = "".join(
-            f'<figure><img alt="{escape(caption, quote=True)}" src="data:image/png;base64,'
-            f'{base64.b64encode(path.read_bytes()).decode()}"><figcaption>{escape(caption)}</figcaption></figure>'
+            f'<figure><img alt="{_text(caption)}" src="data:image/png;base64,'
+            f'{base64.b64encode(path.read_bytes()).decode()}"><figcaption>{_text(caption)}</figcaption></figure>'
             for path, caption in shown
         )
         self._parts.append(f'<div class="pair">{figures}</div>' if len(shown) > 1 else figures)
 
     def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Add a table whose first column names the rows."""
-        head = "".join(f"<th>{escape(one)}</th>" for one in headings)
-        body = "".join("<tr>" + "".join(f"<td>{escape(one)}</td>" for one in row) + "</tr>" for row in rows)
+        head = "".join(f"<th>{_text(one)}</th>" for one in headings)
+        body = "".join("<tr>" + "".join(f"<td>{_text(one)}</td>" for one in row) + "</tr>" for row in rows)
         self._parts.append(f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>')
 
     def footer(self, text: str) -> None:
         """Set the footer: the machine of the measurements."""
-        self._footer = escape(text)
+        self._footer = _text(text)
 
     def write(self, path: Path) -> None:
         """Write the page, replacing a file as a whole."""
         html = (
             '<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escape(self.title)}</title><style>{_STYLE}</style></head><body><main>"
-            f'<h1>{escape(self.title)}</h1><p class="lead">{escape(self.lead)}</p>'
+            f"<title>{_text(self.title)}</title><style>{_STYLE}</style></head><body><main>"
+            f'<h1>{_text(self.title)}</h1><p class="lead">{_text(self.lead)}</p>'
             f'<div class="tiles">{"".join(self._tiles)}</div>{"".join(self._parts)}'
             f"<footer>{self._footer}</footer></main></body></html>"
         )

@@ -5,16 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._files import replaced
+from ._errors import MissingExtraError
+from ._files import printable, replaced
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def label(name: object) -> str:
+    r"""A name of a file, class or model as a text in a figure: matplotlib takes what is between two `$` for a formula.
+
+    Example:
+        >>> print(label("$5 or $x_2$"))
+        \$5 or \$x_2\$
+    """
+    return printable(name).replace("$", r"\$")
+
+
 def save_figure(figure: Figure, path: Path, dpi: int = 160) -> None:
-    """Write a figure, replacing the file as a whole or not at all."""
+    """Write a figure in the format of the file's name, replacing the file as a whole or not at all."""
     with replaced(path) as part:
-        figure.savefig(part, dpi=dpi, facecolor="white")
+        figure.savefig(part, dpi=dpi, facecolor="white", format=path.suffix[1:].lower())
 
 
 def require_matplotlib() -> None:
@@ -22,4 +33,4 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ImportError('a plot needs matplotlib; pip install "gspn[plot]".') from None
+        raise MissingExtraError('a plot needs matplotlib; pip install "gspn[plot]".') from None

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import re
 import shutil
 import stat
+import tempfile
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ._errors import UsageError
+from ._errors import UsageError, require
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_OLD = ".part-old-"
 _MOST_TEXT = 1 << 28  # bytes of a text file, an index of millions of images among them
 
 
@@ -24,15 +31,16 @@ def replaced(path: Path) -> Iterator[Path]:
 
     It is on the disk before it takes the place of the old one, in one step.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{os.getpid()}-{path.name}")
-    try:
-        yield part
-        sync(part)
-        part.replace(path)
-        sync(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            sync(part)
+            part.replace(path)
+            sync(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -42,24 +50,66 @@ def replaced_directory(path: Path) -> Iterator[Path]:
     Its files are on the disk before it takes the place of the old one. Directories cannot change places in one step
     everywhere: a process that stops in between leaves the old one as ``.part-old-...``, and none under the name.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{os.getpid()}-{path.name}")
-    old = path.with_name(f".part-old-{path.name}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    try:
-        yield part
-        for file in sorted(part.rglob("*")):
-            sync(file)
-        sync(part)
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
-        part.rename(path)
-        sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
+    old = path.with_name(f"{_OLD}{path.name}")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            yield part
+            for file in sorted(part.rglob("*")):
+                sync(file)
+            sync(part)
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                path.rename(old)
+            part.rename(path)
+            sync(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def remove_parts(directory: Path) -> None:
+    """Remove what a killed process left of files in a directory, or one below it; nobody else may write there.
+
+    A directory that :func:`replaced_directory` had put aside returns to its name if nothing took its place.
+    """
+    for path in [*directory.glob(".part-*"), *directory.glob("*/.part-*")]:
+        name = path.name.removeprefix(_OLD)
+        if path.name != name and not path.with_name(name).exists():
+            path.rename(path.with_name(name))
+        elif path.name != name or re.match(r"\.part-\d+-.", path.name):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the operating system in the block name ``path``, also safetensors' own, unless they name another file.
+
+    Writing to a full disk raises an error without a name, and safetensors one of a type of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        code, named = _error_code(error), getattr(error, "filename", None)
+        if code is None or (named is not None and ".part-" not in str(named)):
+            raise
+        raise OSError(code, os.strerror(code), os.fspath(path)) from error
+
+
+def _error_code(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"(?:os error|code:) (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return None if found is None else int(found[1])
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file, as ``sha256sum`` prints it."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -77,6 +127,23 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_writable(path: Path) -> None:
+    """Find out before hours of work whether ``path`` can be written: its folder, or the first above it that exists.
+
+    Raises:
+        OSError: it cannot.
+    """
+    folder = path if path.is_dir() else path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(folder))
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written: {error.strerror}", os.fspath(path)) from None
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -129,6 +196,23 @@ def read_json(path: Path) -> Any:
     return parse_json(read_text(path), printable(path))
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file that a person or another program wrote, on the CPU.
+
+    Raises:
+        UsageError: it is damaged, or in another format.
+        OSError: it cannot be read, or is not a regular file.
+    """
+    safetensors = require("safetensors", "safetensors.torch")
+    open_regular(path).close()
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (safetensors.SafetensorError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        # Not only its own error: a dtype that this PyTorch does not have, for example, ends as AttributeError.
+        raise UsageError(f"{printable(path)} is not a whole safetensors file: {error}.") from None
+
+
 def parse_json(text: str, what: str) -> Any:
     """JSON from a file that a person or another program wrote; ``what`` names it in the error.
 
@@ -158,7 +242,19 @@ def printable(name: object) -> str:
         >>> printable("caf\u00e9 \x1b[31m.png"), printable(os.fsdecode(b"\xff.png"))
         ('café \\x1b[31m.png', '\\xff.png')
     """
-    return "".join(_escaped(letter) for letter in str(name))
+    text = str(name)
+    return text if text.isascii() and text.isprintable() else "".join(map(_escaped, text))
+
+
+def short(value: object) -> str:
+    """The value as errors show it: at most 60 characters.
+
+    Example:
+        >>> len(short(list(range(1000))))
+        60
+    """
+    text = printable(repr(value))
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _escaped(letter: str) -> str:

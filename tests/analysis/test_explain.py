@@ -94,7 +94,7 @@ def test_errors_show_the_value(tmp_path):
         explain(small_model(), torch.rand(1, 8, 9), (0, 0))
     with pytest.raises(ValueError, match="H == W"):
         explain(small_model(scan={"alignment": "official"}), torch.rand(3, 8, 9), (0, 0))
-    with pytest.raises(ValueError, match="Did you mean 'gspn_tiny'"):
+    with pytest.raises(ValueError, match="did you mean 'gspn_tiny'"):
         load_model("gspn_tiney")
     with pytest.raises(ValueError, match=r"imagenet99.*Leave the tag out"):
         load_model("gspn_tiny.imagenet99")

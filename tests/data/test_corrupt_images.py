@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from data_support import bomb, folder, jpeg, png
+from gspn._errors import UsageError
 from gspn.data import (
     CorruptImages,
     CorruptImageWarning,
@@ -83,8 +84,29 @@ def test_a_folder_of_nothing_sound_is_an_error(tmp_path) -> None:
     for path in root.rglob("*.png"):
         path.write_bytes(b"")
     dataset = SkipCorrupt(open_dataset("folder", "train", root=root), training=True)
-    with pytest.raises(RuntimeError, match=r"2 images in a row are corrupt, from index 0; .*cat/0.png"):
+    with pytest.raises(UsageError, match=r"all 2 images are corrupt, from index 0 on; .*cat/0.png"):
         dataset[0]
+
+
+def test_thousands_of_corrupt_images_in_a_row_are_left_out(tmp_path) -> None:
+    """Files of another format under the extension of a known one, as some cameras write them."""
+    root = folder(tmp_path, ("train",), per_class=1)
+    for number in range(250):
+        (root / "train" / "cat" / f"{number:04}.jpg").write_bytes(b"\0\0\0\x18ftypheic")
+    dataset = SkipCorrupt(open_dataset("folder", "train", root=root, transform=to_tensor), training=False)
+    record = CorruptImages(dataset)
+    targets = [dataset[i] for i in range(len(dataset))]
+    record.add([corrupt for *_, corrupt in targets])
+    assert [target for _, target, _ in targets if target >= 0] == [0, 1]
+    assert record.count == 250 and "250 of 252 images were corrupt" in record.summary()
+
+
+def test_a_folder_that_is_gone_is_an_error(tmp_path) -> None:
+    root = folder(tmp_path, ("train",), per_class=60)
+    dataset = SkipCorrupt(open_dataset("folder", "train", root=root, transform=to_tensor), training=True)
+    (tmp_path / "train").rename(tmp_path / "gone")
+    with pytest.raises(UsageError, match=r"100 images in a row cannot be read, from index 5 on; .*No such file"):
+        dataset[5]
 
 
 def test_a_file_that_is_gone_is_broken_too(damaged, tmp_path) -> None:

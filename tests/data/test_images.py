@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import gspn.data.images
 from data_support import bomb, jpeg, png, quadrants
-from gspn.data import MAX_PIXELS, CorruptImageError, load_image
+from gspn.data import MAX_PIXELS, CorruptImageError, load_image, to_rgb, trimmed
 
 
 def saved(image: Image.Image, form: str = "PNG", **options) -> io.BytesIO:
@@ -125,3 +126,139 @@ def test_the_limit_is_the_caller_s() -> None:
         load_image(io.BytesIO(png()), max_pixels=127)
     assert load_image(io.BytesIO(png()), max_pixels=128).size == (16, 8)
     assert Image.MAX_IMAGE_PIXELS == MAX_PIXELS
+
+
+# --- A PIL image is treated like its file -----------------------------------------------------------------------------
+
+
+def exif(orientation: int) -> Image.Exif:
+    found = Image.Exif()
+    found[0x0112] = orientation
+    return found
+
+
+FILES = {
+    "transparent": lambda: saved(Image.new("RGBA", (4, 2), (255, 0, 0, 0))),
+    "palette with bytes of transparency": lambda: saved(
+        Image.new("RGB", (4, 2), "red").quantize(4), transparency=b"\x00\xff"
+    ),
+    "one transparent colour": lambda: saved(Image.new("RGB", (4, 2), (5, 6, 7)), transparency=(5, 6, 7)),
+    "16 bits": lambda: saved(Image.fromarray(np.full((2, 4), 32896, np.uint16))),
+    "16 bits, big end first": lambda: saved(Image.frombytes("I;16B", (4, 2), b"\x80\x80" * 8), "TIFF"),
+    "one bit": lambda: saved(Image.new("1", (4, 2), 1)),
+    "grey and alpha": lambda: saved(Image.new("LA", (4, 2), (0, 0))),
+    "CMYK": lambda: saved(Image.new("CMYK", (4, 2), (9, 99, 0, 3)), "TIFF"),
+    "YCbCr": lambda: saved(Image.new("YCbCr", (4, 2), (99, 9, 77)), "TIFF"),
+    "turned": lambda: saved(quadrants(), exif=exif(6)),
+    "animated": lambda: saved(
+        Image.new("RGB", (4, 2), "red"), "GIF", save_all=True, append_images=[Image.new("RGB", (4, 2), "blue")]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_pil_image_is_treated_like_its_file(kind) -> None:
+    from gspn.tasks.classify.prediction import _open
+    from gspn.tasks.diffusion.images import read_images
+
+    file = FILES[kind]()
+    loaded = load_image(file)
+    opened = Image.open(file)
+    assert loaded.mode == "RGB" and np.array_equal(to_rgb(opened), loaded)
+    assert np.array_equal(_open("0", Image.open(file)), loaded)
+    found, _ = read_images("some", [("a", file)], lambda one: (Image.open(one), 0))
+    assert np.array_equal(found.to_pil(0), loaded)
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (lambda: Image.new("LAB", (2, 2)), "LAB"),
+        (lambda: Image.new("F", (2, 2)), "floating-point"),
+        (lambda: Image.new("I", (2, 2), -1), "beyond 16 bits"),
+        (lambda: Image.new("RGB", (0, 3)), "no pixels"),
+        (lambda: Image.open(io.BytesIO(png()[:-40])), "damaged or truncated"),
+    ],
+)
+def test_a_pil_image_without_a_meaning_is_named(image, says) -> None:
+    with pytest.raises(CorruptImageError, match=f"^some: .*{says}"):
+        to_rgb(image(), name="some")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, SyntaxError, OSError, KeyError, ZeroDivisionError])
+@pytest.mark.parametrize("method", ["open", "load"])
+def test_whatever_a_decoder_raises_is_a_corrupt_image(error, method, monkeypatch, tmp_path) -> None:
+    def fail(*_, **__):
+        raise error("in the decoder")
+
+    (tmp_path / "a.avif").write_bytes(png())
+    monkeypatch.setattr(*((Image, "open") if method == "open" else (Image.Image, "load")), fail)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    if error is MemoryError and method == "open":
+        pytest.skip("a header takes no memory")
+    with pytest.raises(CorruptImageError, match=r"a\.avif"):
+        load_image(tmp_path / "a.avif")
+
+
+def test_a_damaged_avif_is_a_corrupt_image(tmp_path) -> None:
+    if "AVIF" not in gspn.data.images.FORMATS:
+        pytest.skip("this Pillow opens no AVIF")
+    good = saved(quadrants().resize((64, 64)), "AVIF").getvalue()
+    damaged = good[: len(good) - 40] + bytes(40)
+    (tmp_path / "a.avif").write_bytes(damaged)
+    with pytest.raises(CorruptImageError, match=r"a\.avif"):
+        load_image(tmp_path / "a.avif")
+
+
+def test_an_endless_file_is_not_read(tmp_path) -> None:
+    path = tmp_path / "a.webp"
+    path.write_bytes(b"RIFF\xff\xff\xff\xffWEBPVP8 ")
+    with path.open("r+b") as file:
+        file.truncate(1 << 40)  # which takes no room on the disk
+    with pytest.raises(CorruptImageError, match=r"has 1,099,511,627,776 bytes"):
+        load_image(path)
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+
+def transforms():
+    from gspn.tasks.classify.config import AugmentConfig
+    from gspn.tasks.classify.data import train_transform
+    from gspn.tasks.classify.model import Preprocessing
+    from gspn.tasks.diffusion.images import read_images
+    from gspn.tasks.diffusion.transforms import image_transform
+
+    preprocessing = Preprocessing((3, 64, 64), (0.5,) * 3, (0.5,) * 3, "bicubic", 0.9)
+    yield "generative", image_transform(64)
+    yield "grey", image_transform(64, 1)
+    yield "evaluation", preprocessing.transform()
+    yield "training", train_transform(AugmentConfig(), preprocessing)
+    yield "training on whole images", train_transform(AugmentConfig(crop="none"), preprocessing)
+    yield "comparison", lambda image: read_images("some", [("a", 0)], lambda _: (image, 0), (64, 48))[0].pixels
+
+
+@pytest.mark.parametrize(
+    "name", ["generative", "grey", "evaluation", "training", "training on whole images", "comparison"]
+)
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (3, 20_000)])
+def test_memory_is_bounded_for_any_shape(name, size, monkeypatch) -> None:
+    pytest.importorskip("timm")
+    resize = Image.Image.resize
+
+    def bounded(image, size, *args, **options):
+        # Pillow resizes in two passes, the width first.
+        assert size[0] * max(image.height, size[1]) < 2_000_000, (image.size, size)
+        return resize(image, size, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", bounded)
+    result = dict(transforms())[name](Image.new("RGB", size, "red"))
+    assert result.shape[-2:] == ((64, 48) if name == "comparison" else (64, 64))
+
+
+def test_usual_images_are_not_trimmed() -> None:
+    for size in ((16, 1), (1, 16), (640, 480)):
+        image = Image.new("RGB", size)
+        assert trimmed(image) is image
+    assert trimmed(Image.new("RGB", (170, 10))).size == (160, 10)
+    assert trimmed(Image.new("RGB", (4000, 10)), width=20, height=1).size == (3200, 10)

@@ -1,6 +1,8 @@
 """The adapter as a thing of its own: which layers it takes, mounting and giving back, saving, and the traps."""
 
 import copy
+import json
+import warnings
 
 import pytest
 import torch
@@ -9,10 +11,18 @@ pytest.importorskip("diffusers.models")
 
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
+from diffusers.training_utils import EMAModel
 
 from diffusers_support import inputs, make_dit, make_pixart, make_unet, run
 from gspn.diffusers import GSPNAdapter, GSPNTokenMixer
 
+# More than ten blocks: their names, sorted as text, are not in order.
+LONG = {
+    "unet": lambda: make_unet(layers_per_block=11),
+    "sdxl": lambda: make_unet("sdxl", layers_per_block=1, transformer_layers_per_block=(1, 1, 11)),
+    "pixart": lambda: make_pixart(num_layers=12),
+    "dit": lambda: make_dit(num_layers=12),
+}
 MAKERS = {"unet": make_unet, "sdxl": lambda: make_unet("sdxl"), "pixart": make_pixart, "dit": make_dit}
 
 
@@ -82,6 +92,52 @@ def test_names_are_those_of_the_mounted_model():
     }  # fmt: skip
     shared = {id(p) for p in unet.parameters()}
     assert all(id(p) in shared for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_parameters_keep_the_order_of_the_model(kind, tmp_path):
+    with torch.device("meta"):
+        model = LONG[kind]()
+    adapter = GSPNAdapter.from_model(model, copy_projections=False).to_empty(device="cpu")
+    attentions = [name for name, module in model.named_modules() if name in adapter.mixers]
+    order = [name for name, _ in adapter.named_parameters()]
+    assert [name for name in order if name.endswith("to_v.weight")] == [f"{name}.to_v.weight" for name in attentions]
+    adapter.save_pretrained(tmp_path)
+    layers = adapter.config["layers"]
+    mixed = [layers, dict(sorted(layers.items())), dict(reversed(layers.items())), json.loads(json.dumps(layers))]
+    with torch.device("meta"):
+        again = [GSPNAdapter(layers=one) for one in mixed]
+    for one in (*again, GSPNAdapter.from_pretrained(tmp_path), copy.deepcopy(adapter)):
+        assert [name for name, _ in one.named_parameters()] == list(one.state_dict()) == order
+
+
+def test_an_average_saved_and_loaded_is_of_the_same_parameters(tmp_path):
+    adapter = GSPNAdapter.from_model(make_pixart(num_layers=11))
+    before = {name: value.clone() for name, value in adapter.state_dict().items()}
+    EMAModel(adapter.parameters(), model_cls=GSPNAdapter, model_config=adapter.config).save_pretrained(tmp_path)
+    EMAModel.from_pretrained(tmp_path, GSPNAdapter).copy_to(adapter.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in adapter.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "a.", "a..b", "__class__.x", "a.__dict__.b", "mixers", "config", "a.forward", "train.attn1", "a b", "²",
+     "a\x1b[", "a" * 501, 3, None, "a.attn1.scan"],
+)  # fmt: skip
+def test_names_that_are_none_of_a_layer(name):
+    with pytest.raises(ValueError, match=r"^layer ") as caught:
+        GSPNAdapter(layers={"a.attn1": {"dim": 8}, name: {"dim": 8}})
+    assert "\x1b" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dim": "8"}, {"dim": 8.0}, {"dim": True}, {"dim": 0}, {"dim": None}, {"bias": "false"}, {"dropout": 2},
+     {"dropout": "x"}, {"skip": 1}, {"proxy_dim": 0}, [], None, "dim"],
+)  # fmt: skip
+def test_options_of_a_damaged_configuration(options):
+    with pytest.raises(ValueError, match=r"has to be|at least 1|a dictionary"):
+        GSPNAdapter(layers={"a.attn1": {"dim": 8, **options} if isinstance(options, dict) else options})
 
 
 def test_projections_are_the_attentions():
@@ -224,15 +280,57 @@ def test_loaded_in_half_precision(tmp_path):
     assert adapter.mount(unet).dtype == torch.float32
 
 
-def test_a_mounted_model_is_not_saved(tmp_path):
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_mounted_model_that_was_trained_is_saved_as_its_class(kind, tmp_path):
+    model = MAKERS[kind]()
+    size = {"height": 8, "width": 8} if kind == "dit" else {}
+    adapter = GSPNAdapter.from_model(model)
+    state = state_of(model)
+    with adapter.mounted(model):
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.01 * torch.randn_like(p)
+        expected, copied = run(model, **size), copy.deepcopy(model)
+        for number, one in enumerate((model, torch.compile(model), copied)):
+            with pytest.warns(UserWarning, match=rf"without the {len(adapter.mixers)} mixers.*adapter.save_pretrained"):
+                one.save_pretrained(tmp_path / str(number), safe_serialization=True)
+        adapter.save_pretrained(tmp_path / "adapter")
+        assert torch.equal(run(model, **size), expected)  # the mixers are where they were
+    assert state_of(model) == state
+    plain = run(model, **size)
+    for number in range(3):
+        again = type(model).from_pretrained(tmp_path / str(number))
+        assert torch.equal(run(again, **size), plain)
+        with GSPNAdapter.from_pretrained(tmp_path / "adapter").mounted(again):
+            assert torch.equal(run(again, **size), expected)
+
+
+def test_a_mounted_model_saves_in_the_dtype_that_it_has(tmp_path):
     unet = make_unet()
     with GSPNAdapter.from_model(unet).mounted(unet):
-        for one in (unet, torch.compile(unet), copy.deepcopy(unet)):
-            with pytest.raises(RuntimeError, match=r"4 self-attentions.*adapter.save_pretrained.*unmount"):
-                one.save_pretrained(tmp_path / "mounted", safe_serialization=True)
-        assert not (tmp_path / "mounted").exists()
-    unet.save_pretrained(tmp_path / "unet")
-    assert torch.equal(run(UNet2DConditionModel.from_pretrained(tmp_path / "unet")), run(unet))
+        unet.to(torch.bfloat16)
+        with pytest.warns(UserWarning, match="without the 4 mixers"):
+            unet.save_pretrained(tmp_path)
+    again = UNet2DConditionModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in unet.state_dict().items())
+
+
+def test_a_lora_of_mixers_is_said_as_it_is_made(tmp_path):
+    peft = pytest.importorskip("peft")
+    unet = make_unet()
+    adapter = GSPNAdapter.from_model(unet).mount(unet)
+    for targets, layers in ((["attn2.to_q"], 0), (["to_q", "to_k", "to_v", "to_out.0"], 8)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            unet.add_adapter(peft.LoraConfig(r=2, target_modules=targets))
+        said = [str(one.message) for one in said if "GSPN" in str(one.message)]
+        assert [one.split()[0] for one in said] == ([str(layers)] if layers else [])
+        with pytest.raises(RuntimeError, match="cannot be saved while it holds a LoRA"):
+            unet.save_pretrained(tmp_path)
+        unet.delete_adapters("default")
+        unet.unload_lora()
+    adapter.unmount()
+    assert "add_adapter" not in vars(unet)
 
 
 def test_mounting_twice():

@@ -1,5 +1,6 @@
 """The denoiser: its published sizes, its interface, and its life as a component of diffusers."""
 
+import math
 import subprocess
 import sys
 
@@ -209,3 +210,76 @@ pipeline.scheduler = Other.from_config(pipeline.scheduler.config)
 assert pipeline([1], num_inference_steps=2, guidance_scale=1.0, output_type="np").images.shape == (1, 8, 8, 3)
 """
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("sample_size", "in_channels", "out_channels", "patch_size", "dim", "num_layers",
+                                     "proxy_dim", "num_class_embeds") for value in ("8", 8.0, True, 0, -1, [8])),
+        *((name, value) for name in ("class_dropout_prob", "drop_path")
+          for value in ("0.1", -0.1, 1.1, math.nan, None)),
+        ("ada_norm", "false"), ("mixer", ["gspn"]), ("scan", []), ("scan", {"segments": 3}), ("scan", {"dim": 3}),
+    ],
+)  # fmt: skip
+def test_options_of_a_damaged_configuration(name, value):
+    with pytest.raises(ValueError, match=rf"^{name}"):
+        GSPNDenoiser2DModel.from_config({"in_channels": 3, "dim": 24, "num_layers": 2, name: value})
+
+
+def test_options_are_passed_by_name():
+    with pytest.raises(TypeError, match="positional"):
+        GSPNDenoiser2DModel(32, 3)  # type: ignore[misc]
+
+
+LAYERS = ["in_proj", "mid_proj", "out_proj", "mixer.proxy", "skips.0"]
+
+
+@pytest.fixture
+def lora(tmp_path):
+    """A model with a LoRA, its output before and with it, and a call that computes it."""
+    peft = pytest.importorskip("peft")
+    model, noisy = small(scan={"skip": True}), torch.randn(2, 3, 8, 8)
+
+    def run(one=model):
+        with torch.no_grad():
+            return one(noisy, torch.tensor([3, 900]), torch.tensor([0, 1])).sample
+
+    before = run()
+    model.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, target_modules=LAYERS, init_lora_weights=False))
+    return model, run, before
+
+
+def test_a_lora_reaches_the_layers_that_the_docs_name(lora):
+    model, run, before = lora
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == {name for name, _ in model.named_modules() if name.endswith(tuple(LAYERS))} and len(adapted) == 22
+    added = run()
+    assert not torch.allclose(added, before)
+    model.disable_adapters()
+    assert torch.equal(run(), before)
+    model.enable_adapters()
+    assert torch.equal(run(), added)
+    model.delete_adapters("default")
+    assert torch.equal(run(), before)
+
+
+def test_a_lora_is_trained_saved_and_loaded_alone(lora, tmp_path):
+    model, run, _ = lora
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    model(torch.randn(1, 3, 4, 4), torch.tensor([3]), torch.tensor([0])).sample.square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    added, other = run(), small(scan={"skip": True})
+    safe = {"prefix": None, "adapter_name": "mine", "use_safetensors": True}
+    model.save_lora_adapter(tmp_path)
+    other.load_lora_adapter(tmp_path, **safe)
+    assert torch.equal(run(other), added)
+    other.fuse_lora()
+    torch.testing.assert_close(run(other), added)
+    other.unfuse_lora()
+    other.unload_lora()
+    assert list(other.state_dict()) == list(small(scan={"skip": True}).state_dict())
+    other.load_lora_adapter(tmp_path, **safe)
+    other.set_adapters("mine", 0.0)
+    torch.testing.assert_close(run(other), lora[2])  # fused and taken out again, it left its rounding

@@ -102,7 +102,7 @@ def test_everything_else_wrong(name) -> None:
                 _call(name, {key: directions})
     with pytest.raises(ValueError, match="impl='cuda'"):
         _call(name, {}, "cuda")
-    # What is no number or string at all is PyTorch's to refuse.
+    # Arguments of other types are PyTorch's to refuse.
     for changed in ({"segment": 1.5}, {"segment": 2**70}, {key: None}, {"x": [1.0]}):
         with pytest.raises((RuntimeError, TypeError)):
             _call(name, changed)

@@ -52,6 +52,28 @@ def test_extreme_logits_stay_finite(value) -> None:
     assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("direction", gspn.DIRECTIONS)
+def test_infinite_logits_are_limits(direction, dtype) -> None:
+    inf, far = float("inf"), 1e4
+    cases = [
+        ((-inf, -inf, -inf), (-far, -far, -far)), ((-inf, 0.5, -inf), (-far, 0.5, -far)),
+        ((-inf, -inf, 1), (-far, -far, 1)), ((inf, 0.5, -2), (far, 0.5, -2)), ((inf, inf, inf), (far, far, far)),
+        ((inf, -inf, inf), (far, -far, far)),
+    ]  # fmt: skip
+    weight = torch.randn(1, len(cases), 3, 4, 5).to(dtype)
+    results = []
+    for side in (0, 1):
+        rows = torch.tensor([case[side] for case in cases], dtype=dtype)
+        logits = rows.view(1, -1, 3, 1, 1).repeat(1, 1, 1, 4, 5).requires_grad_()
+        taps = gspn.stochastic_taps(logits, direction=direction)
+        results.append((taps, *torch.autograd.grad(taps, logits, weight)))
+        assert torch.equal(torch.compile(gspn.stochastic_taps, backend="aot_eager")(logits, direction=direction), taps)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+        assert actual.isfinite().all()
+
+
 def test_missing_neighbours_are_not_read_and_get_no_gradient() -> None:
     logits = torch.randn(1, 1, 3, 4, 5)
     poisoned = logits.clone()

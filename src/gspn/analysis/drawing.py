@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._figures import label as as_text
 from .._figures import require_matplotlib
 from .explain import Explanation
 
@@ -103,8 +104,8 @@ def draw_explanation(explanation: Explanation, photograph: Tensor | None = None)
         f"{explanation.image.shape[1]}   ·   mean |affinity| over the channels, log scale"
     )
     left, below_top = margin / page_width, 1 - 0.56 / page_height
-    figure.text(left, 1 - 0.2 / page_height, heading, fontsize=14, color=INK, fontweight="bold", va="top")
-    figure.text(left, below_top, details, fontsize=9.5, color=MUTED, va="top")
+    figure.text(left, 1 - 0.2 / page_height, as_text(heading), fontsize=14, color=INK, fontweight="bold", va="top")
+    figure.text(left, below_top, as_text(details), fontsize=9.5, color=MUTED, va="top")
     return figure
 
 

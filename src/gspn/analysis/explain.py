@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._errors import UsageError
 from .influence import ImageInfluence, image_influence
 from .loading import LoadedModel
 from .scans import find_scans
@@ -48,7 +49,7 @@ def explain(
         The affinity and the stability.
 
     Raises:
-        ValueError: the point is outside the image, the size is below 1, the model has no scans or no such stage or
+        UsageError: the point is outside the image, the size is below 1, the model has no scans or no such stage or
             block, or the model needs square images.
 
     Example:
@@ -60,12 +61,12 @@ def explain(
         ((24, 10), 'stage 2, block 3: 192 channels, 4 x 6, global, ...')
     """
     if image.dim() != 3 or image.shape[0] != 3 or image.numel() == 0:
-        raise ValueError(f"{image.shape=}: pass one image, [3, H, W].")
+        raise UsageError(f"{image.shape=}: pass one image, [3, H, W].")
     if size < 1:
-        raise ValueError(f"{size=} is below 1; pass the longer side in pixels.")
+        raise UsageError(f"{size=} is below 1; pass the longer side in pixels.")
     height, width = image.shape[1:]
     if not (0 <= point[0] < width and 0 <= point[1] < height):
-        raise ValueError(f"{point=} is outside the image of {width} x {height} pixels; pass (x, y), counted from 0.")
+        raise UsageError(f"{point=} is outside the image of {width} x {height} pixels; pass (x, y), counted from 0.")
     scale = size / max(height, width)
     scaled = (max(1, round(height * scale)), max(1, round(width * scale)))
     seen = F.interpolate(image[None], scaled, mode="bilinear", antialias=True).clamp(0, 1)[0]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._errors import UsageError
 from ..nn import GSPN2d
 from ..ops import Direction
 from .scans import choose_scan, scans_of, visit_scans
@@ -84,7 +85,7 @@ def affinity_rows(module: GSPN2d, x: Tensor, query: tuple[int, int]) -> tuple[di
     if not (0 <= query[0] < x.shape[2] and 0 <= query[1] < x.shape[3]):
         raise ValueError(f"{query=} is outside the map of {x.shape[2]} x {x.shape[3]}; pass (row, column), from 0.")
     if module.alignment == "official" and x.shape[2] != x.shape[3]:
-        raise ValueError(f"{x.shape=}: alignment='official' needs H == W.")
+        raise UsageError(f"{x.shape=}: alignment='official' needs H == W.")
     with torch.inference_mode(False):
         x = x.clone()  # a tensor made in inference mode cannot be differentiated
         scans = scans_of(module, x)

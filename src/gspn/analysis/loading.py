@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from .. import models as _models  # noqa: F401  (registers the models of gspn with timm)
+from .._errors import UsageError, nearest
+from ..models.saved import load_saved
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class LoadedModel:
         if channels == 1:
             image = image.mean(0, keepdim=True)
         elif channels != 3:
-            raise ValueError(f"{self.name} takes {channels} channels; an image has 3, or 1 in grey.")
+            raise UsageError(f"{self.name} takes {channels} channels; an image has 3, or 1 in grey.")
         cfg = _cfg(self.model)
         mean = image.new_tensor(cfg.get("mean", IMAGENET_DEFAULT_MEAN))[:channels].view(-1, 1, 1)
         std = image.new_tensor(cfg.get("std", IMAGENET_DEFAULT_STD))[:channels].view(-1, 1, 1)
@@ -58,7 +59,7 @@ def load_model(name: str, *, seed: int = 0) -> LoadedModel:
         The model, with its pretrained weights if it has any.
 
     Raises:
-        ValueError: the name is unknown, or the folder holds no model.
+        UsageError: the name is unknown, or the folder holds no model that can be loaded.
         OSError: pretrained weights cannot be fetched or read.
 
     Example:
@@ -68,23 +69,18 @@ def load_model(name: str, *, seed: int = 0) -> LoadedModel:
     """
     folder = Path(name.removeprefix("local-dir:"))
     if name.startswith("local-dir:") or folder.is_dir():
-        try:
-            model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        except (OSError, KeyError, ValueError, RuntimeError) as error:
-            # config.json is missing or damaged, the architecture is unknown, or weights are missing or do not fit.
-            raise ValueError(f"{folder} holds no model that timm can load: {error}") from error
+        model = load_saved(folder)
         return LoadedModel(model, _cfg(model).get("architecture") or folder.name, f"from {folder}")
     if name.startswith("hf-hub:"):
         return LoadedModel(timm.create_model(name, pretrained=True).eval(), name, "pretrained")
     plain = name.partition(".")[0]
     if not timm.is_model(plain):
-        close = difflib.get_close_matches(plain, timm.list_models(), n=1)
-        meant = f"Did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"{name!r} is neither a folder nor a model of timm. {meant}`gspn models` lists those of gspn.")
+        meant = nearest(plain, timm.list_models()) or "; `gspn models` lists those of gspn."
+        raise UsageError(f"{name!r} is neither a folder nor a model of timm{meant}")
     try:
         cfg = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
-        raise ValueError(f"{name!r}: {error} Leave the tag out for the default.") from None
+        raise UsageError(f"{name!r}: {error} Leave the tag out for the default.") from None
     if cfg is not None and cfg.has_weights:
         tag = f", {cfg.tag}" if cfg.tag else ""
         return LoadedModel(timm.create_model(name, pretrained=True).eval(), name, f"pretrained{tag}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._errors import UsageError
 from ..nn import GSPN2d
 from ..nn.official_alignment import reorient
 from ..ops import Direction, line_scan, stochastic_taps
@@ -105,18 +106,18 @@ def choose_scan(model: nn.Module, stage: int = -1, block: int = -1) -> str:
     """
     stages = list(getattr(model, "stages", []))
     if not stages:
-        raise ValueError(f"{type(model).__name__} has no stages; pass the name of a scan: {_names(find_scans(model))}.")
+        raise UsageError(f"{type(model).__name__} has no stages; pass the name of a scan: {_names(find_scans(model))}.")
     blocks = list(getattr(_item(stages, stage, "stage"), "blocks", []))
     inner = set(_item(blocks, block, f"block of stage {stage}").modules())
     for name, module in find_scans(model).items():
         if module in inner:
             return name
-    raise ValueError(f"block {block} of stage {stage} has no GSPN2d; the model has {_names(find_scans(model))}.")
+    raise UsageError(f"block {block} of stage {stage} has no GSPN2d; the model has {_names(find_scans(model))}.")
 
 
 def _item(items: Sequence[nn.Module], index: int, what: str) -> nn.Module:
     if not -len(items) <= index < len(items):
-        raise ValueError(f"there is no {what} {index}: counted from 0, the last is {len(items) - 1}.")
+        raise UsageError(f"there is no {what} {index}: counted from 0, the last is {len(items) - 1}.")
     return items[index]
 
 
@@ -144,7 +145,7 @@ def visit_scans(
     requested = list(scans) if names is None else list(names)
     unknown = [name for name in requested if name not in scans]
     if unknown or not requested:
-        raise ValueError(f"{unknown or type(model).__name__}: the GSPN2d modules of the model are: {_names(scans)}.")
+        raise UsageError(f"{unknown or type(model).__name__}: the GSPN2d modules of the model are: {_names(scans)}.")
     seen: set[str] = set()
 
     def hook(name: str, module: Any, arguments: tuple[Any, ...]) -> None:
@@ -163,4 +164,4 @@ def visit_scans(
             module.training = was_training
     missed = [name for name in requested if name not in seen]
     if missed:
-        raise ValueError(f"the forward pass did not reach {missed}.")
+        raise UsageError(f"the forward pass did not reach {missed}.")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gspn.models  # noqa: F401  (registers the models of gspn with timm)
+from gspn._errors import UsageError
 from gspn.analysis.cost import count_cost
 
 from .accuracy_check import CheckFailedError
@@ -43,10 +44,10 @@ class ModelsProblem:
         """A model with seeded random weights, built for images of ``size`` where it has an ``img_size``.
 
         Raises:
-            ValueError: the model is unknown to timm, or cannot be built for this size.
+            UsageError: the model is unknown to timm, or cannot be built for this size.
         """
         if not timm.is_model(name):
-            raise ValueError(f"{name!r} is not a model that timm knows; see gspn models, or timm.list_models().")
+            raise UsageError(f"{name!r} is not a model that timm knows; see gspn models, or timm.list_models().")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             try:
@@ -56,7 +57,7 @@ class ModelsProblem:
                     raise
                 model = timm.create_model(name)
             except (AssertionError, RuntimeError) as error:  # timm's own checks of the size
-                raise ValueError(f"{name} cannot be built for {size} x {size}: {error}") from error
+                raise UsageError(f"{name} cannot be built for {size} x {size}: {error}") from error
         model = model.to(device=self.device, dtype=self.dtype).to(memory_format=self.memory_format)
         return model.train() if self.mode == "train" else model.eval()
 
@@ -123,12 +124,12 @@ def measure_models(
         A result for each size and model, in this order.
 
     Raises:
-        ValueError: an unknown model or baseline.
+        UsageError: an unknown model or baseline.
         CheckFailedError: a model did not pass its check; nothing is reported then.
     """
     baseline = names[0] if baseline is None else baseline
     if baseline not in names:
-        raise ValueError(f"{baseline=} is not among the models: {', '.join(names)}.")
+        raise UsageError(f"{baseline=} is not among the models: {', '.join(names)}.")
     peaks: dict[str, tuple[int, int]] = {}  # the size and bytes of the largest call of each model
     results: list[Result] = []
     for size in sorted(set(sizes)):

@@ -13,6 +13,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gspn._errors import UsageError
 from gspn.diffusers import GSPNAdapter, GSPNTokenMixer
 from gspn.diffusers.mounting import self_attention_blocks
 
@@ -92,15 +93,15 @@ class UNetSweep(SizeSweep):
         """The UNet's configuration.
 
         Raises:
-            ValueError: an unknown architecture, or a width that does not divide its channels.
+            UsageError: an unknown architecture, or a width that does not divide its channels.
         """
         if self.arch not in ARCHITECTURES:
-            raise ValueError(f"{self.arch!r} is not one of {', '.join(ARCHITECTURES)}.")
+            raise UsageError(f"{self.arch!r} is not one of {', '.join(ARCHITECTURES)}.")
         config = dict(ARCHITECTURES[self.arch])
         channels = config["block_out_channels"]
         groups = next(count for count in (32, 16, 8, 4, 2, 1) if channels[0] // self.width % count == 0)
         if any(one % (self.width * groups) for one in channels) or channels[0] // self.width < 8:
-            raise ValueError(f"width=1/{self.width} does not divide the channels {channels} of {self.arch}.")
+            raise UsageError(f"width=1/{self.width} does not divide the channels {channels} of {self.arch}.")
         config |= {"block_out_channels": tuple(one // self.width for one in channels), "norm_num_groups": groups}
         heads = config["attention_head_dim"]  # diffusers' name for the number of heads
         if isinstance(heads, tuple):
@@ -168,18 +169,18 @@ class UNetSweep(SizeSweep):
         """Time the candidates at each size of image, see :meth:`SizeSweep.measure`.
 
         Raises:
-            ValueError: a size is not a multiple of 64, or the backend does not run here.
+            UsageError: a size is not a multiple of 64, or the backend does not run here.
         """
         for size in sizes:
             if size < 64 or size % 64:
-                raise ValueError(
+                raise UsageError(
                     f"size {size} is not a multiple of 64: the latent is an eighth of it, and is halved three times."
                 )
         if BACKENDS[self.backend] is not None:
             try:
                 self.call(self.candidates[0], 64)()
             except RuntimeError as error:
-                raise ValueError(f"attention's backend {self.backend!r} does not run here: {error}") from None
+                raise UsageError(f"attention's backend {self.backend!r} does not run here: {error}") from None
         return super().measure(sizes, candidates, **options)
 
     def params(self, candidate: str) -> int:

@@ -9,17 +9,16 @@ import typer
 import gspn
 
 from . import autoencode, bench, class_conditional, classify, t2i
+from .app import App
 from .explain import explain
 from .info import info
 from .models import models
 
-app = typer.Typer(
+app = App(
     name="gspn",
     help="GSPN: attention replaced by line scans over the image.",
-    no_args_is_help=True,
     rich_markup_mode="markdown",  # paragraphs of docstrings flow
     context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_show_locals=False,
 )
 app.command()(info)
 app.command()(models)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
 from rich.markup import escape
 
 from gspn.tasks import autoencode as task
 
+from .app import App
 from .training import TrainingCommand, add_training_commands
 
-app = typer.Typer(help="Train autoencoders of images, whose latents other models learn.", no_args_is_help=True)
+app = App(help="Train autoencoders of images, whose latents other models learn.")
 
 
 def _done(result: Any) -> str:

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from gspn._console import Console
 from gspn.tasks import class_conditional as task
 from gspn.tasks.diffusion.schedulers import SCHEDULERS
 
-from .messages import facts_table, failed, one_line_errors, warn, wrote
+from .app import App
+from .messages import facts_table, failed, warn, wrote
 from .options import (
+    MOST_IMAGES,
     BatchSize,
     Device,
     DeviceName,
@@ -26,6 +28,7 @@ from .options import (
     Root,
     Size,
     Workers,
+    output_file,
     parse_size,
 )
 from .training import Flag, TrainingCommand, add_training_commands
@@ -36,9 +39,7 @@ if TYPE_CHECKING:
     from gspn.tasks.class_conditional import Evaluation
     from gspn.tasks.class_conditional.evaluation import Classifier
 
-_NAMED = 5
-
-app = typer.Typer(help="Train class-conditional denoisers, sample images, and measure them.", no_args_is_help=True)
+app = App(help="Train class-conditional denoisers, sample images, and measure them.")
 
 
 def _done(result: Any) -> str:
@@ -84,26 +85,22 @@ def latents(
     A stopped command continues after the last whole file when it is started again; files with a wrong checksum are
     encoded again. For several GPUs start it with torchrun: the processes share the files.
     """
-    with one_line_errors():
-        try:
-            result = task.cache_latents(
-                vae, data=data, output=output, split=split, root=root, size=size, hflip=hflip, batch_size=batch_size,
-                shard_size=shard_size, precision=precision.value, device=device.value, workers=workers,
-                console=Console(),
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            raise failed(f"interrupted; the same command continues with {output}", 130) from None
-        if not result.is_main:
-            return
-        if result.broken:
-            shown = "; ".join(result.broken[:_NAMED]) + ("; ..." if len(result.broken) > _NAMED else "")
-            warn(f"{len(result.broken)} images could not be read and are left out; index.json names them: {shown}")
-        directory, index = escape(str(result.directory)), result.index
-        wrote(
-            f"{index.images:,} latents of {' x '.join(map(str, index.shape))} to {result.directory} in "
-            f"{result.seconds:.1f} s ({result.made} of {len(index.shards)} files by this process)",
-            f"; train with [bold]gspn class-conditional train --latents {directory}[/]",
-        )
+    try:
+        result = task.cache_latents(
+            vae, data=data, output=output, split=split, root=root, size=size, hflip=hflip, batch_size=batch_size,
+            shard_size=shard_size, precision=precision.value, device=device.value, workers=workers,
+            console=Console(),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        raise failed(f"interrupted; the same command continues with {output}", 130) from None
+    if not result.is_main:
+        return
+    directory, index = escape(str(result.directory)), result.index
+    wrote(
+        f"{index.images:,} latents of {' x '.join(map(str, index.shape))} to {result.directory} in "
+        f"{result.seconds:.1f} s ({result.made} of {len(index.shards)} files by this process)",
+        f"; train with [bold]gspn class-conditional train --latents {directory}[/]",
+    )
 
 
 @app.command()
@@ -120,7 +117,9 @@ def sample(
     ] = None,
     number: Annotated[
         int | None,
-        typer.Option("--number", "-n", metavar="N", min=1, help="Number of images. Default: 8 of each class."),
+        typer.Option(
+            "--number", "-n", metavar="N", min=1, max=MOST_IMAGES, help="Number of images. Default: 8 of each class."
+        ),
     ] = None,
     output: OutputDirectory = Path("samples"),
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the noise.")] = 0,
@@ -131,22 +130,21 @@ def sample(
     batch_size: BatchSize = 64,
     precision: Precision = PrecisionName.fp32,
     device: Device = DeviceName.auto,
-    grid: Annotated[bool, typer.Option(help="Write a grid of all images too.")] = True,
+    grid: Annotated[bool, typer.Option(help="Write a grid of the first images too.")] = True,
 ) -> None:
-    """Sample images of classes, each a PNG with its origin in it, and a grid of all.
+    """Sample images of classes, each a PNG with its origin in it, and a grid of the first 400 at most.
 
     The same seed gives the same images for every batch size. For several GPUs start it with torchrun.
     """
-    with one_line_errors():
-        width, height = (None, None) if size is None else parse_size(size)
-        result = task.sample(
-            model, output=output, classes=None if classes is None else [int(k) if k.isdigit() else k for k in classes],
-            number=number, seed=seed, guidance=guidance, steps=steps, scheduler=scheduler, height=height, width=width,
-            batch_size=batch_size, precision=precision.value, device=device.value, grid=grid, console=Console(),
-        )  # fmt: skip
-        if result.is_main:
-            grid_file = f"; all of them: {result.grid}" if result.grid else ""
-            wrote(f"{len(result.records)} images to {result.directory} in {result.seconds:.1f} s{grid_file}")
+    width, height = (None, None) if size is None else parse_size(size)
+    result = task.sample(
+        model, output=output, classes=classes, number=number, seed=seed, guidance=guidance, steps=steps,
+        scheduler=scheduler, height=height, width=width, batch_size=batch_size, precision=precision.value,
+        device=device.value, grid=grid, console=Console(),
+    )  # fmt: skip
+    if result.is_main:
+        grid_file = f"; a grid: {result.grid}" if result.grid else ""
+        wrote(f"{len(result.records)} images to {result.directory} in {result.seconds:.1f} s{grid_file}")
 
 
 @app.command()
@@ -168,16 +166,16 @@ def evaluate(
     output: Results = None,
     neighbours: Annotated[
         Path | None,
-        typer.Option(metavar="PNG", dir_okay=False, help="Image to write: samples beside their nearest references."),
+        output_file(metavar="PNG", help="Image to write: samples beside their nearest references."),
     ] = None,
     export: Annotated[
         Path | None,
-        typer.Option(metavar="NPZ", dir_okay=False, help="File to write: the samples for the ADM evaluation suite."),
+        output_file(metavar="NPZ", help="File to write: the samples for the ADM evaluation suite."),
     ] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=4, help="Most images of each set to use.")] = None,
     batch_size: BatchSize = 64,
     cache: Annotated[
-        Path, typer.Option(metavar="DIR", help="Directory that keeps the features of the reference.")
+        Path, typer.Option(metavar="DIR", file_okay=False, help="Directory that keeps the features of the reference.")
     ] = Path("runs/features"),
     device: Device = DeviceName.auto,
 ) -> None:
@@ -185,27 +183,26 @@ def evaluate(
 
     The figures compare only with figures of the same feature model, which is printed with them.
     """
-    with one_line_errors():
-        from gspn.tasks.diffusion.images import export_npz, open_images
+    from gspn.tasks.diffusion.images import export_npz, open_images
 
-        console = Console()
-        result = task.evaluate(
-            samples, reference, features=features,
-            classifier=None if classifier is None else load_classifier(classifier, batch_size, device.value),
-            neighbours=neighbours, limit=limit, batch_size=batch_size, device=device.value, cache=cache,
-            console=console,
-        )  # fmt: skip
-        console.print(facts_table(_facts(result)))
-        for name in result.broken:
-            warn(f"{name} could not be read and does not count")
-        table = None if output is None else output / "evaluation.json"
-        if table is not None:
-            result.write_json(table)
-        if export is not None:
-            export_npz(open_images(samples, limit=limit), export)
-        for path in (table, neighbours, export):
-            if path is not None:
-                wrote(path)
+    console = Console()
+    result = task.evaluate(
+        samples, reference, features=features,
+        classifier=None if classifier is None else load_classifier(classifier, batch_size, device.value),
+        neighbours=neighbours, limit=limit, batch_size=batch_size, device=device.value, cache=cache,
+        console=console,
+    )  # fmt: skip
+    console.print(facts_table(_facts(result)))
+    for name in result.broken:
+        warn(f"{name} could not be read and does not count")
+    table = None if output is None else output / "evaluation.json"
+    if table is not None:
+        result.write_json(table)
+    if export is not None:
+        export_npz(open_images(samples, limit=limit), export)
+    for path in (table, neighbours, export):
+        if path is not None:
+            wrote(path)
 
 
 def load_classifier(name: str, batch_size: int = 64, device: Literal["auto", "cpu"] = "auto") -> Classifier:

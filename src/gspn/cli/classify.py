@@ -8,14 +8,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gspn._console import Console
+from gspn._files import printable
 from gspn.tasks import classify as task
 
-from .messages import facts_table, one_line_errors, warn, wrote
-from .options import BatchSize, Device, DeviceName, ImageData, Precision, PrecisionName, Results, Root, Workers
+from .app import App
+from .messages import facts_table, warn, wrote
+from .options import (
+    BatchSize,
+    Device,
+    DeviceName,
+    ImageData,
+    Precision,
+    PrecisionName,
+    Results,
+    Root,
+    Workers,
+    output_file,
+)
 from .training import FLAGS, Flag, TrainingCommand, add_training_commands
 
 if TYPE_CHECKING:
@@ -23,9 +36,7 @@ if TYPE_CHECKING:
 
 _MODEL = "The directory of a run, the name of a timm model with weights, or hf-hub:OWNER/NAME."
 
-app = typer.Typer(
-    help="Train, evaluate and apply image classifiers: the models of gspn, and any of timm.", no_args_is_help=True
-)
+app = App(help="Train, evaluate and apply image classifiers: the models of gspn, and any of timm.")
 
 
 def _done(result: Any) -> str:
@@ -64,31 +75,30 @@ def evaluate(
     output: Results = None,
     confusion: Annotated[
         Path | None,
-        typer.Option(metavar="PNG", dir_okay=False, help="Plot of the confusion matrix to write; needs matplotlib."),
+        output_file(metavar="PNG", help="Plot of the confusion matrix to write; needs matplotlib."),
     ] = None,
 ) -> None:
     """Measure accuracy, confusions, speed and memory of a trained classifier."""
-    with one_line_errors():
-        from gspn.tasks.classify.confusion import check_image_path, save_confusion
+    from gspn.tasks.classify.confusion import check_image_path, save_confusion
 
-        if confusion is not None:
-            check_image_path(confusion)
-        console = Console()
-        result = task.evaluate(
-            model, data=data, root=root, split=split, batch_size=batch_size, workers=workers,
-            precision=precision.value, device=device.value, channels_last=channels_last, console=console,
-        )  # fmt: skip
-        if not result.is_main:
-            return
-        console.print(facts_table(_facts(result)))
-        for name in result.broken:
-            warn(f"{name} could not be read and does not count")
-        if output is not None:
-            result.write_json(output / "evaluation.json")
-            wrote(output / "evaluation.json")
-        if confusion is not None:
-            save_confusion(result, confusion)
-            wrote(confusion)
+    if confusion is not None:
+        check_image_path(confusion)
+    console = Console()
+    result = task.evaluate(
+        model, data=data, root=root, split=split, batch_size=batch_size, workers=workers,
+        precision=precision.value, device=device.value, channels_last=channels_last, console=console,
+    )  # fmt: skip
+    if not result.is_main:
+        return
+    console.print(facts_table(_facts(result)))
+    for name in result.broken:
+        warn(f"{name} could not be read and does not count")
+    if output is not None:
+        result.write_json(output / "evaluation.json")
+        wrote(output / "evaluation.json")
+    if confusion is not None:
+        save_confusion(result, confusion)
+        wrote(confusion)
 
 
 def _facts(result: Evaluation) -> dict[str, str]:
@@ -107,7 +117,7 @@ def _facts(result: Evaluation) -> dict[str, str]:
 
 @app.command()
 def predict(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files of images.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files of images, or folders of them.")],
     model: Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=_MODEL)],
     top: Annotated[int, typer.Option(metavar="N", min=1, help="Number of classes to show for each image.")] = 5,
     batch_size: BatchSize = 16,
@@ -118,8 +128,7 @@ def predict(
 
     Images that cannot be read are named on the error stream, the others are classified, and the exit code is 1.
     """
-    with one_line_errors():
-        predictions = task.predict(images, model, top=top, batch_size=batch_size, device=device.value)
+    predictions = task.predict(images, model, top=top, batch_size=batch_size, device=device.value)
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in predictions], indent=1))
     else:
@@ -129,8 +138,8 @@ def predict(
         table.add_column("probability", justify="right")
         for one in predictions:
             for rank, (name, probability) in enumerate(zip(one.classes, one.probabilities, strict=True)):
-                image, style = ("", "dim") if rank else (escape(one.image), None)
-                table.add_row(image, escape(name), f"{probability:.1%}", style=style)
+                image, style = ("", "dim") if rank else (escape(printable(one.image)), None)
+                table.add_row(image, escape(printable(name)), f"{probability:.1%}", style=style)
         Console().print(table)
     broken = [one for one in predictions if one.broken is not None]
     for one in broken:

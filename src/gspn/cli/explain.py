@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gspn._errors import require
+from gspn._console import Console
+from gspn._errors import UsageError, require
 
-from .messages import failed, one_line_errors, titled_table, wrote
+from .messages import failed, titled_table, wrote
+from .options import output_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,14 +40,12 @@ def explain(
     block: Annotated[
         int, typer.Option(metavar="N", help="Number of the block in the stage, from 0, or from the end if negative.")
     ] = -1,
-    size: Annotated[int, typer.Option(metavar="N", min=1, help="Longer side of the model's input in pixels.")] = 448,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of random weights, if none are pretrained.")] = 0,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="PNG", dir_okay=False, help="Image to write.")
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option(metavar="CSV", dir_okay=False, help="Table of the scans' stability to write.")
-    ] = None,
+    size: Annotated[
+        int, typer.Option(metavar="N", min=1, max=16384, help="Longer side of the model's input in pixels.")
+    ] = 448,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of random weights, if none are pretrained.")] = 0,
+    output: Annotated[Path | None, output_file("--output", "-o", metavar="PNG", help="Image to write.")] = None,
+    report: Annotated[Path | None, output_file(metavar="CSV", help="Table of the scans' stability to write.")] = None,
 ) -> None:
     """Draw what one pixel of an image takes from the rest of it, and check the stability of every scan.
 
@@ -59,12 +58,11 @@ def explain(
     import torch
 
     console = Console()
-    with one_line_errors():
-        require("PIL", "timm")
-        if output is not None:
-            require("matplotlib", extra="plot")
+    require("PIL", "timm")
+    if output is not None:
+        require("matplotlib", extra="plot")
     if output is not None and output.suffix.lower() != ".png":
-        raise typer.BadParameter(f"{str(output)!r} does not end in .png.", param_hint="--output")
+        raise UsageError(f"--output {str(output)!r} does not end in .png.")
     pixels = _load(image)
     height, width = pixels.shape[1:]
     where = (width // 2, height // 2) if point is None else _point(point, width, height)
@@ -72,23 +70,15 @@ def explain(
     from gspn.analysis.explain import explain as run
     from gspn.analysis.loading import load_model
 
-    try:
-        opened = load_model(model, seed=seed)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--model") from None
-    except OSError as error:
-        raise failed(f"the weights of {model} cannot be fetched: {error}") from None
+    opened = load_model(model, seed=seed)
     if opened.weights.startswith("random"):
         console.print(
             f"[yellow]{escape(opened.name)} has no pretrained weights; these are {opened.weights}.[/] "
             "The maps show how information can spread, not what a trained model does with it.",
             highlight=False,
         )
-    try:
-        with torch.no_grad():
-            explanation = run(opened, pixels, where, size=size, stage=stage, block=block)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    with torch.no_grad():
+        explanation = run(opened, pixels, where, size=size, stage=stage, block=block)
 
     console.print(_table(explanation.stability, explanation.affinity.name, f"{opened.name} on {image.name}"))
     if output is not None:
@@ -110,14 +100,12 @@ def _load(path: Path) -> Tensor:
     """The image as ``[3, H, W]`` in 0 to 1."""
     import torch
 
-    from gspn.data import load_image
+    from gspn.data import CorruptImageError, load_image
 
     try:
         image = load_image(path)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="IMAGE") from None
-    except OSError as error:
-        raise typer.BadParameter(f"{path}: {error.strerror or error}.", param_hint="IMAGE") from None
+    except CorruptImageError as error:
+        raise UsageError(str(error)) from None
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 255
 
@@ -137,9 +125,9 @@ def _point(text: str, width: int, height: int) -> tuple[int, int]:
     try:
         x, y = (int(part) for part in text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not X,Y, as in 320,240.", param_hint="--point") from None
+        raise UsageError(f"--point {text!r} is not X,Y, as in 320,240.") from None
     if not (0 <= x < width and 0 <= y < height):
-        raise typer.BadParameter(f"{text!r} lies outside the image of {width} x {height} pixels.", param_hint="--point")
+        raise UsageError(f"--point {text!r} lies outside the image of {width} x {height} pixels.")
     return x, y
 
 

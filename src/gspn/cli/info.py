@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import gspn
+from gspn._console import Console
 from gspn.ops.implementations import OPS
 
 from .messages import facts_table, titled_table

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.markup import escape
 
+from gspn._console import Console
 from gspn._errors import require
 
-from .messages import one_line_errors, titled_table
+from .messages import titled_table
 
 
 def models() -> None:
     """List the models of gspn: parameters, multiply-adds at their own input size, and weights."""
-    with one_line_errors():
-        require("timm")
+    require("timm")
     import timm
     import torch
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from gspn._console import Console
 from gspn._errors import UsageError
 from gspn.data.registry import help_text
 from gspn.tasks.core.config import write_yaml
 from gspn.tasks.core.sections import Configuration
 
-from .messages import facts_table, failed, one_line_errors
+from .messages import facts_table, failed
 
 _HOW = """
 
@@ -80,8 +80,7 @@ def add_training_commands(app: typer.Typer, *commands: TrainingCommand) -> None:
             Console().print(facts_table({name: config.preset_title(name) for name in config.preset_names()}))
 
     def print_preset(config: type[Configuration], name: str) -> None:
-        with one_line_errors():
-            typer.echo(config.preset_text(name), nl=False)
+        typer.echo(config.preset_text(name), nl=False)
 
     def preset_of_one(
         name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=commands[0].config.preset_names)],
@@ -93,9 +92,8 @@ def add_training_commands(app: typer.Typer, *commands: TrainingCommand) -> None:
         name: Annotated[str, typer.Argument(metavar="NAME")],
     ) -> None:
         configs = {one.name: one.config for one in commands}
-        with one_line_errors():
-            if command not in configs:
-                raise UsageError(f"{command!r} has no presets; name one of {', '.join(configs)}.")
+        if command not in configs:
+            raise UsageError(f"{command!r} has no presets; name one of {', '.join(configs)}.")
         print_preset(configs[command], name)
 
     app.command("presets", help="List the presets for --config.")(presets)
@@ -121,19 +119,18 @@ def _training_function(command: TrainingCommand) -> Callable[..., None]:
 
     def function(*, config: str | None, set_: list[str] | None, resume: bool, dry_run: bool, **values: Any) -> None:
         keys = {flags[name].key: value for name, value in values.items() if value is not None}
-        with one_line_errors():
-            base: Any = _configuration(command.config, config, keys.get("run.output"), resume)
-            chosen = base.changed(*(set_ or []), **keys)
-            if dry_run:
-                typer.echo(write_yaml(chosen), nl=False)
-                return
-            console = Console()
-            try:
-                result = command.run(chosen, resume=resume, console=console)
-            except KeyboardInterrupt:
-                raise failed(f"interrupted; continue with --resume --output {chosen.run.output}", 130) from None
-            if result.is_main:
-                console.print(command.done(result), highlight=False, soft_wrap=True)
+        base: Any = _configuration(command.config, config, keys.get("run.output"), resume)
+        chosen = base.changed(*(set_ or []), **keys)
+        if dry_run:
+            typer.echo(write_yaml(chosen), nl=False)
+            return
+        console = Console()
+        try:
+            result = command.run(chosen, resume=resume, console=console)
+        except KeyboardInterrupt:
+            raise failed(f"interrupted; continue with --resume --output {chosen.run.output}", 130) from None
+        if result.is_main:
+            console.print(command.done(result), highlight=False, soft_wrap=True)
 
     parameters = []
     for name, (kind, option) in options.items():

@@ -7,33 +7,38 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .base import LabelledImages
+    from .base import LabelledImages, Relabelled
     from .captions.base import CaptionedImages
     from .captions.emoji import EmojiCaptions
     from .corrupt_images import CorruptImages, CorruptImageWarning, SkipCorrupt, collate
     from .deterministic_augmentation import DeterministicAugmentation
     from .digits import Digits, MNIST5k
     from .emoji import Emoji, EmojiRecord
-    from .images import MAX_PIXELS, CorruptImageError, load_image
+    from .files import LeftOut, LeftOutWarning, image_files, natural_order
+    from .folder import class_of, index_of_classes
+    from .images import MAX_PIXELS, CorruptImageError, load_image, to_rgb, trimmed
     from .registry import help_text, open_captions, open_dataset
 
 __all__ = [
     "MAX_PIXELS", "CaptionedImages", "CorruptImageError", "CorruptImageWarning", "CorruptImages",
-    "DeterministicAugmentation", "Digits", "Emoji", "EmojiCaptions", "EmojiRecord", "LabelledImages", "MNIST5k",
-    "SkipCorrupt", "collate", "help_text", "load_image", "open_captions", "open_dataset",
+    "DeterministicAugmentation", "Digits", "Emoji", "EmojiCaptions", "EmojiRecord", "LabelledImages", "LeftOut",
+    "LeftOutWarning", "MNIST5k", "Relabelled", "SkipCorrupt", "class_of", "collate", "help_text", "image_files",
+    "index_of_classes", "load_image", "natural_order", "open_captions", "open_dataset", "to_rgb", "trimmed",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "LabelledImages": ".base",
+        **dict.fromkeys(("LabelledImages", "Relabelled"), ".base"),
         "CaptionedImages": ".captions.base",
         "EmojiCaptions": ".captions.emoji",
         **dict.fromkeys(("CorruptImages", "CorruptImageWarning", "SkipCorrupt", "collate"), ".corrupt_images"),
         "DeterministicAugmentation": ".deterministic_augmentation",
         **dict.fromkeys(("Digits", "MNIST5k"), ".digits"),
         **dict.fromkeys(("Emoji", "EmojiRecord"), ".emoji"),
-        **dict.fromkeys(("MAX_PIXELS", "CorruptImageError", "load_image"), ".images"),
+        **dict.fromkeys(("LeftOut", "LeftOutWarning", "image_files", "natural_order"), ".files"),
+        **dict.fromkeys(("class_of", "index_of_classes"), ".folder"),
+        **dict.fromkeys(("MAX_PIXELS", "CorruptImageError", "load_image", "to_rgb", "trimmed"), ".images"),
         **dict.fromkeys(("help_text", "open_captions", "open_dataset"), ".registry"),
     },
 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from PIL import Image
@@ -47,6 +48,13 @@ class LabelledImages(Dataset):
         del basename, absolute
         return f"{self.name}/{index}"
 
+    def identity(self) -> str:
+        """A digest of what the images are: the name and the class of each, in their order, but no pixels.
+
+        It does not depend on where the files are, so that a run can be resumed after its data were moved.
+        """
+        return digest_of(f"{self.filename(i)}\0{self.target(i)}" for i in range(len(self)))
+
     def _sample(self, index: int) -> tuple[Image.Image, int]:
         return self.image(index), self.target(index)
 
@@ -58,6 +66,19 @@ class LabelledImages(Dataset):
 
     def __repr__(self) -> str:
         return f"<{self.name}: {len(self)} images, {len(self.classes)} classes>"
+
+
+def digest_of(parts: Iterable[str]) -> str:
+    """A digest of texts in their order, also of names that are not UTF-8.
+
+    Example:
+        >>> digest_of(["a", "b"]) == digest_of(["ab"])
+        False
+    """
+    hasher = hashlib.sha256()
+    for part in parts:
+        hasher.update(part.encode("utf-8", "surrogatepass") + b"\n\0")
+    return hasher.hexdigest()[:32]
 
 
 class Wrapped(Dataset):
@@ -101,3 +122,28 @@ class Wrapped(Dataset):
         """The name of sample ``index``."""
         inner = getattr(self.dataset, "filename", None)
         return f"{self.name}/{index}" if inner is None else inner(index, basename, absolute)
+
+
+class Relabelled(Wrapped):
+    """A map-style data set whose targets are the indices of the same class names in another order.
+
+    Raises:
+        ValueError: ``classes`` are other names.
+    """
+
+    def __init__(self, dataset: Dataset, classes: Sequence[str]) -> None:
+        super().__init__(dataset)
+        index = {name: i for i, name in enumerate(classes)}
+        own = super().classes
+        if set(own) != set(index):
+            raise ValueError(f"{self.name} has the classes {own[:10]} and not {list(classes)[:10]}.")
+        self._classes, self._index = list(classes), [index[name] for name in own]
+
+    @property
+    def classes(self) -> list[str]:
+        """The names in their new order."""
+        return self._classes
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, target = self.dataset[index]
+        return image, self._index[target] if target >= 0 else target

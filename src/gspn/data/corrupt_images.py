@@ -11,13 +11,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from .._errors import UsageError
+from .._files import printable
 from .base import Wrapped
 from .images import CorruptImageError
 
 # The errors of a corrupt file: our own; of the operating system and most decoders of PIL; of PIL's PNG decoder; of a
 # decompression bomb. A bug in a transform raises none of these and is not hidden.
 _CORRUPT = (CorruptImageError, OSError, SyntaxError, Image.DecompressionBombError)
-# So many in a row are not an accident, but a folder that is not mounted or a disk that fails.
+# So many files in a row that cannot be read are not an accident, but a folder that is not mounted or a disk that fails.
 _MOST_IN_A_ROW = 100
 _SHOWN = 5
 
@@ -40,7 +42,7 @@ class SkipCorrupt(Wrapped):
 
     Raises:
         TypeError: the data set is a stream.
-        RuntimeError: from ``__getitem__``: 100 images in a row, or all, are corrupt.
+        UsageError: from ``__getitem__``: all images are corrupt, or the files of 100 in a row cannot be read.
 
     Example:
         >>> from gspn.data import Digits, SkipCorrupt
@@ -52,31 +54,44 @@ class SkipCorrupt(Wrapped):
     def __init__(self, dataset: Dataset, *, training: bool) -> None:
         super().__init__(dataset)
         self.training = training
+        self._corrupt: set[int] = set()  # not decoded again: there may be thousands in a row
+        self._first: str | None = None
 
     def __getitem__(self, index: int) -> tuple[Any, int, int]:
         length = len(self)
         if not -length <= index < length:
             raise IndexError(f"{index=} is out of range for a data set of {length}.")
         index %= length
-        first: Exception | None = None
-        tried = min(length, _MOST_IN_A_ROW)
-        for step in range(tried):
-            try:
-                image, target = self.dataset[(index + step) % length]
-            except _CORRUPT as error:
-                first = first or error
+        unread: list[OSError] = []
+        for step in range(length):
+            position = (index + step) % length
+            if position in self._corrupt:
                 continue
-            if step == 0:
-                return image, target, -1
-            return image, target if self.training else -1, index
-        raise RuntimeError(f"{tried} images in a row are corrupt, from index {index}; the first: {first}") from first
+            try:
+                image, target = self.dataset[position]
+            except OSError as error:
+                unread.append(error)
+                if len(unread) == _MOST_IN_A_ROW:
+                    break
+            except _CORRUPT as error:
+                self._corrupt.add(position)
+                self._first = self._first or str(error)
+            else:
+                return (image, target, -1) if step == 0 else (image, target if self.training else -1, index)
+        first = str(unread[0]) if unread else self._first
+        every = (
+            f"all {length:,} images are corrupt"
+            if len(unread) < _MOST_IN_A_ROW
+            else (f"{_MOST_IN_A_ROW} images in a row cannot be read")
+        )
+        raise UsageError(f"{every}, from index {index} on; the first: {printable(first)}")
 
     def reason(self, index: int) -> str | None:
         """Open image ``index`` once more and return what is wrong with it; None if it opens now."""
         try:
             self.dataset[index]
         except _CORRUPT as error:
-            return error.reason if isinstance(error, CorruptImageError) else str(error)
+            return printable(error.reason if isinstance(error, CorruptImageError) else error)
         return None
 
 
@@ -127,7 +142,9 @@ class CorruptImages:
         skipping: Any = self._dataset
         while not isinstance(skipping, SkipCorrupt):
             skipping = skipping.dataset
-        names = "; ".join(f"{self.names[index]} ({skipping.reason(index) or 'it opens now'})" for index in shown)
+        names = "; ".join(
+            f"{printable(self.names[index])} ({skipping.reason(index) or 'it opens now'})" for index in shown
+        )
         more = f"; and {len(self.epoch) - len(shown)} more" if len(self.epoch) > len(shown) else ""
         return f"{len(self.epoch)} of {len(self._dataset)} images were corrupt and left out: {names}{more}"
 

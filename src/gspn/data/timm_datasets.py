@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,74 +11,61 @@ from typing import Any
 from PIL import Image
 from timm.data.dataset import ImageDataset, IterableImageDataset
 from timm.data.dataset_factory import create_dataset
-from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset
 
-from .base import LabelledImages, Transform
-from .images import MAX_PIXELS, CorruptImageError, load_image
-from .splits import TRAIN, split_folder
+from .base import LabelledImages, Transform, digest_of
+from .folder import open_folder
+from .images import MAX_PIXELS, CorruptImageError, load_image, row_image, to_rgb
+from .splits import TRAIN
 
 
-class FileImages(LabelledImages):
-    """The samples of a timm reader, each opened by ``load_image``.
+class HubImages(LabelledImages):
+    """The rows of ``hfds/``, which timm's reader opens; their images are decoded by ``load_image``.
 
-    timm's own data set replaces a corrupt sample by the next one and reports it only in a log, may decode pixels late
-    and has no limit on them. Here a corrupt file raises ``CorruptImageError`` with its name.
+    timm's own data set replaces a corrupt sample by the next one and reports it only in a log, opens any path that a
+    row holds, may decode pixels late and has no limit on them.
 
     Args:
-        reader: ``reader[i]`` is ``(file, target)``; has ``filename(i)`` and ``class_to_idx``, as timm's readers do.
-        classes: name of each target; None for those of the reader.
-
-    Raises:
-        ValueError: the reader has a class that is not among ``classes``.
+        reader: timm's ``ReaderHfds``.
+        folders: the folders from which an image may be read if its row holds a path instead of bytes.
     """
 
     def __init__(
         self,
         reader: Any,
         name: str,
-        classes: Sequence[str] | None = None,
+        folders: Sequence[str | os.PathLike[str]] = (),
         transform: Transform | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        own = _class_names(reader)
-        super().__init__(name, own if classes is None else classes, transform)
-        unknown = [label for label in own if label not in self.classes]
-        if unknown:
-            raise ValueError(f"{name} has classes that are not in {classes=}: {unknown[:10]}.")
-        self._index = [self.classes.index(label) for label in own]
-        self.reader = reader
-        self.max_pixels = max_pixels
+        super().__init__(name, _class_names(reader), transform)
+        self.reader, self.max_pixels = reader, max_pixels
+        self._folders = [Path(folder).resolve() for folder in folders]
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def target(self, index: int) -> int:
         """The class of image ``index``, -1 if it has none."""
-        if isinstance(self.reader, ReaderImageFolder):
-            return self._class(self.reader.samples[index][1])
-        targets = getattr(self.reader, "targets", None)
-        return self._sample(index)[1] if targets is None else self._class(targets[index])
+        return self._sample(index)[1]
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """The file of image ``index``, within the data set unless ``absolute``."""
+        """The path that row ``index`` holds, or the data set and the row."""
         return self.reader.filename(index, basename, absolute) or f"{self.name}/{index}"
 
-    def _sample(self, index: int) -> tuple[Image.Image, int]:
-        # The reader returns file and target together, and some readers send a request for each sample.
-        file, target, *_ = self.reader[index]
-        with file:
-            try:
-                image = load_image(file, max_pixels=self.max_pixels)
-            except CorruptImageError as error:
-                # Only here, because some readers fetch the sample again to name it.
-                raise CorruptImageError(self.filename(index), error.reason) from error
-        return image, self._class(target)
+    def identity(self) -> str:
+        """A digest of the classes of all rows, in their order."""
+        rows, key = self.reader.dataset, self.reader.label_key
+        if key not in rows.column_names:
+            return digest_of([str(len(self))])
+        return digest_of(str(one) for batch in rows.select_columns([key]).iter(1000) for one in batch[key])
 
-    def _class(self, target: Any) -> int:
-        if target is None:
-            return -1
-        return self._index[target] if self._index and target >= 0 else int(target)
+    def _sample(self, index: int) -> tuple[Image.Image, int]:
+        value = self.reader.dataset[index][self.reader.image_key]
+        image = row_image(value, self._folders, max_pixels=self.max_pixels, name=self.filename(index))
+        file, target, *_ = self.reader[index]
+        file.close()
+        return image, -1 if target is None else int(target)
 
 
 class TorchvisionImages(LabelledImages):
@@ -93,8 +81,13 @@ class TorchvisionImages(LabelledImages):
         return len(self.dataset)
 
     def _sample(self, index: int) -> tuple[Image.Image, int]:
-        image, target = self.dataset[index]
-        return image.convert("RGB"), int(target)
+        try:
+            image, target = self.dataset[index]  # without a transform, so all that can fail is opening a file
+        except (CorruptImageError, OSError):
+            raise
+        except Exception as error:
+            raise CorruptImageError(self.filename(index), f"cannot be opened by torchvision ({error})") from error
+        return to_rgb(image, name=self.filename(index)), int(target)
 
     def target(self, index: int) -> int:
         """The class of image ``index``."""
@@ -108,6 +101,10 @@ class TorchvisionImages(LabelledImages):
             return super().filename(index)
         path = samples[index][0]
         return Path(path).name if basename else path if absolute else os.path.relpath(path, self.dataset.root)
+
+    def identity(self) -> str:
+        """A digest of the names and classes of all images; of their number where a class needs an image decoded."""
+        return digest_of([str(len(self))]) if getattr(self.dataset, "targets", None) is None else super().identity()
 
 
 class Stream(IterableImageDataset):
@@ -123,27 +120,6 @@ class Stream(IterableImageDataset):
         self.classes = _class_names(stream.reader)
 
 
-def open_folder(
-    split: str,
-    root: str | os.PathLike[str],
-    *,
-    transform: Transform | None = None,
-    classes: Sequence[str] | None = None,
-    max_pixels: int = MAX_PIXELS,
-    search_split: bool = True,
-    **options: Any,
-) -> FileImages:
-    """Open a folder of class folders, or a tar of one; see ``open_dataset``."""
-    path = Path(root)
-    if not (path.suffix == ".tar" and path.is_file()):
-        path = split_folder(path, split if search_split else "all")
-    try:
-        dataset: Any = create_dataset("", root=str(path), search_split=False, **options)
-    except RuntimeError as error:  # no image found; timm's message names the folder and the extensions
-        raise ValueError(str(error)) from error
-    return FileImages(dataset.reader, "folder", classes, transform, max_pixels)
-
-
 def open_with_timm(
     name: str,
     split: str,
@@ -154,17 +130,28 @@ def open_with_timm(
     **options: Any,
 ) -> LabelledImages | Stream:
     """Open any other data set of ``timm.data.create_dataset``; see ``open_dataset``."""
+    if name.lower() in ("torch/folder", "torch/image_folder"):
+        # The same files as those of `folder`; torchvision's order of classes.
+        options = {"transform": transform, "max_pixels": max_pixels, **options}
+        folder = open_folder(split, root or "", **options)
+        order = sorted(folder.classes)
+        return (
+            folder
+            if "classes" in options or order == folder.classes
+            else open_folder(split, root or "", classes=order, **options)
+        )
     location = None if root is None else os.fspath(root)
     options.setdefault("is_training", split.partition("[")[0] in TRAIN)  # "train[:10%]" of hub and TensorFlow
     dataset: Dataset = create_dataset(name, root=location, split=split, **options)
     if isinstance(dataset, IterableImageDataset):
         return Stream(dataset, name, transform)
     if isinstance(dataset, ImageDataset):
-        return FileImages(dataset.reader, name, None, transform, max_pixels)
+        config, own = importlib.import_module("datasets").config, name.partition("/")[2]
+        folders = [location or config.HF_DATASETS_CACHE, config.HF_HUB_CACHE, *([own] if Path(own).is_dir() else [])]
+        return HubImages(dataset.reader, name, folders, transform, max_pixels)
     return TorchvisionImages(dataset, name, transform)
 
 
 def _class_names(reader: Any) -> list[str]:
-    # The reader of tar files has another attribute.
-    index = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
-    return sorted(index, key=lambda label: index[label])
+    index = getattr(reader, "class_to_idx", None) or {}
+    return [str(label) for label in sorted(index, key=lambda label: (index[label], str(label)))]

@@ -8,10 +8,12 @@ Example:
     >>> pipeline = DiTPipeline.from_pretrained("runs/digits/pipeline")  # doctest: +SKIP
 """
 
+from gspn._errors import MissingExtraError
+
 try:
     import diffusers as _diffusers  # noqa: F401
 except ImportError as error:
-    raise ImportError(f"gspn.diffusers needs diffusers: pip install 'gspn[diffusers]' ({error})") from error
+    raise MissingExtraError(f"gspn.diffusers needs diffusers: pip install 'gspn[diffusers]' ({error})") from error
 
 from gspn.models.denoiser import GSPNDenoiser2DModel
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -11,12 +12,16 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from .._files import printable
 from .mounting import Mount, check_attention, check_model, self_attention_blocks
 from .token_mixer import GSPNTokenMixer
 
 __all__ = ["GSPNAdapter", "ModelMixin"]
 
 Model = TypeVar("Model", bound=ModelMixin)
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*(\.([a-z][a-z0-9_]*|[0-9]+))*", re.ASCII)
+_LONGEST_NAME = 500
 
 _LEVELS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 
@@ -28,14 +33,15 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
     smaller ones), a :class:`diffusers.PixArtTransformer2DModel` or a :class:`diffusers.DiTTransformer2DModel`.
     :meth:`mount` replaces the ``attn1`` of the blocks with its mixers, and :meth:`unmount` restores the attentions. A
     mounted model works in every pipeline and at any height and width; each mixer gets those of its map. The adapter is
-    saved and loaded separately; its weights have the same names as in the mounted model.
+    saved and loaded separately; its weights have the same names and the same order as in the mounted model.
 
     Args:
-        layers: The options of each :class:`GSPNTokenMixer`, by the name of the attention that it replaces.
+        layers: The options of each :class:`GSPNTokenMixer`, by the name of the attention that it replaces. Their order
+            has no meaning: diffusers sorts the keys of the configurations that it writes.
 
     Raises:
-        TypeError: An option is unknown.
-        ValueError: An option is out of range, or there are no layers.
+        TypeError: An option is unknown or of another type.
+        ValueError: An option is out of range, a name is none of a module, or there are no layers.
 
     Example:
         >>> import torch
@@ -58,11 +64,14 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, *, layers: Mapping[str, Mapping[str, Any]]) -> None:
         super().__init__()
-        if not layers:
-            raise ValueError(f"{layers=}: an adapter needs at least one layer; use GSPNAdapter.from_model.")
+        if not layers or not isinstance(layers, Mapping):
+            raise ValueError(
+                f"layers={printable(repr(layers))[:80]}: an adapter needs at least one layer, with its name and its "
+                "options; use GSPNAdapter.from_model."
+            )
         self._mount: Mount | None = None
-        for name, options in layers.items():
-            _add_submodule(self, name, GSPNTokenMixer(**options))
+        for name in sorted(layers, key=_place):
+            _add_mixer(self, name, layers[name])
         self._weights = frozenset(self.state_dict())
 
     @classmethod
@@ -143,8 +152,10 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
     def mount(self, model: ModelMixin) -> GSPNAdapter:
         """Replace the model's self-attentions with the mixers.
 
-        The mixers take the model's dtype and devices. The model's ``save_pretrained`` raises until :meth:`unmount`,
-        because its file would lack the queries and keys that its class needs.
+        The mixers take the model's dtype and devices. Until :meth:`unmount`, the model's ``save_pretrained`` writes
+        what its class needs, its other weights as they are now and the attentions that the mixers replaced, and warns
+        that the mixers are the adapter's to save. Its ``add_adapter`` warns where a LoRA adapts mixers: in a model
+        without them, such a LoRA changes attentions of the same names.
 
         Args:
             model: A model of the architecture that the adapter was made for.
@@ -263,14 +274,32 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
             )
 
 
-def _add_submodule(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Add ``module`` as the submodule ``name`` of ``root``, so that its weights are named as in the mounted model."""
+def _add_mixer(root: nn.Module, name: str, options: Any) -> None:
+    """Add a mixer as the submodule ``name`` of ``root``, so that its weights are named as in the mounted model."""
+    shown = printable(name)[:80]
+    if not isinstance(options, Mapping) or not _NAME.fullmatch(str(name)) or len(name) > _LONGEST_NAME:
+        raise ValueError(f"layer {shown!r}: its name has to be that of an attention, and its options a dictionary.")
     *path, last = name.split(".")
     for part in path:
+        _check_attribute(root, part, shown, new=part not in root._modules)
         if part not in root._modules:
             root.add_module(part, nn.Module())
         root = root.get_submodule(part)
-    root.add_module(last, module)
+    _check_attribute(root, last, shown, new=True)
+    root.add_module(last, GSPNTokenMixer(**options))
+
+
+def _check_attribute(module: nn.Module, name: str, layer: str, *, new: bool) -> None:
+    if isinstance(module, GSPNTokenMixer) or (new and hasattr(module, name)):
+        raise ValueError(f"layer {layer!r}: {name!r} is something else already; name a layer as the model does.")
+
+
+def _place(name: str) -> list[tuple[bool, int, bool, str]]:
+    """The key that sorts names as a model has its modules: numbers by value, and the middle of a UNet last."""
+    return [
+        (part.isdecimal(), int(part) if part.isdecimal() else 0, part == "mid_block", part)
+        for part in str(name)[:_LONGEST_NAME].split(".")
+    ]
 
 
 def _prefix(level: str) -> str:

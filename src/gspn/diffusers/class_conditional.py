@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,6 +14,12 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+from .._files import printable
+from .._timesteps import set_timesteps
+
+Labels = int | str | Sequence[Any] | Tensor
+"""Classes: numbers or names, one or more."""
 
 __all__ = ["ClassConditionalPipeline", "ModelMixin"]
 
@@ -51,7 +59,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
     ) -> None:  # fmt: skip
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        names = {str(key): value for key, value in (id2label or {}).items()}  # as JSON keys are strings
+        names = _class_names(id2label)
+        if isinstance(latent_scale, bool) or not isinstance(latent_scale, Real) or not 0 < latent_scale < math.inf:
+            raise ValueError(f"latent_scale={printable(repr(latent_scale))[:80]}: has to be a number above 0.")
         self.register_to_config(id2label=names, latent_scale=latent_scale)
         self.latent_scale = latent_scale
         self.labels = {name: int(key) for key, name in names.items()}
@@ -72,27 +82,52 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Height and width of the images in training."""
         return self.transformer.config.sample_size * self.pixels_per_latent
 
-    def label_ids(self, classes: Sequence[int | str]) -> list[int]:
+    def label_ids(self, classes: Labels) -> list[int]:
         """Convert numbers or names of classes to numbers.
 
+        Args:
+            classes: A list, array or tensor of numbers or names; each may be in a list of its own, as
+                :class:`diffusers.DiTPipeline` takes them. A single one is a list of one.
+
         Raises:
-            ValueError: A name is unknown or a number is out of range.
+            ValueError: There is none, a name is unknown or that of several classes, a number is out of range, or
+                something is neither.
+
+        Example:
+            >>> pipeline.label_ids([["cat"], 1])  # doctest: +SKIP
+            [0, 1]
         """
-        count = self.num_classes or 0
-        numbers = []
-        for one in classes:
-            if isinstance(one, str) and one not in self.labels:
-                known = ", ".join(list(self.labels)[:10])
-                raise ValueError(f"class {one!r} is unknown; the model has {known}{', ...' if count > 10 else ''}.")
-            number = self.labels[one] if isinstance(one, str) else int(one)
-            if not 0 <= number < count:
-                raise ValueError(f"class {number} is out of range; the model has {count} classes, from 0.")
-            numbers.append(number)
+        listed = classes.tolist() if hasattr(classes, "tolist") else classes
+        if not isinstance(listed, Sequence) or isinstance(listed, str):
+            listed = [listed]
+        numbers = [self._label_id(one) for one in listed]
+        if not numbers:
+            raise ValueError(f"class_labels={printable(repr(classes))[:80]}: no classes; name at least one.")
         return numbers
+
+    def _label_id(self, one: Any) -> int:
+        count = self.num_classes or 0
+        given = one.tolist() if hasattr(one, "tolist") else one
+        while isinstance(given, list | tuple) and len(given) == 1:
+            given = given[0]
+        shown = printable(repr(given))[:80]
+        if isinstance(given, str):
+            named = [int(key) for key, name in self.config["id2label"].items() if name == given]
+            if len(named) > 1:
+                raise ValueError(f"class {shown} is the name of the classes {named}; pass a number.")
+            if not named:
+                known = ", ".join(map(printable, list(self.labels)[:10])) or "no names; pass numbers"
+                raise ValueError(f"class {shown} is unknown; the model has {known}{', ...' if count > 10 else ''}.")
+            given = named[0]
+        if isinstance(given, bool) or not isinstance(given, int):
+            raise ValueError(f"class {shown}: pass an integer or a name for each image.")
+        if not 0 <= given < count:
+            raise ValueError(f"class {given} is out of range; the model has {count} classes, from 0.")
+        return given
 
     @torch.no_grad()
     def __call__(
-        self, class_labels: Sequence[int | str], *, height: int | None = None, width: int | None = None,
+        self, class_labels: Labels, *, height: int | None = None, width: int | None = None,
         guidance_scale: float = 4.0, num_inference_steps: int = 50,
         generator: torch.Generator | list[torch.Generator] | None = None, latents: Tensor | None = None,
         output_type: str = "pil", return_dict: bool = True,
@@ -100,7 +135,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Generate an image for each class.
 
         Args:
-            class_labels: Numbers or names of B classes.
+            class_labels: Numbers or names of B classes, as for :meth:`label_ids`.
             height: Of the images; by default that in training.
             width: Of the images; by default that in training.
             guidance_scale: Guidance scale; 1 disables guidance, 0 ignores the class.
@@ -112,14 +147,18 @@ class ClassConditionalPipeline(DiffusionPipeline):
             return_dict: Whether to return an object with ``images`` instead of a tuple.
 
         Raises:
-            ValueError: A class or output type is unknown, or a size is not a multiple of the patches and the
-                autoencoder's factor.
+            ValueError: A class or output type is unknown, a size is not a multiple of the patches and the autoencoder's
+                factor, the scheduler takes fewer steps, or there are more or fewer generators than images.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"{output_type=}: use 'pil', 'np', 'pt' or 'latent'.")
         labels = torch.tensor(self.label_ids(class_labels), device=self._execution_device)
+        if isinstance(generator, list | tuple) and len(generator) not in (1, len(labels)):
+            raise ValueError(f"{len(generator)} generators for {len(labels)} images: pass one, or one for each.")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"{guidance_scale=} has to be finite; 1 disables guidance.")
+        set_timesteps(self.scheduler, num_inference_steps, self._execution_device)
         x = self._noise(len(labels), height, width, generator, latents)
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         # Flows have no such attribute: they start from noise of variance 1.
         x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
@@ -141,8 +180,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         sides = []
         for name, value in (("height", height), ("width", width)):
             value = self.default_size if value is None else value
-            if value < 1 or value % step:
-                raise ValueError(f"{name}={value} has to be a multiple of {step}.")
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % step:
+                raise ValueError(f"{name}={value!r} has to be a multiple of {step}.")
             sides.append(value // factor)
         shape = (batch, config.in_channels, *sides)
         if latents is None:
@@ -178,6 +217,21 @@ class ClassConditionalPipeline(DiffusionPipeline):
             return images
         arrays = images.cpu().permute(0, 2, 3, 1).numpy()  # [B, H, W, C]
         return arrays if output_type == "np" else self.numpy_to_pil(arrays)
+
+
+def _class_names(id2label: Any) -> dict[str, str]:
+    """The names by number, whose keys are strings, as in JSON."""
+    names = {} if id2label is None else id2label
+    if not isinstance(names, Mapping):
+        raise ValueError(f"id2label={printable(repr(names))[:80]}: has to map the numbers of classes to their names.")
+    names = {str(key): name for key, name in names.items()}
+    for key, name in names.items():
+        if not (key.isdecimal() and key.isascii() and len(key) < 10 and isinstance(name, str)):
+            raise ValueError(
+                f"id2label: {printable(repr(key))[:80]} is named {printable(repr(name))[:80]}; a class has a number "
+                "and a name of text."
+            )
+    return names
 
 
 def takes_variance(scheduler: Any) -> bool:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
@@ -105,7 +107,7 @@ class Mount:
     handles: list[RemovableHandle]
     dtype: torch.dtype
     devices: dict[str, torch.device]
-    saver: Any
+    overridden: dict[str, Any]
 
     @classmethod
     def make(cls, model: ModelMixin, mixers: Mapping[str, GSPNTokenMixer]) -> Mount:
@@ -144,10 +146,14 @@ class Mount:
         for name, mixer in mixers.items():
             mixer.to(devices[name], dtype).train(attentions[name].training)
             blocks[name].attn1 = mixer  # type: ignore[reportAttributeAccessIssue]
-        saver = vars(model).get("save_pretrained")
-        model.save_pretrained = functools.partial(_refuse_to_save, type(model).__name__, len(mixers))  # type: ignore[reportAttributeAccessIssue]
         replaced = {name: blocks[name] for name in mixers}
-        return cls(model, replaced, attentions, dict(mixers), _add_hooks(model), dtype, devices, saver)
+        mount = cls(model, replaced, attentions, dict(mixers), _add_hooks(model), dtype, devices, {})
+        # Bound methods: a copy of the model gets those of a copy of the mount.
+        for name, method in (("save_pretrained", mount.save_pretrained), ("add_adapter", mount.add_adapter)):
+            if hasattr(model, name):
+                mount.overridden[name] = vars(model).get(name)
+                setattr(model, name, method)
+        return mount
 
     def undo(self) -> None:
         """Restore the attentions, in the dtype and on the devices that the model has now.
@@ -162,6 +168,15 @@ class Mount:
                 f"{replaced[0]} (and {len(replaced) - 1} more) is a {kind}, no longer the adapter's mixer: what "
                 "replaced it would be lost. Undo that first."
             )
+        self._put_attentions_back()
+        for handle in self.handles:
+            handle.remove()
+        for name, own in self.overridden.items():
+            delattr(self.model, name)
+            if own is not None:
+                setattr(self.model, name, own)
+
+    def _put_attentions_back(self) -> None:
         devices = {name: _device(name, block) for name, block in self.blocks.items()}
         dtype = self.model.dtype
         for name, block in self.blocks.items():
@@ -171,11 +186,52 @@ class Mount:
             if dtype != self.dtype:
                 attention.to(dtype)
             block.attn1 = attention.train(self.mixers[name].training)
-        for handle in self.handles:
-            handle.remove()
-        del self.model.save_pretrained
-        if self.saver is not None:
-            self.model.save_pretrained = self.saver
+        self.devices, self.dtype = devices, dtype
+
+    @functools.wraps(ModelMixin.save_pretrained)
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save the model as its class is: with the attentions, not the mixers, whose names that class does not have.
+
+        What was trained beside the mixers is saved; the adapter saves the mixers. Both loaded and mounted again compute
+        the same.
+        """
+        kind = type(self.model).__name__
+        added = next((name for name in self.model.state_dict() if ".base_layer." in name), None)
+        if added is not None:
+            raise RuntimeError(
+                f"this {kind} cannot be saved while it holds a LoRA, at {added.partition('.base_layer')[0]}: unload "
+                "the LoRA first (pipeline.unload_lora_weights())."
+            )
+        own = self.overridden["save_pretrained"] or functools.partial(type(self.model).save_pretrained, self.model)
+        self._put_attentions_back()
+        try:
+            own(*args, **kwargs)
+        finally:
+            for name, block in self.blocks.items():
+                block.attn1 = self.mixers[name]  # type: ignore[reportAttributeAccessIssue]
+        warnings.warn(
+            f"the {kind} was saved with its attentions, without the {len(self.mixers)} mixers mounted in their place: "
+            "save those with adapter.save_pretrained, and mount the adapter on the loaded model.",
+            stacklevel=2,
+        )
+
+    @functools.wraps(PeftAdapterMixin.add_adapter)
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Add a LoRA, and say which of its layers mean nothing without the mixers."""
+        own = self.overridden["add_adapter"] or functools.partial(type(self.model).add_adapter, self.model)
+        own(*args, **kwargs)
+        layers = [
+            f"{name}.{part}"
+            for name, mixer in self.mixers.items()
+            for part, module in mixer.named_modules()
+            if hasattr(module, "lora_A")
+        ]
+        if layers:
+            warnings.warn(
+                f"{len(layers)} layers of this LoRA are in GSPN's mixers, such as {layers[0]}. An attention has layers "
+                "of the same names and would take them without a word: load the LoRA only after mounting the adapter.",
+                stacklevel=2,
+            )
 
 
 def _hosts(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -222,10 +278,3 @@ def _device(name: str, block: BasicTransformerBlock) -> torch.device:
             "after its hooks are removed (pipeline.remove_all_hooks())."
         )
     return device
-
-
-def _refuse_to_save(model: str, count: int, *_args: Any, **_kwargs: Any) -> NoReturn:
-    raise RuntimeError(
-        f"this {model} has GSPN instead of {count} self-attentions. A file of it would lack the queries and keys that "
-        "its class needs. Save the adapter (adapter.save_pretrained), and the model after adapter.unmount()."
-    )

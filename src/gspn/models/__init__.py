@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .._errors import MissingExtraError
 from .gspn import GSPN
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def __getattr__(name: str) -> Any:
         try:
             importlib.import_module("diffusers")
         except ModuleNotFoundError:
-            raise ImportError("GSPNDenoiser2DModel needs diffusers: pip install 'gspn[diffusers]'") from None
+            raise MissingExtraError("GSPNDenoiser2DModel needs diffusers: pip install 'gspn[diffusers]'") from None
         return importlib.import_module(".denoiser", __name__).GSPNDenoiser2DModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

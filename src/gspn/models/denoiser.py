@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.embeddings import LabelEmbedding, TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -15,6 +17,8 @@ from timm.layers.drop import DropPath
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
+from .._files import printable
+from .._options import check_flags, check_fractions, check_integers
 from ..nn import GSPN2d, SelfAttention2d
 
 MixerKind = Literal["gspn", "attention"]
@@ -29,6 +33,7 @@ SIZES: dict[str, dict[str, int]] = {
 """Widths and depths: S to XL are the published ones, and T is for images of 32 to 64 pixels."""
 
 _FREQUENCIES = 256
+_SCAN_OPTIONS = set(inspect.signature(GSPN2d).parameters) - {"dim", "device", "dtype"}
 
 
 class GSPNDenoiserBlock(nn.Module):
@@ -79,7 +84,7 @@ class GSPNDenoiserBlock(nn.Module):
         return x + self.drop_path(y if gate is None else gate * y)
 
 
-class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
+class GSPNDenoiser2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""A denoiser without attention and without positional embedding (GSPN, arXiv 2501.12381, section 4.2).
 
     Patches of the noisy image or latent become pixels of a map, and the embedding of time and class is added to each of
@@ -88,6 +93,12 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
     modulated by the embedding unless ``ada_norm`` is set. The model is called as
     :class:`diffusers.DiTTransformer2DModel` is, so that :class:`diffusers.DiTPipeline` runs it. It takes any height and
     width that the patch divides.
+
+    LoRAs of peft are added, saved and loaded as with the models of diffusers (``add_adapter``, ``save_lora_adapter``,
+    ``load_lora_adapter``). They fit the projections of the blocks, ``in_proj``, ``mid_proj`` and ``out_proj``, the
+    proxy of the scans, ``mixer.proxy``, and the long skips, ``skips.0`` and on. The maps from the proxy to taps and
+    gates (``tap_proj``, ``lam_proj``, ``u_proj``, ``skip_proj``, ``merge``) are parameters without a module, which a
+    LoRA does not reach.
 
     Args:
         sample_size: default height and width of the samples that pipelines draw; the model does not depend on it.
@@ -126,7 +137,8 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 32,  # noqa: ARG002  (part of the configuration only)
+        *,  # diffusers' from_config forgets what was passed by position
+        sample_size: int = 32,
         in_channels: int = 4,
         out_channels: int | None = None,
         patch_size: int = 2,
@@ -141,13 +153,21 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin):
         scan: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        sizes = dict(in_channels=in_channels, patch_size=patch_size, dim=dim, num_layers=num_layers)
-        for name, value in {**sizes, "num_class_embeds": num_class_embeds}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} is below 1.")
+        out_channels = in_channels if out_channels is None else out_channels
+        check_integers(
+            sample_size=sample_size, in_channels=in_channels, out_channels=out_channels, patch_size=patch_size,
+            dim=dim, num_layers=num_layers, num_class_embeds=1 if num_class_embeds is None else num_class_embeds,
+            proxy_dim=1 if proxy_dim is None else proxy_dim,
+        )  # fmt: skip
+        check_fractions(class_dropout_prob=class_dropout_prob, drop_path=drop_path)
+        check_flags(ada_norm=ada_norm)
         if mixer not in get_args(MixerKind):
             raise ValueError(f"{mixer=}: use one of {get_args(MixerKind)}.")
-        out_channels = in_channels if out_channels is None else out_channels
+        if scan is not None and not isinstance(scan, Mapping):
+            raise ValueError(f"{scan=}: has to be a dictionary of options of GSPN2d, or None.")
+        unknown = sorted(set(scan or {}) - _SCAN_OPTIONS)
+        if unknown:
+            raise ValueError(f"scan={printable(unknown[0])[:80]!r} is unknown; use {', '.join(sorted(_SCAN_OPTIONS))}.")
         # Pipelines read out_channels from the configuration.
         self.register_to_config(out_channels=out_channels)
         self.gradient_checkpointing = False

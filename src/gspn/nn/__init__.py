@@ -1,9 +1,11 @@
 """Modules: the propagation in four directions, its token mixer, the block of a model; attention to compare with."""
 
+from .._errors import MissingExtraError
+
 try:
     import timm as _timm  # noqa: F401  (its norms, MLP and stochastic depth are used here)
 except ImportError as error:
-    raise ImportError(f"gspn.nn needs timm: pip install 'gspn[train]' ({error})") from error
+    raise MissingExtraError(f"gspn.nn needs timm: pip install 'gspn[train]' ({error})") from error
 
 from .attention import SelfAttention2d
 from .block import GSPNBlock

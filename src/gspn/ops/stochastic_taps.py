@@ -28,7 +28,10 @@ def stochastic_taps(logits: Tensor, *, direction: Direction) -> Tensor:
     2501.12381, section 3.2). Which positions are first and last depends on the direction alone: columns for ``"down"``
     and ``"up"``, rows for ``"right"`` and ``"left"``.
 
-    Computed as a softmax of log-sigmoids, in float32 at least: logits of any size give finite taps and gradients.
+    Computed as a softmax of log-sigmoids, in float32 at least: logits of any size give finite taps and gradients. At
+    infinite logits both are the limits: ``-inf`` weighs nothing beside a finite logit, ``+inf`` is a sigmoid of one,
+    and where every neighbour that exists has ``-inf`` they share equally, as equal logits do on the way there. A NaN
+    makes all taps of its pixel NaN, unless its neighbour does not exist.
 
     Args:
         logits: ``[B, G, 3, H, W]``, any floating-point dtype and strides.
@@ -73,5 +76,9 @@ def stochastic_taps(logits: Tensor, *, direction: Direction) -> Tensor:
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     # Masked before and after: a NaN where there is no neighbour must reach neither the taps nor the gradient. On a CPU
     # where() with a broadcast condition is twice as fast as masked_fill.
-    log_gate = torch.where(missing, -torch.inf, logsigmoid(torch.where(missing, 0, ordered).to(acc)))
+    finite = torch.where(missing, 0, ordered).to(acc)
+    # The lowest number in the place of -inf, whose softmax is NaN. Detached, so that gradients pass as at any logit.
+    values = finite.detach()
+    values.copy_(values.clamp(min=torch.finfo(acc).min))
+    log_gate = torch.where(missing, -torch.inf, logsigmoid(finite))
     return log_gate.softmax(dim=order.index(2)).to(logits.dtype).permute(inverse)

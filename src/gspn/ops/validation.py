@@ -228,7 +228,8 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     if not isinstance(like, Tensor):
         return tensors  # type: ignore[return-value]
     device = like.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # Meta has no autocast, and the question is an error there. PyTorch 2.10 cannot trace is_autocast_available.
+    if like.is_meta or not torch.is_autocast_enabled(device):
         return tensors  # type: ignore[return-value]
     dtype = torch.get_autocast_dtype(device)
     dtype = torch.float32 if dtype == torch.float16 else dtype

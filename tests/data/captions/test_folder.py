@@ -12,9 +12,7 @@ import gspn.data.captions.folder
 import gspn.data.captions.shards
 from captions_support import CAPTIONS, GOOD, beside, lines, listed, shard, shards
 from data_support import png
-from gspn.data import (
-    open_captions,
-)
+from gspn.data import LeftOutWarning, open_captions
 
 # Which split
 
@@ -198,3 +196,39 @@ def test_metadata_of_no_end_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(gspn.data.captions.folder, "_MAX_METADATA", 10)
     with pytest.raises(ValueError, match=r"metadata\.jsonl has more than 10 bytes"):
         open_captions("folder", root=lines(tmp_path, GOOD))
+
+
+def test_files_of_captions_stay_inside_the_folder(tmp_path):
+    """Neither a .txt, nor metadata beside the images or above their split, may be a link that leads out."""
+    secret = tmp_path / "secret"
+    secret.write_text("a secret")
+    (tmp_path / "metadata").write_text(json.dumps({"file_name": "train/a.png", "text": "a secret"}))
+    root = tmp_path / "root"
+    (root / "train").mkdir(parents=True)
+    (root / "train" / "a.png").write_bytes(png())
+    for place, target in (("train/a.txt", secret), ("train/metadata.jsonl", secret), ("metadata.jsonl", "../metadata")):
+        (root / place).symlink_to(target)
+        with pytest.raises(ValueError, match=r"1 of 1 images have no caption: a\.png.*1 link that leaves the folder"):
+            open_captions("folder", root=root)
+        (root / place).unlink()
+    (root / "train" / "b").write_text("inside")
+    (root / "train" / "a.txt").symlink_to("b")
+    with pytest.warns(LeftOutWarning, match=r"1 file that is not an image \(b\)"):
+        assert open_captions("folder", root=root).captions(0) == ("inside",)
+
+
+def test_a_pipe_of_captions_is_not_opened(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    for name in ("a.txt", "metadata.jsonl", "metadata.csv"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=r"have no caption: a\.png.*3 pipes, sockets and devices"):
+        open_captions("folder", root=tmp_path)
+
+
+def test_captions_of_images_whose_names_are_not_utf8(tmp_path):
+    name = os.fsdecode(b"\xff\n")
+    (tmp_path / f"{name}.png").write_bytes(png())
+    lines(tmp_path, {"file_name": "a.png", "text": "a"}, {"file_name": f"{name}.png", "text": "b"})
+    dataset = open_captions("folder", root=tmp_path)
+    assert [dataset.captions(i) for i in range(2)] == [("a",), ("b",)]
+    assert len(dataset.identity()) == 32 and dataset[1][0].size == (16, 8)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import gspn.data.captions.folder
-import gspn.data.captions.shards
+import gspn.data.tars
 from captions_support import shard, shards
 from data_support import jpeg, png, quadrants
 from gspn.data import (
@@ -206,13 +206,13 @@ def test_names_that_lead_out_of_a_shard_do_no_harm(tmp_path) -> None:
 def test_a_shard_that_shrinks_or_goes_is_broken(tmp_path, monkeypatch) -> None:
     data = samples(tmp_path / "a.tar")
     dataset = open_captions("wds", root=tmp_path)
-    monkeypatch.setattr(gspn.data.captions.shards, "_MAX_FILE", 10)
+    monkeypatch.setattr(gspn.data.tars, "_MAX_FILE", 10)
     with pytest.raises(CorruptImageError, match=r"a\.tar/0\.png: has \d+ bytes, more than the 10"):
         dataset[0]
     monkeypatch.undo()
     (tmp_path / "a.tar").write_bytes(data[:2600])
     assert dataset[0][1] == 0
-    with pytest.raises(CorruptImageError, match=r"a\.tar/1\.png: the shard has become shorter"):
+    with pytest.raises(CorruptImageError, match=r"a\.tar/1\.png: the tar has become shorter"):
         dataset[1]
     (tmp_path / "a.tar").unlink()
     assert SkipCorrupt(dataset, training=True).reason(0).startswith("[Errno 2]")

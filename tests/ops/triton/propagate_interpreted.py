@@ -45,6 +45,32 @@ def large_logits() -> None:
         check(*make_arguments(1, 2, 4, 5, 2, 2, logits=scale, sign=sign))
 
 
+def large_states() -> None:
+    # Beside taps of e-300, and with gradients that keep sums in range; a difference of two such states may be infinite.
+    for scale in (1.0, 300.0):
+        grad, x, *rest = make_arguments(1, 2, 4, 5, 2, 2, logits=scale)
+        check(grad / 4096, x * 2e36, *rest)
+    grad, x, proxy, tap_proj, *gates, _, _ = make_arguments(1, 1, 2, 3, 1, 1, directions=("down",), skip=False)
+    one = torch.ones_like(gates[0])
+    x[0, 0, 0] = torch.tensor([3e38, -3e38, 3e38])
+    check(grad * 1e-6, x, torch.ones_like(proxy), tap_proj, one, one / 1e3, None, ("down",), None)
+
+
+def infinite_logits() -> None:
+    # As the same logits are that are large and finite: equal where all are -inf, a sigmoid of 1 for +inf.
+    from gspn.ops.triton import propagate
+
+    for some in ((-1, -1, -1), (-1, 0, -1), (1, 1, -1), (1, 0, 0)):
+        _, x, proxy, tap_proj, lam, u, _, *rest = make_arguments(1, 2, 3, 4, 1, 2, skip=False)
+        taps = torch.tensor(some, dtype=torch.float32).view(1, 1, 3, 1).expand_as(tap_proj)
+        infinite, large = (
+            propagate.propagate(x, torch.full_like(proxy, size), taps * size, lam / size, u / size, None, *rest)
+            for size in (1e35, 1e3)
+        )
+        assert infinite.isfinite().all()
+        torch.testing.assert_close(infinite, large)
+
+
 def _long(count: int, cross: int, direction: str) -> tuple[int, int]:
     return (count, cross) if direction in ("down", "up") else (cross, count)
 

@@ -20,7 +20,10 @@ LINE_SCAN = [
     "combinations, through_the_operator, only_what_is_needed, empty",
     "runs_of_segments, long_rows, long_rows_in_many_lines, taps_that_point_nowhere",
 ]
-PROPAGATE = ["combinations, empty", "runs_of_segments, large_logits, long_rows, many_spans, through_the_operator"]
+PROPAGATE = [
+    "combinations, empty",
+    "runs_of_segments, large_logits, large_states, infinite_logits, long_rows, many_spans, through_the_operator",
+]
 
 
 @pytest.mark.parametrize(

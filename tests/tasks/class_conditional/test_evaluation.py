@@ -109,3 +109,22 @@ def test_the_command(sampled, tmp_path):
     assert all(path.is_file() for path in files.values())
     result = CliRunner().invoke(app, ["class-conditional", "evaluate", "nowhere", "-r", "digits:val"])
     assert result.exit_code == 2 and "nowhere" in result.output
+
+
+def test_folders_are_matched_by_the_names_of_classes(tmp_path):
+    """Folders 1, 2, 10: neither their order by number nor by letter is the classifier's."""
+    rng = np.random.default_rng(0)
+    names = ["2", "10", "1", "5"]
+    for number, name in enumerate(names[:3]):
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            pixels[0, 0] = number
+            Image.fromarray(pixels).save(tmp_path / "folders" / name / f"{i}.png")
+    classifier = Classifier("some", lambda images: [image.getpixel((0, 0))[0] for image in images], names)
+    found = evaluate(tmp_path / "folders", tmp_path / "folders", classifier=classifier, device="cpu", cache=None)
+    assert found.consistency == 1 and found.per_class == {"1": 1.0, "2": 1.0, "10": 1.0}
+    for unknown, says in ((names[1:], "names 10, 1, 5, ..."), (None, "does not name its classes")):
+        other = Classifier("other", classifier.classify, unknown)
+        with pytest.raises(UsageError, match=rf"has images of .*, and the classifier other {says}"):
+            evaluate(tmp_path / "folders", tmp_path / "folders", classifier=other, device="cpu", cache=None)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from gspn._errors import UsageError
 from gspn.cli import app
 from gspn.diffusers import ClassConditionalPipeline, GSPNDenoiser2DModel
 from gspn.tasks.class_conditional import DiffusionConfig, sample
+from gspn.tasks.class_conditional.sampling import _number_or_name
 from gspn.tasks.diffusion.schedulers import training_scheduler
 
 
@@ -165,3 +169,32 @@ def test_training_from_the_command(tmp_path):
     result = run(app, ["class-conditional", "presets"])
     assert result.exit_code == 0 and "mnist5k" in result.output
     assert run(app, ["class-conditional", "preset", "mnist5k"]).output.startswith("#")
+
+
+def test_the_grid_has_the_first_images_and_opens_one_file_at_a_time(saved, tmp_path, monkeypatch):
+    import resource
+
+    from gspn.tasks.class_conditional import sampling
+
+    monkeypatch.setattr(sampling, "_GRID_IMAGES", 50)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, limit[1]))
+    said = io.StringIO()
+    try:
+        result = sample(saved, output=tmp_path, number=60, steps=1, batch_size=60, console=Console(file=said))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert "grid.png shows the first 48 of 60 images" in said.getvalue()  # 16 columns for each of 3 classes
+    with Image.open(result.grid) as grid:
+        assert grid.width > 16 * 48
+
+
+def test_numbers_that_cannot_be_are_refused(saved, tmp_path):
+    for options in ({"guidance": float("nan")}, {"guidance": -1.0}, {"number": 0}, {"steps": 0}, {"batch_size": 0}):
+        with pytest.raises(UsageError):
+            sample(saved, output=tmp_path, **options)
+
+
+def test_a_name_that_is_a_number_is_a_name():
+    names = {"1": 0, "2": 1, "10": 2}
+    assert [_number_or_name(one, names) for one in ("1", "10", "0", 1, "cat", "²")] == ["1", "10", 0, 1, "cat", "²"]

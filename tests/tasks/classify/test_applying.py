@@ -115,7 +115,7 @@ def test_predicts_and_names_what_is_broken(trained, tmp_path):
         ("./nowhere", "is not a directory"),
         ("test_vitt", "did you mean 'test_vit'"),
         ("test_vit.no_such_tag", r"test_vit\.r160_in1k"),
-        ("local-dir:/nowhere", "cannot be loaded"),
+        ("local-dir:/nowhere", "has no config.json"),
     ],
 )
 def test_a_model_that_is_not_there(model, message):

@@ -82,6 +82,7 @@ def test_a_file_is_named_in_its_errors(tmp_path):
 
 
 FREE = {
+    "run.stop_after_s",
     "data.root", "data.batch_size", "data.workers", "model.grad_checkpointing", "model.compile", "optim.accumulate",
     "run.output", "run.device", "run.deterministic", "run.checkpoint_every_s", "run.log_every", "run.trackers",
 }  # fmt: skip
@@ -135,13 +136,17 @@ def test_a_run_of_version_0_1_0_is_read_under_the_present_names(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "override", "message"),
     [
-        (TrainConfig, "data.workers=-1", "data.workers is -1; it has to be at least 0."),
+        (TrainConfig, "data.workers=-1", "data.workers is -1; it has to be between 0 and 1024."),
         (TrainConfig, "schedule.epochs=0", "schedule.epochs is 0; it has to be at least 1."),
-        (TrainConfig, "optim.lr=.nan", "optim.lr is nan; it has to be at least 0."),
+        (TrainConfig, "optim.lr=.nan", "optim.lr is nan; it has to be a number."),
         (TrainConfig, "optim.label_smoothing=2", "optim.label_smoothing is 2; it has to be between 0 and 1."),
         (TrainConfig, "run.trackers=[paper]", "run.trackers is 'paper', not one of tensorboard"),
         (ClassConditionalConfig, "data.hflip=1.5", "data.hflip is 1.5; it has to be between 0 and 1."),
-        (ClassConditionalConfig, "diffusion.timesteps=1", "diffusion.timesteps is 1; it has to be at least 2."),
+        (
+            ClassConditionalConfig,
+            "diffusion.timesteps=1",
+            "diffusion.timesteps is 1; it has to be between 2",
+        ),
         (AutoencodeConfig, "optim.label_smoothing=0.1", "this task has no labels to smooth"),
     ],
 )

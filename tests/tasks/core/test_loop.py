@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import signal
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from gspn._errors import UsageError
 from gspn.tasks.core.loop import fit
 from tasks.core.toy import resume, toy
 from tasks.processes import kill_at_random, start, start_many
-from tasks.runs import assert_same, newest_state, rows, stopped_before
+from tasks.runs import as_version_0_1_0, assert_same, newest_checkpoint, newest_state, rows, stopped_before
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +100,7 @@ def test_a_finished_run_resumes_to_nothing(whole):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["optim.lr=0.1"], r"optim\.lr is 0\.1.*has 0\.01"),
+        (["optim.weight_decay=0.1"], r"optim\.weight_decay is 0\.1.*has 0\.05"),
         (["data.batch_size=4"], r"resolved\.images_per_update is 4.*has 8"),
         (["ema.decay=0.5"], r"ema\.decay is 0\.5"),
         (["run.seed=1"], r"run\.seed is 1"),
@@ -123,10 +122,7 @@ def test_refuses_an_output_that_is_taken(whole, tmp_path):
 def test_a_checkpoint_of_version_0_1_0_is_continued(whole, tmp_path):
     with stopped_before(8):
         fit(toy(tmp_path))
-    [newest] = sorted((tmp_path / "checkpoints").glob("step-*"))[-1:]
-    text = (newest / "state.json").read_text()
-    (newest / "state.json").write_text(text.replace("best_score", "best_top1"))
-    assert "best_top1" in json.loads((newest / "state.json").read_text())["state"]
+    as_version_0_1_0(newest_checkpoint(tmp_path))
     fit(toy(tmp_path), resume=True)
     assert_same_run(tmp_path, whole[1].output)
 
@@ -136,11 +132,6 @@ def test_without_an_average_and_with_few_evaluations(tmp_path):
     table = rows(tmp_path)
     assert [row["eval_loss"] != "" for row in table] == [False, True, True]
     assert all(row["ema_loss"] == "" for row in table) and result.best_epoch == 0
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(UsageError, match=r"lower optim\.lr"):
-        fit(toy(tmp_path, "optim.lr=1e30", "optim.clip_grad=null", "schedule.warmup_epochs=0"))
 
 
 def test_broken_images_are_counted_and_named_once(tmp_path, capsys):
@@ -162,3 +153,12 @@ def test_two_processes_share_an_epoch(whole, tmp_path):
     # Each process draws its own noise and dropout: the same data, not the same loss to the last digit.
     assert row["step"] == "6"
     assert float(row["train_loss"]) == pytest.approx(float(rows(whole[1].output)[0]["train_loss"]), rel=0.2)
+
+
+def test_a_run_stops_by_the_clock_and_goes_on_with_the_next_epoch(tmp_path):
+    said = io.StringIO()
+    task = toy(tmp_path, "run.stop_after_s=1e-9")
+    result = fit(task, console=Console(file=said, width=200))
+    assert result.last is not None and (result.last.epoch, result.last.step) == (1, 1)
+    assert task.saved == [(1, True)] and "stopped in epoch 1 by run.stop_after_s" in said.getvalue()
+    assert fit(toy(tmp_path), resume=True).last.epoch == 3

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from gspn._errors import UsageError
 from gspn.tasks.diffusion.image_grid import draw_grid, draw_prompts
@@ -120,3 +121,41 @@ def test_prompts_are_wrapped_into_bands():
     assert {(i, 0, base) for i in range(5) for base in (50, 99)} < colours(sheet)
     assert sheet.height > 6 * 104
     assert draw_prompts({"": rows["A"]}, ["a"] * 5, columns=8).width == 8 + 5 * 104
+
+
+def test_folders_know_the_names_of_their_classes(sampled, tmp_path):
+    for name in ("1", "2", "10"):
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "folders" / name / "0.webp")
+    found = open_images(tmp_path / "folders")
+    assert found.classes == ["1", "10", "2"] and found.labels == [0, 2, 1]
+    digits = open_images("digits:val", limit=4)
+    assert digits.classes == [str(label) for label in digits.labels]
+    assert set(open_images(sampled).classes) == {None}  # their record has a number only
+    save_png(tmp_path / "named" / "0.png", Image.new("RGB", (8, 8)), Named(**{**vars(RECORD), "class_name": "cat"}))
+    assert open_images(tmp_path / "named").classes == ["cat"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named(Record):
+    class_name: str
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, '{"label": true}', '{"label": "x"}', "[]", "\x00"])
+def test_records_that_nobody_sampled(text, tmp_path):
+    info = PngInfo()
+    info.add_text("gspn", text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    assert open_images(tmp_path).labels == [-1]
+
+
+def test_images_that_cannot_be_read_are_named_and_not_counted(tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "b.png").write_bytes(b"\0\0\0\x18ftypheic")
+    found = open_images(tmp_path)
+    assert len(found) == 2 and [one.partition(":")[0] for one in found.broken] == ["b.png"]
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UsageError, match=r"has no images; 3 could not be read: a\.png: is not an image"):
+        open_images(tmp_path)

@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 
 from gspn._errors import UsageError
 from gspn.cli import app
-from gspn.data import open_dataset
+from gspn.data import CorruptImageWarning, open_dataset
 from gspn.tasks.class_conditional import open_latents
 from gspn.tasks.diffusion.autoencoder import load_autoencoder
 from gspn.tasks.diffusion.digests import weights_digest
+from gspn.tasks.diffusion.latent_cache import _names_of
 from gspn.tasks.diffusion.transforms import image_transform
 from tasks.class_conditional.latent_runs import autoencoder, cached, files, start_caching
 
@@ -186,6 +187,37 @@ def test_what_is_no_autoencoder(vae, tmp_path):
         load_autoencoder(broken)
 
 
+def test_every_name_counts_and_old_caches_stay(vae, tmp_path):
+    """One name of 200 that changes; caches of version 0.1.0 have a digest of 64 of them."""
+    images = tmp_path / "images" / "train" / "red"
+    images.mkdir(parents=True)
+    for i in range(200):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(images / f"{i:03}.png")
+    options = {"data": "folder", "root": tmp_path / "images", "workers": 0}
+    found = cached(vae, tmp_path / "out", **options)
+    assert len(found.index.data.names) == 64
+    old = shutil.copytree(tmp_path / "out", tmp_path / "old")
+    names = [f"red/{i * 200 // 64:03}.png" for i in range(64)]
+    values = json.loads((old / "index.json").read_text())
+    values["data"]["names"] = hashlib.sha256("\0".join(names).encode()).hexdigest()[:16]
+    (old / "index.json").write_text(json.dumps(values))
+    assert cached(vae, old, **options).made == 0
+    (images / "001.png").rename(images / "001a.png")
+    with pytest.raises(UsageError, match=r"data\.names"):
+        cached(vae, tmp_path / "out", **options)
+    assert cached(vae, old, **options).made == 0
+
+
+def test_latents_that_are_not_finite_are_not_learnt(copy):
+    path = copy / "latents-00001.safetensors"
+    tensors = load_file(path)
+    tensors["mean"][7, 0, 0, 0, 0] = float("inf")
+    save_file(tensors, path)
+    latents = open_latents(copy)  # without a look at the checksums
+    with pytest.raises(UsageError, match=r"latents-00001\.safetensors.*not finite.*again"):
+        latents[250 + 7]
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Nine coloured images in three classes, two of them no images."""
@@ -201,7 +233,8 @@ def folder(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_broken_images_are_named_and_left_out(vae, folder, tmp_path, workers):
     options = {"data": "folder", "root": folder, "shard_size": 2, "workers": workers}
-    found = cached(vae, tmp_path / "out", **options)
+    with pytest.warns(CorruptImageWarning, match=r"2 of 9 images of 'folder', 'train', .*: blue/1\.png; red/2\.png"):
+        found = cached(vae, tmp_path / "out", **options)
     assert found.broken == ("blue/1.png", "red/2.png") and found.index.images == 7
     latents = open_latents(tmp_path / "out", verify=True)
     assert [latents[i][1] for i in range(7)] == [0, 0, 1, 1, 1, 2, 2]
@@ -212,10 +245,30 @@ def test_broken_images_are_named_and_left_out(vae, folder, tmp_path, workers):
         cached(vae, tmp_path / "out", **options)
 
 
+def test_every_name_of_an_image_counts(vae, tmp_path):
+    for i in range(130):  # of which version 0.1.0 compared 64
+        (tmp_path / "images" / "red").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / "red" / f"{i:03}.png")
+    options = {"data": "folder", "root": tmp_path / "images", "shard_size": 200}
+    index = tmp_path / "out" / "index.json"
+    cached(vae, tmp_path / "out", **options)
+    (tmp_path / "images" / "red" / "001.png").rename(tmp_path / "images" / "red" / "001a.png")
+    with pytest.raises(UsageError, match=r"data\.names"):
+        cached(vae, tmp_path / "out", **options)
+    # A directory of version 0.1.0 is compared by its own digest.
+    values = json.loads(index.read_text())
+    values["data"]["names"] = _names_of(open_dataset("folder", "train", root=tmp_path / "images"), old=True)
+    index.write_text(json.dumps(values))
+    assert cached(vae, tmp_path / "out", **options).made == 0
+    (tmp_path / "images" / "red" / "000.png").rename(tmp_path / "images" / "red" / "000a.png")
+    with pytest.raises(UsageError, match=r"data\.names"):
+        cached(vae, tmp_path / "out", **options)
+
+
 def test_no_image_at_all(vae, folder, tmp_path):
     for path in folder.rglob("*.png"):
         path.write_bytes(b"no image")
-    with pytest.raises(UsageError, match="9 images in a row are corrupt"):
+    with pytest.raises(UsageError, match="all 9 images are corrupt"):
         cached(vae, tmp_path / "out", data="folder", root=folder)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+from typing import Any
+
 import pytest
 import torch
 from diffusers import (
@@ -15,6 +19,7 @@ from diffusers import (
 )
 
 from gspn._errors import UsageError
+from gspn._timesteps import set_timesteps
 from gspn.diffusers.class_conditional import takes_variance
 from gspn.tasks.class_conditional import DiffusionConfig
 from gspn.tasks.diffusion.schedulers import PREDICTIONS, SCHEDULERS, check_chain, named_scheduler, training_scheduler
@@ -79,3 +84,67 @@ def test_models_that_a_scheduler_cannot_run():
     ):
         with pytest.raises(UsageError, match=type(trained).__name__):
             check_chain(trained, predictions)
+
+
+SPACINGS = [("trailing", 0), ("leading", 0), ("leading", 1), ("linspace", 0)]
+
+
+@pytest.mark.parametrize("prediction", [*PREDICTIONS, "flow"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_any_number_of_steps_ends_or_is_refused(name, prediction):
+    is_flow = prediction == "flow"
+    if is_flow != (name in FLOW) or (name, prediction) == ("euler_a", "sample"):
+        pytest.skip("refused by name")
+    spacings = SPACINGS if prediction == "epsilon" else SPACINGS[:1]
+    for levels, (spacing, offset) in itertools.product((1, 1000), spacings):
+        trained: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=levels)
+        if not is_flow:
+            trained = DDIMScheduler(
+                num_train_timesteps=levels, timestep_spacing=spacing, steps_offset=offset, prediction_type=prediction,
+                clip_sample=False,
+            )  # fmt: skip
+        # At 61 and 223 of 1,000 the trailing spacing of diffusers has a step too many.
+        for steps in (1, 2, 3, 10, 61, 223, 999, 1000, 1001, 5000):
+            _take(named_scheduler(name, trained), steps, levels, is_flow)
+
+
+def _take(scheduler, steps, levels, is_flow):
+    refusal = _refusal(scheduler, steps)
+    if refusal is not None:  # the spacing may keep the last level of a chain out of reach
+        assert re.search(rf"^{steps} steps: this \w+ takes \d+ or fewer|takes no number of steps", refusal)
+        assert steps >= levels - 1
+        return
+    times = scheduler.timesteps
+    assert len(times) == steps or type(scheduler).__name__ == "FlowMatchHeunDiscreteScheduler"
+    assert len(times.unique()) == steps and times.min() >= 0 and times.max() <= levels - (not is_flow)
+    # The first step and the last ones, where the ends of the chain are met.
+    x, begin = torch.ones(1, 1, 1, 1) * getattr(scheduler, "init_noise_sigma", 1.0), max(len(times) - 4, 0)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    if type(scheduler).__name__ == "FlowMatchHeunDiscreteScheduler":
+        begin -= begin % 2  # a step of two calls
+        scheduler.set_begin_index(begin)
+    for t in times[begin:]:
+        x = scheduler.step(torch.full_like(x, 0.5), t, x).prev_sample
+    assert torch.isfinite(x).all()
+
+
+def _refusal(scheduler, steps):
+    try:
+        set_timesteps(scheduler, steps)
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("steps", [0, -1, True, 1.0, "3", None])
+def test_steps_that_are_no_number(steps):
+    with pytest.raises(UsageError, match="pass an integer of at least 1"):
+        set_timesteps(DDIMScheduler(), steps)
+
+
+def test_a_pipeline_that_sets_the_steps_itself():
+    trained = DDIMScheduler(timestep_spacing="trailing")
+    set_timesteps(named_scheduler("dpm++", trained), 60, as_it_is=True)
+    with pytest.raises(UsageError, match="61 steps: this DPMSolverMultistepScheduler takes 60 or fewer"):
+        set_timesteps(named_scheduler("dpm++", trained), 61, as_it_is=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import random
+import resource
 import shutil
 import signal
 import time
@@ -14,8 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from gspn._errors import UsageError
+from gspn._locks import DirectoryLock
+from gspn.tasks.diffusion import shard_cache
 from gspn.tasks.diffusion.shard_cache import FORMAT, ShardReader
 from tasks.class_conditional.latent_runs import files
+from tasks.core.test_checkpoints import Bomb
 from tasks.diffusion.shard_runs import NumberIndex, start, write
 from tasks.processes import start_many
 
@@ -97,8 +102,6 @@ def test_killed_at_any_time(whole, tmp_path):
 
 
 def test_killed_before_the_index_lists_the_shards(whole, tmp_path, monkeypatch):
-    from gspn.tasks.diffusion import shard_cache
-
     plain, written = shard_cache.write_text, []
 
     class Killed(Exception):  # noqa: N818
@@ -165,16 +168,128 @@ def test_directories_of_something_else(copy, tmp_path):
         write(tmp_path)
     with pytest.raises(UsageError, match="is a file"):
         write(tmp_path / "notes.txt")
+
+
+CHANGES = {
+    "format": [3, "2", None, [2]],
+    "rows": [-1, 10**30, "many", 17],
+    "shard_size": [0, -4, None],
+    "shards": [3, [], [{}], ["x"], None],
+    "factor": ["red", None],
+    "colour": ["red"],
+}
+"""Values of keys that no index has."""
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_an_index_that_says_something_else(copy, key):
     index = copy / "index.json"
     values = json.loads(index.read_text())
-    for content, message in (
-        ("{}", "cannot be read as an index of numbers"),
-        (json.dumps({**values, "format": 3}), "format 3, and this version of gspn reads 1 to 2; remove the directory"),
-        (json.dumps({**values, "colour": "red"}), "colour"),
-    ):
-        index.write_text(content)
-        with pytest.raises(UsageError, match=message):
+    for change in CHANGES[key]:
+        index.write_text(json.dumps({**values, key: change}))
+        if key == "shards" and change == []:
+            assert write(copy)[1] == 5  # as after a kill: encoded again
+            continue
+        with pytest.raises(UsageError) as refused:
             write(copy)
+        assert "\n" not in str(refused.value) and any(word in str(refused.value) for word in (key, "shards"))
+        assert "remove the directory" in str(refused.value) or "name another directory" in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["file", "rows", "sha256", "bytes", "broken"])
+def test_a_shard_that_says_something_else(whole, copy, key):
+    """In the index or in the shard's own record: refused, or encoded again, and never believed."""
+    index, record = copy / "index.json", copy / "numbers-00002.json"
+    text = index.read_text()
+    for change in (None, "../../etc/passwd", 5, -1, 10**30, [1], {"a": 1}):
+        values = json.loads(text)
+        values["shards"][2][key] = change
+        for path, content in ((index, values), (record, values["shards"][2])):
+            shutil.rmtree(copy)
+            shutil.copytree(whole, copy)
+            path.write_text(json.dumps(content))
+            try:
+                write(copy)
+            except UsageError as error:
+                assert path == index and "\n" not in str(error)  # noqa: PT017
+            else:
+                assert {name: files(copy)[name] for name in files(whole) if name.endswith("rs")} == {
+                    name: content for name, content in files(whole).items() if name.endswith("rs")
+                }
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 200, b"[" * 100_000, b"\xff\xfe", b"{}", b"null", b"[1, 2]", b'"a"'])
+def test_a_damaged_index_or_record(whole, copy, content):
+    (copy / "numbers-00002.json").write_bytes(content)
+    assert write(copy)[1] == 0  # the index has the same
+    assert files(copy) == files(whole)
+    (copy / "index.json").write_bytes(content)
+    with pytest.raises(
+        UsageError, match=r"index of numbers: .*remove the directory and encode the data again"
+    ) as found:
+        write(copy)
+    assert "\n" not in str(found.value) and len(str(found.value)) < 400
+
+
+def test_no_file_of_a_cache_is_a_program(whole, copy, tmp_path):
+    mark = tmp_path / "mark"
+    for name in files(whole):
+        shutil.rmtree(copy)
+        shutil.copytree(whole, copy)
+        (copy / name).write_bytes(pickle.dumps(Bomb(mark)))
+        with contextlib.suppress(UsageError):
+            index = NumberIndex.read(copy)
+            ShardReader(copy, index, "").check({"square": (2,)})
+        with contextlib.suppress(UsageError):
+            write(copy)
+        assert not mark.exists(), name
+
+
+def test_another_process_that_writes_is_named(copy):
+    (copy / "numbers-00001.safetensors").unlink()
+    with DirectoryLock(copy), pytest.raises(UsageError, match=r"is being written by process \d+ on .*--output"):
+        write(copy)
+    shutil.rmtree(copy)
+    with DirectoryLock(copy), pytest.raises(UsageError, match="is being written"):
+        write(copy)
+
+
+def test_complete_ones_are_read_by_many(copy):
+    with DirectoryLock(copy):
+        assert write(copy)[1] == 0
+
+
+def test_few_files_are_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_cache, "_MOST_OPEN", 3)
+    kept = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, kept[1]))
+        index, _, _ = write(tmp_path / "many", rows=600)
+        reader = ShardReader(tmp_path / "many", index, "")
+        reader.check({"square": (2,)}, checksums=True)
+        for i in (*range(600), *reversed(range(600))):
+            shard, row = reader.locate(i)
+            assert reader.opened(shard).get_slice("number")[row] == i
+        assert len(reader._opened) == 3
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, kept)
+
+
+def test_a_full_disk_leaves_what_was_there(whole, copy):
+    """A limit on the size of a file, which stops the shards and then the index."""
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (100, 1000):
+        shutil.rmtree(copy)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, kept[1]))
+            with pytest.raises(OSError, match="File too large") as refused:
+                write(copy)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+        assert str(copy) in refused.value.filename and ".part" not in refused.value.filename
+        assert not list(copy.glob(".*"))
+        write(copy)
+        assert files(copy) == files(whole)
 
 
 def test_two_processes_share_the_files(whole, tmp_path):

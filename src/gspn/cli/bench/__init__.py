@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import typer
-
+from ..app import App
 from .line_scan import bench_line_scan
 from .mixer import bench_mixer
 from .models import bench_models
 from .propagate import bench_propagate, bench_scaling
 from .unet import bench_unet
 
-app = typer.Typer(help="Time operators, mixers and models side by side with their baselines.", no_args_is_help=True)
+app = App(help="Time operators, mixers and models side by side with their baselines.")
 app.command("propagate")(bench_propagate)
 app.command("scaling")(bench_scaling)
 app.command("line-scan")(bench_line_scan)

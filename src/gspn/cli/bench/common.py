@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
@@ -12,14 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gspn._errors import require
+from gspn._console import Console
+from gspn._errors import UsageError, require
 
 from ..messages import failed, titled_table, wrote
+from ..options import output_file
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gspn.bench.size_sweep import SizeSweep
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+_MOST = 2**31 - 1
 MEMORY_FORMATS = ("contiguous", "channels_last")
 Columns = Callable[[Sequence["Result"]], Mapping[str, Callable[["Result"], str]]]
 """Further columns of a table: from all results to the columns, each from its result."""
@@ -51,12 +52,13 @@ def choice(name: str, metavar: str, choices: Sequence[str], text: str) -> typer.
 
 def count(text: str) -> typer.models.OptionInfo:
     """An option that is a number of at least 1."""
-    return typer.Option(metavar="N", min=1, help=text)
+    return typer.Option(metavar="N", min=1, max=_MOST, help=text)
 
 
 Channels = Annotated[int, count("Channels of the map.")]
 Sizes = Annotated[
-    list[int] | None, typer.Option("--size", metavar="N", min=1, help="Height and width in pixels. Repeatable.")
+    list[int] | None,
+    typer.Option("--size", metavar="N", min=1, max=_MOST, help="Height and width in pixels. Repeatable."),
 ]
 Layout = Annotated[str, choice("--memory-format", "LAYOUT", MEMORY_FORMATS, "The layout of maps and weights.")]
 Mode = Annotated[
@@ -77,17 +79,16 @@ class Run:
     device: Annotated[
         str | None, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N. Default: cuda if there is one, else cpu.")
     ] = None
-    threads: Annotated[int | None, count("Number of CPU threads. Default: that of PyTorch.")] = None
+    threads: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, max=1024, help="Number of CPU threads. Default: that of PyTorch."),
+    ] = None
     repeats: Annotated[int, count("Fewest samples of each candidate at each size.")] = 5
     min_time: Annotated[
         float, typer.Option(metavar="SECONDS", min=0, help="Least total time of the samples of a candidate.")
     ] = 0.1
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="CSV", dir_okay=False, help="Table to write, as CSV.")
-    ] = None
-    plot: Annotated[
-        Path | None, typer.Option(metavar="PNG", dir_okay=False, help="Plot to write; needs matplotlib.")
-    ] = None
+    output: Annotated[Path | None, output_file("--output", "-o", metavar="CSV", help="Table to write, as CSV.")] = None
+    plot: Annotated[Path | None, output_file(metavar="PNG", help="Plot to write; needs matplotlib.")] = None
 
     def problem(self) -> dict[str, Any]:
         """The options that a benchmark is constructed with: ``batch``, ``dtype`` and ``device``."""
@@ -99,7 +100,7 @@ class Run:
         """The device, after a check.
 
         Raises:
-            typer.BadParameter: it cannot be timed.
+            UsageError: it cannot be timed.
         """
         import torch
 
@@ -115,7 +116,7 @@ class Run:
             if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < count):
                 return device
             problem = f"{name!r}: times are taken on cpu and cuda devices; PyTorch sees {count} CUDA devices here."
-        raise typer.BadParameter(problem, param_hint="--device")
+        raise UsageError(f"--device {problem}")
 
 
 def bench_command(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -136,35 +137,20 @@ def bench_command(**defaults: Any) -> Callable[[Callable[..., None]], Callable[.
 
         @wraps(function)
         def command(**values: Any) -> None:
+            from gspn.bench.accuracy_check import CheckFailedError
+
             run = Run(**{name: values.pop(name) for name in shared})
-            with _bench_errors():
-                _prepare(run)
+            _prepare(run)
+            try:
                 function(run, **values)
+            except CheckFailedError as error:
+                raise failed(f"the check failed, so nothing was timed: {error}") from None
 
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {one.name: one.annotation for one in parameters}
         return command
 
     return decorate
-
-
-@contextmanager
-def _bench_errors() -> Iterator[None]:
-    """Turn the errors of a benchmark into messages: a wrong option, a failed check, too little memory."""
-    import torch
-
-    from gspn.bench.accuracy_check import CheckFailedError
-
-    try:
-        yield
-    except CheckFailedError as error:
-        raise failed(f"the check failed, so nothing was timed: {error}") from None
-    except torch.OutOfMemoryError as error:
-        raise failed(f"out of memory: {error}\nUse a smaller --batch, --channels or --size.") from None
-    except ImportError as error:
-        raise failed(str(error)) from None
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 def _prepare(run: Run) -> None:
@@ -174,7 +160,7 @@ def _prepare(run: Run) -> None:
     if run.plot is not None:
         require("matplotlib", extra="plot")
         if run.plot.suffix.lower() != ".png":
-            raise typer.BadParameter(f"{str(run.plot)!r} does not end in .png.", param_hint="--plot")
+            raise UsageError(f"--plot {str(run.plot)!r} does not end in .png.")
     if run.threads is not None:
         torch.set_num_threads(run.threads)
 

@@ -7,11 +7,12 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 import gspn
+from gspn._console import Console
+from gspn._errors import UsageError
 from gspn.ops.implementations import IMPLEMENTATIONS
 
 from ..messages import failed, titled_table
@@ -83,10 +84,9 @@ def bench_line_scan(
     width, height = parse_size(size or ("1024" if where.type == "cuda" else "512"))
     groups = channels if groups is None else groups
     if channels % groups:
-        raise typer.BadParameter(
-            f"{groups} does not divide --channels {channels}; use 1 (shared taps), {channels} (per-channel taps) "
-            "or a divisor between.",
-            param_hint="--groups",
+        raise UsageError(
+            f"--groups {groups} does not divide --channels {channels}; use 1 (shared taps), {channels} (per-channel "
+            "taps) or a divisor between."
         )
     impls = _impls(impl, where, fixed["dtype"])
     problems = [
@@ -129,7 +129,7 @@ def _impls(requested: list[str] | None, device: torch.device, dtype: torch.dtype
     reasons = gspn.available_impls(torch.empty(0, device=device, dtype=dtype), op="line_scan")
     for name in requested or []:
         if reasons[name] is not None:
-            raise typer.BadParameter(f"{name!r} cannot run here: {reasons[name]}", param_hint="--impl")
+            raise UsageError(f"--impl {name!r} cannot run here: {reasons[name]}")
     # The reference comes as a baseline, unless it is asked for by name.
     return requested or [name for name, reason in reasons.items() if reason is None and name != LOOP]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from gspn._console import Console
 from gspn._errors import require
 
 from .common import Layout, Run, bench_command, choice, hardware, layout, peak, ratio, results_table, write_files
@@ -29,7 +29,10 @@ def bench_models(
     ] = None,
     size: Annotated[
         list[int] | None,
-        typer.Option(metavar="N", min=1, help="Height and width of the images in pixels. Repeatable; default: 224."),
+        typer.Option(
+            metavar="N", min=1, max=2**31 - 1,
+            help="Height and width of the images in pixels. Repeatable; default: 224.",
+        ),
     ] = None,
     mode: Annotated[
         str,

@@ -24,7 +24,7 @@ def bench_unet(
     size: Annotated[
         list[int] | None,
         typer.Option(
-            metavar="N", min=64,
+            metavar="N", min=64, max=2**31 - 1,
             help="Height and width of the images in pixels, a multiple of 64. Repeatable; default: 256, 512, 1024.",
         ),
     ] = None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import typer
 from rich.markup import escape
 
 from gspn.data.registry import help_text
@@ -14,11 +13,12 @@ from gspn.tasks.text_to_image import train as training
 from gspn.tasks.text_to_image.distill import DistillConfig
 from gspn.tasks.text_to_image.train import TextToImageConfig
 
+from ..app import App
 from ..training import FLAGS, Flag, TrainingCommand, add_training_commands
 from .evaluate import evaluate
 from .sample import sample
 
-app = typer.Typer(help="Text to image with GSPN in the place of self-attention.", no_args_is_help=True)
+app = App(help="Text to image with GSPN in the place of self-attention.")
 app.command()(sample)
 app.command()(evaluate)
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..messages import one_line_errors, wrote
+from gspn._console import Console
+
+from ..messages import wrote
 from ..options import BatchSize, Device, DeviceName, Results, Root
 
 
@@ -43,36 +44,35 @@ def evaluate(
     from sentences to features that is fitted on the reference. The rank is the median rank of an image's own prompt
     among all prompts of the set.
     """
-    with one_line_errors():
-        from gspn.tasks.text_to_image.evaluate import evaluate as run
+    from gspn.tasks.text_to_image.evaluate import evaluate as run
 
-        console = Console()
-        results = []
-        for directory in samples:
-            result = run(
-                directory, reference, root=root, size=size, distractors=distractors, features=features,
-                batch_size=batch_size, device=device.value, console=console,
-            )  # fmt: skip
-            results.append(result)
-            if output is not None:
-                path = output / f"{directory.name}.json"
-                result.write_json(path)
-                wrote(path)
-        table = Table("", box=None, header_style="bold", padding=(0, 2, 0, 0))
-        for heading in ("images", "FID", "KID x 1000", "IS", "precision", "recall", "text score", "rank", "top 1"):
-            table.add_column(heading, justify="right")
-        for result in results:
-            table.add_row(
-                escape(Path(result.samples).name), str(result.sample_count), f"{result.fid:.2f}",
-                f"{1000 * result.kid:.2f}", f"{result.inception_score:.2f}", f"{result.precision:.2f}",
-                f"{result.recall:.2f}", f"{result.text.similarity:.3f}",
-                f"{result.text.rank:g} of {result.text.candidates}", f"{100 * result.text.top1:.0f} %",
-            )  # fmt: skip
-        real = results[0].real
-        if real is not None:
-            table.add_row(
-                "[dim]real images of the same prompts[/]", *[""] * 6, f"{real.similarity:.3f}",
-                f"{real.rank:g} of {real.candidates}", f"{100 * real.top1:.0f} %",
-            )  # fmt: skip
-        console.print(table)
-        console.print(f"[dim]{escape(results[0].features)}; reference {escape(reference)}[/]", highlight=False)
+    console = Console()
+    results = []
+    for directory in samples:
+        result = run(
+            directory, reference, root=root, size=size, distractors=distractors, features=features,
+            batch_size=batch_size, device=device.value, console=console,
+        )  # fmt: skip
+        results.append(result)
+        if output is not None:
+            path = output / f"{directory.name}.json"
+            result.write_json(path)
+            wrote(path)
+    table = Table("", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in ("images", "FID", "KID x 1000", "IS", "precision", "recall", "text score", "rank", "top 1"):
+        table.add_column(heading, justify="right")
+    for result in results:
+        table.add_row(
+            escape(Path(result.samples).name), str(result.sample_count), f"{result.fid:.2f}",
+            f"{1000 * result.kid:.2f}", f"{result.inception_score:.2f}", f"{result.precision:.2f}",
+            f"{result.recall:.2f}", f"{result.text.similarity:.3f}",
+            f"{result.text.rank:g} of {result.text.candidates}", f"{100 * result.text.top1:.0f} %",
+        )  # fmt: skip
+    real = results[0].real
+    if real is not None:
+        table.add_row(
+            "[dim]real images of the same prompts[/]", *[""] * 6, f"{real.similarity:.3f}",
+            f"{real.rank:g} of {real.candidates}", f"{100 * real.top1:.0f} %",
+        )  # fmt: skip
+    console.print(table)
+    console.print(f"[dim]{escape(results[0].features)}; reference {escape(reference)}[/]", highlight=False)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from ..messages import one_line_errors
-from ..options import Device, DeviceName, PrecisionName, Size, parse_size
+from gspn._console import Console
+from gspn._errors import UsageError
+
+from ..options import MOST_IMAGES, Device, DeviceName, PrecisionName, Size, parse_size, writable
 
 Tiling = StrEnum("Tiling", ["auto", "on", "off"])
 Offload = StrEnum("Offload", ["none", "auto", "model", "activations", "all"])
@@ -29,10 +30,15 @@ def sample(
         help="Directory of a run or adapter, shipped name, or hub id. Default: the model's own attention.",
     )] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Directory of the images.")
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", file_okay=False, callback=writable, help="Directory of the images."
+        ),
     ] = Path("samples"),
     size: Size = None,
-    number: Annotated[int, typer.Option("--number", "-n", metavar="N", min=1, help="Images of each prompt.")] = 1,
+    number: Annotated[
+        int, typer.Option("--number", "-n", metavar="N", min=1, max=MOST_IMAGES, help="Images of each prompt.")
+    ] = 1,
     negative: Annotated[str | None, typer.Option(metavar="TEXT", help="Negative prompt for guidance.")] = None,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Number of denoising steps.")] = 30,
     guidance: Annotated[
@@ -73,31 +79,29 @@ def sample(
 
     The same seed gives the same images for any batch size. Time and memory are estimated before the run starts.
     """
-    with one_line_errors():
-        width, height = (None, None) if size is None else parse_size(size)
-        from gspn._errors import UsageError
-        from gspn.tasks.text_to_image.sample import UpscalingConfig
-        from gspn.tasks.text_to_image.sample import sample as run
+    width, height = (None, None) if size is None else parse_size(size)
+    from gspn.tasks.text_to_image.sample import UpscalingConfig
+    from gspn.tasks.text_to_image.sample import sample as run
 
-        if not upscale and (strength or dilated):
-            raise UsageError(f"{'--strength' if strength else '--dilated'} needs --upscale.")
-        upscaling = UpscalingConfig(
-            strengths=tuple(strength) if strength else UpscalingConfig().strengths,
-            skip_residual=skip_residual, skip_power=skip_power, dilated=dilated, dilated_power=dilated_power,
-            segment_scans=segment_scans, space=str(upscale_space),
-        )  # fmt: skip
-        console = Console()
-        result = run(
-            model, prompts, output=output, upscale=upscaling if upscale else False, console=console, adapter=adapter,
-            negative=negative, number=number, height=height, width=width, steps=steps, guidance=guidance,
-            scheduler=scheduler, seed=seed, batch_size=batch_size, precision=precision.value, device=device.value,
-            tiling=tiling.value, offload=offload.value, check=check, estimate_only=estimate_only,
-        )  # fmt: skip
-        if estimate_only:
-            return
-        kept = len(result.records) - result.drawn
-        console.print(
-            f"[dim]wrote[/] {result.drawn} images to {escape(str(result.directory))} in {result.seconds:.1f} s"
-            + (f"; {kept} were finished before" if kept else ""),
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+    if not upscale and (strength or dilated):
+        raise UsageError(f"{'--strength' if strength else '--dilated'} needs --upscale.")
+    upscaling = UpscalingConfig(
+        strengths=tuple(strength) if strength else UpscalingConfig().strengths,
+        skip_residual=skip_residual, skip_power=skip_power, dilated=dilated, dilated_power=dilated_power,
+        segment_scans=segment_scans, space=str(upscale_space),
+    )  # fmt: skip
+    console = Console()
+    result = run(
+        model, prompts, output=output, upscale=upscaling if upscale else False, console=console, adapter=adapter,
+        negative=negative, number=number, height=height, width=width, steps=steps, guidance=guidance,
+        scheduler=scheduler, seed=seed, batch_size=batch_size, precision=precision.value, device=device.value,
+        tiling=tiling.value, offload=offload.value, check=check, estimate_only=estimate_only,
+    )  # fmt: skip
+    if estimate_only:
+        return
+    kept = len(result.records) - result.drawn
+    console.print(
+        f"[dim]wrote[/] {result.drawn} images to {escape(str(result.directory))} in {result.seconds:.1f} s"
+        + (f"; {kept} were finished before" if kept else ""),
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip

@@ -12,15 +12,14 @@ from typing import IO, Any
 
 from PIL import Image
 
+from ..._files import open_regular
 from ..base import Transform
-from ..images import MAX_PIXELS, load_image
+from ..files import NOT_IMAGES, OUTSIDE, LeftOut, is_image, walk
+from ..images import EXTENSIONS, MAX_PIXELS, load_image
 from ..splits import split_folder
 from .base import TEXT_COLUMN, CaptionedImages
 from .parsing import MAX_RECORD, MAX_TEXT, clean, column, cut, decode, lines_of, record_of, some
 
-_IMAGES = frozenset(
-    (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif")
-)
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _MAX_METADATA = 1 << 30
 
@@ -29,12 +28,15 @@ class CaptionedFolder(CaptionedImages):
     """The images below a folder, in the order of their paths.
 
     The captions of ``a.png`` are the lines of ``a.txt`` beside it, or the rows of a ``metadata.jsonl`` or
-    ``metadata.csv`` that name it as ``file_name``. Names that begin with a dot and linked folders are left out.
+    ``metadata.csv`` that name it as ``file_name``. :func:`~gspn.data.files.walk` says what is left out.
 
     Args:
         root: the folder of the splits, or of a single one; see :func:`~gspn.data.splits.split_folder`.
         split: the split.
         caption_column: the column of ``metadata.jsonl`` and ``metadata.csv`` with the captions.
+
+    Attributes:
+        left_out: what is left out.
 
     Raises:
         ValueError: the split is missing, an image has no caption, or a file of captions is damaged, ambiguous or names
@@ -53,11 +55,18 @@ class CaptionedFolder(CaptionedImages):
         super().__init__("folder", transform)
         self.root = split_folder(Path(root), split)
         self.max_pixels = max_pixels
-        files = set(_files(self.root))
-        self._paths = sorted(path for path in files if posixpath.splitext(path)[1].lower() in _IMAGES)
+        self.left_out = LeftOut()
+        files = walk(self.root, self.left_out)
+        self._paths = [path for path in files if is_image(path)]
+        others = {path for path in files if not is_image(path)}
+        used = {path for path in others if posixpath.basename(path) in _METADATA}
+        used |= others & {_beside(path) for path in self._paths}
+        self.left_out.add(NOT_IMAGES, *sorted(others - used))
         if not self._paths:
-            raise ValueError(f"root={str(self.root)!r} holds no image ({', '.join(sorted(_IMAGES))}).")
-        self._read_captions(files, self._read_metadata(files, Path(root), caption_column))
+            raise ValueError(
+                f"root={str(self.root)!r} holds no image ({', '.join(sorted(EXTENSIONS))}); {self.left_out}."
+            )
+        self._read_captions(used, self._read_metadata(used, Path(root), caption_column))
 
     def image(self, index: int) -> Image.Image:
         """Image ``index``, RGB, before the transform."""
@@ -74,7 +83,9 @@ class CaptionedFolder(CaptionedImages):
         own = "" if self.root == root else self.root.name + "/"
         metadata = [own + path for path in files if posixpath.basename(path) in _METADATA]
         if own:  # the metadata of all splits may be above their folders
-            metadata += [name for name in _METADATA if (root / name).is_file()]
+            above = [name for name in _METADATA if (root / name).is_file()]
+            metadata += [name for name in above if (root / name).resolve().is_relative_to(root.resolve())]
+            self.left_out.add(OUTSIDE, *(f"../{name}" for name in above if name not in metadata))
         folders = Counter(posixpath.dirname(path) for path in metadata)
         twice = sorted(str(root / folder) for folder, count in folders.items() if count > 1)
         if twice:
@@ -95,19 +106,19 @@ class CaptionedFolder(CaptionedImages):
         if missing:
             raise ValueError(
                 f"root={str(self.root)!r} lacks {len(missing):,} images that its metadata names: {some(missing)}. "
-                "Add them or remove their rows; images in hidden and linked folders do not count."
+                f"Add them or remove their rows. Only images of this folder count; {self.left_out}."
             )
         return captions
 
     def _read_captions(self, files: set[str], metadata: dict[str, tuple[str, ...]]) -> None:
         without = []
         for path in self._paths:
-            beside = posixpath.splitext(path)[0] + ".txt"
+            beside = _beside(path)
             captions = metadata.get(path, ())
             if beside in files:
                 if path in metadata:
                     raise ValueError(f"{path} has captions in {beside} and in metadata; remove one of them.")
-                with (self.root / beside).open("rb") as file:
+                with open_regular(self.root / beside) as file:
                     captions = clean(lines_of(file.read(MAX_TEXT + 1), beside), beside)
             if not captions:
                 without.append(path)
@@ -116,24 +127,13 @@ class CaptionedFolder(CaptionedImages):
             raise ValueError(
                 f"root={str(self.root)!r}: {len(without):,} of {len(self):,} images have no caption: {some(without)}."
                 " Write it into a .txt of the same name beside each, one caption a line, or into metadata.jsonl "
-                f'({{"file_name": "...", "{TEXT_COLUMN}": "..."}}) or metadata.csv, or remove the images.'
+                f'({{"file_name": "...", "{TEXT_COLUMN}": "..."}}) or metadata.csv, or remove the images; '
+                f"{self.left_out}."
             )
 
 
-def _files(root: Path) -> Iterator[str]:
-    """The regular files below a folder, as relative paths with slashes."""
-    folders = [""]
-    while folders:
-        folder = folders.pop()
-        with os.scandir(root / folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                path = posixpath.join(folder, entry.name)
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(path)
-                elif entry.is_file():  # opening a pipe would wait for a writer
-                    yield path
+def _beside(image: str) -> str:
+    return posixpath.splitext(image)[0] + ".txt"
 
 
 def _inside(name: Any, where: str) -> str:
@@ -150,7 +150,7 @@ def _rows(file: Path, caption_column: str) -> Iterator[tuple[Any, Any, str]]:
     """``file_name``, caption and position of each row of metadata."""
     if file.stat().st_size > _MAX_METADATA:
         raise ValueError(f"{file} has more than {_MAX_METADATA:,} bytes; divide it, or store the images in shards.")
-    with file.open("rb") as opened:
+    with open_regular(file) as opened:
         if file.suffix == ".jsonl":
             rows = ((record_of(line, where), where) for line, where in _lines(opened, file) if line.strip())
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from ..base import Transform
-from ..images import MAX_PIXELS, CorruptImageError, load_image
+from ..images import MAX_PIXELS, row_image
 from ..splits import find_split
 from .base import IMAGE_COLUMN, TEXT_COLUMN, CaptionedImages
 from .parsing import clean, some
@@ -85,17 +84,8 @@ class CaptionedRows(CaptionedImages):
     def image(self, index: int) -> Image.Image:
         """Image ``index``, RGB; a ``CorruptImageError`` if the row holds no image or a path outside the data set."""
         index = self._position(index)
-        name = self.filename(index)
         value = self._images[index][self._column]
-        value = value if isinstance(value, dict) else {"bytes": value}
-        if value.get("bytes"):
-            return load_image(io.BytesIO(value["bytes"]), max_pixels=self.max_pixels, name=name)
-        if not value.get("path"):
-            raise CorruptImageError(name, "the row holds no image")
-        path = Path(value["path"]).resolve()
-        if not (path.is_file() and any(path.is_relative_to(folder) for folder in self._folders)):
-            raise CorruptImageError(name, f"the row holds no bytes, and {str(path)!r} is not a file of this data set")
-        return load_image(path, max_pixels=self.max_pixels, name=name)
+        return row_image(value, self._folders, max_pixels=self.max_pixels, name=self.filename(index))
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         """The data set and the row of image ``index``."""

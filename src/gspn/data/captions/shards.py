@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import io
 import os
 import posixpath
 import re
 import tarfile
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from PIL import Image
 
+from ..._files import open_regular
 from ..base import Transform
-from ..images import MAX_PIXELS, CorruptImageError, load_image
+from ..files import HIDDEN, LeftOut, is_hidden, is_image
+from ..images import EXTENSIONS, MAX_PIXELS
 from ..splits import SPLIT_NAMES, find_split, split_folder, split_names
+from ..tars import members, read_at, read_member
 from .base import TEXT_COLUMN, CaptionedImages
 from .parsing import MAX_RECORD, MAX_TEXT, clean, column, cut, lines_of, record_of, some
 
-_IMAGES = ("jpg", "jpeg", "png", "webp")
-_COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
+_IMAGES = frozenset(extension.removeprefix(".") for extension in EXTENSIONS)
+_TWO_DOTS = (
+    "image whose name has a second dot, which makes it another field of its sample",
+    "images whose names have a second dot, which makes them other fields of their samples",
+)
+_NO_IMAGE = ("file without an image of its name", "files without an image of their names")
 _PACKED_NAMES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
-_MAX_FILE = 1 << 29
 _MAX_SHARDS = 100_000
-# Bytes that are read after the end of a tar, which writers fill up to a multiple of 10 KiB.
-_TAIL = 1 << 20
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -36,7 +38,9 @@ class CaptionedShards(CaptionedImages):
 
     The headers and all captions are read once. Images are read from the tar when they are needed, so every sample can
     be reached at any time, and a resumed run continues at its position. Files with the same name up to the first dot
-    are one sample: ``0001.jpg`` with ``0001.txt`` or ``0001.json``. Files without an image are left out.
+    are one sample: ``0001.jpg`` with ``0001.txt`` or ``0001.json``. This is WebDataset's rule, by which ``a.v1.jpg`` is
+    the field ``v1.jpg`` of sample ``a`` and not its image. Such files, hidden ones and files without an image are left
+    out.
 
     Args:
         root: a folder of shards, one shard, or a pattern such as ``data/train-{0000..0003}.tar``; see
@@ -46,6 +50,7 @@ class CaptionedShards(CaptionedImages):
 
     Attributes:
         shards: the tar files, in the order of the samples.
+        left_out: what is left out.
 
     Raises:
         ValueError: no shard is found, one is compressed or damaged, or an image has no caption or an ambiguous one.
@@ -61,7 +66,7 @@ class CaptionedShards(CaptionedImages):
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__("wds", transform)
-        self.max_pixels = max_pixels
+        self.left_out, self.max_pixels = LeftOut(), max_pixels
         self.shards = _find_shards(os.fspath(root), split)
         self._base = os.path.commonpath([shard.parent for shard in self.shards])
         # Arrays, because each worker that reads a list of numbers gets its own copy of it.
@@ -77,20 +82,16 @@ class CaptionedShards(CaptionedImages):
             )
         if not self._members:
             shards = some(str(shard) for shard in self.shards)
-            raise ValueError(f"{shards}: no image ({', '.join(_IMAGES)}) in any of {len(self.shards)} shards.")
+            raise ValueError(
+                f"{shards}: no image ({', '.join(sorted(_IMAGES))}) in any of {len(self.shards)} shards; "
+                f"{self.left_out}."
+            )
 
     def image(self, index: int) -> Image.Image:
-        """Image ``index``, RGB, before the transform; a ``CorruptImageError`` if its shard has become shorter."""
+        """Image ``index``, RGB, before the transform; a ``CorruptImageError`` if its shard is shorter now."""
         index = self._position(index)
-        size, name = self._size[index], self.filename(index)
-        if size > _MAX_FILE:
-            raise CorruptImageError(name, f"has {size:,} bytes, more than the {_MAX_FILE:,} that an image may have")
-        # Opened each time: workers share no position in a file, and the limit of open files is never reached.
-        with self.shards[self._shard[index]].open("rb") as file:
-            data = _read(file, self._offset[index], size)
-        if len(data) < size:
-            raise CorruptImageError(name, "the shard has become shorter since it was opened; open it again")
-        return load_image(io.BytesIO(data), max_pixels=self.max_pixels, name=name)
+        tar, name = self.shards[self._shard[index]], self.filename(index)
+        return read_member(tar, self._offset[index], self._size[index], name, self.max_pixels)
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         """The shard of image ``index``, relative to the common folder unless ``absolute``, and the name inside it."""
@@ -103,25 +104,32 @@ class CaptionedShards(CaptionedImages):
 
     def _add(self, number: int, caption_column: str, without: list[str]) -> None:
         shard = self.shards[number]
-        with shard.open("rb") as file:
+        with open_regular(shard) as file:
             samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-            for member in _members(file, shard):
+            for member in members(file, shard):
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")
                 extension = extension.lower()
-                if not stem or extension not in (*_IMAGES, "txt", "json"):
+                if member.isdir():
                     continue
-                if not member.isreg() or member.sparse is not None:
+                if any(map(is_hidden, member.name.lstrip("./").split("/"))) or not stem:
+                    self.left_out.add(HIDDEN, f"{shard.name}/{member.name}")
+                elif extension not in _IMAGES and extension not in ("txt", "json"):
+                    kind = _TWO_DOTS if is_image(base) else _NO_IMAGE
+                    self.left_out.add(kind, f"{shard.name}/{member.name}")
+                elif not member.isreg() or member.sparse is not None:
                     raise ValueError(f"{shard}: {cut(member.name)} is a link or sparse; write it as a regular file.")
-                if extension in samples.setdefault(f"{folder}/{stem}", {}):
+                elif extension in samples.setdefault(f"{folder}/{stem}", {}):
                     raise ValueError(f"{shard}: {cut(member.name)} is there twice; give each sample its own name.")
-                samples[f"{folder}/{stem}"][extension] = member
+                else:
+                    samples[f"{folder}/{stem}"][extension] = member
             for parts in samples.values():
-                images = [parts[extension] for extension in _IMAGES if extension in parts]
+                images = [member for extension, member in parts.items() if extension in _IMAGES]
                 if not images:
+                    self.left_out.add(_NO_IMAGE, *(f"{shard.name}/{member.name}" for member in parts.values()))
                     continue
                 if len(images) > 1:
-                    names = some(member.name for member in images)
+                    names = some(sorted(member.name for member in images))
                     raise ValueError(f"{shard}: {names} share their name up to the first dot; a sample has one image.")
                 captions = _captions(file, shard, parts, caption_column)
                 if not captions:
@@ -137,55 +145,12 @@ def _captions(file: IO[bytes], shard: Path, parts: dict[str, tarfile.TarInfo], c
     text, record = parts.get("txt"), parts.get("json")
     if text is not None and caption_column == TEXT_COLUMN:
         where = f"{shard}: {cut(text.name)}"
-        return clean(lines_of(_read(file, text.offset_data, min(text.size, MAX_TEXT + 1)), where), where)
+        return clean(lines_of(read_at(file, text.offset_data, min(text.size, MAX_TEXT + 1)), where), where)
     if record is not None:
         where = f"{shard}: {cut(record.name)}"
-        parsed = record_of(_read(file, record.offset_data, min(record.size, MAX_RECORD + 1)), where)
+        parsed = record_of(read_at(file, record.offset_data, min(record.size, MAX_RECORD + 1)), where)
         return clean(column(parsed, caption_column, where), where)
     return ()
-
-
-def _read(file: IO[bytes], offset: int, size: int) -> bytes:
-    file.seek(offset)
-    return file.read(size)
-
-
-def _members(file: IO[bytes], shard: Path) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar, up to the mark of its end.
-
-    tarfile takes a damaged header for the end of the archive, and an archive that was cut between two members for a
-    complete one: samples would be missing without an error.
-    """
-    start = file.read(8)
-    file.seek(0)
-    for magic, remedy in _COMPRESSED.items():
-        if start.startswith(magic):
-            raise ValueError(f"{shard} is compressed, which allows no random access; unpack it: {remedy}")
-    try:
-        yield from _walk(file)
-    except MemoryError:
-        raise
-    except Exception as error:  # tarfile raises any error when parsing fails: ValueError, KeyError, RecursionError, ...
-        raise ValueError(
-            f"{shard} is not a tar, or damaged or cut off ({error or type(error).__name__}); fetch or write it again."
-        ) from error
-
-
-def _walk(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
-    before = -1
-    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as archive:
-        while (member := archive.next()) is not None:
-            # Older versions of tarfile follow a negative size back without end.
-            if member.offset <= before or member.size < 0:
-                raise tarfile.ReadError(f"the header at byte {member.offset:,} leads back")
-            before = member.offset
-            yield member
-        end = archive.offset
-    rest = _read(file, end, _TAIL)
-    if len(rest) < tarfile.BLOCKSIZE:
-        raise tarfile.ReadError(f"no mark of the end at byte {end:,}")
-    if rest.count(0) < len(rest):
-        raise tarfile.ReadError(f"neither a header nor the end at byte {end:,}; or two archives in one file")
 
 
 def _find_shards(root: str, split: str) -> list[Path]:

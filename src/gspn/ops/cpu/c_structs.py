@@ -65,9 +65,24 @@ class PropagateCall(ctypes.Structure):
     )
 
 
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's elements are; None for no tensor.
+
+    Raises:
+        ValueError: the tensor has elements and no memory, as after ``untyped_storage().resize_(0)``: a null pointer
+            would be taken for no tensor.
+    """
+    if tensor is None:
+        return None
+    data = tensor.data_ptr()
+    if data == 0 and tensor.numel():
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has no memory: its storage was freed or resized.")
+    return data
+
+
 def _image(tensor: Tensor, columns_as_rows: bool) -> Image:
     batch, channel, *_, row, column = tensor.stride()
-    return Image(tensor.data_ptr(), batch, channel, *((column, row) if columns_as_rows else (row, column)))
+    return Image(address(tensor), batch, channel, *((column, row) if columns_as_rows else (row, column)))
 
 
 def as_image(tensor: Tensor | None, columns_as_rows: bool = False) -> Image:

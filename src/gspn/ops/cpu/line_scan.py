@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ..directions import scan_axes
 from .c_structs import DTYPE_CODES, Image, LineScanCall, as_image, as_taps
-from .library import load
+from .library import load, run
 
 
 def _run(
@@ -39,8 +38,7 @@ def _run(
         x=image(x), lam=image(lam), h=image(h), taps=as_taps(taps, columns), dtaps=as_taps(dtaps, columns),
         **{name: image(gradient) for name, gradient in gradients.items()},
     )  # fmt: skip
-    if function(ctypes.byref(call), torch.get_num_threads()):
-        raise MemoryError(f"line_scan over {lines} lines of {cross} positions ran out of scratch memory.")
+    run(function, call, f"line_scan over {lines} lines of {cross} positions")
 
 
 def line_scan(x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None) -> Tensor:

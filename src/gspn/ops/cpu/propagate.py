@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..directions import DIRECTIONS
-from .c_structs import DTYPE_CODES, Image, PropagateCall, as_image
-from .library import load
+from .c_structs import DTYPE_CODES, Image, PropagateCall, address, as_image
+from .library import load, run
 
-# A vector may be read beyond the proxy's last channel.
+# A vector may be read beyond the proxy's last channel. What it finds there is not used.
 _VECTOR = 64
 
 
@@ -28,7 +28,6 @@ def _channels_last(batch: int, channels: int, height: int, width: int, dtype: to
     size = batch * height * row + _VECTOR
     memory = torch.empty(size, dtype=dtype)
     load().gspn_expect_first_touch(memory.data_ptr(), size * dtype.itemsize)
-    memory[size - _VECTOR :].zero_()
     return memory.as_strided((batch, height, width, channels), (height * row, row, channels, 1))
 
 
@@ -45,6 +44,8 @@ def _run(
     **outputs: Image | int | None,
 ) -> None:
     batch, channels, height, width = x.shape
+    for tensor in (proxy, tap_proj, lam_proj, u_proj, skip_proj):
+        address(tensor)  # before PyTorch copies from where nothing is
     tap_proj, lam_proj, u_proj = tap_proj.contiguous(), lam_proj.contiguous(), u_proj.contiguous()
     skip_proj = None if skip_proj is None else skip_proj.contiguous()
     channels_last = _channels_last(*proxy.shape, dtype=tap_proj.dtype).copy_(proxy.permute(0, 2, 3, 1))
@@ -55,10 +56,9 @@ def _run(
         batch=batch, channels=channels, groups=tap_proj.shape[1], proxy_channels=proxy.shape[1], height=height,
         width=width, proxy_row=channels_last.stride(1), segment=longest if segment is None else min(segment, longest),
         x=as_image(x), proxy=channels_last.data_ptr(), tap_proj=tap_proj.data_ptr(), lam_proj=lam_proj.data_ptr(),
-        u_proj=u_proj.data_ptr(), skip_proj=None if skip_proj is None else skip_proj.data_ptr(), **outputs,
+        u_proj=u_proj.data_ptr(), skip_proj=address(skip_proj), **outputs,
     )  # fmt: skip
-    if function(ctypes.byref(call), torch.get_num_threads()):
-        raise MemoryError(f"propagate over {batch} x {channels} maps of {height} x {width} ran out of memory.")
+    run(function, call, f"propagate over {batch} x {channels} maps of {height} x {width}")
 
 
 def propagate(
@@ -100,7 +100,7 @@ def propagate_backward(
         _run(
             load().gspn_propagate_backward, x, proxy, *projections, directions, segment, grad=as_image(grad),
             dx=as_image(dx), dproxy=channels_last.data_ptr(), dtap_proj=dtap.data_ptr(), dlam_proj=dlam.data_ptr(),
-            du_proj=du.data_ptr(), dskip_proj=None if dskip is None else dskip.data_ptr(),
+            du_proj=du.data_ptr(), dskip_proj=address(dskip),
         )  # fmt: skip
         dproxy.copy_(channels_last.permute(0, 3, 1, 2))
     else:

@@ -98,11 +98,13 @@ def _stochastic(b_before, b_here, b_after, m_has_left, m_has_right):
     """Logits to sigmoids that sum to one over the neighbours that exist; 0 for the others.
 
     ``sigmoid(a) = exp(min(a, 0)) / (1 + exp(-|a|))``, and what is largest under the exponentials of the numerators is
-    taken out of all three: finite for logits of any size.
+    taken out of all three: finite for logits of any size, and equal where all of them are ``-inf``.
     """
-    b_low_before = tl.where(m_has_left, tl.minimum(b_before, 0.0), float("-inf"))
-    b_low_here = tl.minimum(b_here, 0.0)
-    b_low_after = tl.where(m_has_right, tl.minimum(b_after, 0.0), float("-inf"))
+    LOWEST: tl.constexpr = -3.4028234663852886e38
+    b_before, b_after = tl.where(m_has_left, b_before, 0.0), tl.where(m_has_right, b_after, 0.0)
+    b_low_before = tl.where(m_has_left, tl.maximum(tl.minimum(b_before, 0.0), LOWEST), float("-inf"))
+    b_low_here = tl.maximum(tl.minimum(b_here, 0.0), LOWEST)
+    b_low_after = tl.where(m_has_right, tl.maximum(tl.minimum(b_after, 0.0), LOWEST), float("-inf"))
     b_largest = tl.maximum(b_low_here, tl.maximum(b_low_before, b_low_after))
     # Over a common denominator, whose factors are between 1 and 2: one division for all.
     b_of_before = 1.0 + tl.exp(-tl.abs(b_before))
@@ -262,10 +264,10 @@ def _rows_of_eight(a, b, c, d, e, f):
 
 
 @triton.jit
-def _logit_gradient(b_logit, b_tap, b_difference, b_g):
+def _logit_gradient(b_logit, b_tap, b_half_difference, b_g):
     """``sigmoid(-logit) tap difference g``."""
     b_small = tl.exp(-tl.abs(b_logit))
-    return tl.where(b_logit >= 0, b_small, 1.0) / (1.0 + b_small) * b_tap * b_difference * b_g
+    return tl.where(b_logit >= 0, b_small, 1.0) / (0.5 + 0.5 * b_small) * b_tap * b_half_difference * b_g
 
 
 @triton.jit(
@@ -374,12 +376,13 @@ def gradients_kernel(
                 b_dx += tl.load(p_before + o_dx, mask=m & m_writes, other=0.0).to(tl.float32)
             tl.store(p_dx + o_dx, b_dx.to(p_dx.dtype.element_ty), mask=m & m_writes)
 
-            # Differences of states first: where they are alike, nothing large cancels.
-            b_mean = b_before * b_h_before + b_here * b_h_here + b_after * b_h_after
+            # Differences of states first: where they are alike, nothing large cancels. Half of them, since the
+            # difference of two large states may overflow.
+            b_half_mean = 0.5 * (b_before * b_h_before + b_here * b_h_here + b_after * b_h_after)
             b_carried = tl.where(m_carries, b_g, 0.0)
-            b_d_before = _logit_gradient(b_a_before, b_before, b_h_before - b_mean, b_carried)
-            b_d_here = _logit_gradient(b_a_here, b_here, b_h_here - b_mean, b_carried)
-            b_d_after = _logit_gradient(b_a_after, b_after, b_h_after - b_mean, b_carried)
+            b_d_before = _logit_gradient(b_a_before, b_before, 0.5 * b_h_before - b_half_mean, b_carried)
+            b_d_here = _logit_gradient(b_a_here, b_here, 0.5 * b_h_here - b_half_mean, b_carried)
+            b_d_after = _logit_gradient(b_a_after, b_after, 0.5 * b_h_after - b_half_mean, b_carried)
             b_d_gate = b_x * b_g
             b_d_skip = tl.zeros_like(b_d_gate)
             if p_skip is not None:

@@ -18,7 +18,7 @@ class DataConfig(ImageData):
 
     name: str = "emoji"
     batch_size: int = setting(32, 1, free=True)
-    crop: int | None = setting(None, 1)
+    crop: int | None = setting(None, 1, 65536)
     """Side of the random crops of an image to learn from; null: the whole image."""
     channels: Literal[1, 3] = 3
     """1: convert images to grey."""
@@ -30,7 +30,7 @@ class DataConfig(ImageData):
 class ModelConfig(ModelExecution):
     """diffusers' ``AutoencoderKL``, which halves the sides between two successive levels."""
 
-    block_out_channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
+    block_out_channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512], metadata={"range": (1, 65536)})
     layers_per_block: int = setting(2, 1)
     latent_channels: int = setting(4, 1)
     norm_num_groups: int = setting(32, 1)

@@ -20,7 +20,7 @@ DenoiserName = Literal["gspn", "attention", "dit"]
 class DataConfig(ImageData):
     """The images, or latents, to learn from."""
 
-    size: int = setting(32, 1)
+    size: int = setting(32, 1, 65536)
     """Height and width of an image in pixels; smaller images are enlarged, others cropped at the centre."""
     latents: Path | None = setting(None, free=True)  # a digest of them is compared, under `resolved`
     """A directory written by `gspn class-conditional latents`: the model then learns latents, not pixels. It determines
@@ -94,8 +94,6 @@ class ClassConditionalConfig(Configuration):
                 "bound needs the prediction of noise. Set diffusion.learned_sigma=false, or "
                 "diffusion.objective=epsilon."
             )
-        if not 0 < diffusion.scaling < float("inf"):
-            raise UsageError(f"diffusion.scaling is {diffusion.scaling:g}; it has to be greater than 0.")
         if data.latents is None and diffusion.scaling != 1:
             raise UsageError(
                 f"diffusion.scaling is {diffusion.scaling:g}, and only latents are scaled; set diffusion.scaling=1, or "

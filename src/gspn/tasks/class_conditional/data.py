@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..._errors import UsageError
-from ..core.loaders import EvalLoader, TrainLoader, class_names, open_data
+from ..core.loaders import EvalLoader, TrainLoader, class_names, open_splits
 from ..core.task import Context
 from ..diffusion.latents import LatentSet, open_latents, sample_posterior
 from ..diffusion.transforms import image_transform
@@ -43,10 +43,9 @@ def open_data_of(config: ClassConditionalConfig, context: Context) -> RunData:
     if data.latents is not None:
         train, held_out, facts = _open_latents_of(config, data.latents)
     else:
-        train = open_data(data.name, data.train_split, data.root, **data.options)
+        train, held_out = open_splits(data)
         train.transform = image_transform(data.size, data.channels, hflip=data.hflip)
-        if data.eval_split is not None:
-            held_out = open_data(data.name, data.eval_split, data.root, **data.options)
+        if held_out is not None:
             held_out.transform = image_transform(data.size, data.channels)
         facts = {"name": data.name, "classes": class_names(train), "channels": data.channels, "sample_size": data.size}
     measured = None if held_out is None else context.eval_loader(held_out)
@@ -58,14 +57,14 @@ def _open_latents_of(
 ) -> tuple[LatentSet, LatentSet | None, dict[str, Any]]:
     """The latents to train on, those that are held out, and the facts of a :class:`RunData`."""
     data = config.data
-    train = open_latents(directory)
+    train = open_latents(directory, verify=True)
     if not train.classes:
         raise UsageError(
             f"the latents in {str(directory)!r} have captions and no classes; name latents of images with classes."
         )
     _check_keys(data, train)
     train.hflip = data.hflip
-    held_out = None if data.eval_split is None else open_latents(data.eval_split)
+    held_out = None if data.eval_split is None else open_latents(data.eval_split, verify=True)
     if held_out is not None:
         _check_matching(held_out, train)
     vae = train.autoencoder()

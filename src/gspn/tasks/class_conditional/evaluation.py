@@ -10,11 +10,15 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
+from ..._console import default_console
 from ..._errors import UsageError
+from ..._files import printable
 from ..diffusion.evaluation import ImageMetrics, compare_images
 from ..diffusion.image_grid import draw_grid
 from ..diffusion.images import ImageSet, open_images, save_png
 from ..diffusion.metrics import nearest
+
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,9 @@ def evaluate(
     ours = open_images(samples, limit=limit)
     theirs = open_images(reference, size=(ours.pixels.shape[2], ours.pixels.shape[3]), limit=limit)
     metrics, fake, real = compare_images(
-        ours, theirs, features=features, batch_size=batch_size, device=device, cache=cache, console=console or Console()
-    )
+        ours, theirs, features=features, batch_size=batch_size, device=device, cache=cache,
+        console=console or default_console(),
+    )  # fmt: skip
     per_class = None if classifier is None else _hits(ours, classifier)
     if neighbours is not None:
         save_png(neighbours, draw_neighbours(ours, theirs, fake.pooled, real.pooled))
@@ -127,15 +132,29 @@ def draw_neighbours(
 
 
 def _hits(samples: ImageSet, classifier: Classifier) -> dict[str, list[bool]]:
-    """Whether the classifier finds the class of each sample, by the name of that class."""
+    """Whether the classifier finds the class of each sample, by the name of that class.
+
+    Names of classes are looked up among the classifier's own. A number counts only where there is no name: for images
+    of a model that does not name its classes, and for archives.
+    """
     if any(label < 0 for label in samples.labels):
         raise UsageError(
             f"{samples.name} does not say which class each image was sampled for; leave --classifier out, or evaluate "
             "the output of `gspn class-conditional sample`."
         )
+    names = list(classifier.class_names or ())
+    known = {name: i for i, name in enumerate(names)}
+    own = samples.classes or [None] * len(samples)
+    unknown = sorted({name for name in own if name is not None and name not in known})
+    if unknown:
+        what = f"names {', '.join(map(printable, names[:_SHOWN]))}, ..." if names else "does not name its classes"
+        raise UsageError(
+            f"{samples.name} has images of {', '.join(map(repr, unknown[:_SHOWN]))}, and the classifier "
+            f"{printable(classifier.name)} {what}; use the classifier of these classes, or leave it out."
+        )
+    labels = [label if name is None else known[name] for label, name in zip(samples.labels, own, strict=True)]
     guesses = classifier.classify([samples.to_pil(i) for i in range(len(samples))])
-    names = classifier.class_names or ()
     hits: dict[str, list[bool]] = {}
-    for label, guess in zip(samples.labels, guesses, strict=True):
+    for label, guess in zip(labels, guesses, strict=True):
         hits.setdefault(names[label] if label < len(names) else str(label), []).append(guess == label)
     return hits

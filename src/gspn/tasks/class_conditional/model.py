@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..._errors import UsageError, nearest, require
+from ..._errors import UsageError, require
+from ..diffusion import pretrained
+from ..diffusion.pretrained import locate, shipped
 from .config import ClassConditionalConfig
+
+PIPELINES = ("ClassConditionalPipeline", "DiTPipeline")
+"""The pipelines that are supported, the second one's from diffusers."""
 
 _DIT = {
     "T": {"num_layers": 4, "num_attention_heads": 3, "attention_head_dim": 32},
@@ -107,13 +111,7 @@ def shipped_pipelines() -> dict[str, Path]:
         >>> sorted(shipped_pipelines())
         ['gspn_denoiser.mnist5k']
     """
-    spec = importlib.util.find_spec("gspn.diffusers")  # without importing it, which needs diffusers
-    if spec is None or spec.origin is None:
-        return {}
-    indices = (Path(spec.origin).parent / "weights").glob("*/model_index.json")
-    # Text-to-image pipelines are in the same folder.
-    own = [path.parent for path in indices if json.loads(path.read_text())["_class_name"] == "ClassConditionalPipeline"]
-    return {path.name: path for path in own}
+    return shipped("model_index.json", PIPELINES)
 
 
 def load_pipeline(source: str | Path) -> Any:
@@ -133,17 +131,8 @@ def load_pipeline(source: str | Path) -> Any:
     require("diffusers", extra="diffusers")
     from gspn.diffusers import ClassConditionalPipeline
 
-    name, shipped = str(source), shipped_pipelines()
-    folders = (Path(source), Path(source) / "last", *([shipped[name]] if name in shipped else []))
-    path = next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
-    # A hub id has an owner, and is not an existing path.
-    if path is None and (Path(source).exists() or name.startswith((".", "/", "~")) or "/" not in name):
-        raise UsageError(
-            f"{name!r} has no model_index.json; name a directory that `gspn class-conditional train` wrote, a hub id, "
-            f"or one of {', '.join(sorted(shipped))}{nearest(name, shipped)}"
-        )
-    try:
-        # In float32 whatever the file has; lower precision is by autocast.
-        return ClassConditionalPipeline.from_pretrained(name if path is None else path)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise UsageError(f"{name!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    location = locate(
+        source, "model_index.json", shipped_pipelines(), "class-conditional pipeline", "gspn class-conditional train"
+    )
+    # In float32 whatever the file has; lower precision is by autocast.
+    return pretrained.load_pipeline(ClassConditionalPipeline, location, classes=PIPELINES, dtype=torch.float32)

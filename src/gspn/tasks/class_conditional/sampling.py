@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from ..._console import default_console
 from ..._errors import UsageError
+from ..._locks import DirectoryLock
+from ..._timesteps import set_timesteps
 from ..core.devices import make_accelerator
 from ..core.progress import progress_bar
 from ..core.seeding import derived_seed
@@ -21,6 +25,8 @@ from ..diffusion.image_grid import draw_grid
 from ..diffusion.images import ImageRecord, save_png
 from ..diffusion.schedulers import named_scheduler
 from .model import load_pipeline
+
+_GRID_IMAGES, _GRID_PIXELS = 400, 1 << 25  # of the grid, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +46,7 @@ class Samples:
     records: tuple[SampleRecord, ...]
     """Of all images, in order."""
     grid: Path | None
-    """The image of all images, or None."""
+    """The grid of images, or None."""
     seconds: float
     """Time that this process sampled."""
     is_main: bool = True
@@ -65,7 +71,7 @@ def sample(
     grid: bool = True,
     console: Console | None = None,
 ) -> Samples:
-    """Sample images of classes, as PNG files that hold their record, and a grid of all.
+    """Sample images of classes, as PNG files that hold their record, and a grid of the first.
 
     The noise of image i depends on the seed and on i alone: the batch size and the number of processes change no image,
     beyond rounding. Started by ``torchrun``, each process samples its share.
@@ -73,7 +79,7 @@ def sample(
     Args:
         model: A pipeline for :func:`~gspn.tasks.class_conditional.model.load_pipeline`.
         output: A directory; images are ``00000.png`` and so on, the grid is ``grid.png``.
-        classes: Numbers or names, taken in turn; all by default.
+        classes: Numbers or names, taken in turn; all by default. A text that is a name and a number is the name.
         number: Images in all; by default eight of each class.
         seed: Of the noise.
         guidance: Guidance scale; 1 disables it.
@@ -85,7 +91,7 @@ def sample(
         batch_size: Images at a time.
         precision: ``"fp32"``, or ``"bf16"`` or ``"fp16"`` by autocast.
         device: ``"auto"`` uses a GPU if there is one, ``"cpu"`` does not.
-        grid: Whether to draw the grid.
+        grid: Whether to draw the grid: of the first 400 images at most, and fewer if they are large.
         console: Where to print; standard output by default.
 
     Raises:
@@ -98,7 +104,8 @@ def sample(
     pipeline = load_pipeline(model)
     pipeline.scheduler = named_scheduler(scheduler, pipeline.scheduler)
     try:
-        labels = pipeline.label_ids(list(range(pipeline.num_classes or 1)) if classes is None else list(classes))
+        chosen = range(pipeline.num_classes or 1) if classes is None else classes
+        labels = pipeline.label_ids([_number_or_name(one, pipeline.labels) for one in chosen])
     except ValueError as error:
         raise UsageError(str(error)) from None
     if not labels:
@@ -106,6 +113,9 @@ def sample(
     total = 8 * len(labels) if number is None else number
     if total < 1 or batch_size < 1 or steps < 1:
         raise UsageError(f"number {total}, batch size {batch_size} and steps {steps} have to be at least 1.")
+    if not 0 <= guidance < math.inf:
+        raise UsageError(f"guidance {guidance} has to be 0 or more; 1 disables it.")
+    set_timesteps(pipeline.scheduler, steps)  # refuses too many, before anything is drawn
     accelerator = make_accelerator(precision=precision, device=device)
     pipeline.to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
@@ -113,26 +123,35 @@ def sample(
     common = {"seed": seed, "steps": steps, "guidance": guidance, "model": name}
     records = sample_records(pipeline, labels, total, height=height, width=width, **common)
     directory = Path(output)
-    directory.mkdir(parents=True, exist_ok=True)
     own = records[accelerator.process_index :: accelerator.num_processes]
     start = time.perf_counter()
-    shown = (console or Console()) if accelerator.is_main_process else None
-    with progress_bar(shown, "sampling", len(own)) as advance:
-        for begin in range(0, len(own), batch_size):
-            batch = own[begin : begin + batch_size]
-            with accelerator.autocast():
-                images = sample_batch(pipeline, batch)
-            for record, image in zip(batch, images, strict=True):
-                save_png(record.path(directory), image, record)
-            advance(len(batch))
-    seconds = time.perf_counter() - start
-    accelerator.wait_for_everyone()
+    shown = (console or default_console()) if accelerator.is_main_process else None
+    # One process holds the directory for all.
+    with DirectoryLock(directory) if accelerator.is_main_process else contextlib.nullcontext():
+        accelerator.wait_for_everyone()
+        with progress_bar(shown, "sampling", len(own)) as advance:
+            for begin in range(0, len(own), batch_size):
+                batch = own[begin : begin + batch_size]
+                with accelerator.autocast():
+                    images = sample_batch(pipeline, batch)
+                for record, image in zip(batch, images, strict=True):
+                    save_png(record.path(directory), image, record)
+                advance(len(batch))
+        seconds = time.perf_counter() - start
+        accelerator.wait_for_everyone()
     path = None
     if grid and accelerator.is_main_process:
         path = directory / "grid.png"
-        written = [Image.open(record.path(directory)) for record in records]
-        save_png(path, draw_classes(written, records, len(labels)))
+        chosen = _for_grid(records, len(labels))
+        save_png(path, draw_classes([_read(one.path(directory)) for one in chosen], chosen, len(labels)))
+        if len(chosen) < len(records) and shown is not None:
+            shown.print(f"grid.png shows the first {len(chosen):,} of {len(records):,} images", highlight=False)
     return Samples(directory, records, path, seconds, accelerator.is_main_process)
+
+
+def _number_or_name(one: int | str, names: Mapping[str, int]) -> int | str:
+    is_number = isinstance(one, str) and one not in names and one.isascii() and one.isdecimal() and len(one) < 20
+    return int(one) if is_number else one
 
 
 def sample_records(
@@ -148,7 +167,7 @@ def sample_records(
 
     Height and width are those of the training by default.
     """
-    names, side = {number: name for name, number in pipeline.labels.items()}, pipeline.default_size
+    names, side = {int(key): name for key, name in pipeline.config["id2label"].items()}, pipeline.default_size
     common |= {"height": side if height is None else height, "width": side if width is None else width}
     common["scheduler"] = type(pipeline.scheduler).__name__
     chosen = [labels[i % len(labels)] for i in range(total)]
@@ -174,6 +193,17 @@ def sample_batch(pipeline: Any, records: Sequence[SampleRecord]) -> list[Image.I
         ).images
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def _for_grid(records: Sequence[SampleRecord], classes: int) -> Sequence[SampleRecord]:
+    """The first records, as many as one can look at and as fit into little memory: whole columns of the grid."""
+    count = min(len(records), _GRID_IMAGES, max(1, _GRID_PIXELS // (records[0].height * records[0].width)))
+    return records[: count // classes * classes if classes <= count < len(records) else count]
+
+
+def _read(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def draw_classes(images: Sequence[Image.Image], records: Sequence[SampleRecord], classes: int) -> Image.Image:

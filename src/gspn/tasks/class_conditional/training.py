@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..._errors import require
 from ..._files import replaced_directory
+from ..._timesteps import set_timesteps
 from ..core.loop import fit
 from ..core.metrics_table import EpochRow, metric
 from ..core.seeding import random_state_kept
@@ -74,6 +75,8 @@ class ClassConditionalDenoising(Task[ClassConditionalConfig, GeneratorRow]):
             if isinstance(module, LabelEmbedding):
                 module.dropout_prob = 0.0
         self.scheduler = training_scheduler(self.config.diffusion, pixels=self.data.vae is None)
+        if self.config.samples.every:  # refused now, not after the first epoch
+            set_timesteps(named_scheduler(self.config.samples.scheduler, self.scheduler), self.config.samples.steps)
         self.denoising = DenoisingLoss(self.config.diffusion, self.scheduler)
         images, side = self.data.train.order.images, self.data.sample_size
         kind = "pixels" if self.data.vae is None else "latents"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..._errors import UsageError, require
-from ..._files import replaced
+from ..._figures import label, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +71,7 @@ def plot_confusion(evaluation: Evaluation) -> Figure:
             axes.axhline(line - 0.5, color=_GRID, linewidth=0.5)
             axes.axvline(line - 0.5, color=_GRID, linewidth=0.5)
     if named:
-        names = [name if len(name) <= 28 else name[:27] + "…" for name in evaluation.classes]
+        names = [label(name if len(name) <= 28 else name[:27] + "…") for name in evaluation.classes]
         upright = numbered and longest <= 3
         axes.set_xticks(range(classes), names, rotation=0 if upright else 90, fontsize=size)
         axes.set_yticks(range(classes), names, fontsize=size)
@@ -85,7 +85,7 @@ def plot_confusion(evaluation: Evaluation) -> Figure:
         spine.set_color(_GRID)
     axes.set_title(
         # Two lines: the image of ten classes is narrower than one.
-        f"{_short_name(evaluation.model)} on {evaluation.data}/{evaluation.split}\n"
+        f"{label(_short_name(evaluation.model))} on {label(f'{evaluation.data}/{evaluation.split}')}\n"
         f"top-1 {evaluation.top1:.2f} % of {evaluation.images:,} images",
         loc="left",
         color=_INK,
@@ -103,9 +103,7 @@ def save_confusion(evaluation: Evaluation, path: Path, dpi: int = 160) -> None:
         MissingExtraError: matplotlib is not installed.
     """
     check_image_path(path)
-    figure = plot_confusion(evaluation)
-    with replaced(path) as part:
-        figure.savefig(part, dpi=dpi, facecolor="white", format=path.suffix[1:].lower())
+    save_figure(plot_confusion(evaluation), path, dpi)
 
 
 def _short_name(model: str) -> str:

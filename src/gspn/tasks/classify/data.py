@@ -1,33 +1,13 @@
-"""Training and evaluation data of a classifier."""
+"""The transform of training images."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from ..._errors import UsageError, require
-from ..core.loaders import class_names, open_data
-from .config import AugmentConfig, DataConfig
+from ..._errors import require
+from .config import AugmentConfig
 from .model import Preprocessing
-
-
-def open_pair(data: DataConfig) -> tuple[Any, Any]:
-    """The training and the evaluation data of a configuration, with the same classes.
-
-    Raises:
-        UsageError: one of them cannot be opened, or they differ in their classes.
-    """
-    train = open_data(data.name, data.train_split, data.root, **data.options)
-    classes = class_names(train)
-    options = dict(data.options)
-    if data.name in ("", "folder"):
-        options.setdefault("classes", classes)  # a class without held-out images must not shift the others
-    evaluated = open_data(data.name, data.eval_split, data.root, **options)
-    if class_names(evaluated) != classes:
-        raise UsageError(
-            f"data {data.name!r}: split {data.train_split!r} has {len(classes)} classes and {data.eval_split!r} has "
-            f"{len(class_names(evaluated))} others; name two splits of one data set."
-        )
-    return train, evaluated
 
 
 def train_transform(augment: AugmentConfig, preprocessing: Preprocessing) -> Any:
@@ -57,4 +37,5 @@ def train_transform(augment: AugmentConfig, preprocessing: Preprocessing) -> Any
         shear = affine.shear or None
         moved = transforms.RandomAffine(affine.degrees, affine.translate, affine.scale, shear, bilinear, affine.fill)
         steps.insert(1, moved)
-    return transforms.Compose(steps)
+    trimmed = partial(require("gspn.data").trimmed, width=size[1], height=size[0])
+    return transforms.Compose([trimmed, *steps])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ..._errors import UsageError, require
 from ..._files import write_text
 from ..core.devices import make_accelerator, peak_memory_mib, process_info, to_device
-from ..core.loaders import class_names, open_data, share_loader
+from ..core.loaders import class_names, open_data, share_loader, with_classes
 from ..core.progress import progress_bar
 from .model import label_names, load_model, resolve_preprocessing
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class ClassesWarning(UserWarning):
+    """The classes of data and of a model could not be matched by their names."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +124,14 @@ def evaluate(
     classifier = model.eval() if isinstance(model, nn.Module) else load_model(model)
     options = dict(options or {})
     own_names = label_names(classifier)
-    if data in ("", "folder") and own_names is not None:
-        options.setdefault("classes", own_names)  # a class missing in the folder must not shift the others
-    dataset = open_data(data, split, root, **options)
-    names = class_names(dataset)
     count = int(classifier.num_classes)  # type: ignore[arg-type]
+    if own_names is None:
+        dataset = open_data(data, split, root, **options)
+    else:
+        dataset, warning = with_classes(data, split, root, own_names, **options)
+        if warning is not None:
+            warnings.warn(warning, ClassesWarning, stacklevel=2)
+    names = class_names(dataset)
     if len(names) != count:
         raise UsageError(
             f"the model has {count} classes and data {data!r} has {len(names)}; evaluate it on the data it was trained "

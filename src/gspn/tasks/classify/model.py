@@ -7,12 +7,13 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..._errors import UsageError, nearest, require
+from ..._errors import UsageError, require
 from ..._files import replaced, write_text
 from .config import ModelConfig
 
@@ -40,7 +41,10 @@ class Preprocessing:
 
     def transform(self) -> Any:
         """The evaluation transform, by timm: PIL image to ``[3, H, W]``."""
-        return require("timm.data").create_transform(**asdict(self), is_training=False)
+        composed = require("timm.data").create_transform(**asdict(self), is_training=False)
+        height, width = self.input_size[-2:]
+        composed.transforms.insert(0, partial(require("gspn.data").trimmed, width=width, height=height))
+        return composed
 
 
 def build_model(config: ModelConfig, *, num_classes: int, size: int) -> nn.Module:
@@ -50,6 +54,8 @@ def build_model(config: ModelConfig, *, num_classes: int, size: int) -> nn.Modul
         UsageError: unknown model name, or arguments that the model does not take.
     """
     timm = import_timm()
+    from ...models.saved import check_model_name
+
     name = config.name
     if ":" not in name:
         check_model_name(name)
@@ -82,16 +88,6 @@ def model_kwargs(config: ModelConfig, size: int) -> dict[str, Any]:
         if cfg is not None and cfg.fixed_input_size and cfg.input_size[-1] != size:
             kwargs["img_size"] = size
     return kwargs
-
-
-def check_model_name(name: str) -> None:
-    """Refuse a name that is not in timm's registry."""
-    timm = import_timm()
-    plain = name.partition(".")[0]
-    if not timm.is_model(plain):
-        raise UsageError(
-            f"unknown model {name!r}{nearest(plain, timm.list_models()) or '; timm.list_models() has the names.'}"
-        )
 
 
 def import_timm() -> Any:
@@ -155,20 +151,22 @@ def load_model(source: str | Path) -> nn.Module:
         UsageError: there is no such directory or model, or no weights for it.
     """
     timm = import_timm()
+    from ...models.saved import check_model_name, load_saved
+
     text = str(source)
-    directory = Path(source)
-    if directory.is_dir():
+    directory = Path(text.removeprefix("local-dir:"))
+    if text.startswith("local-dir:") or directory.is_dir():
         folders = (directory, directory / "best", directory / "last")
         own = [one for one in folders if (one / CONFIG).is_file() and (one / WEIGHTS).is_file()]
         if not own:
             raise UsageError(
                 f"{text!r} has no {CONFIG} and {WEIGHTS}; name a directory that `gspn classify train` wrote."
             )
-        directory = own[0]
-        name = f"local-dir:{directory}"
-        architecture = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("architecture", "")
-        check_model_name(architecture)
-    elif text.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        model = load_saved(own[0])
+        if getattr(model, "num_classes", 0) < 1:
+            raise UsageError(f"{text!r} holds a model without classes (num_classes 0); name a classifier.")
+        return model
+    if text.startswith(("hf-hub:", "hf_hub:")):
         name = text
     elif "/" in text or "\\" in text:
         if text.count("/") != 1 or text.startswith((".", "/", "~")):

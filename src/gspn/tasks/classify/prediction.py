@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..._errors import require
+from ..._errors import UsageError, require
+from ..._files import printable
 from .model import label_names, load_model, resolve_preprocessing
 
 
@@ -45,7 +48,7 @@ def predict(
     """Classify images.
 
     Args:
-        images: Paths, or PIL images.
+        images: Paths, or PIL images. A folder stands for the images in it.
         model: A name or path that :func:`~gspn.tasks.classify.model.load_model` accepts, or a timm model.
         top: Number of classes to return for each image.
         batch_size: Images per forward pass.
@@ -55,7 +58,8 @@ def predict(
         One prediction for each image, in order. For an image that cannot be read, ``broken`` is set.
 
     Raises:
-        UsageError: the model cannot be found.
+        UsageError: the model cannot be found, or a folder has no images.
+        TypeError: an image is neither a path nor a PIL image.
         MissingExtraError: a package of ``gspn[train]`` is not installed.
 
     Example:
@@ -85,8 +89,8 @@ def predict(
                 predictions.append(_prediction(name, scores, names, top))
             batch.clear()
 
-    for position, image in enumerate(images):
-        name, opened = _open(image, position)
+    for name, image in _named(images):
+        opened = _open(name, image)
         if isinstance(opened, str):
             flush()
             predictions.append(Prediction(name, broken=opened))
@@ -105,14 +109,34 @@ def _prediction(name: str, scores: torch.Tensor, names: Sequence[str] | None, to
     return Prediction(name, classes, tuple(float(p) for p in best.values), indices)
 
 
-def _open(image: Any, position: int) -> tuple[str, Any]:
-    """The image's name, and the image in RGB or the reason why it cannot be read."""
+def _named(images: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """The name of each image, and its path or PIL image."""
+    for position, image in enumerate(images):
+        if not isinstance(image, str | os.PathLike):
+            yield str(position), image
+        elif not Path(image).is_dir():
+            yield os.fspath(image), image
+        else:
+            data = require("gspn.data")
+            files, left_out = data.image_files(image)
+            if left_out:
+                warnings.warn(f"{printable(image)}: {left_out}", data.LeftOutWarning, stacklevel=4)
+            if not files:
+                raise UsageError(f"{printable(image)} holds no images; {left_out}.")
+            for file in files:
+                yield str(Path(image) / file), Path(image) / file
+
+
+def _open(name: str, image: Any) -> Any:
+    """The image in RGB, or the reason why it cannot be read."""
     data = require("gspn.data")
-    if not isinstance(image, str | Path):
-        return str(position), image.convert("RGB")
     try:
-        return str(image), data.load_image(image)
+        if isinstance(image, str | os.PathLike):
+            return data.load_image(image)
+        if hasattr(image, "getexif"):
+            return data.to_rgb(image, name=name)
     except data.CorruptImageError as error:
-        return str(image), error.reason
+        return error.reason
     except OSError as error:
-        return str(image), error.strerror or str(error)
+        return error.strerror or str(error)
+    raise TypeError(f"image {name} is a {type(image).__name__}; pass paths, or PIL images.")

@@ -11,12 +11,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..._errors import require
-from ..core.loaders import class_names
+from ..core.loaders import class_names, open_splits
 from ..core.loop import fit
 from ..core.metrics_table import EpochRow, metric
 from ..core.task import Context, Models, Setup, Task, TrainingResult, Weights
 from .config import TrainConfig
-from .data import open_pair, train_transform
+from .data import train_transform
 from .evaluation import evaluate_batches
 from .model import build_model, resolve_preprocessing, save_config, save_weights
 
@@ -65,7 +65,7 @@ class Classification(Task[TrainConfig, ClassifierRow]):
     def setup(self, context: Context) -> Setup:
         """Open both splits and build the model and the loss."""
         config, data = self.config, self.config.data
-        train_data, eval_data = open_pair(data)
+        train_data, eval_data = open_splits(data)
         self.classes = class_names(train_data)
         self.model = build_model(config.model, num_classes=len(self.classes), size=data.size)
         self.preprocessing = resolve_preprocessing(self.model, data)

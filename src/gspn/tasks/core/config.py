@@ -6,28 +6,40 @@ An unknown key and a value of the wrong type or out of range are refused with th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import os
 import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from ..._errors import UsageError, nearest, require
+from ..._files import short
 
 T = TypeVar("T")
 
 # YAML 1.1, which PyYAML follows, takes 1e-3 for a string: a float needs a point there.
+_MOST_VALUES, _MOST_NESTED = 100_000, 16  # of a configuration
+_LONGEST_NAME = 4096  # letters
+
 _FLOAT = re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+$")
 
 
-def setting(default: Any, least: float = -math.inf, most: float = math.inf, *, free: bool = False) -> Any:
-    """A field of a section, for ``dataclasses``. A number has to lie in ``[least, most]``; None always passes.
+def setting(
+    default: Any, least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf,
+    below: float = math.inf, free: bool = False,
+) -> Any:  # fmt: skip
+    """A field of a section, for ``dataclasses``.
 
-    The value of a ``free`` one changes neither weights nor metrics, so it may differ when a run is resumed.
+    A number, and each of a list, has to lie in ``[least, most]``, and between ``above`` and ``below`` without being
+    either; None always passes. The value of a ``free`` one changes neither weights nor metrics, so it may differ when a
+    run is resumed.
     """
-    return dataclasses.field(default=default, metadata={"range": (least, most), "free": free})
+    return dataclasses.field(default=default, metadata={"range": (least, most, above, below), "free": free})
 
 
 def settings(config: Any, parent: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
@@ -60,20 +72,25 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], parent: str = "") -> T
         gspn._errors.UsageError: unknown configuration key 'rl'; did you mean 'lr'?
     """
     if not isinstance(values, Mapping):
-        raise UsageError(f"{parent or 'the configuration'} is {values!r}, not a mapping of keys to values.")
-    hints = typing.get_type_hints(cls)
+        raise UsageError(f"{parent or 'the configuration'} is {short(values)}, not a mapping of keys to values.")
+    hints = _hints(cls)
     fields = {field.name: field for field in dataclasses.fields(typing.cast("Any", cls))}
     built = {}
     for key, value in values.items():
         key_path = f"{parent}.{key}" if parent else str(key)
         if key not in fields:
-            raise UsageError(f"unknown configuration key {key_path!r}{_nearest_key(str(key), hints, parent)}")
+            raise UsageError(f"unknown configuration key {short(key_path)}{_nearest_key(str(key), hints, parent)}")
         built[key] = _converted(hints[key], value, key_path)
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in built:
             raise UsageError(f"{f'{parent}.{name}' if parent else name} is missing; set it.")
     return cls(**built)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def to_mapping(value: Any) -> Any:
@@ -113,8 +130,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     """
     key, equals, value = text.partition("=")
     key = key.strip()
-    if not equals or not all(key.split(".")):
-        raise UsageError(f"{text!r} is not of the form section.key=value, such as optim.lr=1e-3.")
+    if not equals or not all(key.split(".")) or key.count(".") > _MOST_NESTED:
+        raise UsageError(f"{short(text)} is not of the form section.key=value, such as optim.lr=1e-3.")
     return key, read_yaml(value, f"the value of {key}")
 
 
@@ -122,18 +139,44 @@ def read_yaml(text: str, what: str) -> Any:
     """``text`` as YAML, safely, with ``1e-3`` as a number.
 
     Raises:
-        UsageError: it is not YAML.
+        UsageError: it is not YAML, a mapping has a key twice, or aliases make it too large.
     """
     yaml = require("yaml")
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [one.value for one, _ in node.value if isinstance(one, yaml.ScalarNode) and one.value != "<<"]
+            twice = [key for key, count in Counter(keys).items() if count > 1]
+            if twice:
+                problem = f"the key {twice[0]!r} is there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+            return super().construct_mapping(node, deep)
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
     try:
-        return yaml.load(text, Loader=Loader)
+        value = yaml.load(text, Loader=Loader)
+        _check_size(value, {})
     except yaml.YAMLError as error:
         raise UsageError(f"{what} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UsageError(f"{what} is not YAML that can be read: it is nested too deeply.") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        # PyYAML's errors for values that are not of the kind they look like, as the date 2026-99-99 or `!!bool x`.
+        raise UsageError(f"{what} is not YAML: {type(error).__name__}: {error}") from None
+    return value
+
+
+def _check_size(value: Any, sizes: dict[int, int]) -> int:
+    """The number of values in a tree whose branches may be one object by YAML's aliases; refuses one that explodes."""
+    if not isinstance(value, Mapping | list | tuple | set):
+        return 1
+    if id(value) not in sizes:
+        sizes[id(value)] = _MOST_VALUES  # of a branch that contains itself
+        inner = value.values() if isinstance(value, Mapping) else value
+        sizes[id(value)] = 1 + sum(_check_size(one, sizes) for one in inner)
+    if sizes[id(value)] > _MOST_VALUES:
+        raise ValueError(f"with its aliases written out it has more than {_MOST_VALUES:,} values, or never ends")
+    return sizes[id(value)]
 
 
 def write_yaml(config: Any) -> str:
@@ -156,18 +199,31 @@ def flat(mapping: Mapping[str, Any], parent: str = "") -> dict[str, Any]:
     return out
 
 
-def check_choice(key_path: str, value: str, choices: Iterable[str]) -> None:
+def check_choice(key_path: str, value: Any, choices: Iterable[Any]) -> None:
     """Refuse a value that is not one of ``choices``."""
     choices = list(choices)
-    if value not in choices:
-        raise UsageError(f"{key_path} is {value!r}, not one of {', '.join(choices)}{nearest(str(value), choices)}")
+    known = [str(one) for one in choices]
+    if value not in choices or isinstance(value, bool):
+        raise UsageError(f"{key_path} is {short(value)}, not one of {', '.join(known)}{nearest(str(value), known)}")
 
 
-def check_range(key_path: str, value: Any, least: float = -math.inf, most: float = math.inf) -> None:
-    """Refuse a number outside ``[least, most]``; anything else, such as None, passes."""
-    if isinstance(value, int | float) and least > -math.inf and not least <= value <= most:  # also refuses nan
-        between = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
-        raise UsageError(f"{key_path} is {value:g}; it has to be {between}.")
+def check_range(
+    key_path: str, value: Any, least: float = -math.inf, most: float = math.inf, above: float = -math.inf,
+    below: float = math.inf,
+) -> None:  # fmt: skip
+    """Refuse a number that is not finite or out of the range of :func:`setting`; others, such as None, pass."""
+    if isinstance(value, list | tuple | Mapping):
+        named = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for name, one in named:
+            check_range(f"{key_path}[{name}]", one, least, most, above, below)
+    if not isinstance(value, int | float) or (
+        math.isfinite(value) and least <= value <= most and above < value < below
+    ):
+        return
+    limits = [f"at least {least:g}"] * (least > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
+    limits += [f"at most {most:g}"] * (most < math.inf) + [f"below {below:g}"] * (below < math.inf)
+    both = f"between {least:g} and {most:g}" if least > -math.inf and most < math.inf else " and ".join(limits)
+    raise UsageError(f"{key_path} is {value:g}; it has to be {both or 'a finite number'}.")
 
 
 # --- One value --------------------------------------------------------------------------------------------------------
@@ -191,8 +247,9 @@ def _converted(hint: Any, value: Any, key_path: str) -> Any:
         # One alternative: its own message is the more exact one.
         raise errors[0] if len(errors) == 1 else _wrong(hint, value, key_path)
     if origin is Literal:
-        if value in arguments:
-            return value
+        for one in arguments:
+            if value == one and type(value) is type(one):
+                return value
         check_choice(key_path, value, arguments)
     if dataclasses.is_dataclass(hint):
         return value if dataclasses.is_dataclass(value) else from_mapping(typing.cast("type", hint), value, key_path)
@@ -211,26 +268,52 @@ def _converted(hint: Any, value: Any, key_path: str) -> Any:
 
 
 def _scalar(hint: type, value: Any, key_path: str) -> Any:
-    if hint is Path and isinstance(value, str | Path | int):
-        return Path(str(value))
-    if hint is bool and isinstance(value, bool):
+    if isinstance(value, bool):
+        if hint is not bool:
+            raise _wrong(hint, value, key_path)
         return value
-    if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
-    if hint in (int, float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise _wrong(hint, value, key_path) from None
-        if hint is float:
-            return number
-        if number.is_integer():
-            return int(value) if isinstance(value, int) else int(number)
+    if hint is Path and isinstance(value, str | Path | int) and str(value):
+        return Path(_name(str(value), key_path))
+    if hint is str and isinstance(value, str | int):  # 1.10 would lose its 0
+        return _name(str(value), key_path)
+    if hint in (int, float) and isinstance(value, str | int | float):
+        number = _number(value)
+        if hint is int and isinstance(number, float) and number.is_integer():
+            number = int(number)
+        if math.isfinite(number) and abs(number) < 2**63 and (hint is float or isinstance(number, int)):
+            return hint(number)
     raise _wrong(hint, value, key_path)
 
 
+def _number(value: str | float) -> int | float:
+    """The number that a value is, or that a text says; not a number if there is none."""
+    if not isinstance(value, str):
+        return value if abs(value) < 2**63 or isinstance(value, float) else math.nan
+    for kind in (int, float):
+        try:
+            return _number(kind(value))
+        except ValueError:
+            continue
+    return math.nan
+
+
+def _name(text: str, key_path: str) -> str:
+    """Refuse a text that no file, data set or model can have as its name."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise UsageError(f"{key_path} is {short(text)}, which is not text.") from None
+    if len(text) > _LONGEST_NAME:
+        raise UsageError(
+            f"{key_path} is {short(text)}, of {len(text):,} letters; at most {_LONGEST_NAME:,} can be used."
+        )
+    if "\0" in text:
+        raise UsageError(f"{key_path} is {short(text)}; the NUL character cannot be in it.")
+    return text
+
+
 def _wrong(hint: Any, value: Any, key_path: str) -> UsageError:
-    return UsageError(f"{key_path} is {value!r}; it has to be {_type_words(hint)}.")
+    return UsageError(f"{key_path} is {short(value)}; it has to be {_type_words(hint)}.")
 
 
 def _type_words(hint: Any) -> str:

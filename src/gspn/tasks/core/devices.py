@@ -79,6 +79,20 @@ def distributed_context() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+@contextmanager
+def batchnorm_errors() -> Iterator[None]:
+    """Turn PyTorch's error of BatchNorm, where it has a single value to average, into one line."""
+    try:
+        yield
+    except ValueError as error:
+        if "Expected more than 1 value per channel when training" not in str(error):
+            raise
+        raise UsageError(
+            "BatchNorm needs more than one value of each channel, and a batch of one image has one; raise "
+            "data.batch_size, or choose a model without BatchNorm."
+        ) from error
+
+
 def process_info(accelerator: Accelerator) -> dict[str, Any]:
     """The arguments of data loaders that depend on the process."""
     return {

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import data as torch_data
 
 from ..._errors import MissingExtraError, UsageError, require
+from ..._files import printable
 from .seeding import derived_seed
+
+if TYPE_CHECKING:
+    from .sections import ImageData
+
+_SHOWN = 8  # names of classes
+_STOPPED = "DataLoader worker (pid"
 
 
 @dataclass(eq=False)
@@ -101,12 +108,14 @@ class TrainLoader:
     seeded: Any
     broken: Any
     """The images that could not be read, a :class:`gspn.data.CorruptImages`."""
+    facts: dict[str, str] = field(default_factory=dict)
+    """Names and classes of the images, by :func:`facts_of`."""
 
     def batches(self, epoch: int, update: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The batches of this process, from an update of an epoch on."""
         self.order.start(epoch, update)
         self.seeded.set_epoch(epoch)
-        for images, targets, broken in self.loader:
+        for images, targets, broken in loaded(self.loader):
             self.broken.add(broken)
             yield images, targets
 
@@ -118,10 +127,11 @@ class EvalLoader:
     loader: torch_data.DataLoader[Any]
     share: ShareBatches
     broken: Any
+    facts: dict[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         seen = 0
-        for images, targets, broken in self.loader:
+        for images, targets, broken in loaded(self.loader):
             left = max(self.share.real - seen, 0)
             seen += len(targets)
             targets[left:] = -1
@@ -145,7 +155,8 @@ def seeded_loader(
     order = UpdateBatches(
         len(dataset), batch_size=batch_size, accumulate=accumulate, processes=processes, process=process, seed=seed
     )
-    return TrainLoader(make_loader(seeded, order, workers, pin), order, seeded, data.CorruptImages(seeded))
+    loader = make_loader(seeded, order, workers, pin)
+    return TrainLoader(loader, order, seeded, data.CorruptImages(seeded), facts_of(dataset))
 
 
 def share_loader(
@@ -155,7 +166,7 @@ def share_loader(
     data = require("gspn.data")
     share = ShareBatches(len(dataset), batch_size=batch_size, processes=processes, process=process)
     whole = data.SkipCorrupt(dataset, training=False)
-    return EvalLoader(make_loader(whole, share, workers, pin), share, data.CorruptImages(whole))
+    return EvalLoader(make_loader(whole, share, workers, pin), share, data.CorruptImages(whole), facts_of(dataset))
 
 
 def open_data(name: str, split: str, root: Any = None, *, captions: bool = False, **options: Any) -> Any:
@@ -183,6 +194,92 @@ def open_data(name: str, split: str, root: Any = None, *, captions: bool = False
     return dataset
 
 
+def open_splits(data: ImageData) -> tuple[Any, Any]:
+    """The training data of a configuration and the held-out data, None without; both have the same classes.
+
+    Raises:
+        UsageError: one of them cannot be opened, or they differ in their classes.
+    """
+    train = open_data(data.name, data.train_split, data.root, **data.options)
+    if data.eval_split is None:
+        return train, None
+    classes, options = class_names(train), dict(data.options)
+    if data.name in ("", "folder"):
+        options.setdefault("classes", classes)  # a class without held-out images must not shift the others
+    held_out = open_data(data.name, data.eval_split, data.root, **options)
+    if class_names(held_out) != classes:
+        raise UsageError(
+            f"data {data.name!r}: split {data.train_split!r} has {len(classes)} classes and {data.eval_split!r} has "
+            f"{len(class_names(held_out))} others; name two splits of one data set."
+        )
+    return train, held_out
+
+
+def with_classes(name: str, split: str, root: Any, classes: list[str], **options: Any) -> tuple[Any, str | None]:
+    """A data set whose targets are indices of ``classes``, by their names, and a warning where names tell nothing.
+
+    A data set that has none of the names, but as many, is matched by position, as it has to be.
+
+    Raises:
+        UsageError: it cannot be opened, or has other classes.
+    """
+    if name in ("", "folder"):
+        options.setdefault("classes", classes)  # a class missing in the folder must not shift the others
+    dataset = open_data(name, split, root, **options)
+    own = class_names(dataset)
+    if own == classes:
+        return dataset, None
+    if set(own) == set(classes):
+        return require("gspn.data").Relabelled(dataset, classes), None
+    known = set(own) & set(classes)
+    if known or len(own) != len(classes):
+        unknown = ", ".join(repr(one) for one in own if one not in known)[:200]
+        raise UsageError(
+            f"the model has {len(classes)} classes and data {name!r} has {len(own)}"
+            f"{f', of which the model does not know {unknown}' if unknown else ''}; use the data it was trained on."
+        )
+    return dataset, (
+        f"the classes of data {name!r} ({_some(own)}) and of the model ({_some(classes)}) have no name in common; they "
+        "are matched by their positions"
+    )
+
+
+def facts_of(dataset: Any) -> dict[str, str]:
+    """The names and the classes of a data set's images, without pixels, which a resumed run compares."""
+    if not hasattr(dataset, "identity"):
+        return {}
+    classes = [str(one) for one in getattr(dataset, "classes", None) or ()]
+    facts = {"files": f"{len(dataset):,} images, {dataset.identity()}"}
+    if classes:
+        facts["classes"] = f"{len(classes):,}, {require('gspn.data.base').digest_of(classes)[:8]}: {_some(classes)}"
+    return facts
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(printable, names[:_SHOWN])) + (", ..." if len(names) > _SHOWN else "")
+
+
+def loaded(loader: Any) -> Iterator[Any]:
+    """The batches of a loader.
+
+    Raises:
+        UsageError: no image can be read, or a process that loads images has stopped.
+    """
+    try:
+        yield from loader
+    except UsageError as error:
+        # From a worker it comes with the worker's traceback.
+        line = str(error).strip().splitlines()[-1].removeprefix(f"{UsageError.__module__}.UsageError: ")
+        raise UsageError(f"{line}. Repair them and start again.") from None
+    except RuntimeError as error:
+        if _STOPPED not in str(error):
+            raise
+        what = str(error).splitlines()[0].strip(". ")
+        raise UsageError(
+            f"a process that loads images has stopped ({what}); if the memory was full, use fewer workers."
+        ) from None
+
+
 def class_names(dataset: Any) -> list[str]:
     """The names of the classes.
 
@@ -191,7 +288,9 @@ def class_names(dataset: Any) -> list[str]:
     """
     names = getattr(dataset, "classes", None)
     if not names:
-        raise UsageError(f"{getattr(dataset, 'name', dataset)!r} does not name its classes.")
+        raise UsageError(
+            f"{getattr(dataset, 'name', dataset)!r} has no classes; a folder needs a folder of each class."
+        )
     return [str(one) for one in names]
 
 

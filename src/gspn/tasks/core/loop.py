@@ -15,10 +15,11 @@ from rich.console import Console
 from torch import Tensor
 
 from ..._errors import UsageError, require
-from ..._files import replaced, write_text
-from .checkpoints import CheckpointStore
-from .config import read_yaml, to_mapping, write_yaml
-from .devices import distributed_context, make_accelerator, peak_memory_mib
+from ..._files import naming, read_text, replaced, short, write_text
+from ..._locks import DirectoryLock
+from .checkpoints import CheckpointStore, Training
+from .config import from_mapping, read_yaml, to_mapping, write_yaml
+from .devices import batchnorm_errors, distributed_context, make_accelerator, peak_memory_mib
 from .metrics_table import MetricsTable, Row
 from .optimization import make_optimizer, make_scheduler
 from .progress import Reporter
@@ -34,6 +35,9 @@ _CHECKPOINTS, _TABLE, _CONFIG = "checkpoints", "metrics.csv", "config.yaml"
 # Updates between two questions to the first process whether a checkpoint is due; each is a message to all others.
 _ASK_EVERY = 16
 
+# What a run whose loss is no longer finite may change when it is resumed.
+_REMEDIES = ("optim.lr", "optim.clip_grad", "resolved.lr")
+
 # Fields of `Position` in the checkpoints of version 0.1.0.
 _RENAMED = {"best_top1": "best_score"}
 
@@ -48,24 +52,28 @@ def fit(task: Task[Any, Row], *, resume: bool = False, console: Console | None =
 
     Args:
         task: The task, with its configuration.
-        resume: Continue from the newest complete checkpoint in the output directory, from the start if there is none.
+        resume: Continue from the newest checkpoint in the output directory, from the start if there is none. Where
+            it is damaged the one before is taken, and a line says so. ``optim.lr`` and ``optim.clip_grad`` may have
+            other values from there on, for a run whose loss is no longer finite; a line says so, too.
         console: The console to print on; standard output by default.
 
     Raises:
         UsageError: a request that cannot be met, such as an output directory that holds another run, or a resumed run
-            whose configuration differs; also a loss that is not finite.
+            whose configuration differs; another process that writes there; checkpoints of which none is whole; also a
+            loss that is not finite.
         MissingExtraError: timm, accelerate or another package is not installed.
     """
     require("accelerate", "timm", "torchvision", "safetensors", "yaml")
-    with distributed_context():
-        return _Run(task, resume, console or Console()).run()
+    output = task.config.run.output
+    with naming(output), distributed_context(), batchnorm_errors(), contextlib.ExitStack() as held:
+        return _Run(task, resume, console or Console(), held).run()
 
 
 def refuse_existing(output: Path, resume: bool) -> None:
     """Refuse an output directory that is a file, or holds a run which is not to be continued."""
     if output.exists() and not output.is_dir():
         raise UsageError(f"run.output {str(output)!r} is a file; name a directory.")
-    if not resume and (CheckpointStore(output / _CHECKPOINTS).newest() is not None or (output / _TABLE).exists()):
+    if not resume and (CheckpointStore(output / _CHECKPOINTS).exists() or (output / _TABLE).exists()):
         raise UsageError(
             f"run.output {str(output)!r} holds a run already; continue it with --resume, or name another directory "
             "with --output."
@@ -91,7 +99,7 @@ class Position:
 
 
 class _Run(Generic[Row]):
-    def __init__(self, task: Task[Any, Row], resume: bool, console: Console) -> None:
+    def __init__(self, task: Task[Any, Row], resume: bool, console: Console, held: contextlib.ExitStack) -> None:
         config = task.config
         self.task = task
         self.output: Path = config.run.output
@@ -107,22 +115,32 @@ class _Run(Generic[Row]):
         self.reporter = Reporter(console, config.schedule.epochs, quiet=not self.main)
         self.context = Context(config, self.accelerator, self.reporter)
         self.store = CheckpointStore(self.output / _CHECKPOINTS)
-        self.table: MetricsTable[Row] = MetricsTable(self.output / _TABLE, task.row_type)
         self._check_request(config, resume)
+        # One process holds the directory for all.
+        self.lock = held.enter_context(DirectoryLock(self.output)) if self.main else None
+        self.accelerator.wait_for_everyone()
+        self.table: MetricsTable[Row] = MetricsTable(self.output / _TABLE, task.row_type)
 
         seed_everything(derived_seed(config.run.seed, "weights"))
         self.setup = task.setup(self.context)
         self.updates = self.setup.train.order.updates
         self.resolved = self._resolve(config, self.setup)
         self.config = config
-        self._save_config(resume)
+        self.changed: list[str] = []
+        if resume:
+            self._compare_config()
         self._prepare()
 
         self._reported_broken: dict[int, set[int]] = {}
         self.position = Position()
+        self.stop_at, self.stopped = math.inf, False
         self.lr = 0.0  # of the last update, for layers whose rate is not reduced
         if resume:
             self._load()
+        # Not before the checkpoint is found whole: a resumed run that is refused changes nothing.
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            self._write_config()
 
     # --- Setting up ---------------------------------------------------------------------------------------------------
 
@@ -131,6 +149,11 @@ class _Run(Generic[Row]):
             raise UsageError(
                 "run.fsdp is true, and weights are sharded over several GPUs only; start with "
                 "torchrun --nproc-per-node N, or set run.fsdp=false."
+            )
+        if self.accelerator.distributed_type in ("DEEPSPEED", "MEGATRON_LM"):
+            raise UsageError(
+                f"this was started with {self.accelerator.distributed_type}, whose checkpoints can run code when they "
+                "are loaded; start with torchrun, and set run.fsdp=true to shard the weights."
             )
         if self.context.sharded and config.ema.decay is not None:
             raise UsageError(f"ema.decay is {config.ema.decay:g}, and FSDP keeps no whole weights; set ema.decay=null.")
@@ -153,19 +176,31 @@ class _Run(Generic[Row]):
             train_images=order.images,
         )
 
-    def _save_config(self, resume: bool) -> None:
-        path, resolved = self.output / _CONFIG, {**asdict(self.resolved), **self.setup.resolved}
-        if resume and path.is_file():
-            saved = read_yaml(path.read_text(encoding="utf-8"), str(path))
-            for key, (old, new) in self.config.differences(saved, resolved).items():
+    def _compare_config(self) -> None:
+        path = self.output / _CONFIG
+        if not path.is_file():
+            return
+        saved = read_yaml(read_text(path), str(path))
+        if not isinstance(saved, Mapping):
+            raise UsageError(f"{str(path)!r} is not the configuration of a run; restore it, or name another --output.")
+        resolved = {**asdict(self.resolved), **self.setup.resolved}
+        for key, (old, new) in self.config.differences(saved, resolved).items():
+            if key in _REMEDIES:
+                if not key.startswith("resolved."):
+                    self.changed.append(f"{key} is {new!r} from here on, and was {old!r}")
+            else:
+                if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+                    i = next(i for i, (one, other) in enumerate(zip(old, new, strict=True)) if one != other)
+                    key, old, new = f"{key}[{i}]", old[i], new[i]
+                remedy = "Restore the data" if key.endswith(("_files", "_classes")) else "Leave it out"
                 raise UsageError(
-                    f"{key} is {new!r}, and the run in {str(self.output)!r} has {old!r}; a resumed run keeps it. "
-                    "Leave it out, or start another run with --output."
+                    f"{key} is {short(new)}, and the run in {str(self.output)!r} has {short(old)}; a resumed run keeps "
+                    f"it. {remedy}, or start another run with --output."
                 )
-        self.accelerator.wait_for_everyone()
-        if self.main:
-            self.output.mkdir(parents=True, exist_ok=True)
-            write_text(path, write_yaml({**to_mapping(self.config), "resolved": resolved}))
+
+    def _write_config(self) -> None:
+        resolved = {**asdict(self.resolved), **self.setup.resolved}
+        write_text(self.output / _CONFIG, write_yaml({**to_mapping(self.config), "resolved": resolved}))
 
     def _prepare(self) -> None:
         config, model = self.config, self.setup.model
@@ -176,13 +211,13 @@ class _Run(Generic[Row]):
         if ema.decay is not None:
             warmup = {"use_warmup": ema.warmup, "warmup_gamma": ema.warmup_gamma, "warmup_power": ema.warmup_power}
             self.ema = require("timm.utils").ModelEmaV3(model, decay=ema.decay, **warmup)
-            self.accelerator.register_for_checkpointing(self.ema)
         optimizer = make_optimizer(config.optim, model, self.resolved.lr)
         self.scheduler = make_scheduler(config.schedule, optimizer, self.resolved)
         if config.model.compile:
             model.compile()
         self.unwrapped = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.training = Training(self.accelerator, self.model, self.optimizer, self.ema)
 
     # --- Checkpoints --------------------------------------------------------------------------------------------------
 
@@ -191,21 +226,56 @@ class _Run(Generic[Row]):
         return self.position.epoch * self.updates + self.position.update
 
     def _load(self) -> None:
-        newest = self.store.newest()
-        if newest is not None:
-            state = self.store.load(self.accelerator, newest)
-            self.position = Position(**{_RENAMED.get(key, key): value for key, value in state.items()})
+        # The rates are functions of the configuration and the update alone.
+        rates = [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in self._groups]
+        state, damaged = self.store.load_newest(self.training)
+        for line in damaged:
+            if self.main:
+                self.reporter.warn(line)
+        if state is not None:
+            renamed = {_RENAMED.get(key, key): value for key, value in state.items()}
+            self.position = from_mapping(Position, renamed, f"the state in {self.store.directory}")
+            for group, rate in zip(self._groups, rates, strict=True):
+                group.update(rate)
             if self.scheduler is not None:
                 self.scheduler.step_update(self._step)
         if self.main:
             self.table.forget_after(self._step)
         self.accelerator.wait_for_everyone()
 
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
     def _save(self) -> None:
-        self.store.save(self.accelerator, self._step, asdict(self.position))
+        self._check_weights()
+        self._keep_directory()
+        self.store.save(self.training, self._step, asdict(self.position))
+
+    def _keep_directory(self) -> None:
+        """Create the output directory again, with all that belongs in it, where somebody removed it."""
+        removed = self.main and self.lock is not None and not self.lock.is_held()
+        answer = torch.tensor([float(removed)], device=self.accelerator.device)
+        if not self.accelerator.reduce(answer, "sum").item():  # type: ignore[union-attr]
+            return
+        self.position.best_score, self.position.best_epoch = -1.0, 0  # the best so far is gone
+        if self.main and self.lock is not None:
+            self.reporter.warn(
+                f"{self.output} was removed while this run writes to it; it is created again, without the earlier "
+                "samples, curves and best/."
+            )
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+            self.lock.renew()
+            self._write_config()
+            self.table.write()
+            self._start_trackers()
 
     def _is_checkpoint_due(self, saved: float) -> bool:
-        due = time.monotonic() - saved >= self.config.run.checkpoint_every_s
+        return self._agreed(time.monotonic() - saved >= self.config.run.checkpoint_every_s)
+
+    def _agreed(self, due: bool) -> bool:
+        """Whether the first process finds that something is due."""
         if self.accelerator.num_processes == 1:
             return due
         if self.position.update % _ASK_EVERY:
@@ -221,9 +291,14 @@ class _Run(Generic[Row]):
         try:
             with self._trackers(), self.reporter.running(self.updates, self.resolved.images_per_update, self._step):
                 saved = time.monotonic()
+                if self.config.run.stop_after_s is not None:
+                    self.stop_at = saved + self.config.run.stop_after_s
                 for epoch in range(self.position.epoch, self.config.schedule.epochs):
                     self._train_epoch(epoch, saved)
                     self._end_epoch(epoch)
+                    if self.stopped:
+                        self.reporter.say(f"stopped in epoch {epoch + 1} by run.stop_after_s")
+                        break
                     saved = time.monotonic()
         finally:
             self._report_broken()
@@ -251,11 +326,15 @@ class _Run(Generic[Row]):
             clock = now
             self.reporter.updated(epoch, update, loss)
             if self._step % config.run.log_every == 0:
-                self._check_finite(loss.item())
+                self._check_finite(total.item())  # of every update so far
                 self.accelerator.log({"update_loss": loss.item(), "lr": self.lr}, step=self._step)
+            self.stopped = self.stop_at < math.inf and self._agreed(time.monotonic() >= self.stop_at)
+            if self.stopped:
+                break
             # After the last update of an epoch there is one anyway.
             if update + 1 < self.updates and self._is_checkpoint_due(saved):
                 (position.loss_sum,) = self.context.sum(total[None])
+                self._check_finite(position.loss_sum)
                 total.fill_(position.loss_sum if self.main else 0.0)
                 position.broken = self._count_broken(broken_before)
                 self._save()
@@ -295,10 +374,11 @@ class _Run(Generic[Row]):
     def _end_epoch(self, epoch: int) -> None:
         """Evaluate, save the model, the row and the checkpoint, in this order: a kill in between loses nothing."""
         position, run = self.position, self.config.run
-        loss = position.loss_sum / (self.updates * self.accelerator.num_processes)
+        loss = position.loss_sum / (position.update * self.accelerator.num_processes)
         self._check_finite(loss)
+        self._check_weights()
         metrics: Mapping[str, float | None] = {}
-        if epoch + 1 == self.config.schedule.epochs or (epoch + 1) % run.eval_every == 0:
+        if self.stopped or epoch + 1 == self.config.schedule.epochs or (epoch + 1) % run.eval_every == 0:
             self.reporter.doing("evaluating")
             metrics = self.task.evaluate(Models(self.model, self.ema and self.ema.module), self.context)
         row = self.task.row_type(
@@ -307,11 +387,12 @@ class _Run(Generic[Row]):
             lr=self.lr,
             train_loss=loss,
             seconds=position.seconds,
-            images_per_second=self.updates * self.resolved.images_per_update / max(position.seconds, 1e-9),
+            images_per_second=position.update * self.resolved.images_per_update / max(position.seconds, 1e-9),
             peak_memory_mib=peak_memory_mib(self.accelerator.device),
             broken_images=position.broken,
             **metrics,
         )
+        self._keep_directory()
         score = self.task.score(row)
         best = score is not None and score > position.best_score
         if score is not None and best:
@@ -356,16 +437,11 @@ class _Run(Generic[Row]):
         )
         if self._step:
             update = f", update {self.position.update}" if self.position.update else ""
-            self.reporter.say(f"resumed after epoch {self.position.epoch}{update}")
+            self.reporter.say(f"resumed after epoch {self.position.epoch}{update}", *self.changed)
 
     @contextlib.contextmanager
     def _trackers(self) -> Iterator[None]:
-        names = self.config.run.trackers
-        if "tensorboard" in names:
-            require("tensorboard")
-        # What a killed run logged after its checkpoint is hidden by what the resumed one logs.
-        settings = {"tensorboard": {"purge_step": self._step + 1}} if "tensorboard" in names else {}
-        self.accelerator.init_trackers("tensorboard", init_kwargs=settings)
+        self._start_trackers()
         try:
             yield
         finally:
@@ -373,12 +449,29 @@ class _Run(Generic[Row]):
             for tracker in self.accelerator.trackers:
                 tracker.finish()
 
+    def _start_trackers(self) -> None:
+        names = self.config.run.trackers
+        if "tensorboard" in names:
+            require("tensorboard")
+        # What a killed run logged after its checkpoint is hidden by what the resumed one logs.
+        settings = {"tensorboard": {"purge_step": self._step + 1}} if "tensorboard" in names else {}
+        self.accelerator.init_trackers("tensorboard", init_kwargs=settings)
+
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
-            raise UsageError(
-                f"the training loss is {loss} in epoch {self.position.epoch + 1}; lower optim.lr, lengthen "
-                "schedule.warmup_epochs or set optim.clip_grad. The previous checkpoint is intact."
-            )
+            raise self._not_finite(f"the training loss is {loss}")
+
+    def _check_weights(self) -> None:
+        if not self.training.is_finite():
+            raise self._not_finite("weights, or the state of the optimizer, are not finite")
+
+    def _not_finite(self, what: str) -> UsageError:
+        lr = self.config.optim.lr / 2
+        return UsageError(
+            f"{what} in epoch {self.position.epoch + 1}. All checkpoints are finite; continue from the last one with "
+            f"--resume and a lower rate, such as optim.lr={lr:.3g}, or with smaller gradients, such as "
+            "optim.clip_grad=1."
+        )
 
     def _count_broken(self, before: int) -> int:
         """Broken images of this epoch over all processes, ``before`` of them before this process began."""

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from ..._files import write_text
+from ..._errors import UsageError
+from ..._files import printable, read_text, write_text
 
 
 def metric(shown: str = "") -> Any:
@@ -54,17 +55,29 @@ class MetricsTable(Generic[Row]):
     def __init__(self, path: Path, row: type[Row]) -> None:
         self.path, self.row = path, row
         self._rows: list[dict[str, str]] = []
-        if path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                self._rows = list(csv.DictReader(file))
+        if path.exists():
+            self._rows = self._read()
+
+    def _read(self) -> list[dict[str, str]]:
+        try:
+            rows = list(csv.DictReader(io.StringIO(read_text(self.path), newline="")))
+            for row in rows:
+                int(row["step"]), self._parsed(row)
+        except (UsageError, csv.Error, KeyError, ValueError, TypeError) as error:
+            raise UsageError(
+                f"{printable(self.path)!r} is damaged ({type(error).__name__}: {printable(error)}); restore it, or "
+                "remove it to go on without the rows so far."
+            ) from None
+        return rows
 
     def last(self) -> Row | None:
         """The last row, or None."""
-        if not self._rows:
-            return None
+        return self._parsed(self._rows[-1]) if self._rows else None
+
+    def _parsed(self, row: dict[str, str]) -> Row:
         values = {}
         for one in fields(self.row):
-            text = self._rows[-1][one.name]
+            text = row[one.name]
             values[one.name] = None if text == "" else (int if one.type == "int" else float)(text)
         return self.row(**values)
 
@@ -73,15 +86,16 @@ class MetricsTable(Generic[Row]):
         kept = [row for row in self._rows if int(row["step"]) <= step]
         if len(kept) < len(self._rows):
             self._rows = kept
-            self._write()
+            self.write()
 
     def append(self, row: Row) -> None:
         """Add a row."""
         values = asdict(row).items()
         self._rows.append({key: "" if v is None else str(v) if isinstance(v, int) else f"{v:.9g}" for key, v in values})
-        self._write()
+        self.write()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write all rows."""
         text = io.StringIO()
         writer = csv.DictWriter(text, [one.name for one in fields(self.row)], lineterminator="\n")
         writer.writeheader()

@@ -30,8 +30,8 @@ def make_optimizer(optim: OptimConfig, model: nn.Module, lr: float) -> torch.opt
         raise UsageError(f"optim.name {optim.name!r} with {further}: {error}.") from None
 
 
-def make_scheduler(schedule: ScheduleConfig, optimizer: torch.optim.Optimizer, resolved: Resolved) -> Any | None:
-    """The schedule over updates, set to the first update; None for a constant rate.
+def make_scheduler(schedule: ScheduleConfig, optimizer: torch.optim.Optimizer, resolved: Resolved) -> Any:
+    """The schedule over updates, set to the first update.
 
     It is a function of the number of updates alone, so a resumed run needs nothing else.
 
@@ -56,6 +56,7 @@ def make_scheduler(schedule: ScheduleConfig, optimizer: torch.optim.Optimizer, r
         )
     except (ValueError, TypeError) as error:
         raise UsageError(f"schedule.name {schedule.name!r} with {schedule.options}: {error}") from None
-    if scheduler is not None:
-        scheduler.step_update(0)
+    if scheduler is None:  # timm before 1.0.31
+        raise UsageError(f"schedule.name {schedule.name!r} is unknown to this version of timm.")
+    scheduler.step_update(0)
     return scheduler

@@ -1,4 +1,4 @@
-"""Progress on the console: a bar, and the lines of a training run."""
+"""Progress on the console: a bar on a terminal, else a plain line every 30 seconds; and the lines of a training run."""
 
 from __future__ import annotations
 
@@ -11,24 +11,67 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..._files import printable
 from .metrics_table import EpochRow
 
 _COLUMNS = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn())
 
+PLAIN_EVERY_S = 30.0
+"""Seconds between lines where the output is no terminal."""
+
+
+class PlainProgress:
+    """Lines in place of a bar, for a log: one when 30 seconds have passed since the last, without escape codes."""
+
+    def __init__(self, console: Console | None) -> None:
+        self.console = None if console is None or console.is_terminal else console
+        self._shown = time.monotonic()
+
+    def tick(self, line: Callable[[], str]) -> None:
+        """Print what ``line`` returns, if it is time to."""
+        if self.console is not None and time.monotonic() - self._shown >= PLAIN_EVERY_S:
+            self.say(line())
+
+    def say(self, line: str) -> None:
+        """Print a line now."""
+        self._shown = time.monotonic()
+        if self.console is not None:
+            self.console.print(escape(printable(line)), highlight=False, soft_wrap=True)
+            self.console.file.flush()  # for those who follow a log
+
 
 @contextmanager
 def progress_bar(console: Console | None, description: str, total: int) -> Iterator[Callable[[int], object]]:
-    """Show a bar during the block, on a terminal only; the yielded function advances it by a count."""
+    """Show a bar during the block, or lines where there is no terminal; the yielded function advances by a count."""
+    plain, done = PlainProgress(console), 0
+    start = time.monotonic()
     if console is None or not console.is_terminal:
-        yield lambda _: None
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            plain.tick(lambda: f"{description}: {counted(done, total, time.monotonic() - start)}")
+
+        yield advance
         return
     with Progress(*_COLUMNS, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task(description, total=total)
+        task = progress.add_task(escape(printable(description)), total=total)
         yield lambda count: progress.advance(task, count)
 
 
+def counted(done: int, total: int, seconds: float) -> str:
+    """How much is done, and how long the rest takes at that pace.
+
+    Example:
+        >>> counted(50, 200, 30.0)
+        '50 of 200, 1:30 left'
+    """
+    left = spoken_time(seconds / done * max(total - done, 0)) if done else "?"
+    return f"{done:,} of {total:,}, {left} left"
+
+
 class Reporter:
-    """Shows a training run of ``epochs``: a bar on a terminal, and a line per epoch everywhere.
+    """Shows a training run of ``epochs``: a bar, or a line every 30 seconds, and a line per epoch everywhere.
 
     ``quiet`` prints nothing but warnings, as every process but the first does.
     """
@@ -37,6 +80,8 @@ class Reporter:
         self.console, self.epochs, self.quiet = console, epochs, quiet
         self._progress: Progress | None = None
         self._shown = 0.0
+        self._plain = PlainProgress(None if quiet else console)
+        self._updates, self._done = 1, 0
 
     @contextmanager
     def running(self, updates: int, images: int, done: int) -> Iterator[None]:
@@ -61,23 +106,25 @@ class Reporter:
         """Report that an update of an epoch (both from 0) is complete."""
         self._done = epoch * self._updates + update + 1
         now = time.monotonic()
-        # Reading the loss waits for the device, so not after every update.
-        if self._progress is None or (now - self._shown < 0.5 and update + 1 < self._updates):
-            return
-        self._shown = now
-        speed = (self._done - self._first) * self._images / max(now - self._started, 1e-9)
-        self._progress.update(
-            self._task,
-            description=f"epoch {epoch + 1}/{self.epochs}",
-            completed=update + 1,
-            text=f"loss {loss.item():.3f}  {speed:,.0f} images/s  {self._time_left()} left",
-        )
+        where = f"epoch {epoch + 1}/{self.epochs}"
+
+        def text() -> str:
+            # Reading the loss waits for the device, so not after every update.
+            speed = (self._done - self._first) * self._images / max(now - self._started, 1e-9)
+            return f"loss {loss.item():.3f}  {speed:,.0f} images/s  {self._time_left()} left"
+
+        self._plain.tick(lambda: f"{where}, update {update + 1:,} of {self._updates:,}  {text()}")
+        if self._progress is not None and (now - self._shown >= 0.5 or update + 1 == self._updates):
+            self._shown = now
+            self._progress.update(self._task, description=where, completed=update + 1, text=text())
 
     def doing(self, activity: str) -> None:
-        """Show in the bar that something other than updates is under way."""
+        """Show that something other than updates is under way; to be called again while it is."""
+        epoch = -(-self._done // self._updates)
+        line = f"epoch {epoch}/{self.epochs}, {activity}"
+        self._plain.tick(lambda: line)
         if self._progress is not None:
-            epoch = -(-self._done // self._updates)
-            self._progress.update(self._task, description=f"epoch {epoch}/{self.epochs}, {activity}")
+            self._progress.update(self._task, description=line)
 
     def epoch(self, row: EpochRow, *, best: bool = False) -> None:
         """Print the line of an epoch."""
@@ -91,15 +138,15 @@ class Reporter:
 
     def warn(self, line: str) -> None:
         """Print a warning to the error stream, from any process."""
-        Console(stderr=True).print(f"[yellow]warning:[/] {escape(line)}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[yellow]warning:[/] {escape(printable(line))}", highlight=False, soft_wrap=True)
 
     def say(self, *lines: str) -> None:
         """Print lines, above the bar if there is one."""
-        if not self.quiet:
-            for line in lines:
-                self.console.print(escape(line), highlight=False, soft_wrap=True)
-            if not self.console.is_terminal:
-                self.console.file.flush()  # for those who follow a log
+        for line in lines:
+            if self._plain.console is not None:
+                self._plain.say(line)
+            elif not self.quiet:
+                self.console.print(escape(printable(line)), highlight=False, soft_wrap=True)
 
     def _time_left(self) -> str:
         """The time for the rest of the run at the pace so far, evaluations included."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from ..._errors import UsageError, nearest
+from ..._files import printable, read_text, short
 from .config import (
     assigned,
     check_choice,
@@ -21,6 +22,8 @@ from .config import (
     settings,
     to_mapping,
 )
+
+_MOST_YAML = 1 << 20  # bytes of a configuration
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,11 @@ class ImageData:
     """The held-out images, evaluated after every epoch; null for none."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the function of :mod:`gspn.data` that opens the data."""
-    size: int = setting(64, 1)
+    size: int = setting(64, 1, 65536)
     """Height and width of an image in pixels; smaller images are enlarged, others cropped at the centre."""
     batch_size: int = setting(64, 1, free=True)  # its product with optim.accumulate and the processes is compared
     """Images per forward pass of one process."""
-    workers: int = setting(4, 0, free=True)
+    workers: int = setting(4, 0, 1024, free=True)
     """Processes that load images, for each training process; 0 loads in the training process."""
 
 
@@ -81,12 +84,12 @@ class OptimConfig:
     lr_base_batch: int | None = setting(512, 1)
     """null: ``lr`` and the schedule's rates are not scaled."""
     weight_decay: float = setting(0.05, 0)
-    betas: tuple[float, float] | None = None
-    eps: float | None = None
-    momentum: float = 0.9
-    layer_decay: float | None = setting(None, 0, 1)
+    betas: tuple[float, float] | None = setting(None, 0, below=1)
+    eps: float | None = setting(None, 0)
+    momentum: float = setting(0.9, 0, below=1)
+    layer_decay: float | None = setting(None, most=1, above=0)
     """Factor on the rate for each layer away from the head, by the model's ``group_matcher``."""
-    clip_grad: float | None = None
+    clip_grad: float | None = setting(None, above=0)
     """Largest norm of all gradients together."""
     label_smoothing: float = setting(0.0, 0, 1)
     accumulate: int = setting(1, 1, free=True)
@@ -102,9 +105,9 @@ class ScheduleConfig:
     name: str = "cosine"
     epochs: int = setting(300, 1)
     warmup_epochs: float = setting(0.0, 0)
-    warmup_lr: float = 0.0
+    warmup_lr: float = setting(0.0, 0)
     """The rate at which the warm-up starts; scaled like ``optim.lr``."""
-    min_lr: float = 0.0
+    min_lr: float = setting(0.0, 0)
     """The rate at which the decay ends; scaled like ``optim.lr``."""
     cooldown_epochs: int = setting(0, 0)
     """Epochs at ``min_lr`` after the decay, counted among ``epochs``."""
@@ -120,8 +123,8 @@ class EmaConfig:
     """null: no average is kept."""
     warmup: bool = True
     """Increase the decay from 0, so that the average of a short run does not include its first updates."""
-    warmup_gamma: float = 1.0
-    warmup_power: float = 2 / 3
+    warmup_gamma: float = setting(1.0, above=0)
+    warmup_power: float = setting(2 / 3, above=0)
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,9 @@ class RunConfig:
     """Use deterministic CUDA kernels only, so that a resumed run equals the uninterrupted one bit for bit there too."""
     checkpoint_every_s: float = setting(1800.0, 0, free=True)
     """Seconds between checkpoints within an epoch; there is one after every epoch in any case."""
+    stop_after_s: float | None = setting(None, above=0, free=True)
+    """Seconds of training after which the run ends, as after its last epoch; the epoch under way is cut short. It can
+    be continued with the next epoch. null: never."""
     eval_every: int = setting(1, 1)
     """Epochs between evaluations; the last epoch is always evaluated."""
     log_every: int = setting(50, 1, free=True)
@@ -170,7 +176,8 @@ class Configuration:
 
     def __post_init__(self) -> None:
         for key_path, one, value in settings(self):
-            check_range(key_path, value, *one.metadata.get("range", ()))
+            if "range" in one.metadata:
+                check_range(key_path, value, *one.metadata["range"])
         schedule, ema, run = self.schedule, self.ema, self.run
         if schedule.warmup_epochs + schedule.cooldown_epochs > schedule.epochs:
             raise UsageError(
@@ -212,7 +219,7 @@ class Configuration:
         """
         if not isinstance(values, Mapping):
             sections = ", ".join(one.name for one in fields(cls))
-            raise UsageError(f"the configuration is {values!r}, not a mapping with {sections}.")
+            raise UsageError(f"the configuration is {short(values)}, not a mapping with {sections}.")
         if "resolved" in values:
             values = cls._with_present_keys(values)
         return from_mapping(cls, {key: value for key, value in values.items() if key != "resolved"})
@@ -225,17 +232,18 @@ class Configuration:
             UsageError: there is no such file or preset, or its content is refused.
         """
         path = Path(source)
-        if path.suffix in (".yaml", ".yml") or path.is_file():
+        if path.suffix in (".yaml", ".yml") or path.exists():
             try:
-                text = path.read_text(encoding="utf-8")
+                text = read_text(path, most=_MOST_YAML)
             except OSError as error:
-                raise UsageError(f"{str(path)!r} cannot be read: {error.strerror or error}.") from None
+                raise UsageError(f"{printable(path)} cannot be read: {error.strerror or error}.") from None
         else:
             text = cls.preset_text(str(source))
         try:
-            return cls.from_values(read_yaml(text, "the file") or {})
+            values = read_yaml(text, "the file")
+            return cls.from_values({} if values is None else values)
         except UsageError as error:
-            raise UsageError(f"{source}: {error}") from None
+            raise UsageError(f"{printable(source)}: {error}") from None
 
     @classmethod
     def preset_names(cls) -> list[str]:
@@ -268,6 +276,8 @@ class Configuration:
         """
         free = {key_path for key_path, one, _ in settings(self) if one.metadata.get("free")} | {"resolved.processes"}
         old, new = flat(self._with_present_keys(saved)), flat({**to_mapping(self), "resolved": to_mapping(resolved)})
+        # Runs of earlier versions did not save all that follows from a configuration.
+        free |= {key for key in new if key.startswith("resolved.") and key not in old}
         keys = sorted((old.keys() | new.keys()) - free)
         return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
@@ -278,7 +288,7 @@ class Configuration:
             if not key and section in saved:
                 saved = {**saved, new: saved[section]}
                 saved.pop(section)
-            elif key and key in (saved.get(section) or {}):
+            elif key and isinstance(saved.get(section), Mapping) and key in saved[section]:
                 rest = {name: value for name, value in saved[section].items() if name != key}
                 saved = assigned({**saved, section: rest}, new, saved[section][key])
         return saved

@@ -42,7 +42,15 @@ class Setup:
     """The held-out images, if there are any; broken ones among them are reported."""
     num_classes: int = 0
     resolved: Mapping[str, Any] = field(default_factory=dict)
-    """Further values that follow from the configuration; saved under ``resolved``. A resumed run must have the same."""
+    """Further values that follow from the configuration; saved under ``resolved``. A resumed run must have the same.
+
+    What the images and their classes are is added to it.
+    """
+
+    def __post_init__(self) -> None:
+        loaders = {"train": self.train, "eval": self.evaluation}
+        facts = {f"{name}_{fact}": value for name, one in loaders.items() if one for fact, value in one.facts.items()}
+        object.__setattr__(self, "resolved", {**self.resolved, **facts})
 
 
 @dataclass(frozen=True)
@@ -145,6 +153,7 @@ class Context:
                 counts = targets >= 0
                 with self.accelerator.autocast():
                     measured = metrics(model, self.to_device(images), targets.clamp(min=0).to(device))
+                self.reporter.doing("evaluating")
                 for name, values in {"count": torch.ones(len(targets)), **measured}.items():
                     sums[name] = sums.get(name, 0) + values.cpu().double()[counts].sum()
         model.train(training)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..._errors import UsageError, require
+from ..._files import printable
+from .pretrained import exists, load_model, reading
 
 
 def load_autoencoder(source: str | Path) -> Any:
@@ -23,34 +25,27 @@ def load_autoencoder(source: str | Path) -> Any:
     """
     require("diffusers", "safetensors", extra="diffusers")
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from safetensors import SafetensorError
 
-    path = Path(source)
-    folders, problem = [None, "vae"], ""
-    if path.is_dir():
+    path, name = Path(source), printable(source)
+    folders: list[str | None] = [None, "vae"]
+    if exists(path):
         folders = [folder for folder in folders if (path / (folder or "") / "config.json").is_file()][:1]
         if not folders:
-            raise UsageError(f"vae {str(source)!r} has no config.json and no vae/config.json; name an AutoencoderKL.")
-    elif str(source).startswith((".", "/", "~")):
-        raise UsageError(f"vae {str(source)!r} is not a directory; name one with an AutoencoderKL, or a hub id.")
+            raise UsageError(f"vae '{name}' has no config.json and no vae/config.json; name an AutoencoderKL.")
+    elif str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
+        raise UsageError(f"vae '{name}' is not a directory; name one with an AutoencoderKL, or a hub id.")
+    problem = None
     for folder in folders:
         where: dict[str, Any] = {} if folder is None else {"subfolder": folder}
         try:
-            kind = dict(AutoencoderKL.load_config(str(source), **where)).get("_class_name")  # type: ignore[arg-type]
+            with reading(source):
+                kind = AutoencoderKL.load_config(source, **where).get("_class_name")  # type: ignore[union-attr, arg-type]
             if kind != "AutoencoderKL":
-                problem = f"its class is {kind!r}, and latents need an AutoencoderKL"
-                continue
-            options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, **where}
-            loaded: Any = AutoencoderKL.from_pretrained(str(source), **options)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            problem = problem or str(error)
-            continue
-        vae, report = loaded
-        # diffusers initialises missing weights at random, and only logs it.
-        if report["missing_keys"]:
-            raise UsageError(f"vae {str(source)!r} has no weights for {', '.join(sorted(report['missing_keys'])[:3])}.")
-        return vae.float().eval().requires_grad_(False)
-    raise UsageError(f"vae {str(source)!r} cannot be loaded: {' '.join(problem.split())[:300]}")
+                raise UsageError(f"its class is {printable(kind)[:80]}, and latents need an AutoencoderKL")
+            return load_model(AutoencoderKL, source, **where).float().eval().requires_grad_(False)
+        except UsageError as error:
+            problem = problem or error
+    raise UsageError(f"vae '{name}' cannot be loaded: {problem}")
 
 
 def vae_scale_factor(block_out_channels: Sequence[int]) -> int:

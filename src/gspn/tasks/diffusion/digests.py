@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,9 +52,3 @@ def fingerprint(module: nn.Module) -> str:
             yield flat[:: max(1, flat.numel() // _FEW)][: 2 * _FEW].double()
 
     return digest(parts())[:16]
-
-
-def file_digest(path: Path) -> str:
-    """The SHA-256 of a file, as ``sha256sum`` prints it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
-from ..._errors import require
-from ..._files import write_text
+from ..._errors import UsageError
+from ..._files import printable, read_tensors, write_text
 from ..core.devices import make_accelerator
 from ..core.progress import progress_bar
 from .features import FeatureModel, Features, feature_model
@@ -80,9 +81,10 @@ def compare_images(
     path = cache and cache / f"{type(model).__name__.lower()}-{reference.digest()}.safetensors"
     if path is not None and path.is_file():
         try:
-            real = Features(**require("safetensors.torch").load_file(path))
-        except Exception as error:  # damaged: computed again, and replaced
-            console.print(f"[yellow]warning:[/] {path} cannot be read ({error}) and is replaced", highlight=False)
+            real = _stored(path, len(reference))
+        except (UsageError, OSError) as error:
+            line = escape(f"{error} It is computed again, and replaced.")
+            console.print(f"[yellow]warning:[/] {line}", highlight=False, soft_wrap=True)
     if real is None:
         real = _features(model, reference, batch_size, where, console)
         if path is not None:
@@ -106,6 +108,17 @@ def compare_images(
         "recall": recall,
     }
     return metrics, fake, real
+
+
+def _stored(path: Path, count: int) -> Features:
+    """The features that an evaluation kept."""
+    tensors = read_tensors(path)
+    if tensors.keys() != set(Features._fields) or any(
+        one.ndim != 2 or len(one) != count or not one.is_floating_point() or not bool(one.isfinite().all())
+        for one in tensors.values()
+    ):
+        raise UsageError(f"{printable(path)} does not hold finite features of {count:,} images.")
+    return Features(**tensors)
 
 
 @torch.inference_mode()

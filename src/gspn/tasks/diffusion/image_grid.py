@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
+from ..._files import printable
+
 _GAP, _LINE = 8, 13
 _INK, _MUTED = (31, 31, 51), (110, 112, 130)
 
@@ -36,6 +38,8 @@ def draw_grid(
         >>> draw_grid([[image, image]], titles=["a red square", "a blue one"]).width
         152
     """
+    names, titles = [printable(name) for name in names], [printable(title) for title in titles]
+    captions = [[printable(caption) for caption in row] for row in captions]
     width, height = rows[0][0].size
     scale = max(1, math.ceil(smallest / max(width, height)))
     width, height = width * scale, height * scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,14 +16,16 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..._errors import UsageError, require
-from ..._files import replaced
+from ..._files import open_regular, printable, replaced
 from ..core.loaders import open_data
+from .archives import read_npz
 from .digests import digest
 
 METADATA = "gspn"
 """The key of a PNG's text under which its record is written, as JSON."""
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_GRID = ("grid of all images", "grids of all images")
+_MOST_TEXT = 1 << 20  # characters of a record
 
 
 # --- A sampled image and its record -----------------------------------------------------------------------------------
@@ -59,10 +62,11 @@ def save_png(path: Path, image: Image.Image, record: ImageRecord | None = None) 
 def read_record(path: Path) -> dict[str, Any]:
     """The record of a PNG; empty if there is none, or the file is damaged."""
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file, formats=("PNG",)) as image:
             image.load()
-            record = json.loads(getattr(image, "text", {}).get(METADATA, "{}"))
-    except (OSError, ValueError, SyntaxError):  # Pillow's errors for damaged files
+            text = getattr(image, "text", {}).get(METADATA, "{}")
+            record = json.loads(text) if len(text) <= _MOST_TEXT else {}
+    except Exception:  # Pillow raises any error for a damaged file, and json for a record that nobody sampled
         return {}
     return record if isinstance(record, dict) else {}
 
@@ -83,10 +87,12 @@ class ImageSet:
     pixels: Tensor
     """``[N, 3, H, W]``, uint8."""
     labels: list[int]
-    """The class that each image was sampled for or has; -1 where it is unknown."""
+    """The number of the class that each image was sampled for or has; -1 where it is unknown."""
     names: list[str]
     broken: list[str] = field(default_factory=list)
     """Those that could not be read, and do not count."""
+    classes: list[str | None] = field(default_factory=list)
+    """The name of each image's class; None where it is unknown. Another set may number the same names differently."""
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -115,7 +121,7 @@ def open_images(source: str | Path, *, size: tuple[int, int] | None = None, limi
         UsageError: There are no images, or they differ in size and ``size`` is None.
     """
     path = Path(source)
-    if path.suffix == ".npz" and path.is_file():
+    if path.suffix.lower() == ".npz" and path.is_file():
         images = _from_archive(path, size, limit)
     elif path.is_dir():
         images = _from_folder(path, size, limit)
@@ -126,7 +132,8 @@ def open_images(source: str | Path, *, size: tuple[int, int] | None = None, limi
             f"{str(source)!r} is not a folder, not an .npz file, and not a data set with its split, as mnist5k:train."
         )
     if not len(images):
-        raise UsageError(f"{str(source)!r} has no images.")
+        unread = f"; {len(images.broken):,} could not be read: {printable(images.broken[0])}" if images.broken else ""
+        raise UsageError(f"{str(source)!r} has no images{unread}.")
     return images
 
 
@@ -142,26 +149,30 @@ def export_npz(images: ImageSet, path: Path) -> None:
 def read_images(
     name: str,
     items: Iterable[tuple[str, Any]],
-    read: Callable[[Any], tuple[Image.Image, Any]],
+    read: Callable[[Any], tuple[Image.Image, Any] | tuple[Image.Image, Any, str | None]],
     size: tuple[int, int] | None = None,
 ) -> tuple[ImageSet, list[Any]]:
     """A set of images in memory, and the items that could be read.
 
-    ``items`` are names of images and what ``read`` takes, which returns a PIL image and its label (-1: unknown).
+    ``items`` are names of images and what ``read`` takes, which returns a PIL image, its label (-1: unknown) and
+    perhaps the name of its class.
 
     Raises:
         UsageError: Images differ in size and ``size`` is None.
     """
     data = require("gspn.data")
     tensors: list[Tensor] = []
-    labels, names, broken, kept = [], [], [], []
+    labels, names, classes, broken, kept = [], [], [], [], []
     for own, item in items:
         try:
-            image, label = read(item)
-        except (data.CorruptImageError, OSError) as error:
-            broken.append(f"{own}: {error}")
+            image, label, *label_name = read(item)
+            image = data.to_rgb(image, name=own)
+        except data.CorruptImageError as error:
+            broken.append(f"{own}: {error.reason}")
             continue
-        image = image.convert("RGB")
+        except OSError as error:
+            broken.append(f"{own}: {error.strerror or error}")
+            continue
         height, width = size or (tuple(tensors[0].shape[1:]) if tensors else (image.height, image.width))
         if (image.height, image.width) != (height, width):
             if size is None:
@@ -169,21 +180,20 @@ def read_images(
                     f"{name}: {own} is {image.height} x {image.width} and others are {height} x {width}; all images of "
                     "a set have one size."
                 )
-            image = _resized(image, height, width)
+            image = _resized(data.trimmed(image, width, height), height, width)
         tensors.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         labels.append(int(label))
         names.append(own)
+        classes.append(label_name[0] if label_name else None)
         kept.append(item)
     pixels = torch.stack(tensors) if tensors else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-    return ImageSet(name, pixels, labels, names, broken), kept
+    return ImageSet(name, pixels, labels, names, broken, classes), kept
 
 
 def _from_archive(path: Path, size: tuple[int, int] | None, limit: int | None) -> ImageSet:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            pixels, labels = archive["arr_0"], archive.get("arr_1")
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{str(path)!r} cannot be read as an .npz with arr_0: {error}") from None
+    pixels, labels = read_npz(path, "arr_0", "arr_1")
+    if pixels is None:
+        raise UsageError(f"{printable(path)} has no arr_0; it has to be uint8 [N, H, W, 3].")
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
         raise UsageError(
             f"{str(path)!r}: arr_0 is {pixels.dtype} {list(pixels.shape)}; it has to be uint8 [N, H, W, 3]."
@@ -199,25 +209,42 @@ def _from_archive(path: Path, size: tuple[int, int] | None, limit: int | None) -
 
 def _from_folder(path: Path, size: tuple[int, int] | None, limit: int | None) -> ImageSet:
     data = require("gspn.data")
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.name != "grid.png")
-    folders = sorted({file.parent.name for file in files if file.parent != path})
+    paths, left_out = data.image_files(path)
+    grids = {file for file in paths if Path(file).name == "grid.png"}
+    files = [file for file in paths if file not in grids]
+    left_out.add(_GRID, *sorted(grids))
+    if left_out:
+        warnings.warn(
+            f"{printable(path)}: {left_out}", data.LeftOutWarning, stacklevel=2
+        )  # of one place, so it is said once
+    folders = {name: i for i, name in enumerate(data.natural_order({data.class_of(file) for file in files} - {""}))}
 
-    def read(file: Path) -> tuple[Image.Image, int]:
-        label = read_record(file).get("label") if file.suffix.lower() == ".png" else None
+    def read(file: str) -> tuple[Image.Image, int, str | None]:
+        image, name = data.load_image(path / file, name=file), data.class_of(file) or None
+        record = read_record(path / file) if file.lower().endswith(".png") else {}
+        label, label_name = record.get("label"), record.get("class_name")
         if not isinstance(label, int) or isinstance(label, bool):
-            label = -1 if file.parent == path else folders.index(file.parent.name)
-        return data.load_image(file), label
+            return image, -1 if name is None else folders[name], name
+        # Where a model does not name its classes, the record has the number as the name.
+        named = isinstance(label_name, str) and label_name != str(label)
+        return image, label, label_name if named else None
 
     chosen = [files[i] for i in _spread(len(files), limit)]
-    return read_images(path.name, [(str(file.relative_to(path)), file) for file in chosen], read, size)[0]
+    return read_images(path.name, [(file, file) for file in chosen], read, size)[0]
 
 
 def _from_data_set(source: str, size: tuple[int, int] | None, limit: int | None) -> ImageSet:
     name, _, split = source.rpartition(":")
     images = open_data(name, split)
     images.transform = None
+    names = getattr(images, "classes", None) or []
+
+    def read(i: int) -> tuple[Image.Image, int, str | None]:
+        image, label = images[i]
+        return image, label, names[label] if 0 <= label < len(names) else None
+
     items = [(f"{source}[{i}]", i) for i in _spread(len(images), limit)]
-    return read_images(source, items, images.__getitem__, size)[0]
+    return read_images(source, items, read, size)[0]
 
 
 def _resized(image: Image.Image, height: int, width: int) -> Image.Image:

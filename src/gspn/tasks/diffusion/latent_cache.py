@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +15,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..._console import default_console
 from ..._errors import UsageError, require
-from ..._files import replaced_directory
-from ..core.loaders import class_names, make_loader, open_data
+from ..._files import printable, replaced_directory
+from ..core.loaders import class_names, loaded, make_loader, open_data
 from .autoencoder import load_autoencoder, vae_scale_factor
 from .digests import digest, weights_digest
 from .latents import AUTOENCODER, ImagesRecord, LatentIndex, VaeRecord
-from .shard_cache import CacheWriter
+from .shard_cache import INDEX, CacheWriter
 from .transforms import image_transform
 
-# The names of so many images, evenly spread, tell one folder from another at no cost.
-_NAMED = 64
+# Version 0.1.0 told one folder from another by the names of so many images, evenly spread.
+_NAMED, _SHORT = 64, 16
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -116,9 +119,9 @@ def cache_latents(
         images = open_data(data, split, root, **options)
         class_names(images)  # a class-conditional model needs them
     count = len(images)
-    named = [str(images.filename(i * count // _NAMED)) for i in range(min(_NAMED, count))]
     source = str(vae) if isinstance(vae, str | Path) else "vae"
     config = {key: value for key, value in autoencoder.config.items() if not key.startswith("_")}
+    begun = LatentIndex.read(directory)
     request = LatentIndex(
         rows=count,
         shard_size=shard_size,
@@ -128,7 +131,7 @@ def cache_latents(
             name=data,
             split=split,
             options=json.loads(json.dumps(options, default=str)),
-            names=digest(["\0".join(named).encode()])[:16],
+            names=_names_of(images, old=begun is not None and len(begun.data.names) == _SHORT),
             classes=[] if getattr(images, "classes", None) == [] else class_names(images),
             size=size,
         ),
@@ -151,9 +154,26 @@ def cache_latents(
     encoder = _Encoder(request, autoencoder, images, batch_size, workers)
     # The same autoencoder may be in another directory.
     writer = CacheWriter(directory, request, encoder.encode, "encoding", option, ("vae.source",), save_autoencoder)
-    index, made, is_main = writer.write(precision=precision, device=device, console=console or Console())
+    index, made, is_main = writer.write(precision=precision, device=device, console=console or default_console())
     broken = tuple(name for shard in index.shards for name in shard.broken)
+    if broken and is_main:
+        shown = "; ".join(map(printable, broken[:_SHOWN])) + ("; ..." if len(broken) > _SHOWN else "")
+        warnings.warn(
+            f"{len(broken):,} of {count:,} images of {data!r}, {split!r}, could not be read and are left out; "
+            f"{printable(directory / INDEX)} names them: {shown}",
+            require("gspn.data").CorruptImageWarning,
+            stacklevel=2,
+        )
     return CachedLatents(directory, index, made, broken, time.perf_counter() - start, is_main)
+
+
+def _names_of(images: Any, *, old: bool) -> str:
+    """A digest of the names and classes of all images; or that of some names which version 0.1.0 wrote."""
+    count = len(images)
+    if not old:
+        return images.identity() if hasattr(images, "identity") else digest([list(map(images.filename, range(count)))])
+    named = [str(images.filename(i * count // _NAMED)) for i in range(min(_NAMED, count))]
+    return digest(["\0".join(named).encode("utf-8", "surrogatepass")])[:_SHORT]
 
 
 def _latent_shape(vae: Any, size: int) -> tuple[int, int, int]:
@@ -188,12 +208,12 @@ class _Encoder:
         batches = [[rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)] for rows in shards]
         order: Any = list(itertools.chain(*batches))
         safe = require("gspn.data").SkipCorrupt(self.images, training=False)
-        loaded = iter(make_loader(safe, order, self.workers, accelerator.device.type == "cuda"))
+        batched = loaded(make_loader(safe, order, self.workers, accelerator.device.type == "cuda"))
         for number, parts in zip(numbers, batches, strict=True):
             encoded: list[dict[str, Tensor]] = []
             broken: list[str] = []
             for rows in parts:
-                pixels, labels, unread = self._next(loaded)
+                pixels, labels, unread = next(batched)
                 broken += [self.images.filename(i) for i in unread.tolist() if i >= 0]
                 mean, std = self._posteriors(pixels, accelerator)  # [B, V, C, h, w] each
                 batch = {"mean": mean, "std": std, "label": labels, "index": torch.tensor(rows)}
@@ -202,16 +222,6 @@ class _Encoder:
                 self._check(encoded[-1])
                 advance(len(rows))
             yield number, {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}, broken
-
-    def _next(self, loaded: Iterator[Any]) -> Any:
-        try:
-            return next(loaded)
-        except RuntimeError as error:
-            # SkipCorrupt's error for a folder that is gone; from a worker it comes with its traceback.
-            if "images in a row are corrupt" not in str(error):
-                raise
-            line = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
-            raise UsageError(f"data {self.index.data.name!r}: {line}. Repair them and start again.") from None
 
     @torch.inference_mode()
     def _posteriors(self, pixels: Tensor, accelerator: Any) -> tuple[Tensor, Tensor]:
@@ -234,7 +244,7 @@ class _Encoder:
         ):
             if not valid.all():
                 name = self.images.filename(int(batch["index"][~valid][0]))
-                raise UsageError(f"{name} of {index.data.name!r} has {problem}.")
+                raise UsageError(f"{printable(name)} of {index.data.name!r} has {problem}.")
         shape = tuple(batch["mean"].shape[2:])
         if shape != index.shape:
             raise UsageError(

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..._errors import UsageError
+from ..._files import file_digest
 from .autoencoder import load_autoencoder
-from .digests import file_digest, weights_digest
+from .digests import weights_digest
 from .shard_cache import INDEX, CacheIndex, ShardReader
 
 AUTOENCODER = "vae"
@@ -48,7 +49,7 @@ class ImagesRecord:
     split: str
     options: dict[str, Any]
     names: str
-    """A digest of some of their names."""
+    """A digest of their names and classes; in caches of version 0.1.0, of 16 letters, of some of the names."""
     classes: list[str]
     """Names; empty where labels are not classes."""
     size: int
@@ -107,7 +108,7 @@ class LatentSet(ShardReader[LatentIndex], Dataset):
         view = 1 if self.index.hflip and self.hflip and random.random() < self.hflip else 0  # noqa: S311
         shard = self.opened(number)
         parts = [shard.get_slice(part)[row, view] for part in ("mean", "std")]  # [C, h, w] each
-        return torch.cat(parts).float(), int(shard.get_slice("label")[row])
+        return self.finite(number, torch.cat(parts)).float(), int(shard.get_slice("label")[row])
 
     def filename(self, i: int, basename: bool = False, absolute: bool = False) -> str:
         """A name for latent i; the flags are timm's, and have no effect here."""
@@ -132,7 +133,8 @@ def open_latents(directory: str | Path, *, verify: bool = False, remedy: str = R
     """Open a directory that ``gspn class-conditional latents`` wrote.
 
     The sizes and headers of all files are compared with the index, which takes milliseconds for each. ``verify`` reads
-    all files and compares their checksums too. ``remedy`` is what errors about missing or damaged files end with.
+    all files and compares their checksums too, as training does. ``remedy`` is what errors about missing or damaged
+    files end with.
 
     Raises:
         UsageError: There are none, they are not complete, or a file is missing or damaged.

@@ -10,25 +10,31 @@ r"""A directory of encoded data: written once, in shards, and resumed after a ki
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import json
-import shutil
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
 from ..._errors import UsageError, require
-from ..._files import replaced, write_text
+from ..._files import file_digest, printable, read_json, replaced, short, write_text
+from ..._locks import DirectoryLock
 from ..core.config import flat, from_mapping, to_mapping
 from ..core.devices import distributed_context, make_accelerator
 from ..core.progress import progress_bar
-from .digests import file_digest
 
 INDEX = "index.json"
+
+# Files that a reader keeps open; a data set may have more than a process may open.
+_MOST_OPEN = 256
 
 FORMAT = 2
 """The format of an index that is written. Format 1, of gspn 0.1.0, is read as well."""
@@ -49,11 +55,14 @@ class Shard:
     """Names of what could not be read, and is left out."""
 
     def is_whole(self, directory: Path) -> bool:
-        """Whether the file is there with the size and the checksum of this record."""
+        """Whether the file is there with the size, the checksum and the rows of this record."""
         path = directory / self.file
         try:
-            return path.stat().st_size == (self.bytes or path.stat().st_size) and file_digest(path) == self.sha256
-        except OSError:
+            if path.stat().st_size != (self.bytes or path.stat().st_size) or file_digest(path) != self.sha256:
+                return False
+            with require("safetensors").safe_open(path, framework="pt") as file:
+                return all(file.get_slice(name).get_shape()[0] == self.rows for name in file.keys())  # noqa: SIM118
+        except (OSError, require("safetensors").SafetensorError):
             return False
 
 
@@ -94,19 +103,40 @@ class CacheIndex:
         """
         path = directory / INDEX
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             if values["format"] == 1:
                 values = cls.converted(values)
             elif values["format"] != FORMAT:
                 raise UsageError(
-                    f"it has format {values['format']!r}, and this version of gspn reads 1 to {FORMAT}; remove the "
-                    "directory and encode the data again"
+                    f"it has format {short(values['format'])}, and this version of gspn reads 1 to {FORMAT}"
                 )
-            return from_mapping(cls, values)
+            index = from_mapping(cls, values)
+            index.validate()
+            return index
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{str(path)!r} cannot be read as an index of {cls.NAME}: {error}.") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            reason = {KeyError: f"it has no {error}"}.get(type(error), f"{error}".removesuffix("."))
+            raise UsageError(
+                f"{printable(path)!r} cannot be read as an index of {cls.NAME}: {printable(reason)}; remove the "
+                "directory and encode the data again."
+            ) from None
+
+    def validate(self) -> None:
+        """Refuse numbers and names that no index has.
+
+        Raises:
+            ValueError: The message names them.
+        """
+        if self.rows < 0 or self.shard_size < 1:
+            raise ValueError(f"{self.rows} rows in shards of {self.shard_size}")
+        if self.shards and len(self.shards) != self.shard_count:
+            raise ValueError(f"{len(self.shards)} shards and not {self.shard_count}")
+        for number, shard in enumerate(self.shards):
+            if not re.fullmatch(rf"{self.NAME}-{number:05d}\.safetensors", shard.file):
+                raise ValueError(f"shard {number} is named {short(shard.file)}")
+            if not 0 <= shard.rows <= len(self.rows_of(number)):
+                raise ValueError(f"shard {number} has {shard.rows} rows")
 
 
 Index = TypeVar("Index", bound=CacheIndex)
@@ -136,6 +166,8 @@ class ShardReader(Generic[Index]):
     def opened(self, shard: int) -> Any:
         """The file of a shard, opened by safetensors."""
         if shard not in self._opened:
+            if len(self._opened) >= _MOST_OPEN:
+                self._opened.pop(next(iter(self._opened)))
             path = self.directory / self.index.shards[shard].file
             self._opened[shard] = require("safetensors").safe_open(path, framework="pt")
         return self._opened[shard]
@@ -160,12 +192,23 @@ class ShardReader(Generic[Index]):
                 raise self.damaged(number, f"cannot be read ({error})") from None
             if actual != {name: [shard.rows, *shape] for name, shape in shapes.items()}:
                 raise self.damaged(number)
-            if checksums and not shard.is_whole(self.directory):
-                raise self.damaged(number, "does not have its checksum")
+        if checksums:
+            with ThreadPoolExecutor(8) as pool:  # a hash leaves Python to other threads
+                whole = pool.map(lambda shard: shard.is_whole(self.directory), self.index.shards)
+                for number, one in enumerate(whole):
+                    if not one:
+                        raise self.damaged(number, "does not have its checksum")
+
+    def finite(self, shard: int, value: Tensor) -> Tensor:
+        """The value; an error that names the shard where it is not finite."""
+        if not value.isfinite().all():
+            raise self.damaged(shard, "has numbers that are not finite")
+        return value
 
     def damaged(self, shard: int, problem: str = f"is not what {INDEX} says") -> UsageError:
         """An error that names the file of a shard, the problem and the remedy."""
-        return UsageError(f"{str(self.directory / self.index.shards[shard].file)!r} {problem}; {self._remedy}.")
+        path = printable(self.directory / self.index.shards[shard].file)
+        return UsageError(f"{path!r} {problem}; {self._remedy}.")
 
 
 Encode = Callable[[list[int], Any, Callable[[int], object]], Iterator[tuple[int, dict[str, Tensor], list[str]]]]
@@ -178,7 +221,8 @@ class CacheWriter(Generic[Index]):
 
     A shard is whole or missing. A call that follows a killed one continues after the last whole shard and ends with the
     bytes of an uninterrupted run on the same device; shards with another checksum are encoded again. Of N processes
-    started by ``torchrun``, process i writes every N-th shard; a later call may have another N.
+    started by ``torchrun``, process i writes every N-th shard; a later call may have another N. The first process
+    locks the directory for all, unless nothing is missing.
 
     Args:
         directory: New, empty, or begun with the same request.
@@ -209,21 +253,14 @@ class CacheWriter(Generic[Index]):
             The complete index, the number of shards that this process wrote, and whether it is the first process.
 
         Raises:
-            UsageError: The directory belongs to another request or holds something else, or nothing can be read.
+            UsageError: The directory belongs to another request or holds something else, another process writes it, or
+                nothing can be read.
         """
         accelerator = make_accelerator(precision=precision, device=device)
         main = accelerator.is_main_process
         console = console if main else None
         begun = self._begun()
         accelerator.wait_for_everyone()  # all have looked before one writes
-        if main:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for path in self.directory.glob(".part-*"):  # of a call that was killed
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            if begun is None:
-                write_json(self.directory / INDEX, self.request)
-            self.prepare()
-        accelerator.wait_for_everyone()
         index = begun or self.request
         own = range(index.shard_count)[accelerator.process_index :: accelerator.num_processes]
         missing = []
@@ -233,13 +270,23 @@ class CacheWriter(Generic[Index]):
                 if shard is None or not shard.is_whole(self.directory):
                     missing.append(number)
                 advance(1)
-        if missing:
-            with progress_bar(console, self.title, sum(len(index.rows_of(number)) for number in missing)) as advance:
-                for number, tensors, broken in self.encode(missing, accelerator, advance):
-                    self._write_shard(number, tensors, broken)
-        accelerator.wait_for_everyone()
-        if main:
-            self._complete(index)
+        lacking = torch.tensor([float(len(missing)) + (not index.shards)], device=accelerator.device)
+        complete = not accelerator.reduce(lacking, "sum").item()  # type: ignore[union-attr]
+        lock = contextlib.nullcontext() if complete or not main else DirectoryLock(self.directory, self.option)
+        with lock:
+            if main:
+                if begun is None:
+                    write_json(self.directory / INDEX, self.request)
+                self.prepare()
+            accelerator.wait_for_everyone()
+            if missing:
+                rows = sum(len(index.rows_of(number)) for number in missing)
+                with progress_bar(console, self.title, rows) as advance:
+                    for number, tensors, broken in self.encode(missing, accelerator, advance):
+                        self._write_shard(number, tensors, broken)
+            accelerator.wait_for_everyone()
+            if main:
+                self._complete(index)
         accelerator.wait_for_everyone()
         return type(index).read(self.directory) or index, len(missing), main
 
@@ -250,8 +297,8 @@ class CacheWriter(Generic[Index]):
             raise UsageError(f"{name!r} is a file; name a directory.")
         begun = type(self.request).read(self.directory)
         if begun is None:
-            # What a killed call left before it wrote an index does not count.
-            if self.directory.is_dir() and any(not one.name.startswith(".part-") for one in self.directory.iterdir()):
+            # What a killed call left before it wrote an index is hidden, and does not count.
+            if self.directory.is_dir() and any(not one.name.startswith(".") for one in self.directory.iterdir()):
                 raise UsageError(f"{name!r} holds other files and no {INDEX}; name a new directory.")
             return None
         old, new = flat(to_mapping(begun)), flat(to_mapping(self.request))
@@ -269,8 +316,10 @@ class CacheWriter(Generic[Index]):
 
     def _shard(self, index: Index, number: int) -> Shard | None:
         """A shard's record, from its own file, which is newer, or from the index."""
+        path = self._record(number)
         try:
-            return from_mapping(Shard, json.loads(self._record(number).read_text(encoding="utf-8")))
+            shard = from_mapping(Shard, read_json(path))
+            return shard if shard.file == path.with_suffix(".safetensors").name else None
         except (OSError, ValueError):
             return index.shards[number] if number < len(index.shards) else None
 
@@ -308,9 +357,3 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     save = require("safetensors.torch").save_file
     with replaced(path) as part:
         save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, metadata=metadata)
-
-
-def short(value: Any) -> str:
-    """The value as errors show it: at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -22,10 +22,12 @@ def image_transform(size: int, channels: int = 3, *, crop: int | None = None, hf
     from torchvision import transforms
 
     steps: list[Any] = [
+        transforms.Lambda(_prepared),
         transforms.Resize(size, transforms.InterpolationMode.BICUBIC, antialias=True),
         transforms.CenterCrop(size),
-        transforms.Grayscale() if channels == 1 else transforms.Lambda(_to_rgb),
     ]
+    if channels == 1:
+        steps.append(transforms.Grayscale())
     if crop is not None:
         steps.append(transforms.RandomCrop(crop))
     if hflip:
@@ -34,5 +36,6 @@ def image_transform(size: int, channels: int = 3, *, crop: int | None = None, hf
 
 
 # A named function, which worker processes can unpickle.
-def _to_rgb(image: Any) -> Any:
-    return image.convert("RGB")
+def _prepared(image: Any) -> Any:
+    data = require("gspn.data")
+    return data.trimmed(data.to_rgb(image))

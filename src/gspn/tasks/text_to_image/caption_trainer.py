@@ -12,7 +12,9 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..._console import default_console
 from ..._errors import require
+from ..._timesteps import set_timesteps
 from ..core.devices import distributed_context, make_accelerator
 from ..core.loop import fit, refuse_existing
 from ..core.metrics_table import EpochRow, metric
@@ -83,7 +85,7 @@ class CaptionTask(Task[Config, Row]):
         """Encode the data, train and return the result."""
         require("accelerate", "timm", "torchvision", "safetensors", "yaml")
         require("diffusers", extra="diffusers")
-        config, console = self.config, console or Console()
+        config, console = self.config, console or default_console()
         # One connection for all: if it were closed and opened again between encoding and training, one process might
         # meet the other's old end.
         with distributed_context():
@@ -91,6 +93,8 @@ class CaptionTask(Task[Config, Row]):
             # A wrong request is refused before hours of encoding.
             self.pipeline = self.open_pipeline()
             check_chain(self.pipeline.scheduler, ("epsilon", "v_prediction"))
+            if config.samples.every:
+                set_timesteps(_solver(self.pipeline.scheduler), config.samples.steps, as_it_is=True)
             refuse_existing(config.run.output, resume)
             self.unet_fingerprint = fingerprint(self.pipeline.unet)
             cache = config.data.cache or config.run.output / "cache"
@@ -170,8 +174,7 @@ class CaptionTask(Task[Config, Row]):
         """The prompts, drawn by a pipeline from noise that depends on the run's seed alone."""
         samples, (height, width), prompts = self.config.samples, self.image_size, self.prompts()
         trained = pipeline.scheduler
-        solver = require("diffusers", extra="diffusers").DPMSolverMultistepScheduler
-        pipeline.scheduler = solver.from_config(trained.config)
+        pipeline.scheduler = _solver(trained)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(context.accelerator.device)
         images: list[Image.Image] = []
@@ -189,3 +192,8 @@ class CaptionTask(Task[Config, Row]):
         finally:
             pipeline.scheduler = trained
         return images
+
+
+def _solver(trained: Any) -> Any:
+    """The scheduler that draws during training, for a model that was trained with another."""
+    return require("diffusers", extra="diffusers").DPMSolverMultistepScheduler.from_config(trained.config)

@@ -15,7 +15,7 @@ class DataConfig(ImageData):
     """Images with captions, encoded once and cached."""
 
     name: str = "emoji"
-    size: int = setting(512, 1)
+    size: int = setting(512, 1, 65536)
     """Height and width of an image in pixels; smaller images are enlarged, others cropped at the centre."""
     batch_size: int = setting(8, 1, free=True)
     hflip: float = setting(0.0, 0, 1)

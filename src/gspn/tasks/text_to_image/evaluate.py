@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
+from ..._console import default_console
 from ..._errors import UsageError
 from ..core.loaders import open_data
 from ..diffusion.evaluation import ImageMetrics, compare_images
@@ -174,7 +175,7 @@ def evaluate(
     captions = [images.captions(i) for i in kept]
     metrics, fake, real = compare_images(
         sampled, real_images, features=features, batch_size=batch_size, device=device, cache=cache,
-        console=console or Console(),
+        console=console or default_console(),
     )  # fmt: skip
     pairs = [(i, caption) for i, some in enumerate(captions) for caption in some]
     scorer = TextScorer(embed_sentences([text for _, text in pairs]), real.pooled[[i for i, _ in pairs]])

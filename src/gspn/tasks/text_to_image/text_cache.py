@@ -74,8 +74,8 @@ class TextTable(ShardReader[TextIndex]):
             return self._nothing
         number, at = self.locate(row)
         shard = self.opened(number)
-        pooled = shard.get_slice("pooled")[at : at + 1].float() if "pooled" in list(shard.keys()) else None
-        caption = Conditioning(shard.get_slice("states")[at : at + 1].float(), pooled)
+        names = [name for name in ("states", "pooled") if name in list(shard.keys())]
+        caption = Conditioning(*(self.finite(number, shard.get_slice(name)[at : at + 1]).float() for name in names))
         if row == 0:  # every batch reads it
             self._nothing = caption
         return caption

@@ -19,13 +19,13 @@ class AdapterConfig(ModelExecution):
 
     layers: list[str] | None = None
     """Levels or names of modules; null: all. See :meth:`gspn.diffusers.GSPNAdapter.from_model`."""
-    proxy_dim: int | None = None
+    proxy_dim: int | None = setting(None, 1)
     """null: an eighth of each layer's width."""
-    groups: int | None = None
+    groups: int | None = setting(None, 1)
     """null: separate taps for each channel; 1: shared taps."""
-    segment: int | None = None
+    segment: int | None = setting(None, 1)
     """null: global scans."""
-    segments: dict[str, int | None] = field(default_factory=dict)
+    segments: dict[str, int | None] = field(default_factory=dict, metadata={"range": (1,)})
     """Segments by level, instead of ``segment``."""
     skip: bool = True
     proxy_bias: bool = True

@@ -18,7 +18,10 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from ...._console import default_console
 from ...._errors import UsageError
+from ...._locks import DirectoryLock
+from ...._timesteps import set_timesteps
 from ...diffusion.digests import fingerprint
 from ...diffusion.images import ImageRecord, is_sampled, save_png
 from ...diffusion.schedulers import check_chain, named_scheduler
@@ -277,12 +280,14 @@ def sample(
         model=model, prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts), output=Path(output),
         upscale=(UpscalingConfig() if upscale is True else upscale) or None, **options,
     )  # fmt: skip
-    return run(request, console or Console())
+    return run(request, console or default_console())
 
 
 def run(request: SampleRequest, console: Console) -> SampleResult:
     """Carry out a request: resolve it, estimate it, draw the images and write them."""
     with contextlib.ExitStack() as stack:
+        if not request.estimate_only:
+            stack.enter_context(DirectoryLock(request.output))
         plan = resolve(request, stack)
         plan, cache, estimated = estimate(plan, stack, console)
         if request.estimate_only:
@@ -311,10 +316,7 @@ def resolve(request: SampleRequest, stack: contextlib.ExitStack) -> RunPlan:
     adapter = load_adapter(request.adapter) if isinstance(request.adapter, str | Path) else request.adapter
     check_chain(pipeline.scheduler)
     scheduler = named_scheduler(request.scheduler, pipeline.scheduler, auto="dpm++")  # which starts at any step
-    if request.steps > scheduler.config.num_train_timesteps:
-        raise UsageError(
-            f"{request.steps} steps are more than the {scheduler.config.num_train_timesteps} of the training."
-        )
+    set_timesteps(scheduler, request.steps)  # refuses too many, before anything is drawn
     factor = pipeline.vae_scale_factor
     trained = trained_size(pipeline.unet, factor)
     height, width = request.height or trained[0], request.width or trained[1]

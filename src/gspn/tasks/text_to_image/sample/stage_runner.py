@@ -18,9 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ...._errors import UsageError, require
-from ...._files import write_text
+from ...._files import printable, read_json, short, write_text
+from ...._timesteps import set_timesteps
+from ...core.progress import PlainProgress, counted
 from ...diffusion.digests import digest
-from ...diffusion.shard_cache import save_tensors, short
+from ...diffusion.shard_cache import save_tensors
 from ..decoding import to_latents, to_pixels
 from .denoising import denoise, draw_noise, first_step, image_generators
 from .progressive_upscaling import DilatedSampling, Stage, enlarge, segmented_scans, skip_residual
@@ -96,19 +98,20 @@ def read_settings(directory: Path) -> dict[str, Any] | None:
         UsageError: They cannot be read.
     """
     path = directory / DIRECTORY / _SETTINGS
-    if not path.is_file():
+    if not path.exists():
         return None
+    remedy = f"remove {printable(path.parent)!r}, or name another output"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        settings = None
+        settings = read_json(path)
+    except (UsageError, OSError) as error:
+        raise UsageError(f"{printable(path)!r} is damaged ({str(error).removesuffix('.')}); {remedy}.") from None
     if not isinstance(settings, dict):
-        raise UsageError(f"{str(path)!r} is damaged; remove {str(path.parent)!r}, or name another output.")
+        raise UsageError(f"{printable(path)!r} is damaged; {remedy}.")
     return settings
 
 
 class RunProgress(Progress):
-    """One bar for all stages of all images; where the output is not a terminal, a line for each stage.
+    """One bar for all stages of all images; without a terminal, a line for each stage, and one every 30 seconds.
 
     Args:
         console: Where to print.
@@ -119,14 +122,19 @@ class RunProgress(Progress):
     def __init__(self, console: Console, stages: int, steps: int) -> None:
         columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._stages, self._bar = stages, self.add_task("drawing", total=steps)
+        self._stages, self._steps, self._bar = stages, steps, self.add_task("drawing", total=steps)
+        self._plain, self._what, self._done, self._start = PlainProgress(console), "drawing", 0, time.monotonic()
 
     def steps_done(self, steps: int = 1) -> None:
         """Move the bar forward."""
         self.advance(self._bar, steps)
+        self._done += steps
+        elapsed = time.monotonic() - self._start
+        self._plain.tick(lambda: f"{self._what}: step {counted(self._done, self._steps, elapsed)}")
 
     def describe(self, text: str) -> None:
         """Show what is being done."""
+        self._what = text
         self.update(self._bar, description=text)
 
     @contextlib.contextmanager
@@ -137,9 +145,8 @@ class RunProgress(Progress):
         text, start = f"{images}{part}: {stage.width}x{stage.height}", time.perf_counter()
         self.describe(text)
         yield
-        if not self.console.is_terminal:
-            seconds, steps = time.perf_counter() - start, "1 step" if stage.steps == 1 else f"{stage.steps} steps"
-            self.console.print(f"{text}, {steps} in {seconds:.1f} s", highlight=False, soft_wrap=True)
+        seconds, steps = time.perf_counter() - start, "1 step" if stage.steps == 1 else f"{stage.steps} steps"
+        self._plain.say(f"{text}, {steps} in {seconds:.1f} s")
 
 
 class StageRunner:
@@ -188,7 +195,7 @@ class StageRunner:
         plan, stage, config = self._plan, self._plan.stages[number], self._plan.request.upscale
         unet, steps, inputs = plan.pipeline.unet, plan.request.steps, plan.guidance_inputs(indices)
         scheduler = type(plan.scheduler).from_config(plan.scheduler.config)  # without the history of earlier stages
-        scheduler.set_timesteps(steps, device=plan.device)
+        set_timesteps(scheduler, steps, plan.device)
         generators = image_generators(plan.request.seed, indices, number)
         noise = draw_noise(generators, self._shape(stage), plan.device)
         blend = refine = None

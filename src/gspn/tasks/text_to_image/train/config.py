@@ -32,10 +32,10 @@ class NoiseConfig:
     """The noise, on Stable Diffusion's chain of steps, and what the UNet predicts."""
 
     objective: Literal["epsilon", "v_prediction"] = "epsilon"
-    timesteps: int = setting(1000, 2)
+    timesteps: int = setting(1000, 2, 1_000_000)
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
+    beta_start: float = setting(0.00085, above=0, below=1)
+    beta_end: float = setting(0.012, above=0, below=1)
     caption_dropout: float = setting(0.1, 0, 1)
     """Probability of dropping a caption, for classifier-free guidance."""
 

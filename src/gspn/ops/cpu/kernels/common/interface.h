@@ -17,7 +17,7 @@
 namespace gspn {
 
 // The Python side mirrors the structs of the C interface field by field; this number guards them.
-constexpr int32_t kInterfaceVersion = 4;
+constexpr int32_t kInterfaceVersion = 5;
 
 enum DType : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <initializer_list>
 #include <thread>
 #include <vector>
 
@@ -98,7 +99,10 @@ bool run(const Kernel<Call, Plan>& kernel, const Call& call, const Plan& plan, i
     region(&team.work, &team, static_cast<unsigned>(threads), 0);
   } else {
     std::vector<std::thread> others;
-    for (int64_t t = 1; t < threads; ++t) others.emplace_back(&team.work, &team);
+    try {
+      for (int64_t t = 1; t < threads; ++t) others.emplace_back(&team.work, &team);
+    } catch (...) {  // The system gives no more threads: those that there are do it all.
+    }
     team.work(&team);
     for (auto& thread : others) thread.join();
   }
@@ -125,5 +129,55 @@ inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / t
 
 inline int64_t size_of(int32_t dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 inline int64_t size_of_state(int32_t dtype) { return dtype == kFloat64 ? 8 : 4; }
+
+// What an entry point returns. Nothing is computed after a refusal; library.py says each in words.
+enum Status : int32_t {
+  kDone = 0,
+  kOutOfMemory = 1,
+  kBadDType = 2,
+  kBadDirection = 3,
+  kBadSize = 4,  // below 1, or so large that a number of bytes would overflow
+  kBadSegment = 5,
+  kBadGroups = 6,
+  kBadPointer = 7,  // null where something is needed, or present where nothing belongs
+  kBadThreads = 8,
+};
+
+constexpr double kMostBytes = 0x1p60;
+
+// All sizes are at least 1, and an image of them with a thousand bytes an element is a number that fits.
+inline bool sizes_fit(std::initializer_list<int64_t> sizes) {
+  double bytes = 1024;
+  for (const int64_t size : sizes) {
+    if (size < 1) return false;
+    bytes *= static_cast<double>(size);
+  }
+  return bytes < kMostBytes;
+}
+
+// The address of every element is one that can be computed.
+inline bool strides_fit(const Image& image, int64_t batch, int64_t channels, int64_t rows, int64_t columns) {
+  const auto reach = [](int64_t size, int64_t stride) {
+    return static_cast<double>(size) * (stride < 0 ? -1. : 1.) * static_cast<double>(stride);
+  };
+  return !image.data || 64 * (reach(batch, image.batch) + reach(channels, image.channel) + reach(rows, image.row) +
+                              reach(columns, image.column)) <
+                            kMostBytes;
+}
+
+inline bool all_present(std::initializer_list<const void*> pointers) {
+  for (const void* pointer : pointers) {
+    if (!pointer) return false;
+  }
+  return true;
+}
+
+// The part of a call that both operators share.
+inline Status check_common(int32_t dtype, int64_t channels, int64_t groups, int64_t segment, int64_t threads) {
+  if (dtype < kFloat32 || dtype > kFloat16) return kBadDType;
+  if (groups < 1 || groups > channels || channels % groups != 0) return kBadGroups;
+  if (segment < 1 || static_cast<double>(segment) > kMostBytes) return kBadSegment;
+  return threads < 1 || threads > (1 << 20) ? kBadThreads : kDone;
+}
 
 }  // namespace gspn

@@ -69,20 +69,43 @@ LineScanPlan make_plan(const LineScanCall& call, int64_t vector_bytes, int64_t t
   return plan;
 }
 
+// Before anything is divided, multiplied or read.
+Status check(const LineScanCall* call, int64_t threads, bool backward) {
+  if (!call) return kBadPointer;
+  const LineScanCall& c = *call;
+  if (!sizes_fit({c.batch, c.channels, c.lines, c.cross})) return kBadSize;
+  for (const Image* image : {&c.x, &c.lam, &c.h, &c.grad, &c.dx, &c.dlam}) {
+    if (!strides_fit(*image, c.batch, c.channels, c.lines, c.cross)) return kBadSize;
+  }
+  for (const Taps* taps : {&c.taps, &c.dtaps}) {
+    const Image of_taps{taps->image.data, taps->tap, 0, 0, 0};
+    if (!strides_fit(taps->image, c.batch, c.channels, c.lines, c.cross) || !strides_fit(of_taps, 3, 1, 1, 1)) {
+      return kBadSize;
+    }
+  }
+  if (const Status status = check_common(c.dtype, c.channels, c.groups, c.segment, threads)) return status;
+  if (!all_present({c.h.data, c.taps.image.data})) return kBadPointer;
+  const bool rest = backward ? all_present({c.grad.data, c.dx.data}) && (!c.dlam.data || (c.lam.data && c.x.data))
+                             : c.x.data != nullptr;
+  return rest ? kDone : kBadPointer;
+}
+
 }  // namespace
 }  // namespace gspn
 
 using namespace gspn;
 
-// 0, or 1 if memory ran out.
+// A Status.
 GSPN_EXPORT int32_t gspn_line_scan(const LineScanCall* call, int64_t threads) {
+  if (const Status status = check(call, threads, false)) return status;
   const Kernels& chosen = kernels();
   const LineScanPlan plan = make_plan(*call, chosen.vector_bytes, threads, false);
   expect_first_touch(call->h.data, image_bytes(*call));
-  return run(chosen.line_scan_forward, *call, plan, plan.items, threads) ? 0 : 1;
+  return run(chosen.line_scan_forward, *call, plan, plan.items, threads) ? kDone : kOutOfMemory;
 }
 
 GSPN_EXPORT int32_t gspn_line_scan_backward(const LineScanCall* call, int64_t threads) {
+  if (const Status status = check(call, threads, true)) return status;
   const Kernels& chosen = kernels();
   LineScanPlan plan = make_plan(*call, chosen.vector_bytes, threads, true);
   expect_first_touch(call->dx.data, image_bytes(*call));
@@ -94,9 +117,9 @@ GSPN_EXPORT int32_t gspn_line_scan_backward(const LineScanCall* call, int64_t th
   const int64_t pixels = call->lines * call->cross;
   const Memory partials(partial ? plan.blocks * call->batch * call->groups * 3 * pixels * size_of_state(call->dtype)
                                 : 0);
-  if (partials.failed()) return 1;
+  if (partials.failed()) return kOutOfMemory;
   plan.partials = partials.get();
   bool done = run(chosen.line_scan_backward, *call, plan, plan.items, threads);
   if (partial) done = done && run(chosen.line_scan_merge_taps, *call, plan, call->batch * call->groups, threads);
-  return done ? 0 : 1;
+  return done ? kDone : kOutOfMemory;
 }

@@ -13,7 +13,9 @@
 namespace gspn::GSPN_ISA {
 namespace {
 
-constexpr double kLn2 = 0.6931471805599453;
+// Twice -ln(2), the factor of dt where deviations are halved.
+template <class A>
+constexpr A kHalvedGradient = static_cast<A>(-2 * 0.6931471805599453);
 
 // Pixels whose maps' gradients are gathered before the two products are taken.
 template <class A>
@@ -133,6 +135,7 @@ struct BackwardLine {
   ProxyLine<A> proxy;
   A* dproxy;
   const A* weights;
+  A to_t;  // as in ForwardLine
   A* gradients;
   const A* taps;  // shared: [3][tap_pitch]
   int64_t tap_pitch;
@@ -156,28 +159,31 @@ GSPN_INLINE bool backward_pixels(const BackwardLine<A>& line, int64_t p, int64_t
   project<A, S, O, P>(line.weights, outputs, from, line.proxy.at(p), acc);
   V w[3][P], slope[3][P];
   if constexpr (kPrev && !kShared) {
-    V worst{};
+    V worst;
 #pragma GCC unroll 8
     for (int q = 0; q < P; ++q) {
       const bool first = p + q == 0, last = p + q == line.cross - 1;
-      V t[3] = {acc[0][q], acc[1][q], acc[2][q]};
-      if constexpr (kSafe) shift_into_range<A>(t, lanes_where<A>(!first), lanes_where<A>(!last));
-      Weights<A> weights(t);
-      worst += weights.product;
-      // 1 - sigmoid(a_k) = e_k / d_k, by one division for all three where their product does not overflow.
-      const V all = kSafe ? V{} : A(1) / weights.product;
+      if constexpr (kSafe) {
+        const V t[3] = {acc[0][q] * line.to_t, acc[1][q] * line.to_t, acc[2][q] * line.to_t};
+        const TapsAndSlopes<A> taps = safe_taps<A>(t, lanes_where<A>(!first), lanes_where<A>(!last));
+        for (int k = 0; k < 3; ++k) w[k][q] = taps.w[k], slope[k][q] = taps.slope[k] * (kHalvedGradient<A> * line.to_t);
+      } else {
+        const V t[3] = {acc[0][q], acc[1][q], acc[2][q]};
+        Weights<A> weights(t);
+        worst = q ? worst + weights.product : weights.product;
+        // 1 - sigmoid(a_k) = e_k / d_k, by one division for all three.
+        const V all = kHalvedGradient<A> / weights.product;
 #pragma GCC unroll 3
-      for (int k = 0; k < 3; ++k) {
-        slope[k][q] = kSafe ? weights.e[k] / (weights.e[k] + A(1)) : weights.e[k] * weights.w[k] * all;
+        for (int k = 0; k < 3; ++k) slope[k][q] = weights.e[k] * weights.w[k] * all;
+        if (__builtin_expect(first, 0)) weights.w[0] = V{};
+        if (__builtin_expect(last, 0)) weights.w[2] = V{};
+        const V inverse = A(1) / weights.sum();
+#pragma GCC unroll 3
+        for (int k = 0; k < 3; ++k) w[k][q] = weights.w[k] * inverse;
       }
-      if (__builtin_expect(first, 0)) weights.w[0] = V{};
-      if (__builtin_expect(last, 0)) weights.w[2] = V{};
-      const V inverse = A(1) / weights.sum();
-#pragma GCC unroll 3
-      for (int k = 0; k < 3; ++k) w[k][q] = weights.w[k] * inverse;
     }
     if constexpr (!kSafe) {
-      if (__builtin_expect(any_beyond<A>(worst, TapRange<A>::overflow), 0)) return false;
+      if (__builtin_expect(any_beyond<A>(worst, kMostWeight<A>), 0)) return false;
     }
   }
 #pragma GCC unroll 8
@@ -205,15 +211,16 @@ GSPN_INLINE bool backward_pixels(const BackwardLine<A>& line, int64_t p, int64_t
         }
       } else {
         // before_k - c from differences: the taps sum to one but for a rounding, and a single neighbour has no
-        // gradient.
-        const V down = before[0] - before[1], up = before[1] - before[2], across = before[0] - before[2];
+        // gradient. Half of them, since the difference of two large states may overflow.
+        const V half[3] = {before[0] * A(0.5), before[1] * A(0.5), before[2] * A(0.5)};
+        const V down = half[0] - half[1], up = half[1] - half[2], across = half[0] - half[2];
         const V deviation[3] = {w[1][q] * down + w[2][q] * across, w[2][q] * up - w[0][q] * down,
                                 V{} - (w[0][q] * across + w[1][q] * up)};
 #pragma GCC unroll 3
         for (int k = 0; k < 3; ++k) {
-          const V part = w[k][q] * g;
-          store(line.to_prev[k] + pixel * L, part);
-          store(maps + k * kRun<A> * L, part * slope[k][q] * deviation[k] * static_cast<A>(-kLn2));
+          store(line.to_prev[k] + pixel * L, w[k][q] * g);
+          // Of a small tap and a large state the product must not vanish on the way.
+          store(maps + k * kRun<A> * L, w[k][q] * slope[k][q] * (g * deviation[k]));
         }
       }
     }
@@ -221,9 +228,10 @@ GSPN_INLINE bool backward_pixels(const BackwardLine<A>& line, int64_t p, int64_t
   return true;
 }
 
-template <class A, int S, int P>
-__attribute__((noinline)) void backward_pixels_safely(const BackwardLine<A>& line, int64_t p, int64_t at) {
-  for (int q = 0; q < P; ++q) backward_pixels<A, S, 1, false, true, true>(line, p + q, at + q);
+template <class A>
+__attribute__((noinline)) void backward_pixels_safely(const BackwardLine<A>& line, int64_t p, int64_t at,
+                                                      int64_t count) {
+  for (int64_t q = 0; q < count; ++q) backward_pixels<A, 0, 1, false, true, true>(line, p + q, at + q);
 }
 
 // The gradients of taps that all channels share, for a run of pixels from p on: one lane a pixel.
@@ -233,25 +241,22 @@ void shared_tap_gradients(const BackwardLine<A>& line, int64_t p, int64_t count)
   constexpr int L = kLanes<A>;
   const int64_t proxy_channels = S ? S : line.proxy.channels;
   V t[3];
-  shared_logits<A, S>(line.proxy, p, line.cross, line.tap_weights, t);
-  const Weights<A> shared = shared_weights<A>(t, p, line.cross);
-  const V inverse = A(1) / shared.sum();
-  V dw[3], w[3];
+  shared_logits<A, S>(line.proxy, p, line.cross, line.tap_weights, line.to_t, t);
+  const TapsAndSlopes<A> shared = shared_taps_at<A, true>(t, p, line.cross);
+  const V* w = shared.w;
+  V half[3];
   for (int k = 0; k < 3; ++k) {
     V rows[L];
     for (int64_t i = 0; i < L; ++i) rows[i] = i < count ? load(line.tap_maps + (k * kRun<A> + i) * L) : V{};
-    dw[k] = sums_of_rows<A>(rows);
-    w[k] = shared.w[k] * inverse;
+    half[k] = sums_of_rows<A>(rows) * A(0.5);
   }
   A lanes[L];
-  for (int i = 0; i < L; ++i) lanes[i] = i < count ? static_cast<A>(-kLn2) : A(0);
+  for (int i = 0; i < L; ++i) lanes[i] = i < count ? kHalvedGradient<A> * line.to_t : A(0);
   const V scale = load(lanes);
-  const V down = dw[0] - dw[1], up = dw[1] - dw[2], across = dw[0] - dw[2];
+  const V down = half[0] - half[1], up = half[1] - half[2], across = half[0] - half[2];
   const V deviation[3] = {w[1] * down + w[2] * across, w[2] * up - w[0] * down, V{} - (w[0] * across + w[1] * up)};
   V dt[3];
-  for (int k = 0; k < 3; ++k) {
-    dt[k] = scale * w[k] * (shared.e[k] / (shared.e[k] + A(1))) * deviation[k];
-  }
+  for (int k = 0; k < 3; ++k) dt[k] = scale * w[k] * shared.slope[k] * deviation[k];
   for (int64_t from = 0; from < proxy_channels; from += L) {
     V values[L];
     const int64_t some = minimum(L, proxy_channels - from);
@@ -277,10 +282,14 @@ void backward_line(const BackwardLine<A>& line) {
       constexpr int P = decltype(number)::value;
       const bool done = backward_pixels<A, S, P, kShared, kPrev, false>(line, p + i, i);
       if constexpr (kPrev && !kShared) {
-        if (!done) backward_pixels_safely<A, S, P>(line, p + i, i);
+        if (!done) backward_pixels_safely<A>(line, p + i, i, P);
       }
     };
     int64_t i = 0;
+    if (kPrev && !kShared && line.to_t != A(1)) {
+      backward_pixels_safely<A>(line, p, 0, count);
+      i = count;
+    }
     for (; i + kPixels <= count; i += kPixels) some(Number<kPixels>{}, i);
     for (; i < count; ++i) some(Number<1>{}, i);
     const ProductRun<A> run{line.maps,    count,          line.proxy.at(p), line.dproxy + p * line.proxy.cross,
@@ -414,7 +423,7 @@ struct Backward {
     ForwardLine<A> line{};
     line.cross = walk.cross;
     line.x_cross = x.cross;
-    line.weights = packed.direction(d);
+    line.weights = packed.direction(d), line.to_t = packed.to_t();
     line.taps = scratch.taps, line.tap_pitch = walk.cross + L;
     line.fetch = plan.fetch;
     for (int64_t step = 0; step < walk.lines; ++step) {
@@ -426,7 +435,9 @@ struct Backward {
       if (walk.starts_segment(step)) {
         forward_line<A, S, kShared, false, false>(line);
       } else {
-        if constexpr (kShared) shared_taps<A, S>(line.proxy, walk.cross, packed.taps(d), scratch.taps, line.tap_pitch);
+        if constexpr (kShared) {
+          shared_taps<A, S>(line.proxy, walk.cross, packed.taps(d), line.to_t, scratch.taps, line.tap_pitch);
+        }
         forward_line<A, S, kShared, true, false>(line);
       }
     }
@@ -444,7 +455,7 @@ struct Backward {
     BackwardLine<A> line{};
     line.cross = walk.cross;
     line.stride = x.cross;
-    line.weights = packed.direction(d), line.gradients = scratch.sums;
+    line.weights = packed.direction(d), line.to_t = packed.to_t(), line.gradients = scratch.sums;
     line.taps = scratch.taps, line.tap_pitch = walk.cross + L;
     line.tap_weights = packed.taps(d), line.tap_gradients = scratch.tap_sums;
     line.maps = scratch.maps, line.tap_maps = scratch.tap_maps, line.rows = scratch.rows;
@@ -461,7 +472,9 @@ struct Backward {
       if (walk.starts_segment(step)) {
         backward_line<A, S, kShared, false>(line);
       } else {
-        if constexpr (kShared) shared_taps<A, S>(line.proxy, walk.cross, packed.taps(d), scratch.taps, line.tap_pitch);
+        if constexpr (kShared) {
+          shared_taps<A, S>(line.proxy, walk.cross, packed.taps(d), line.to_t, scratch.taps, line.tap_pitch);
+        }
         backward_line<A, S, kShared, true>(line);
       }
       add_up(scratch.sums, packed.direction_size(), gradients.direction(d));

@@ -19,9 +19,11 @@ constexpr int kPixels = GSPN_VECTOR_BYTES == 64 ? 4 : 2;
 
 // The packed projections of a block, or their gradients. Channels beyond the last have zeros.
 //
-//   [direction][proxy channel][output][lane]  with outputs tap 0, 1, 2 (scaled, see taps.h), lam, u; lam, u alone if
-//   shared [proxy channel][lane]                     the skip [direction][tap][proxy channel]           the scaled
-//   taps, if shared; of gradients a vector of partial sums for each
+//   [lane]                                    the scale alone, not of gradients
+//   [direction][proxy channel][output][lane]  outputs tap 0, 1, 2 (scaled), lam, u; lam, u alone if shared
+//   [proxy channel][lane]                     the skip
+//   [direction][tap][proxy channel]           the scaled taps, if shared; of gradients a vector of partial sums for
+//   each
 template <class A>
 struct Packed {
   static constexpr int L = kLanes<A>;
@@ -29,10 +31,14 @@ struct Packed {
   int64_t directions, proxy_channels, outputs, tap_size;
 
   Packed(const PropagateCall& call, const PropagatePlan& plan, int64_t block)
-      : Packed(call, plan, static_cast<A*>(plan.packed) + block * plan.packed_size, 1) {}
+      : Packed(call, plan, static_cast<A*>(plan.packed) + block * plan.packed_size + L, 1) {}
   static Packed gradients(const PropagateCall& call, const PropagatePlan& plan, int64_t batch, int64_t block) {
     return {call, plan, static_cast<A*>(plan.weight_parts) + (batch * plan.blocks + block) * plan.weight_size, L};
   }
+  // The factor in the taps: -log2(e), or 1 where that would overflow. Not of gradients.
+  GSPN_INLINE A& scale() const { return base[-L]; }
+  // What turns the projected logits into t: exactly 1, or -log2(e).
+  GSPN_INLINE A to_t() const { return static_cast<A>(-kLog2E) / scale(); }
   GSPN_INLINE int64_t direction_size() const { return proxy_channels * outputs * L; }
   GSPN_INLINE A* direction(int64_t d) const { return base + d * direction_size(); }
   GSPN_INLINE A* skip() const { return direction(directions); }
@@ -131,11 +137,18 @@ GSPN_INLINE bool is_common(int64_t proxy_channels) {
   return proxy_channels == 2 || proxy_channels == 4 || proxy_channels == 8 || proxy_channels == 16;
 }
 
+// x86 processors without AVX2 are too old to be worth the time that more kernels take to compile.
+#if defined(__x86_64__) && !defined(__AVX2__)
+constexpr bool kConstantProxyChannels = false;
+#else
+constexpr bool kConstantProxyChannels = true;
+#endif
+
 // Calls run with the number of proxy channels as a constant where it is a common one and the state is float; 0 stands
 // for any number.
 template <class A, class Run>
 void dispatch_on_proxy_channels(int64_t proxy_channels, Run run) {
-  if constexpr (sizeof(A) == 4) {
+  if constexpr (sizeof(A) == 4 && kConstantProxyChannels) {
     switch (proxy_channels) {
       case 2: return run(Number<2>{});
       case 4: return run(Number<4>{});
@@ -183,26 +196,32 @@ void start_with_skip(const PropagateCall& call, const Packed<A>& packed, int64_t
                      const Tile<A>& out) {
   using V = typename VectorOf<A>::type;
   const Rectangle& at = out.at;
-  const ProxyLines<A> proxies(call, batch, false);
-  for (int64_t i = 0; i < at.rows; ++i) {
-    const ProxyLine<A> proxy = proxies.at(at.row + i).at(at.column);
-    const A* from = x.pixel(at.row + i, at.column);
-    A* to = out.pixel(at.row + i, at.column);
-    const auto some = [&](auto number, int64_t p) __attribute__((always_inline)) {
-      constexpr int P = decltype(number)::value;
-      V skip[1][P];
-      project<A, 0, 1, P>(packed.skip(), 1, 0, proxy.at(p), skip);
-      for (int q = 0; q < P; ++q) {
-        store(to + (p + q) * out.column, rounded(skip[0][q] * load(from + (p + q) * x.column)));
-      }
-    };
-    int64_t p = 0;
-    if (!call.skip_proj) {
-      for (; p < at.columns; ++p) store(to + p * out.column, V{});
+  if (!call.skip_proj) {
+    for (int64_t i = 0; i < at.rows; ++i) {
+      A* to = out.pixel(at.row + i, at.column);
+      for (int64_t p = 0; p < at.columns; ++p) store(to + p * out.column, V{});
     }
-    for (; p + kPixels <= at.columns; p += kPixels) some(Number<kPixels>{}, p);
-    for (; p < at.columns; ++p) some(Number<1>{}, p);
+    return;
   }
+  const ProxyLines<A> proxies(call, batch, false);
+  dispatch_on_proxy_channels<A>(call.proxy_channels, [&](auto proxy_channels) {
+    for (int64_t i = 0; i < at.rows; ++i) {
+      const ProxyLine<A> proxy = proxies.at(at.row + i).at(at.column);
+      const A* from = x.pixel(at.row + i, at.column);
+      A* to = out.pixel(at.row + i, at.column);
+      const auto some = [&](auto number, int64_t p) __attribute__((always_inline)) {
+        constexpr int S = decltype(proxy_channels)::value, P = decltype(number)::value;
+        V skip[1][P];
+        project<A, S, 1, P>(packed.skip(), 1, 0, proxy.at(p), skip);
+        for (int q = 0; q < P; ++q) {
+          store(to + (p + q) * out.column, rounded(skip[0][q] * load(from + (p + q) * x.column)));
+        }
+      };
+      int64_t p = 0;
+      for (; p + kPixels <= at.columns; p += kPixels) some(Number<kPixels>{}, p);
+      for (; p < at.columns; ++p) some(Number<1>{}, p);
+    }
+  });
 }
 
 // --- Taps of a line that all channels of the block share ---
@@ -228,7 +247,7 @@ GSPN_INLINE void transpose_proxy(const ProxyLine<A>& proxy, int64_t p, int64_t c
 
 // t_k of L positions from p on.
 template <class A, int S>
-GSPN_INLINE void shared_logits(const ProxyLine<A>& proxy, int64_t p, int64_t cross, const A* weights,
+GSPN_INLINE void shared_logits(const ProxyLine<A>& proxy, int64_t p, int64_t cross, const A* weights, A to_t,
                                typename VectorOf<A>::type* t) {
   using V = typename VectorOf<A>::type;
   constexpr int L = kLanes<A>;
@@ -242,37 +261,42 @@ GSPN_INLINE void shared_logits(const ProxyLine<A>& proxy, int64_t p, int64_t cro
       for (int k = 0; k < 3; ++k) t[k] += channels[s] * weights[k * count + from + s];
     }
   }
+  for (int k = 0; k < 3; ++k) t[k] *= to_t;
 }
 
-// The weights of L positions from p on of `cross`, their products of at most moderate size.
-template <class A>
-GSPN_INLINE Weights<A> shared_weights(typename VectorOf<A>::type* t, int64_t p, int64_t cross) {
+// The taps of L positions from p on of `cross`, with kSlopes the slopes too.
+template <class A, bool kSlopes>
+GSPN_INLINE TapsAndSlopes<A> shared_taps_at(const typename VectorOf<A>::type* t, int64_t p, int64_t cross) {
   using V = typename VectorOf<A>::type;
   // Lanes that have the neighbour at cross offset -1 or +1.
   auto before = lanes_where<A>(true), after = lanes_where<A>(true);
   if (p == 0) before[0] = 0;
   const int64_t last = cross - 1 - p;
   if (last < kLanes<A>) after[last] = 0;
-  Weights<A> weights(t);
-  if (any_beyond<A>(weights.product, TapRange<A>::overflow)) {
-    shift_into_range<A>(t, before, after);
-    weights = Weights<A>(t);
+  const Weights<A> weights(t);
+  TapsAndSlopes<A> out;
+  if (__builtin_expect(any_beyond<A>(weights.product, kMostWeight<A>), 0)) {
+    const TapsAndSlopes<A> safe = safe_taps<A>(t, before, after);
+    for (int k = 0; k < 3; ++k) out.w[k] = safe.w[k], out.slope[k] = safe.slope[k];
+    return out;
   }
-  weights.w[0] = before ? weights.w[0] : V{};
-  weights.w[2] = after ? weights.w[2] : V{};
-  return weights;
+  out.w[0] = before ? weights.w[0] : V{}, out.w[1] = weights.w[1], out.w[2] = after ? weights.w[2] : V{};
+  const V inverse = A(1) / (out.w[0] + out.w[1] + out.w[2]);
+  for (int k = 0; k < 3; ++k) {
+    out.w[k] *= inverse;
+    if constexpr (kSlopes) out.slope[k] = weights.e[k] / (weights.e[k] + A(1));
+  }
+  return out;
 }
 
 // taps[k][position], `pitch` positions a tap.
 template <class A, int S>
-void shared_taps(const ProxyLine<A>& proxy, int64_t cross, const A* weights, A* taps, int64_t pitch) {
-  using V = typename VectorOf<A>::type;
+void shared_taps(const ProxyLine<A>& proxy, int64_t cross, const A* weights, A to_t, A* taps, int64_t pitch) {
   for (int64_t p = 0; p < cross; p += kLanes<A>) {
-    V t[3];
-    shared_logits<A, S>(proxy, p, cross, weights, t);
-    const Weights<A> shared = shared_weights<A>(t, p, cross);
-    const V inverse = A(1) / shared.sum();
-    for (int k = 0; k < 3; ++k) store(taps + k * pitch + p, shared.w[k] * inverse);
+    typename VectorOf<A>::type t[3];
+    shared_logits<A, S>(proxy, p, cross, weights, to_t, t);
+    const TapsAndSlopes<A> shared = shared_taps_at<A, false>(t, p, cross);
+    for (int k = 0; k < 3; ++k) store(taps + k * pitch + p, shared.w[k]);
   }
 }
 

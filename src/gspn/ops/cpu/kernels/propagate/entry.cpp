@@ -28,7 +28,7 @@ PropagatePlan make_plan(const PropagateCall& call, int64_t vector_bytes, int64_t
   plan.separate = plan.items < threads;
   plan.spans = 1;
   const int64_t outputs = plan.shared ? 2 : 5, taps = plan.shared ? 3 * count : 0;
-  plan.packed_size = round_up(((count * outputs + 1) * lanes + taps) * call.proxy_channels, lanes);
+  plan.packed_size = round_up(((count * outputs + 1) * lanes + taps) * call.proxy_channels, lanes) + lanes;
   plan.weight_size = (count * outputs + 1 + taps) * call.proxy_channels * lanes;
   plan.fetch = call.pixels() * vector_bytes > kSmall;
   return plan;
@@ -74,6 +74,30 @@ int64_t parts_bytes(const PropagateCall& call, const PropagatePlan& plan, int64_
   return plan.separate ? call.direction_count * call.batch * plan.blocks * call.pixels() * vector_bytes : 0;
 }
 
+// Before anything is divided, multiplied or read.
+Status check(const PropagateCall* call, int64_t threads, bool backward) {
+  if (!call) return kBadPointer;
+  const PropagateCall& c = *call;
+  if (!sizes_fit({c.batch, c.channels, c.proxy_channels, c.height, c.width}) ||
+      c.proxy_row < c.width * c.proxy_channels || !sizes_fit({c.batch, c.channels, c.height, c.proxy_row})) {
+    return kBadSize;
+  }
+  for (const Image* image : {&c.x, &c.y, &c.grad, &c.dx}) {
+    if (!strides_fit(*image, c.batch, c.channels, c.height, c.width)) return kBadSize;
+  }
+  if (c.direction_count < 1 || c.direction_count > 4) return kBadDirection;
+  for (int d = 0; d < c.direction_count; ++d) {
+    if (c.directions[d] < kDown || c.directions[d] > kLeft) return kBadDirection;
+  }
+  if (const Status status = check_common(c.dtype, c.channels, c.groups, c.segment, threads)) return status;
+  if (!all_present({c.x.data, c.proxy, c.tap_proj, c.lam_proj, c.u_proj})) return kBadPointer;
+  const bool outputs = backward
+                           ? all_present({c.grad.data, c.dx.data, c.dproxy, c.dtap_proj, c.dlam_proj, c.du_proj}) &&
+                                 !c.skip_proj == !c.dskip_proj
+                           : c.y.data && !c.dx.data;
+  return outputs ? kDone : kBadPointer;
+}
+
 int64_t image_bytes(const PropagateCall& call) {
   return call.batch * call.channels * call.pixels() * size_of(call.dtype);
 }
@@ -83,14 +107,15 @@ int64_t image_bytes(const PropagateCall& call) {
 
 using namespace gspn;
 
-// 0, or 1 if memory ran out.
+// A Status.
 GSPN_EXPORT int32_t gspn_propagate(const PropagateCall* call, int64_t threads) {
+  if (const Status status = check(call, threads, false)) return status;
   const Kernels& chosen = kernels();
   PropagatePlan plan = make_plan(*call, chosen.vector_bytes, threads);
   plan_forward(*call, chosen.vector_bytes, threads, plan);
   const Memory packed(plan.blocks * plan.packed_size * size_of_state(call->dtype));
   const Memory parts(parts_bytes(*call, plan, chosen.vector_bytes));
-  if (packed.failed() || parts.failed()) return 1;
+  if (packed.failed() || parts.failed()) return kOutOfMemory;
   plan.packed = packed.get(), plan.parts = parts.get();
   expect_first_touch(call->y.data, image_bytes(*call));
   const auto done = [&](const PropagateKernel& kernel, int64_t items) {
@@ -98,11 +123,12 @@ GSPN_EXPORT int32_t gspn_propagate(const PropagateCall* call, int64_t threads) {
   };
   return done(chosen.propagate_pack, plan.blocks) && done(chosen.propagate_forward, plan.items) &&
                  (!plan.separate || done(chosen.propagate_merge_directions, call->batch * plan.blocks))
-             ? 0
-             : 1;
+             ? kDone
+             : kOutOfMemory;
 }
 
 GSPN_EXPORT int32_t gspn_propagate_backward(const PropagateCall* call, int64_t threads) {
+  if (const Status status = check(call, threads, true)) return status;
   const Kernels& chosen = kernels();
   const int64_t state = size_of_state(call->dtype);
   PropagatePlan plan = make_plan(*call, chosen.vector_bytes, threads);
@@ -111,7 +137,7 @@ GSPN_EXPORT int32_t gspn_propagate_backward(const PropagateCall* call, int64_t t
   const Memory weights(call->batch * plan.blocks * plan.weight_size * state);
   const Memory proxies(plan.chunks > 1 ? plan.chunks * call->batch * call->height * call->proxy_row * state : 0);
   const Memory parts(parts_bytes(*call, plan, chosen.vector_bytes));
-  if (packed.failed() || weights.failed() || proxies.failed() || parts.failed()) return 1;
+  if (packed.failed() || weights.failed() || proxies.failed() || parts.failed()) return kOutOfMemory;
   plan.packed = packed.get(), plan.weight_parts = weights.get(), plan.parts = parts.get();
   plan.proxy_parts = plan.chunks > 1 ? proxies.get() : call->dproxy;
   expect_first_touch(call->dx.data, image_bytes(*call));
@@ -122,8 +148,8 @@ GSPN_EXPORT int32_t gspn_propagate_backward(const PropagateCall* call, int64_t t
                  (plan.chunks == 1 || done(chosen.propagate_merge_proxy, call->batch)) &&
                  (!plan.separate || done(chosen.propagate_merge_directions, call->batch * plan.blocks)) &&
                  done(chosen.propagate_merge_weights, 1)
-             ? 0
-             : 1;
+             ? kDone
+             : kOutOfMemory;
 }
 
 // The powers of two inside the taps, float32 (dtype 0) or float64 (1), for tests of their error.

@@ -19,7 +19,7 @@ struct Exp2<float> {
                                          0x1.c685006959072p-5f, 0x1.3d2800c653d17p-7f, 0x1.461954ee7f118p-10f,
                                          0x1.c72118d652231p-13f};
   static constexpr int degree = 6, mantissa = 23;
-  static constexpr float least = -126.f, most = 127.f, round = 0x1.8p23f;
+  static constexpr float least = -127.f, most = 127.f, round = 0x1.8p23f;
 };
 
 template <>
@@ -29,7 +29,7 @@ struct Exp2<double> {
                                           0x1.4308f5f51db7ep-13, 0x1.ffd042008e366p-17, 0x1.628a9b2661495p-20,
                                           0x1.b895fab031272p-24, 0x1.c1546b0b891a7p-28, 0x1.5a6d6b99eb4a1p-31};
   static constexpr int degree = 11, mantissa = 52;
-  static constexpr double least = -1022., most = 1023., round = 0x1.8p52;
+  static constexpr double least = -1023., most = 1023., round = 0x1.8p52;
 };
 
 template <class A, class V>
@@ -41,7 +41,8 @@ GSPN_INLINE V exp2_fraction(V r) {
   return p;
 }
 
-// 2^t; 0 below the smallest normal number's exponent, and with AVX-512 infinity beyond the largest. A NaN stays one.
+// 2^t for t from the smallest to the largest normal number's exponent; below, at most the smallest one. Beyond, the
+// largest power of two, for a NaN too; with AVX-512 subnormal numbers below, infinity beyond, and a NaN stays one.
 template <class A>
 GSPN_INLINE typename VectorOf<A>::type exp2_of(typename VectorOf<A>::type t) {
   using V = typename VectorOf<A>::type;
@@ -58,8 +59,8 @@ GSPN_INLINE typename VectorOf<A>::type exp2_of(typename VectorOf<A>::type t) {
   using E = Exp2<A>;
   using I = typename VectorOf<A>::index;
   const V low = V{} + E::least, high = V{} + E::most;
-  t = t < low ? low : t;
-  t = t > high ? high : t;
+  t = t < high ? t : high;
+  t = t > low ? t : low;
   // Adding a number whose last place is 1 rounds to the nearest integer, and leaves it in the low bits.
   const V shifted = (t - A(0.5)) + E::round;
   const V r = t - (shifted - E::round);

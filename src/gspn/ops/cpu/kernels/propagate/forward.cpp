@@ -69,7 +69,7 @@ struct Forward {
     ForwardLine<A> line;
     line.cross = walk.cross;
     line.x_cross = x.cross, line.y_cross = y.cross;
-    line.weights = packed.direction(d);
+    line.weights = packed.direction(d), line.to_t = packed.to_t();
     line.taps = scratch.taps, line.tap_pitch = walk.cross + L;
     line.fetch = plan.fetch;
     for (int64_t step = first; step < last; ++step) {
@@ -79,7 +79,8 @@ struct Forward {
       if (walk.starts_segment(step)) {
         forward_line<A, S, kShared, false, true>(line);
       } else {
-        if constexpr (kShared) shared_taps<A, S>(line.proxy, line.cross, packed.taps(d), scratch.taps, line.tap_pitch);
+        if constexpr (kShared)
+          shared_taps<A, S>(line.proxy, line.cross, packed.taps(d), line.to_t, scratch.taps, line.tap_pitch);
         forward_line<A, S, kShared, true, true>(line);
       }
     }

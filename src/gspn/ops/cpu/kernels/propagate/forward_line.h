@@ -22,6 +22,7 @@ struct ForwardLine {
   int64_t x_cross, y_cross;
   ProxyLine<A> proxy;
   const A* weights;
+  A to_t;         // what turns projected logits into t: 1, see Packed::scale
   const A* taps;  // shared: [3][tap_pitch]
   int64_t tap_pitch;
   bool fetch;
@@ -29,7 +30,8 @@ struct ForwardLine {
   A* state;       // the same, written
 };
 
-// P pixels from p on; without kGate the states alone. False, with nothing written, if their logits need the safe way.
+// P pixels from p on; without kGate the states alone. False, with nothing written, if their logits or the states before
+// them need the safe way.
 template <class A, int S, int P, bool kShared, bool kPrev, bool kGate, bool kSafe>
 GSPN_INLINE bool forward_pixels(const ForwardLine<A>& line, int64_t p) {
   using V = typename VectorOf<A>::type;
@@ -57,28 +59,38 @@ GSPN_INLINE bool forward_pixels(const ForwardLine<A>& line, int64_t p) {
              load(prev + (q + 1) * L) * taps[2 * pitch + q];
     }
   } else if constexpr (kPrev) {
-    V sum[P], w[3][P], worst{};
+    V sum[P], w[3][P], worst;
 #pragma GCC unroll 8
     for (int q = 0; q < P; ++q) {
       const bool first = p + q == 0, last = p + q == line.cross - 1;
-      V t[3] = {acc[0][q], acc[1][q], acc[2][q]};
-      if constexpr (kSafe) shift_into_range<A>(t, lanes_where<A>(!first), lanes_where<A>(!last));
-      const Weights<A> weights(t);
-      for (int k = 0; k < 3; ++k) w[k][q] = weights.w[k];
-      if (__builtin_expect(first, 0)) w[0][q] = V{};
-      if (__builtin_expect(last, 0)) w[2][q] = V{};
-      sum[q] = w[0][q] + w[1][q] + w[2][q];
-      worst += sum[q];
-    }
-    if constexpr (!kSafe) {
-      if (__builtin_expect(any_beyond<A>(worst, TapRange<A>::overflow), 0)) return false;
+      if constexpr (kSafe) {
+        const V t[3] = {acc[0][q] * line.to_t, acc[1][q] * line.to_t, acc[2][q] * line.to_t};
+        const TapsAndSlopes<A> taps = safe_taps<A>(t, lanes_where<A>(!first), lanes_where<A>(!last));
+        for (int k = 0; k < 3; ++k) w[k][q] = taps.w[k];
+      } else {
+        const V t[3] = {acc[0][q], acc[1][q], acc[2][q]};
+        const Weights<A> weights(t);
+        for (int k = 0; k < 3; ++k) w[k][q] = weights.w[k];
+        if (__builtin_expect(first, 0)) w[0][q] = V{};
+        if (__builtin_expect(last, 0)) w[2][q] = V{};
+        sum[q] = w[0][q] + w[1][q] + w[2][q];
+        worst = q ? worst + sum[q] : sum[q];
+      }
     }
     const A* prev = line.prev + p * L;
 #pragma GCC unroll 8
     for (int q = 0; q < P; ++q) {
       const V mix =
           w[0][q] * load(prev + (q - 1) * L) + w[1][q] * load(prev + q * L) + w[2][q] * load(prev + (q + 1) * L);
-      h[q] = mix / sum[q];
+      if constexpr (kSafe) {
+        h[q] = mix;
+      } else {
+        worst += mix * A(0);  // NaN for an infinite or NaN product
+        h[q] = mix / sum[q];
+      }
+    }
+    if constexpr (!kSafe) {
+      if (__builtin_expect(any_beyond<A>(worst, kMostWeight<A>), 0)) return false;
     }
   }
 #pragma GCC unroll 8
@@ -94,18 +106,20 @@ GSPN_INLINE bool forward_pixels(const ForwardLine<A>& line, int64_t p) {
   return true;
 }
 
-template <class A, int S, bool kGate>
-__attribute__((noinline)) void forward_pixels_safely(const ForwardLine<A>& line, int64_t p, int count) {
-  for (int q = 0; q < count; ++q) forward_pixels<A, S, 1, false, true, kGate, true>(line, p + q);
+template <class A, bool kGate>
+__attribute__((noinline)) void forward_pixels_safely(const ForwardLine<A>& line, int64_t p, int64_t count) {
+  for (int64_t q = 0; q < count; ++q) forward_pixels<A, 0, 1, false, true, kGate, true>(line, p + q);
 }
 
 template <class A, int S, bool kShared, bool kPrev, bool kGate>
 void forward_line(const ForwardLine<A>& line) {
+  constexpr bool kTaps = kPrev && !kShared;
+  if (kTaps && line.to_t != A(1)) return forward_pixels_safely<A, kGate>(line, 0, line.cross);
   const auto some = [&](auto number, int64_t p) __attribute__((always_inline)) {
     constexpr int P = decltype(number)::value;
     const bool done = forward_pixels<A, S, P, kShared, kPrev, kGate, false>(line, p);
-    if constexpr (kPrev && !kShared) {
-      if (!done) forward_pixels_safely<A, S, kGate>(line, p, P);
+    if constexpr (kTaps) {
+      if (!done) forward_pixels_safely<A, kGate>(line, p, P);
     }
   };
   int64_t p = 0;

@@ -12,9 +12,19 @@ void pack_block(const PropagateCall& call, const PropagatePlan& plan, int64_t bl
   const A* tap_proj = static_cast<const A*>(call.tap_proj);
   const A* gates[2] = {static_cast<const A*>(call.lam_proj), static_cast<const A*>(call.u_proj)};
   const A* skip = static_cast<const A*>(call.skip_proj);
-  const A scale = static_cast<A>(-kLog2E);
   const Channels channels(call, 0, block, L);
   const int64_t first = channels.first, count = channels.count;
+  // Scaled, the largest of all numbers would be infinite.
+  constexpr A most = static_cast<A>((sizeof(A) == 4 ? __FLT_MAX__ : __DBL_MAX__) / 1.5);
+  const int64_t group = first / per_group, groups = (first + count - 1) / per_group + 1 - group;
+  A scale = static_cast<A>(-kLog2E);
+  for (int64_t d = 0; d < call.direction_count; ++d) {
+    const A* taps = tap_proj + (d * call.groups + group) * 3 * S;
+    for (int64_t i = 0; i < groups * 3 * S; ++i) {
+      if (taps[i] > most || taps[i] < -most) scale = A(1);
+    }
+  }
+  packed.scale() = scale;
   for (int64_t d = 0; d < call.direction_count; ++d) {
     A* out = packed.direction(d);
     for (int64_t s = 0; s < S; ++s, out += packed.outputs * L) {
@@ -92,7 +102,6 @@ template <class A>
 void merge_weights(const PropagateCall& call, const PropagatePlan& plan) {
   constexpr int L = kLanes<A>;
   const int64_t S = call.proxy_channels, per_group = call.channels / call.groups;
-  const A scale = static_cast<A>(-kLog2E);
   A* dtap = static_cast<A*>(call.dtap_proj);
   A* gates[2] = {static_cast<A*>(call.dlam_proj), static_cast<A*>(call.du_proj)};
   A* dskip = static_cast<A*>(call.dskip_proj);
@@ -105,6 +114,7 @@ void merge_weights(const PropagateCall& call, const PropagatePlan& plan) {
     }
     const Channels channels(call, 0, block, L);
     const int64_t first = channels.first, count = channels.count;
+    const A scale = Packed<A>(call, plan, block).scale();
     for (int64_t d = 0; d < call.direction_count; ++d) {
       const A* in = sum.direction(d);
       for (int64_t s = 0; s < S; ++s, in += sum.outputs * L) {

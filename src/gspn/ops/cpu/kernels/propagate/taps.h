@@ -4,9 +4,9 @@
 // One division serves all three. The kernels hand over t_k = -a_k log2(e), the factor being part of the packed
 // projection.
 //
-// The products overflow for logits of about -44 and below (float). That shows in their sum, and the pixels concerned
-// are computed again by `shift_into_range`, which uses that the ratios of sigmoids of very negative logits do not
-// change when all of them are moved by the same amount.
+// The products overflow for logits of about -44 and below (float), and so may a state times such a product. Both show
+// in sums that the kernels take anyway, and the pixels concerned are computed again by `safe_taps`, which takes any
+// logits.
 #pragma once
 
 #include "exp2.h"
@@ -16,17 +16,9 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 
+// Where products of e_k + 1 and sums of a few of them are in range.
 template <class A>
-struct TapRange;
-template <>
-struct TapRange<float> {
-  // Beyond 28 the sigmoid is 2^-t to the last place; below 62 products of two do not overflow.
-  static constexpr float exponential = 28.f, most = 62.f, overflow = 1e37f;
-};
-template <>
-struct TapRange<double> {
-  static constexpr double exponential = 58., most = 500., overflow = 1e307;
-};
+constexpr A kMostWeight = sizeof(A) == 4 ? A(1e37) : A(1e307);
 
 // True if any lane is not below the limit: infinite, NaN or large.
 template <class A>
@@ -50,25 +42,50 @@ GSPN_INLINE bool any_beyond(typename VectorOf<A>::type v, A limit) {
 #endif
 }
 
-// Moves logits whose products would overflow. `has` are all ones in lanes where the outer neighbours exist.
+// 2^t for t <= 0, subnormal numbers included.
 template <class A>
-GSPN_INLINE void shift_into_range(typename VectorOf<A>::type* t, typename VectorOf<A>::index has_before,
-                                  typename VectorOf<A>::index has_after) {
+GSPN_INLINE typename VectorOf<A>::type gradual_exp2(typename VectorOf<A>::type t) {
+  const auto root = exp2_of<A>(t * A(0.5));
+  return root * root;
+}
+
+// Taps that sum to one, and slope_k = 1 - sigmoid(a_k), for any logits.
+//
+// sigmoid(a) = 2^min(-t, 0) / (1 + 2^-|t|), and the largest power is taken out of all three. Infinite logits are as the
+// largest finite ones, so that all three at -infinity are equal. `has` are all ones where the outer neighbours exist.
+template <class A>
+struct TapsAndSlopes {
+  typename VectorOf<A>::type w[3], slope[3];
+};
+template <class A>
+__attribute__((noinline)) TapsAndSlopes<A> safe_taps(const typename VectorOf<A>::type* t,
+                                                     typename VectorOf<A>::index has_before,
+                                                     typename VectorOf<A>::index has_after) {
   using V = typename VectorOf<A>::type;
-  using R = TapRange<A>;
-  const V zero{}, most = V{} + R::most;
-  V least = t[1];
-  least = has_before ? (t[0] < least ? t[0] : least) : least;
-  least = has_after ? (t[2] < least ? t[2] : least) : least;
-  V by = least - R::exponential;
-  by = by < zero ? zero : by;  // a NaN stays
+  using I = typename VectorOf<A>::index;
+  TapsAndSlopes<A> out;
+  const I has[3] = {has_before, ~I{}, has_after};
+  const V zero{}, one = zero + A(1), lowest = zero - static_cast<A>(sizeof(A) == 4 ? __FLT_MAX__ : __DBL_MAX__);
+  V power[3], divisor[3], largest = lowest, nan{};
   for (int k = 0; k < 3; ++k) {
-    t[k] -= by;
-    t[k] = t[k] > most ? most : t[k];
+    const V small = gradual_exp2<A>(t[k] > zero ? zero - t[k] : t[k]);
+    out.slope[k] = (t[k] > zero ? one : small) / (small + A(1));
+    power[k] = t[k] > zero ? zero - t[k] : zero;
+    power[k] = power[k] > lowest ? power[k] : lowest;
+    // A neighbour that does not exist has no say, not even as a NaN.
+    divisor[k] = has[k] ? small + A(1) : one;
+    largest = (power[k] > largest) & has[k] ? power[k] : largest;
+    nan = (t[k] != t[k]) & has[k] ? t[k] : nan;
   }
-  // A neighbour that does not exist has no say, not even as infinity times zero.
-  t[0] = has_before ? t[0] : zero;
-  t[2] = has_after ? t[2] : zero;
+  V sum{};
+  for (int k = 0; k < 3; ++k) {
+    const V weight = gradual_exp2<A>(power[k] - largest) * divisor[(k + 1) % 3] * divisor[(k + 2) % 3];
+    out.w[k] = has[k] ? weight : zero;
+    sum += out.w[k];
+  }
+  const V inverse = nan != nan ? nan : A(1) / sum;
+  for (V& w : out.w) w *= inverse;
+  return out;
 }
 
 // Weights up to a common factor, and their product d_0 d_1 d_2.
