@@ -72,3 +72,18 @@ def test_names_in_a_grid_of_images():
     one = image.new("RGB", (64, 64))
     for name in [*NAMES, "a\nb"]:
         assert draw_grid([[one]], names=[name], titles=[name], captions=[[name]]).height > 64
+
+
+def test_other_libraries_are_quiet_within_commands_alone(capsys):
+    tqdm = pytest.importorskip("tqdm")
+    import warnings
+
+    from gspn.cli.app import own_output
+
+    with own_output():
+        list(tqdm.tqdm(range(3), desc="loading"))
+        warnings.warn_explicit("old", FutureWarning, "x.py", 1, module="diffusers.models")
+        warnings.warn("one\x1b\ntwo", UserWarning, stacklevel=1)
+    assert capsys.readouterr().err == "warning: one\\x1b two\n"
+    list(tqdm.tqdm(range(3), desc="loading"))
+    assert "loading" in capsys.readouterr().err

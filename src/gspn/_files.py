@@ -109,7 +109,7 @@ def _error_code(error: Exception) -> int | None:
 def file_digest(path: Path) -> str:
     """The SHA-256 of a file, as ``sha256sum`` prints it."""
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -32,7 +32,7 @@ def check_fractions(**values: object) -> None:
         ValueError: One is not; the message names it.
     """
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
             raise ValueError(f"{_shown(name, value)}: has to be a number from 0 to 1.")
 
 

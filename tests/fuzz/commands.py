@@ -78,4 +78,4 @@ def check(made: Input) -> None:
     assert not re.search(r"Traceback|[\x00-\x08\x0b-\x1f\x7f-\x9f]", result.output), result.output
 
 
-TARGET = Target("commands", make, check, 40)
+TARGET = Target("commands", make, check, 25)

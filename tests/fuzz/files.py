@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors.torch import save
 from timm.models import save_for_hf
 
+import gspn.diffusers
 from gspn._errors import UsageError
 from gspn.data import CorruptImageError, open_captions, open_dataset
 from gspn.tasks.autoencode import AutoencodeConfig
@@ -36,7 +37,7 @@ from gspn.tasks.diffusion.images import open_images, read_record, save_png
 from gspn.tasks.diffusion.latents import ImagesRecord, LatentIndex, VaeRecord
 from gspn.tasks.diffusion.shard_cache import Shard, write_json
 from gspn.tasks.text_to_image.distill.config import DistillConfig
-from gspn.tasks.text_to_image.pipelines import load_adapter, weights_directory
+from gspn.tasks.text_to_image.pipelines import load_adapter
 from gspn.tasks.text_to_image.sample.stage_runner import read_settings
 from gspn.tasks.text_to_image.train.config import TextToImageConfig
 
@@ -353,7 +354,7 @@ def _read_classes(folder: Path) -> None:
                 assert images[i][0].mode == "RGB"
 
 
-_WEIGHTS = weights_directory()
+_WEIGHTS = Path(gspn.diffusers.__file__).parent / "weights"
 SOUND: dict[str, tuple[Callable[[], Files], Callable[[Path], object], int, bool]] = {
     "classifier": (classifier, _read_classifier, 10, False),
     "pipeline": (lambda: _content(_WEIGHTS / "gspn_denoiser.mnist5k"), _read_pipeline, 3, False),

@@ -42,7 +42,7 @@ def originals() -> dict[str, list[bytes]]:
     exif[0x0112] = 6  # on its side
     for name in FORMATS:
         for options in _OPTIONS[name]:
-            for mode in _MODES:
+            for mode in _MODES if name != "AVIF" else ("L", "RGB", "RGBA"):
                 try:
                     converted = [frame.convert(mode) for frame in frames]
                     more = {"append_images": converted[1:]} if "save_all" in options else {}

@@ -220,6 +220,6 @@ def _check_wrong(made: Input) -> None:
 
 TARGETS = [
     Target("line_scan", _make_call, _check_line_scan, 40),
-    Target("propagate", _make_call, _check_propagate, 25),
+    Target("propagate", _make_call, _check_propagate, 15),
     Target("wrong-calls", _make_wrong, _check_wrong, 150),
 ]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import time
 
 import pytest
+import torch
 
 if not hasattr(os, "fork"):
     pytest.skip("inputs are checked in a process of their own, which os.fork makes", allow_module_level=True)
@@ -13,7 +17,10 @@ pytest.importorskip("diffusers", reason="needs the extra diffusers of gspn")
 
 from fuzz import TARGETS
 from fuzz.files import SOUND, written
-from fuzz.runner import CASES, Find, read_case, run
+from fuzz.operators import GuardedMemory
+from fuzz.runner import FOLDER, MEMORY, Find, Target, read_case, run
+
+CASES = sorted((FOLDER / "cases").glob("*.json"))
 
 
 def refuse(finds: list[Find]) -> None:
@@ -28,9 +35,11 @@ def test_inputs_of_fixed_seeds(target) -> None:
     assert done == target.quick
 
 
-@pytest.mark.parametrize("path", sorted(CASES.glob("*.json")), ids=lambda path: path.stem)
-def test_cases(path) -> None:
-    name, made = read_case(path)
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [pytest.param(*case, id=path.stem) for path in CASES for case in [read_case(path)]],
+)
+def test_cases(name, made) -> None:
     refuse(run(TARGETS[name], [0], lambda _: made)[1])
 
 
@@ -39,3 +48,41 @@ def test_files_without_damage_are_read(name) -> None:
     sound, read, *_ = SOUND[name]
     with written(sound()) as folder:
         read(folder)
+
+
+def _crash(_: object) -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def _touch_beside(at_end: bool) -> None:
+    tensor = GuardedMemory().copy(torch.ones(3, 5)[:, :4], at_end=at_end)
+    assert tensor.sum() == 12
+    ctypes.string_at(tensor.data_ptr() + (14 * 4 if at_end else -1), 1)
+
+
+def _loop(_: object) -> None:
+    end = time.process_time() + 1.2
+    while time.process_time() < end:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("check", "problem"),
+    [
+        (lambda _: None, None),
+        (lambda _: 1 / 0, "ZeroDivisionError"),
+        (lambda _: bytearray(2 * MEMORY), "MemoryError"),
+        (_crash, "SIGSEGV"),
+        (lambda _: _touch_beside(at_end=True), "SIGSEGV"),
+        (lambda _: _touch_beside(at_end=False), "SIGSEGV"),
+        (_loop, "processor time"),
+    ],
+    ids=["nothing", "error", "memory", "crash", "behind", "before", "time"],
+)
+def test_what_must_not_happen_is_a_find(check, problem, monkeypatch) -> None:
+    monkeypatch.setattr("fuzz.runner.SECONDS", 1)
+    target = Target("probe", lambda rng: {"number": rng.random()}, lambda made: check(made) if made["bad"] else None, 3)
+    done, finds = run(target, range(3), lambda seed: {"bad": seed == 1})
+    assert done == 3
+    assert [find.seed for find in finds] == ([] if problem is None else [1])
+    assert all(problem in find.kind for find in finds)

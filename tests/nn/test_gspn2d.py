@@ -371,3 +371,33 @@ def test_it_prints_what_distinguishes_it() -> None:
     assert text == "6, proxy_dim=8, groups=1, segment=2, skip=False, directions=('up',)"
     text = GSPN2d(6, alignment="official").extra_repr()
     assert text == "6, proxy_dim=8, alignment='official'"
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.zeros(6, 4, 5), ValueError, r"x\.shape=.*\[6, 4, 5\].*\[B, 6, H, W\]"),
+        (torch.zeros(1, 1, 6, 4, 5), ValueError, r"takes \[B, 6, H, W\]"),
+        (torch.zeros(1, 5, 4, 5), ValueError, r"\[1, 5, 4, 5\].*takes \[B, 6, H, W\]"),
+        (torch.zeros(1, 6, 4, 5, dtype=torch.int64), TypeError, r"x\.dtype is torch\.int64.*\.float\(\)"),
+        (torch.zeros(1, 6, 4, 5, dtype=torch.complex64), TypeError, r"x\.dtype is torch\.complex64"),
+        (torch.zeros(1, 6, 4, 5, dtype=torch.float64), RuntimeError, "type"),
+        (torch.zeros(1, 6, 4, 5, dtype=torch.float8_e5m2), (RuntimeError, NotImplementedError), "type|Float8"),
+    ],
+    ids=lambda value: str(tuple(value.shape)) + str(value.dtype) if isinstance(value, Tensor) else "",
+)
+@pytest.mark.parametrize("alignment", ["image", "official"])
+def test_inputs_that_do_not_fit(x, error, message, alignment) -> None:
+    with pytest.raises(error, match=message):
+        GSPN2d(6, alignment=alignment)(x)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_module_runs_at_other_sizes() -> None:
+    module = make(segment=3)
+    traced = torch.jit.trace(module, torch.randn(2, 6, 4, 5))
+    for shape in [(2, 6, 4, 5), (1, 6, 9, 3), (3, 6, 1, 7)]:
+        x = torch.randn(shape)
+        torch.testing.assert_close(traced(x), module(x))
+    with pytest.raises(RuntimeError, match="channels"):
+        traced(torch.randn(2, 5, 4, 5))

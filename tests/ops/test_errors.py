@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,12 @@ CASES = [
     (dict(segment=-3), ValueError, r"segment=-3"),
     (dict(segment=2.0), TypeError, r"segment=2\.0 is a float"),
     (dict(segment=True), TypeError, r"segment=True is a bool"),
+    (dict(segment=1.5), TypeError, r"segment=1\.5 is a float.*int"),
+    (dict(segment=np.int64(2)), TypeError, r"segment=.*int64; pass a number of lines as an int"),
+    (dict(segment=torch.tensor(2)), TypeError, r"segment=tensor\(2\) is a Tensor"),
+    (dict(segment=2**70), ValueError, r"segment=\d+ is more than"),
+    (dict(impl=["cpu"]), TypeError, r"impl=\['cpu'\] is not an implementation; use one of auto"),
+    (dict(impl=None), TypeError, r"impl=None is not an implementation"),
     (dict(direction="north"), ValueError, r"direction='north'.*down, up, right, left"),
     (dict(direction=None), ValueError, r"direction=None"),
     (dict(direction=["down"]), ValueError, r"direction=\['down'\]"),
@@ -92,6 +99,22 @@ PROPAGATE_CASES = [
     (dict(u_proj=GATE.double()), TypeError, r"u_proj\.dtype is torch\.float64.*torch\.float32"),
     (dict(skip_proj=GATE[0]), ValueError, r"skip_proj\.shape is .*\[4, 3\]"),
     (dict(merge=torch.ones(3)), ValueError, r"merge\.shape=.*must be \[4\]"),
+    (dict(segment=1.5), TypeError, r"segment=1\.5 is a float.*int"),
+    (dict(segment=np.int64(2)), TypeError, r"segment=.*int64; pass a number of lines as an int"),
+    (dict(segment=torch.tensor(2)), TypeError, r"segment=tensor\(2\) is a Tensor"),
+    (dict(segment=2**70), ValueError, r"segment=\d+ is more than"),
+    (dict(impl=["cpu"]), TypeError, r"impl=\['cpu'\] is not an implementation; use one of auto"),
+    (dict(impl=None), TypeError, r"impl=None is not an implementation"),
+    (dict(directions=None), ValueError, "directions=None"),
+    (dict(directions=3), ValueError, "directions=3"),
+    (dict(directions=[["down"]]), ValueError, r"directions=\[\['down'\]\]"),
+    (dict(directions=(d for d in ("down",))), ValueError, "directions=<generator"),
+    (dict(merge=[1.0]), TypeError, "merge is a list"),
+    (dict(merge=torch.ones(1)), ValueError, r"merge\.shape=.*must be \[4\]"),
+    (dict(merge=torch.ones(4).double()), TypeError, r"merge\.dtype is torch\.float64"),
+    (dict(merge=torch.ones(4, device="meta")), ValueError, r"merge\.device is meta"),
+    (dict(u_proj=GATE[:1], merge=torch.ones(4)), ValueError, r"u_proj\.shape is .*\[1, 4, 3\].*must be \[4, 4, 3\]"),
+    (dict(skip_proj=GATE[:1], merge=torch.ones(4)), ValueError, r"skip_proj\.shape is .*\[1, 4, 3\]"),
     (dict(directions=[]), ValueError, r"directions=\[\]: pass one or more"),
     (dict(directions=["down", "down"]), ValueError, "each once"),
     (dict(directions="down"), ValueError, "directions='down'"),

@@ -148,8 +148,8 @@ def test_every_transform_of_every_operator(transform, case, impl) -> None:
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
-@pytest.mark.parametrize("make", ["module", "mixer", "official", "network"])
-def test_modules_and_networks(make, impl) -> None:
+@pytest.mark.parametrize("make", ["module", "mixer", "official", "model"])
+def test_modules_and_models(make, impl) -> None:
     from gspn.models import GSPN
     from gspn.nn import GSPN2d, GSPNMixer
 
@@ -158,7 +158,7 @@ def test_modules_and_networks(make, impl) -> None:
         "module": lambda: GSPN2d(2, proxy_dim=2, groups=1, segment=2, impl=impl),
         "official": lambda: GSPN2d(2, proxy_dim=2, alignment="official", impl=impl),
         "mixer": lambda: GSPNMixer(2, proxy_dim=2, groups=1, impl=impl),
-        "network": lambda: GSPN(
+        "model": lambda: GSPN(
             num_classes=3, in_chans=2, dims=(4, 8), depths=(1, 1), stem_stride=2, scan=dict(proxy_dim=2, impl=impl)
         ),
     }[make]().double().eval().requires_grad_(False)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import os
@@ -68,22 +69,26 @@ class _Command(TyperCommand):
 @contextmanager
 def own_output() -> Iterator[None]:
     """Let nothing but the command's own lines appear, and let no name that cannot be encoded end it."""
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    added = _QUIET.keys() - os.environ.keys()
+    os.environ.update({name: _QUIET[name] for name in added})
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings(), _no_foreign_bars():
         warnings.filterwarnings("ignore", module=_OTHERS)
         warnings.showwarning = lambda message, *_, **__: warn(str(message))
-        yield
+        try:
+            yield
+        finally:
+            for name in added:
+                os.environ.pop(name, None)
 
 
 @contextmanager
 def _no_foreign_bars() -> Iterator[None]:
     """Without the progress bars of tqdm, which most libraries use and none lets switch off for all."""
     try:
-        from tqdm import tqdm
+        tqdm: Any = importlib.import_module("tqdm").tqdm
     except ImportError:
         yield
         return

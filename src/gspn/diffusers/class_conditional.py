@@ -90,14 +90,14 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 :class:`diffusers.DiTPipeline` takes them. A single one is a list of one.
 
         Raises:
-            ValueError: There is none, a name is unknown or that of several classes, a number is out of range, or
-                something is neither.
+            ValueError: There is none, a name is unknown or that of several classes, a number is out of range, or it is
+                no integer.
 
         Example:
             >>> pipeline.label_ids([["cat"], 1])  # doctest: +SKIP
             [0, 1]
         """
-        listed = classes.tolist() if hasattr(classes, "tolist") else classes
+        listed: Any = getattr(classes, "tolist", lambda: classes)()
         if not isinstance(listed, Sequence) or isinstance(listed, str):
             listed = [listed]
         numbers = [self._label_id(one) for one in listed]
@@ -107,23 +107,23 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     def _label_id(self, one: Any) -> int:
         count = self.num_classes or 0
-        given = one.tolist() if hasattr(one, "tolist") else one
-        while isinstance(given, list | tuple) and len(given) == 1:
-            given = given[0]
-        shown = printable(repr(given))[:80]
-        if isinstance(given, str):
-            named = [int(key) for key, name in self.config["id2label"].items() if name == given]
+        number: Any = getattr(one, "tolist", lambda: one)()
+        while isinstance(number, list | tuple) and len(number) == 1:
+            number = number[0]
+        shown = printable(repr(number))[:80]
+        if isinstance(number, str):
+            named = [int(key) for key, name in self.config["id2label"].items() if name == number]
             if len(named) > 1:
                 raise ValueError(f"class {shown} is the name of the classes {named}; pass a number.")
             if not named:
                 known = ", ".join(map(printable, list(self.labels)[:10])) or "no names; pass numbers"
                 raise ValueError(f"class {shown} is unknown; the model has {known}{', ...' if count > 10 else ''}.")
-            given = named[0]
-        if isinstance(given, bool) or not isinstance(given, int):
+            number = named[0]
+        if isinstance(number, bool) or not isinstance(number, int):
             raise ValueError(f"class {shown}: pass an integer or a name for each image.")
-        if not 0 <= given < count:
-            raise ValueError(f"class {given} is out of range; the model has {count} classes, from 0.")
-        return given
+        if not 0 <= number < count:
+            raise ValueError(f"class {number} is out of range; the model has {count} classes, from 0.")
+        return number
 
     @torch.no_grad()
     def __call__(

@@ -218,7 +218,8 @@ class Mount:
     @functools.wraps(PeftAdapterMixin.add_adapter)
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Add a LoRA, and say which of its layers mean nothing without the mixers."""
-        own = self.overridden["add_adapter"] or functools.partial(type(self.model).add_adapter, self.model)
+        model: Any = self.model
+        own = self.overridden["add_adapter"] or functools.partial(type(model).add_adapter, model)
         own(*args, **kwargs)
         layers = [
             f"{name}.{part}"

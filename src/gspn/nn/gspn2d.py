@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from ..ops import DIRECTIONS, Direction, propagate
 from ..ops.implementations import check_impl
+from ..ops.validation import check_directions, check_scannable, check_segment
 from .official_alignment import propagate_official
 
 Alignment = Literal["image", "official"]
 
 # These functions check their arguments in Python, which torch.fx cannot trace: their calls become nodes of the graph.
-for _name in ("propagate", "propagate_official"):
+for _name in ("propagate", "propagate_official", "_checked"):
     torch.fx.wrap(_name)
 
 
@@ -57,8 +58,9 @@ class GSPN2d(nn.Module):
         ``[B, C, H, W]`` to ``[B, C, H, W]``.
 
     Raises:
-        TypeError: ``segment`` is not an integer.
-        ValueError: an option does not fit, or ``alignment="official"`` meets a map that is not square.
+        TypeError: ``segment`` is not an integer, or a map is not floating point.
+        ValueError: an option does not fit, a map does not have the shape above, or ``alignment="official"`` meets a map
+            that is not square.
 
     Example:
         >>> import torch
@@ -115,6 +117,7 @@ class GSPN2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` to ``[B, C, H, W]``."""
+        x = _checked(x, self.dim)
         # Under autocast the proxy may have another dtype than x; the scan runs in that of x.
         proxy = self.proxy(x).to(x.dtype)  # [B, S, H, W]
         function = propagate_official if self.alignment == "official" else propagate
@@ -149,6 +152,13 @@ class GSPN2d(nn.Module):
         return ", ".join(parts)
 
 
+def _checked(x: Tensor, dim: int) -> Tensor:
+    check_scannable("x", x)
+    if x.dim() != 4 or x.shape[1] != dim:
+        raise ValueError(f"{x.shape=}: this GSPN2d takes [B, {dim}, H, W].")
+    return x
+
+
 def _check_options(
     dim: int, proxy_dim: int, groups: int, segment: int | None, directions: Sequence[str], alignment: str
 ) -> None:
@@ -158,13 +168,8 @@ def _check_options(
         raise ValueError(
             f"{groups=} does not divide {dim=}; use 1 (shared taps), {dim} or None (per-channel taps) or a divisor."
         )
-    if segment is not None and (isinstance(segment, bool) or not isinstance(segment, int)):
-        raise TypeError(f"{segment=} is a {type(segment).__name__}; pass a number of lines, or None for global scans.")
-    if segment is not None and segment < 1:
-        raise ValueError(f"{segment=} is below 1; pass a number of lines, or None for global scans.")
-    unknown = [d for d in directions if d not in DIRECTIONS]
-    if not directions or unknown or len(set(directions)) != len(directions):
-        raise ValueError(f"{directions=}: pass one or more of {DIRECTIONS}, each once.")
+    check_segment(segment)
+    check_directions(directions)
     if alignment not in get_args(Alignment):
         raise ValueError(f"{alignment=}: use one of {get_args(Alignment)}.")
     if alignment == "official" and tuple(directions) != DIRECTIONS:

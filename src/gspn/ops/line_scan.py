@@ -37,11 +37,13 @@ def line_scan(
     lines have been scanned, so it may grow linearly with them: in float16 it overflows where it passes 65504.
 
     The state accumulates in float32 (float64 for float64) in every implementation. Nothing is written to an input, and
-    the same inputs give the same bits. Derivatives of every order exist. Under ``torch.autocast`` the inputs, float64
-    excepted, are cast to the autocast dtype if that is bfloat16 and to float32 if it is float16.
+    the same inputs give the same bits. Derivatives of every order exist, in reverse and in forward mode. Under
+    ``torch.autocast`` the inputs, float64 excepted, are cast to the autocast dtype if that is bfloat16 and to float32
+    if it is float16.
 
     Args:
-        x: ``[B, C, H, W]``, float64, float32, bfloat16 or float16; any strides, any H and W including 1, B may be 0.
+        x: ``[B, C, H, W]``, float64, float32, bfloat16 or float16, and 8-bit floats with ``impl="reference"``; any
+            strides, any H and W including 1, B may be 0.
         taps: ``[B, G, 3, H, W]``, of x's dtype and device; ``G`` divides ``C``, and ``C / G`` consecutive channels
             share the taps of their group (``G = C``: each channel its own; ``G = 1``: one set for all).
         lam: ``[B, C, H, W]``, the input gate, of x's dtype and device; None for ones.

@@ -54,11 +54,12 @@ def propagate(
 
     Under autocast to bfloat16, ``x`` and ``proxy`` are converted to bfloat16; under autocast to float16, whose range a
     long scan leaves, to float32. The projections stay as they are. First derivatives run in the kernels; a second
-    derivative goes through the composition of :func:`gspn.stochastic_taps` and :func:`gspn.line_scan`, as everything
-    does with ``impl="reference"``.
+    derivative, or one in forward mode, goes through the composition of :func:`gspn.stochastic_taps` and
+    :func:`gspn.line_scan`, as everything does with ``impl="reference"``.
 
     Args:
-        x: ``[B, C, H, W]``, float64, float32, bfloat16 or float16; any strides, any H and W including 1, B may be 0.
+        x: ``[B, C, H, W]``, float64, float32, bfloat16 or float16, and 8-bit floats with ``impl="reference"``; any
+            strides, any H and W including 1, B may be 0.
         proxy: ``[B, S, H, W]``, of x's dtype and device, S at least 1; usually 2 to 16.
         tap_proj: ``[D, G, 3, S]``, from the proxy to the logits of the taps at cross offsets -1, 0, +1; ``G`` divides
             ``C``, and ``C / G`` consecutive channels share taps (``G = C``: GSPN; ``G = 1``: GSPN-2). Projections and

@@ -58,7 +58,10 @@ def compose(
     Returns:
         ``y``, of the shape and dtype of ``x``.
     """
-    dtype = x.dtype
+    result, dtype = x.dtype, x.dtype
+    if dtype.itemsize == 1:  # PyTorch stores 8-bit floats and does not compute with them
+        dtype = torch.float32
+        x, proxy = x.to(dtype), proxy.to(dtype)
     y = None if skip_proj is None else project(proxy, skip_proj.to(dtype)) * x  # [B, C, H, W]
     for d, direction in enumerate(cast("Sequence[Direction]", directions)):
         taps = stochastic_taps(project_taps(proxy, tap_proj[d].to(dtype)), direction=direction)  # [B, G, 3, H, W]
@@ -66,4 +69,4 @@ def compose(
         h = scan(x, taps, lam, direction, segment)  # [B, C, H, W]
         out = project(proxy, u_proj[d].to(dtype)) * h
         y = out if y is None else y + out
-    return torch.zeros_like(x) if y is None else y
+    return (torch.zeros_like(x) if y is None else y).to(result)

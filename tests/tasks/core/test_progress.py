@@ -1,4 +1,4 @@
-"""Progress where the output is no terminal: plain lines by the clock."""
+"""Progress where the output is not a terminal: plain lines by the clock."""
 
 from __future__ import annotations
 

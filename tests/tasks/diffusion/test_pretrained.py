@@ -1,4 +1,4 @@
-"""What a person or another program may have done to a directory of weights: one line, and nothing built or executed."""
+"""Damaged and foreign directories of weights: each is refused in one line, and nothing of it is built or executed."""
 
 from __future__ import annotations
 

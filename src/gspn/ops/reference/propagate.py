@@ -32,6 +32,12 @@ def propagate_backward(
     and a map ``P p`` gives ``P^T d`` to the proxy and the sum over pixels of ``d p^T`` to its projection.
     """
     dtype = x.dtype
+    if dtype.itemsize == 1:  # PyTorch stores 8-bit floats and does not compute with them
+        grad, x, proxy = (t.to(torch.float32) for t in (grad, x, proxy))
+        dx, dproxy, *rest = propagate_backward(
+            grad, x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment
+        )
+        return dx.to(dtype), dproxy.to(dtype), *rest  # pyright: ignore[reportReturnType]
     dx, dproxy = torch.zeros_like(x), torch.zeros_like(proxy)
     dtap, dlam, du = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (tap_proj, lam_proj, u_proj))
 

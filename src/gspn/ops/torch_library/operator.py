@@ -116,7 +116,9 @@ def register(
                 # tensors must come without this transform's own tangents.
                 with forward_ad._set_fwd_grad_enabled(True):
                     saved = [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
-                    return tangent((*saved[:tensors], *ctx.others), saved[tensors:], *tangents)
+                    return tangent(  # pyright: ignore[reportOptionalCall]
+                        (*saved[:tensors], *ctx.others), saved[tensors:], *tangents
+                    )
 
     def apply(*args):
         if torch.compiler.is_compiling():

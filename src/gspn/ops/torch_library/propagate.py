@@ -12,6 +12,7 @@ in forward mode, goes through the composition (:mod:`gspn.ops.unfused`), which h
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,8 @@ def composed_propagate(*arguments):
     """``propagate`` as its parts, each an operation with derivatives of every order in both modes."""
     _check(*arguments)
     *tensors, directions, segment, impl = arguments
-    return compose(*tensors, split_directions(directions), segment, lambda *scan: apply_line_scan(*scan, impl))
+    how: Any = (*tensors, split_directions(directions), segment, lambda *scan: apply_line_scan(*scan, impl))
+    return compose(*how)
 
 
 # --- propagate --------------------------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ def _compose_backward(tensors, *how) -> tuple[list[Tensor], Callable[..., tuple[
 
     def gradients(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         skip = () if len(inputs) == 6 else (None,)
-        _, pull = torch.func.vjp(lambda *inputs: composed_propagate(*inputs, *skip, *how), *inputs)
+        pull: Any = torch.func.vjp(lambda *inputs: composed_propagate(*inputs, *skip, *how), *inputs)[1]
         return pull(grad)
 
     return [t for t in tensors if t is not None], gradients
@@ -137,7 +139,7 @@ def _composition_backward(*arguments):
 
 def _differentiate_backward(ctx, *cotangents):
     present, gradients = _compose_backward(ctx.saved_tensors, ctx.directions, ctx.segment, ctx.impl)
-    _, pull = torch.func.vjp(gradients, *present)
+    pull: Any = torch.func.vjp(gradients, *present)[1]
     second = pull(cotangents[: len(present) - 1])
     # Only the skip, the last tensor, may be missing.
     return (*second, *(None,) * (10 - len(second)))

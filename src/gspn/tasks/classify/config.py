@@ -148,7 +148,7 @@ def _check_policy(text: str) -> None:
         timm = require("timm.data.auto_augment")
     except MissingExtraError:
         return  # then training says so
-    kind = next((one for one in ("rand", "augmix") if text.startswith(one)), None)
+    kind = next((one for one in ("rand", "augmix") if text.startswith(one)), "")
     parse = {"rand": timm.rand_augment_transform, "augmix": timm.augment_and_mix_transform}
     try:
         for part in text.split("-")[1:]:  # timm passes over those without a number

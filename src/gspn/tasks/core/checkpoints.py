@@ -288,7 +288,7 @@ def _set_state_dicts(training: Training, model: dict[str, Tensor], optimizer: di
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
         set_state_dict(
-            training.model, _bare(training), model_state_dict=model, optim_state_dict=optimizer,
+            training.model, _bare(training), model_state_dict={**model}, optim_state_dict=optimizer,
             options=StateDictOptions(full_state_dict=True, cpu_offload=True),
         )  # fmt: skip
         return
@@ -317,7 +317,7 @@ def _memory(value: Tensor) -> tuple[Any, ...]:
 
 def _alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as safetensors writes them: contiguous, and weights that are tied only once."""
-    unique = {_memory(value) if value.numel() else name: name for name, value in reversed(tensors.items())}
+    unique = {_memory(value) if value.numel() else name: name for name, value in reversed(list(tensors.items()))}
     kept = {name: tensors[name].detach().cpu().contiguous() for name in tensors if name in set(unique.values())}
     return {k: v if v.untyped_storage().nbytes() == v.nbytes else v.clone() for k, v in kept.items()}
 

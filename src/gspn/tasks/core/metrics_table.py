@@ -62,7 +62,7 @@ class MetricsTable(Generic[Row]):
         try:
             rows = list(csv.DictReader(io.StringIO(read_text(self.path), newline="")))
             for row in rows:
-                int(row["step"]), self._parsed(row)
+                self._parsed({**row, "step": str(int(row["step"]))})
         except (UsageError, csv.Error, KeyError, ValueError, TypeError) as error:
             raise UsageError(
                 f"{printable(self.path)!r} is damaged ({type(error).__name__}: {printable(error)}); restore it, or "

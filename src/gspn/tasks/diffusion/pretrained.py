@@ -7,6 +7,7 @@ weights. Whatever does not fit is one line, a ``UsageError``.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import math
@@ -67,7 +68,7 @@ def locate(source: str | Path, index: str, known: Mapping[str, Path], kind: str,
     )
 
 
-def load_pipeline(cls: Any, location: Path | str, *, classes: Sequence[str], dtype: torch.dtype, **given: Any) -> Any:
+def load_pipeline(cls: Any, location: Path | str, *, classes: Sequence[str], dtype: torch.dtype, **values: Any) -> Any:
     """Load a pipeline from a directory or the hub.
 
     Args:
@@ -75,7 +76,7 @@ def load_pipeline(cls: Any, location: Path | str, *, classes: Sequence[str], dty
         location: From :func:`locate`.
         classes: The names of pipelines that are allowed.
         dtype: Of all weights.
-        **given: Components, or None for those that are not loaded, and further arguments of the pipeline.
+        **values: Components, or None for those that are not loaded, and further arguments of the pipeline.
 
     Raises:
         UsageError: It is of another class, incomplete or damaged.
@@ -88,12 +89,13 @@ def load_pipeline(cls: Any, location: Path | str, *, classes: Sequence[str], dty
         _check_class(location, index, classes)
         kind = cls if cls.__name__ == index["_class_name"] or cls.__name__ in classes else _class("diffusers", index)
         parameters = inspect.signature(kind.__init__).parameters
-        given = {name: value for name, value in given.items() if name in parameters}
+        values = {name: value for name, value in values.items() if name in parameters}
         for name in parameters:
-            if isinstance(index.get(name), list) and name not in given:
-                given[name] = _component(location, name, index[name], dtype)
-        pipeline = kind.from_pretrained(location, use_safetensors=True, **given)
-    vae, denoiser = getattr(pipeline, "vae", None), getattr(pipeline, "unet", getattr(pipeline, "transformer", None))
+            if isinstance(index.get(name), list) and name not in values:
+                values[name] = _component(location, name, index[name], dtype)
+        pipeline = kind.from_pretrained(location, use_safetensors=True, **values)
+    vae: Any = getattr(pipeline, "vae", None)
+    denoiser: Any = getattr(pipeline, "unet", getattr(pipeline, "transformer", None))
     if vae is not None and vae.config["latent_channels"] != denoiser.config["in_channels"]:
         raise UsageError(
             f"'{printable(location)}': its autoencoder has {vae.config['latent_channels']} channels and its denoiser "
@@ -163,11 +165,11 @@ def reading(source: Path | str) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence bars and warnings of diffusers and transformers, such as about a text encoder other than CLIP."""
-    found = [require("diffusers", extra="diffusers").utils.logging]
+    libraries = [require("diffusers", extra="diffusers").utils.logging]
     if importlib.util.find_spec("transformers") is not None:
-        found.append(require("transformers", extra="text").utils.logging)
-    before = [(one, one.get_verbosity(), one.is_progress_bar_enabled()) for one in found]
-    for one in found:
+        libraries.append(require("transformers", extra="text").utils.logging)
+    before = [(one, one.get_verbosity(), one.is_progress_bar_enabled()) for one in libraries]
+    for one in libraries:
         one.set_verbosity_error()
         one.disable_progress_bar()
     try:
@@ -205,14 +207,13 @@ def _class(library: str, index: Mapping[str, Any]) -> Any:
     """
     name = index["_class_name"]
     if library.split(".")[0] == "gspn":
-        import gspn.diffusers as module
+        module: Any = importlib.import_module("gspn.diffusers")
     elif library in ("diffusers", "transformers"):
         module = require(library, extra="diffusers" if library == "diffusers" else "text")
     else:
         return None
-    cls = None if name.startswith(("_", "Auto")) else getattr(module, name, None)
-    if name == "AutoencoderKL" and library == "diffusers":
-        cls = module.AutoencoderKL
+    hidden = name.startswith("_") or (library == "transformers" and name.startswith("Auto"))
+    cls = None if hidden else getattr(module, name, None)
     return cls if isinstance(cls, type) and hasattr(cls, "from_pretrained") else None
 
 
@@ -239,11 +240,11 @@ def _check_size(cls: Any, folder: Path) -> None:
         return  # transformers builds on the meta device
     with torch.device("meta"):
         built = cls.from_config(config)
-    wanted = sum(tensor.numel() for tensor in built.state_dict().values())
-    if wanted > 2 * present + _FREE:
+    described = sum(tensor.numel() for tensor in built.state_dict().values())
+    if described > 2 * present + _FREE:
         raise UsageError(
-            f"'{printable(folder)}': config.json describes {wanted:,} weights, and {present:,} are there; one of the "
-            "two files belongs to another model."
+            f"'{printable(folder)}': config.json describes {described:,} weights, and {present:,} are there; one of "
+            "the two files belongs to another model."
         )
 
 

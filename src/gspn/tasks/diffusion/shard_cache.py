@@ -116,7 +116,7 @@ class CacheIndex:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            reason = {KeyError: f"it has no {error}"}.get(type(error), f"{error}".removesuffix("."))
+            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).removesuffix(".")
             raise UsageError(
                 f"{printable(path)!r} cannot be read as an index of {cls.NAME}: {printable(reason)}; remove the "
                 "directory and encode the data again."

@@ -83,15 +83,15 @@ def load_pipeline(source: str | Path, *, dtype: torch.dtype = torch.float32) -> 
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     location = locate(source, "model_index.json", shipped_pipelines(), "text-to-image pipeline", "gspn t2i train")
-    given: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+    components: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     if isinstance(location, Path) and (location / TEXT).is_file():
         content = read_json(location / TEXT)
         if content != _TEXT_CONTENT:
             shown = printable(content)[:80]
             raise UsageError(f"'{printable(location / TEXT)}' says {shown}, which this version of gspn does not know.")
-        given["tokenizer"], encoder = minilm()
-        given["text_encoder"] = encoder.to(dtype)
-    return pretrained.load_pipeline(DiffusionPipeline, location, classes=PIPELINES, dtype=dtype, **given)
+        components["tokenizer"], encoder = minilm()
+        components["text_encoder"] = encoder.to(dtype)
+    return pretrained.load_pipeline(DiffusionPipeline, location, classes=PIPELINES, dtype=dtype, **components)
 
 
 def save_pipeline(pipeline: Any, directory: Path) -> None:

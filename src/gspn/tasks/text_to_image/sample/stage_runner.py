@@ -100,13 +100,12 @@ def read_settings(directory: Path) -> dict[str, Any] | None:
     path = directory / DIRECTORY / _SETTINGS
     if not path.exists():
         return None
-    remedy = f"remove {printable(path.parent)!r}, or name another output"
     try:
         settings = read_json(path)
-    except (UsageError, OSError) as error:
-        raise UsageError(f"{printable(path)!r} is damaged ({str(error).removesuffix('.')}); {remedy}.") from None
+    except (UsageError, OSError):
+        settings = None
     if not isinstance(settings, dict):
-        raise UsageError(f"{printable(path)!r} is damaged; {remedy}.")
+        raise UsageError(f"{printable(path)!r} is damaged; remove {printable(path.parent)!r}, or name another output.")
     return settings
 
 
