@@ -82,6 +82,8 @@ def sweep(library_file: Path) -> Counter[str]:
             scan_and_gradients(x, taps, lam_or_none, grad_h, direction=direction, segment=segment, impl="cpu")
         for operator in ("propagate", "line_scan"):
             calls[f"{operator} {isa}"] += 2
+        if (i + 1) % 102 == 0:
+            print(f"{isa} {str(dtype).removeprefix('torch.')}: {calls.total()} calls so far", flush=True)
     return calls
 
 
