@@ -252,3 +252,9 @@ def test_it_does_not_load_into_the_default_alignment(training_file) -> None:
     options = {name: value for name, value in SMALL.items() if name != "alignment"}
     with pytest.raises(ValueError, match="create the model with alignment='official'"):
         timm.create_model("gspn_tiny", pretrained=True, pretrained_cfg_overlay=dict(file=str(training_file)), **options)
+
+
+@pytest.mark.parametrize("content", [{"model": {"a": 1}}, {"state_dict": {1: torch.zeros(1)}}, {"epoch": 3}])
+def test_a_checkpoint_without_weights_is_named(content):
+    with pytest.raises(ValueError, match="named tensors"):
+        checkpoint_filter_fn(content, torch.nn.Identity())

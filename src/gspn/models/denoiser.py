@@ -212,7 +212,7 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             692
         """
         name, _, patch = size.partition("/")
-        if name not in SIZES or not patch.isdigit() or int(patch) < 1:
+        if name not in SIZES or not patch.isdecimal() or int(patch) < 1:
             raise ValueError(f"{size=}: use one of {', '.join(SIZES)}, a slash and the side of a patch, such as 'B/2'.")
         return cls(**{**SIZES[name], "patch_size": int(patch), **options})
 

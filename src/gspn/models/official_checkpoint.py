@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._errors import UsageError
+
 # The official projections hold the directions in the order right, down, left, up. Entry d is the index at which they
 # hold gspn.DIRECTIONS[d].
 _OFFICIAL_ORDER = (1, 3, 0, 2)
@@ -64,12 +66,15 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
 
     Raises:
         ValueError: the weights are the official classifier's and ``model`` has another alignment, or a parameter is
-            unknown.
+            unknown; UsageError where the weights are not named tensors.
     """
     for wrapper in ("model_ema", "state_dict_ema", "model", "state_dict"):
         if isinstance(state_dict.get(wrapper), Mapping):
             state_dict = state_dict[wrapper]
             break
+    for name, one in state_dict.items():
+        if not isinstance(name, str) or not torch.is_tensor(one):
+            raise UsageError(f"the checkpoint has {type(one).__name__} at {name!r}; weights are named tensors.")
     if not any(".op.x_conv_down." in name for name in state_dict):
         return dict(state_dict)
     for name, module in model.named_modules():

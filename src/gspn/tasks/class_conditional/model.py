@@ -70,7 +70,7 @@ def _build_dit(config: ClassConditionalConfig, num_classes: int, shared: dict[st
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
     name, _, patch = config.model.size.partition("/")
-    if name not in _DIT or not patch.isdigit() or int(patch) < 1:
+    if name not in _DIT or not patch.isdecimal() or int(patch) < 1:
         raise ValueError(f"use one of {', '.join(_DIT)}, a slash and the side of a patch, as in 'B/2'.")
     options = {**_DIT[name], "patch_size": int(patch), **shared, **config.model.options}
     model = DiTTransformer2DModel(num_embeds_ada_norm=num_classes, norm_type="ada_norm_zero", **options)
