@@ -121,7 +121,7 @@ def _of_channels(taps: Tensor, like: Tensor) -> Tensor:
 def _shifted(map_: Tensor, axis: int, by: int) -> Tensor:
     """``out[i] = map_[i - by]`` along ``axis`` (-1 or -2), 0 where that does not exist; ``by`` is -1, 0 or 1."""
     edge = (by, -by)  # a negative width crops
-    return pad(map_, edge if axis == -1 else (0, 0, *edge)) if by else map_
+    return pad(map_, edge if axis == -1 else (0, 0, *edge)) if by and map_.shape[axis] else map_
 
 
 def _has_previous(map_: Tensor, direction: str, segment: int | None) -> Tensor:
