@@ -17,7 +17,7 @@ from .validation import (
     check_scannable,
     check_segment,
     state_dtype,
-)
+)  # fmt: skip
 
 
 def propagate(

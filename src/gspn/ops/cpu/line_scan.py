@@ -13,14 +13,9 @@ from .library import load, run
 
 
 def _run(
-    function: Callable[..., int],
-    direction: str,
-    segment: int | None,
-    taps: Tensor,
-    h: Tensor,
-    dtaps: Tensor | None = None,
-    **images: Tensor | None,
-) -> None:
+    function: Callable[..., int], direction: str, segment: int | None, taps: Tensor, h: Tensor,
+    dtaps: Tensor | None = None, **images: Tensor | None,
+) -> None:  # fmt: skip
     axes = scan_axes(direction)
     columns = axes.line == -1
     batch, channels, *frame = h.shape
@@ -43,16 +38,9 @@ def line_scan(x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segme
 
 
 def line_scan_backward(
-    grad: Tensor,
-    h: Tensor,
-    x: Tensor | None,
-    taps: Tensor,
-    lam: Tensor | None,
-    direction: str,
-    segment: int | None,
-    need_taps: bool,
-    need_lam: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    grad: Tensor, h: Tensor, x: Tensor | None, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None,
+    need_taps: bool, need_lam: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """All gradients in one sweep; see :func:`gspn.ops.reference.line_scan_backward`."""
     dx = torch.empty_like(h if x is None else x)
     dtaps = torch.empty_like(taps) if need_taps else None

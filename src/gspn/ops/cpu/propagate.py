@@ -43,17 +43,9 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def _run(
-    function: Callable[..., int],
-    x: Tensor,
-    proxy: Tensor,
-    tap_proj: Tensor,
-    lam_proj: Tensor,
-    u_proj: Tensor,
-    skip_proj: Tensor | None,
-    directions: tuple[str, ...],
-    segment: int | None,
-    **outputs: Image | int | None,
-) -> None:
+    function: Callable[..., int], x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor,
+    skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None, **outputs: Image | int | None,
+) -> None:  # fmt: skip
     batch, channels, height, width = x.shape
     tap_proj, lam_proj, u_proj = tap_proj.contiguous(), lam_proj.contiguous(), u_proj.contiguous()
     skip_proj = None if skip_proj is None else skip_proj.contiguous()
@@ -70,15 +62,9 @@ def _run(
 
 
 def propagate(
-    x: Tensor,
-    proxy: Tensor,
-    tap_proj: Tensor,
-    lam_proj: Tensor,
-    u_proj: Tensor,
-    skip_proj: Tensor | None,
-    directions: tuple[str, ...],
-    segment: int | None,
-) -> Tensor:
+    x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: Tensor | None,
+    directions: tuple[str, ...], segment: int | None,
+) -> Tensor:  # fmt: skip
     """The forward; see :func:`gspn.propagate`."""
     y = torch.empty_like(x)
     if y.numel():
@@ -88,16 +74,9 @@ def propagate(
 
 
 def propagate_backward(
-    grad: Tensor,
-    x: Tensor,
-    proxy: Tensor,
-    tap_proj: Tensor,
-    lam_proj: Tensor,
-    u_proj: Tensor,
-    skip_proj: Tensor | None,
-    directions: tuple[str, ...],
-    segment: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    grad: Tensor, x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor,
+    skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """All gradients; see :func:`gspn.ops.reference.propagate_backward`."""
     dx, dproxy = torch.empty_like(x), torch.empty_like(proxy)
     projections = (tap_proj, lam_proj, u_proj, skip_proj)

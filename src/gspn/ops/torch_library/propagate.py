@@ -99,7 +99,7 @@ apply_propagate = register(
 
 
 def _run_backward(grad, x, *others):
-    names = _check(x, *others, grad, has_data=True)
+    names = _check(x, *others, grad=grad, has_data=True)
     *projections, _, segment, impl = others
     *grads, dskip = resolve(impl, x, "propagate").propagate_backward(grad, x, *projections, names, segment)
     # An operator cannot return None: the gradient of a skip that is not there is an empty tensor.
@@ -107,7 +107,7 @@ def _run_backward(grad, x, *others):
 
 
 def _fake_backward(grad, x, *others):
-    _check(x, *others, grad)
+    _check(x, *others, grad=grad)
     proxy, *projections, skip_proj = others[:5]
     return (
         *(torch.empty_like(t) for t in (x, proxy)),

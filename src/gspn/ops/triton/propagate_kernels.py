@@ -101,15 +101,14 @@ def _stochastic(b_before, b_here, b_after, m_has_left, m_has_right):
     taken out of all three: finite for logits of any size, and equal where all of them are ``-inf``.
     """
     LOWEST: tl.constexpr = -3.4028234663852886e38
-    b_before, b_after = tl.where(m_has_left, b_before, 0.0), tl.where(m_has_right, b_after, 0.0)
     b_low_before = tl.where(m_has_left, tl.maximum(tl.minimum(b_before, 0.0), LOWEST), float("-inf"))
     b_low_here = tl.maximum(tl.minimum(b_here, 0.0), LOWEST)
     b_low_after = tl.where(m_has_right, tl.maximum(tl.minimum(b_after, 0.0), LOWEST), float("-inf"))
     b_largest = tl.maximum(b_low_here, tl.maximum(b_low_before, b_low_after))
     # Over a common denominator, whose factors are between 1 and 2: one division for all.
-    b_of_before = 1.0 + tl.exp(-tl.abs(b_before))
+    b_of_before = tl.where(m_has_left, 1.0 + tl.exp(-tl.abs(b_before)), 1.0)
     b_of_here = 1.0 + tl.exp(-tl.abs(b_here))
-    b_of_after = 1.0 + tl.exp(-tl.abs(b_after))
+    b_of_after = tl.where(m_has_right, 1.0 + tl.exp(-tl.abs(b_after)), 1.0)
     b_before = tl.exp(b_low_before - b_largest) * b_of_here * b_of_after
     b_here = tl.exp(b_low_here - b_largest) * b_of_before * b_of_after
     b_after = tl.exp(b_low_after - b_largest) * b_of_before * b_of_here
