@@ -29,8 +29,14 @@ _MOST_TEXT = 1 << 28  # bytes of a text file, an index of millions of images amo
 def replaced(path: Path) -> Iterator[Path]:
     """The name of a file to write in place of ``path``: put there if the block succeeds.
 
-    It is on the disk before it takes the place of the old one, in one step.
+    It is on the disk before it takes the place of the old one, in one step. Where ``path`` is a link, the file that it
+    leads to is replaced.
+
+    Raises:
+        OSError: it cannot be written, or is a pipe, a socket or a device, which nothing may take the place of.
     """
+    path = Path(os.path.realpath(path))
+    _check_replaceable(path)
     part = path.with_name(f".part-{os.getpid()}-{path.name}")
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,6 +141,8 @@ def check_writable(path: Path) -> None:
     Raises:
         OSError: it cannot.
     """
+    path = Path(os.path.realpath(path))
+    _check_replaceable(path)
     folder = path if path.is_dir() else path.parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -144,6 +152,11 @@ def check_writable(path: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(error.errno, f"cannot be written: {error.strerror}", os.fspath(path)) from None
+
+
+def _check_replaceable(path: Path) -> None:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "is not a regular file", os.fspath(path))
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
