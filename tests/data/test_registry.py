@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from data_support import folder, png, quadrants
+from gspn._errors import UsageError
 from gspn.data import CorruptImageError, help_text, open_captions, open_dataset
 from gspn.data.registry import ENTRIES, Entry
 from support import run_python
@@ -156,6 +157,27 @@ def test_an_empty_folder_is_shown(tmp_path) -> None:
     (tmp_path / "train").mkdir()
     with pytest.raises(ValueError, match=r"train holds no image in a folder of its class .*nothing is left out"):
         open_dataset("folder", "train", root=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["torch/foo", "torch/cifar10", "torch/places365", "torch/inaturalist", "torch/mnist"])
+def test_what_other_packages_raise_is_one_kind_of_error(name, tmp_path) -> None:
+    pytest.importorskip("torchvision")
+    with pytest.raises(UsageError, match=rf"'{name}' cannot be opened by torchvision: \w+, .*Check its name"):
+        open_dataset(name, "train", root=tmp_path)
+
+
+@pytest.mark.parametrize("opens", [open_dataset, open_captions])
+def test_a_data_set_of_the_hub(opens, tmp_path, monkeypatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    image = {"bytes": png(), "path": None}
+    features = datasets.Features(
+        image=datasets.Image(), text=datasets.Value("string"), label=datasets.ClassLabel(names=["cat", "dog"])
+    )
+    loaded = datasets.Dataset.from_dict({"image": [image] * 2, "text": ["a", "b"], "label": [1, 0]}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
+    for root in (None, tmp_path):
+        dataset = opens("hfds/cats/dogs", "train", root=root)
+        assert len(dataset) == 2 and dataset[0][0].size == (16, 8)
 
 
 @pytest.mark.parametrize(("name", "module"), [("hfds/cats", "datasets"), ("wds/cats", "webdataset")])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.utils.data import Dataset
 
 from .base import LabelledImages, Transform, digest_of
 from .folder import open_folder
-from .images import MAX_PIXELS, CorruptImageError, load_image, row_image, to_rgb
+from .images import MAX_PIXELS, CorruptImageError, load_image, row_folders, row_image, to_rgb
 from .splits import TRAIN
 
 
@@ -34,13 +33,13 @@ class HubImages(LabelledImages):
         self,
         reader: Any,
         name: str,
-        folders: Sequence[str | os.PathLike[str]] = (),
+        folders: Sequence[Path] = (),
         transform: Transform | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__(name, _class_names(reader), transform)
         self.reader, self.max_pixels = reader, max_pixels
-        self._folders = [Path(folder).resolve() for folder in folders]
+        self._folders = folders
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -146,8 +145,8 @@ def open_with_timm(
     if isinstance(dataset, IterableImageDataset):
         return Stream(dataset, name, transform)
     if isinstance(dataset, ImageDataset):
-        config, own = importlib.import_module("datasets").config, name.partition("/")[2]
-        folders = [location or config.HF_DATASETS_CACHE, config.HF_HUB_CACHE, *([own] if Path(own).is_dir() else [])]
+        own = Path(name.partition("/")[2])
+        folders = row_folders(own if own.is_dir() else None, location)
         return HubImages(dataset.reader, name, folders, transform, max_pixels)
     return TorchvisionImages(dataset, name, transform)
 

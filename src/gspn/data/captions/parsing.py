@@ -7,6 +7,8 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ..._files import printable
+
 MAX_TEXT = 1 << 16
 """Bytes of a ``.txt``; a larger one does not hold captions."""
 MAX_RECORD = 1 << 20
@@ -114,5 +116,6 @@ def some(names: Iterable[str]) -> str:
 
 
 def cut(text: str) -> str:
-    """A text of any length, shortened for an error."""
+    """A text of any length and any characters, shortened for an error."""
+    text = printable(text)
     return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."
