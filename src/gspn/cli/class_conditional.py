@@ -14,7 +14,7 @@ from gspn.tasks import class_conditional as task
 from gspn.tasks.diffusion.schedulers import SCHEDULERS
 
 from .app import App
-from .messages import facts_table, failed, warn, wrote
+from .messages import facts_table, failed, warn_broken, wrote
 from .options import (
     MOST_IMAGES,
     BatchSize,
@@ -30,6 +30,7 @@ from .options import (
     Workers,
     output_file,
     parse_size,
+    writable,
 )
 from .training import Flag, TrainingCommand, add_training_commands
 
@@ -175,7 +176,13 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(metavar="N", min=4, help="Most images of each set to use.")] = None,
     batch_size: BatchSize = 64,
     cache: Annotated[
-        Path, typer.Option(metavar="DIR", file_okay=False, help="Directory that keeps the features of the reference.")
+        Path,
+        typer.Option(
+            metavar="DIR",
+            file_okay=False,
+            callback=writable,
+            help="Directory that keeps the reference's features.",
+        ),
     ] = Path("runs/features"),
     device: Device = DeviceName.auto,
 ) -> None:
@@ -193,8 +200,7 @@ def evaluate(
         console=console,
     )  # fmt: skip
     console.print(facts_table(_facts(result)))
-    for name in result.broken:
-        warn(f"{name} could not be read and does not count")
+    warn_broken(result.broken)
     table = None if output is None else output / "evaluation.json"
     if table is not None:
         result.write_json(table)

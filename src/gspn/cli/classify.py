@@ -16,7 +16,7 @@ from gspn._files import printable
 from gspn.tasks import classify as task
 
 from .app import App
-from .messages import facts_table, warn, wrote
+from .messages import facts_table, warn, warn_broken, wrote
 from .options import (
     BatchSize,
     Device,
@@ -91,8 +91,7 @@ def evaluate(
     if not result.is_main:
         return
     console.print(facts_table(_facts(result)))
-    for name in result.broken:
-        warn(f"{name} could not be read and does not count")
+    warn_broken(result.broken)
     if output is not None:
         result.write_json(output / "evaluation.json")
         wrote(output / "evaluation.json")

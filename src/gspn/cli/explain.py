@@ -100,12 +100,9 @@ def _load(path: Path) -> Tensor:
     """The image as ``[3, H, W]`` in 0 to 1."""
     import torch
 
-    from gspn.data import CorruptImageError, load_image
+    from gspn.data import load_image
 
-    try:
-        image = load_image(path)
-    except CorruptImageError as error:
-        raise UsageError(str(error)) from None
+    image = load_image(path)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 255
 

@@ -89,7 +89,10 @@ def predict(
                 predictions.append(_prediction(name, scores, names, top))
             batch.clear()
 
-    for name, image in _named(images):
+    named = _named(images)
+    if isinstance(images, Sequence):
+        named = list(named)  # a folder without images is refused before the work begins
+    for name, image in named:
         opened = _open(name, image)
         if isinstance(opened, str):
             flush()
