@@ -195,7 +195,7 @@ def _open(kind: Kind, name: str, split: str, root: str | os.PathLike[str] | None
     keywords: dict[str, Any] = {"split": split, **entry.options}
     if entry.root == "none" and root is not None:
         raise ValueError(f"{root=} does not apply to {name!r}, which takes no root; leave it out.")
-    if entry.root == "required" and root is None:
+    if entry.root == "required" and (root is None or not os.fspath(root)):
         raise ValueError(f"{root=}: {name!r} needs root, the folder that holds the data.")
     if entry.root != "none":
         keywords["root"] = root

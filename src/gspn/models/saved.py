@@ -56,11 +56,15 @@ def load_saved(folder: Path) -> nn.Module:
 
 
 def check_model_name(name: Any) -> None:
-    """Refuse a name that is not in timm's registry."""
+    """Refuse a name, or the tag of one, that is not in timm's registry."""
     plain = name.partition(".")[0] if isinstance(name, str) else ""
     if not timm.is_model(plain):
         hint = nearest(plain, timm.list_models()) or "; timm.list_models() has the names."
         raise UsageError(f"unknown model {name!r}{hint}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown model {name!r}: {error} Leave the tag out for the default.") from None
 
 
 def _dtypes(path: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..._errors import UsageError, require
@@ -66,11 +67,15 @@ def build_model(config: ModelConfig, *, num_classes: int, size: int) -> nn.Modul
         kwargs["drop_rate"] = config.drop
     try:
         model = timm.create_model(name, pretrained=config.pretrained, num_classes=num_classes, **kwargs)
-    except TypeError as error:
-        # Any other TypeError is a bug in the model.
-        if "unexpected keyword argument" not in str(error):
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+        # Of a model of ours with its own arguments they are bugs.
+        if not config.kwargs and name.startswith("gspn") and "unexpected keyword argument" not in str(error):
             raise
-        raise UsageError(f"{name} does not take the arguments of section model: {error}.") from None
+        what = f"the arguments of section model, or images of {size} x {size} pixels"
+        raise UsageError(f"{name} does not take {what}: {str(error).rstrip('.')}.") from error
+    model.train()
     if config.grad_checkpointing:
         if not hasattr(model, "set_grad_checkpointing"):
             raise UsageError(f"{name} has no gradient checkpointing; set model.grad_checkpointing=false.")

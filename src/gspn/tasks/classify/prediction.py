@@ -117,7 +117,7 @@ def _named(images: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     for position, image in enumerate(images):
         if not isinstance(image, str | os.PathLike):
             yield str(position), image
-        elif not Path(image).is_dir():
+        elif not os.fspath(image) or not Path(image).is_dir():  # Path('') is the current directory
             yield os.fspath(image), image
         else:
             data = require("gspn.data")
