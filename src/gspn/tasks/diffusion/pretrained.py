@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..._errors import MissingExtraError, UsageError, nearest, require
-from ..._files import parse_json, printable, read_json, read_text
+from ..._files import open_regular, parse_json, printable, read_json, read_text
 
 _MOST = 1 << 20  # of any integer in a configuration: beyond all channels, tokens and timesteps
 _MOST_SIDE = 1 << 11  # pixels of a latent: position embeddings are computed for all of them
@@ -228,6 +228,7 @@ def _check_size(cls: Any, folder: Path) -> None:
     safe_open = require("safetensors", extra="diffusers").safe_open
     present, tensors = 0, 0
     for file in folder.glob("*.safetensors"):
+        open_regular(file).close()  # safetensors would wait for somebody who writes to a pipe
         with safe_open(file, "pt") as weights:
             for key in weights.keys():  # noqa: SIM118  (not a dictionary)
                 present, tensors = present + math.prod(weights.get_slice(key).get_shape()), tensors + 1
