@@ -114,6 +114,7 @@ def test_prediction_of_a_folder(tmp_path, monkeypatch) -> None:
     with pytest.warns(LeftOutWarning, match=r"1 file that is not an image \(notes\.txt\), 1 hidden file or folder"):
         found = predict([tmp_path], model)
     assert [Path(one.image).name for one in found] == ["a.png", "c.webp"] and not any(one.broken for one in found)
+    assert predict([""], model)[0].broken == "No such file or directory"  # not the current directory
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(type(model), "forward", None)
     with pytest.raises(UsageError, match=r"empty holds no images; nothing is left out"):  # before the others are done
@@ -288,6 +289,8 @@ def test_a_split_is_never_another_one(kind, tmp_path) -> None:
     with pytest.warns(LeftOutWarning, match=r"left out: 1 file that is not an image \(test/c\.txt/d\.txt\)"):
         assert len(open_dataset("folder", "all", root=root)) == 3
     assert len(open_dataset("folder", "train", root=whole)) == 1
+    with pytest.raises(ValueError, match="root='': 'folder' needs root"):
+        open_dataset("folder", "train", root="")
     for split in ("val", "tset"):
         with pytest.raises(ValueError, match=f"split='{split}' is not a split of .*not divided"):
             open_dataset("folder", split, root=whole)
