@@ -267,7 +267,7 @@ def test_classes_are_the_same_in_every_process(tmp_path) -> None:
         f"for root in ({str(root)!r}, {str(tmp_path / 'data.tar')!r}):\n"
         "    dataset = open_dataset('folder', 'train', root=root); print(dataset.classes, dataset.identity())"
     )
-    said = {run_python(code, PYTHONHASHSEED=seed).stdout for seed in "123"}
+    said = {run_python(code, PYTHONHASHSEED=seed).stdout for seed in "12"}
     assert len(said) == 1
     one, two = said.pop().splitlines()
     assert one == two and one.startswith("['001', '01', '1', 'a01b', 'a1b', 'CAT', 'Cat', 'cat']")

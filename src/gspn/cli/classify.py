@@ -27,7 +27,7 @@ from .options import (
     Results,
     Root,
     Workers,
-    output_file,
+    figure_file,
 )
 from .training import FLAGS, Flag, TrainingCommand, add_training_commands
 
@@ -74,15 +74,12 @@ def evaluate(
     ] = False,
     output: Results = None,
     confusion: Annotated[
-        Path | None,
-        output_file(metavar="PNG", help="Plot of the confusion matrix to write; needs matplotlib."),
+        Path | None, figure_file(help="Plot of the confusion matrix to write", endings=(".png", ".pdf", ".svg"))
     ] = None,
 ) -> None:
     """Measure accuracy, confusions, speed and memory of a trained classifier."""
-    from gspn.tasks.classify.confusion import check_image_path, save_confusion
+    from gspn.tasks.classify.confusion import save_confusion
 
-    if confusion is not None:
-        check_image_path(confusion)
     console = Console()
     result = task.evaluate(
         model, data=data, root=root, split=split, batch_size=batch_size, workers=workers,

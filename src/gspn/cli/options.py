@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from gspn._errors import UsageError
+from gspn._errors import UsageError, require
 from gspn._files import check_writable
 from gspn.data.registry import help_text
 
@@ -24,6 +24,19 @@ def writable(path: Path | None) -> Path | None:
 def output_file(*names: str, metavar: str, help: str) -> Any:  # noqa: A002  (typer's word)
     """An option that names a file to write."""
     return typer.Option(*names, metavar=metavar, dir_okay=False, callback=writable, help=help)
+
+
+def figure_file(*names: str, help: str, endings: tuple[str, ...] = (".png",)) -> Any:  # noqa: A002
+    """An option that names a figure to write, which needs matplotlib."""
+
+    def check(path: Path | None) -> Path | None:
+        if path is not None:
+            require("matplotlib", extra="plot")
+            if path.suffix.lower() not in endings:
+                raise typer.BadParameter(f"{str(path)!r} does not end in {' or '.join(endings)}.")
+        return writable(path)
+
+    return typer.Option(*names, metavar="PNG", dir_okay=False, callback=check, help=f"{help}; needs matplotlib.")
 
 
 class PrecisionName(StrEnum):

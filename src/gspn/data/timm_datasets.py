@@ -171,14 +171,10 @@ def open_with_timm(
     """Open any other data set of ``timm.data.create_dataset``; see ``open_dataset``."""
     if name.lower() in ("torch/folder", "torch/image_folder"):
         # The same files as those of `folder`; torchvision's order of classes.
-        options = {"transform": transform, "max_pixels": max_pixels, **options}
-        folder = open_folder(split, root or "", **options)
+        options = {"split": split, "root": root or "", "transform": transform, "max_pixels": max_pixels, **options}
+        folder = open_folder(**options)
         order = sorted(folder.classes)
-        return (
-            folder
-            if "classes" in options or order == folder.classes
-            else open_folder(split, root or "", classes=order, **options)
-        )
+        return folder if order == folder.classes else open_folder(**{"classes": order, **options})
     location = None if root is None else os.fspath(root)
     options.setdefault("is_training", split.partition("[")[0] in TRAIN)  # "train[:10%]" of hub and TensorFlow
     if name.lower().startswith(("wds/", "hfids/")):

@@ -108,7 +108,7 @@ def test_a_pipe_is_no_file(tmp_path) -> None:
         (['{"file_name": "a.png", "text": "\\ud800"}'], r"line 1: .*is not valid text \(surrogates"),
         (["[1]"], r"line 1 is not a JSON object"),
         (["{"], r"line 1 is not JSON: Expecting property name"),
-        (["[" * 100_000], r"line 1 is not JSON: maximum recursion depth"),
+        (["[" * 100_000], r"line 1 is not JSON that can be read: it is nested too deeply"),
         (['{"file_name": ' + "9" * 5000 + "}"], r"line 1 is not JSON: .*4300 digits"),
         ([{"file_name": "b.png", "text": "b"}, GOOD], r"lacks 1 images that its metadata names: b\.png"),
         ([{"file_name": "a.png", "text": " \n"}], r"1 of 1 images have no caption: a\.png"),
