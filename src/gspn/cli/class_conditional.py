@@ -28,9 +28,9 @@ from .options import (
     Root,
     Size,
     Workers,
+    output_directory,
     output_file,
     parse_size,
-    writable,
 )
 from .training import Flag, TrainingCommand, add_training_commands
 
@@ -175,15 +175,9 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=4, help="Most images of each set to use.")] = None,
     batch_size: BatchSize = 64,
-    cache: Annotated[
-        Path,
-        typer.Option(
-            metavar="DIR",
-            file_okay=False,
-            callback=writable,
-            help="Directory that keeps the reference's features.",
-        ),
-    ] = Path("runs/features"),
+    cache: Annotated[Path, output_directory("Directory that keeps the features of the reference.", "--cache")] = Path(
+        "runs/features"
+    ),
     device: Device = DeviceName.auto,
 ) -> None:
     """Measure FID, KID, sFID, inception score, precision and recall of generated images.

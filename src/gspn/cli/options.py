@@ -26,6 +26,12 @@ def output_file(*names: str, metavar: str, help: str) -> Any:  # noqa: A002  (ty
     return typer.Option(*names, metavar=metavar, dir_okay=False, callback=writable, help=help)
 
 
+def output_directory(help: str, *names: str) -> Any:  # noqa: A002
+    """An option that names a directory to write to; ``--output`` unless it has other names."""
+    names = names or ("--output", "-o")
+    return typer.Option(*names, metavar="DIR", file_okay=False, callback=writable, help=help)
+
+
 def figure_file(*names: str, help: str, endings: tuple[str, ...] = (".png",)) -> Any:  # noqa: A002
     """An option that names a figure to write, which needs matplotlib."""
 
@@ -62,21 +68,8 @@ BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Images in one 
 Workers = Annotated[int, typer.Option(metavar="N", min=0, max=1024, help="Number of processes that load images.")]
 Root = Annotated[Path | None, typer.Option(metavar="DIR", help="Directory of the data set, for those that need one.")]
 ImageData = Annotated[str, typer.Option(metavar="NAME", help=f"Name of the data set: {help_text('labelled')}.")]
-OutputDirectory = Annotated[
-    Path,
-    typer.Option("--output", "-o", metavar="DIR", file_okay=False, callback=writable, help="Directory to write to."),
-]
-Results = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="DIR",
-        file_okay=False,
-        callback=writable,
-        help="Directory to write the results to, as JSON.",
-    ),
-]
+OutputDirectory = Annotated[Path, output_directory("Directory to write to.")]
+Results = Annotated[Path | None, output_directory("Directory to write the results to, as JSON.")]
 Size = Annotated[
     str | None,
     typer.Option(
