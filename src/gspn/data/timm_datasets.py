@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ class Stream(IterableImageDataset):
         self.name = name
         self.classes = _class_names(stream.reader)
 
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+    def __iter__(self) -> Generator[tuple[Any, Any], Any, None]:
         samples, position = iter(self.reader), 0
         with _messages(f"timm.data.readers.{type(self.reader).__module__.rpartition('.')[2]}") as errors:
             while True:
