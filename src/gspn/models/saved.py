@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 import re
+import socket
 import textwrap
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -59,9 +62,30 @@ def refusing(source: Path | str, errors: tuple[type[Exception], ...]) -> Iterato
     except (*errors, require("safetensors").SafetensorError) as error:
         # PyTorch lists every tensor that does not fit.
         reason = printable(textwrap.shorten(" ".join(str(error).split()) or type(error).__name__, 300))
-        raise UsageError(
-            f"'{printable(source)}' cannot be loaded: {reason}; replace the damaged file, or name another directory."
-        ) from error
+        is_hub = isinstance(source, str)
+        remedy = (
+            "check its name and the connection" if is_hub else "replace the damaged file, or name another directory"
+        )
+        raise UsageError(f"'{printable(source)}' cannot be loaded: {reason}; {remedy}.") from error
+
+
+@contextmanager
+def hub_or_cache() -> Iterator[None]:
+    """Within the block the hub is asked, or its cache alone where it cannot be reached.
+
+    Its client would try for half a minute, and say each try.
+    """
+    constants: Any = require("huggingface_hub").constants
+    url, before = urllib.parse.urlsplit(constants.ENDPOINT), constants.HF_HUB_OFFLINE
+    try:
+        if not before and not urllib.request.getproxies():
+            socket.create_connection((url.hostname, url.port or 443), timeout=10).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def read_header(file: Path) -> Header:

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import diffusers
+import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
@@ -34,7 +35,7 @@ def saved(tmp_path_factory):
     model = GSPNDenoiser2DModel(in_channels=4, dim=8, num_layers=2, num_class_embeds=2, sample_size=4)
     vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4)
     ClassConditionalPipeline(model, DDIMScheduler(), vae, {0: "cat", 1: "dog"}).save_pretrained(root / "classes")
-    make_sd(root).save_pretrained(root / "text")
+    make_sd(root, factor=4).save_pretrained(root / "text")
     GSPNAdapter.from_model(make_pixart(num_layers=1)).save_pretrained(root / "adapter")
     vae.save_pretrained(root / "vae")
     return root
@@ -197,12 +198,14 @@ def test_values_that_no_model_has(saved, tmp_path, kind, file, key, value):
     ("kind", "file", "key", "value"),
     [("classes", "scheduler/scheduler_config.json", key, value) for key, value in (
         ("beta_start", -1.0), ("beta_end", 5.0), ("beta_start", float("nan")), ("beta_start", "0.1"),
-        ("trained_betas", [2.0] * 10), ("num_train_timesteps", "1000"), ("num_train_timesteps", 10**12),
+        ("trained_betas", [2.0] * 10), ("trained_betas", []),
+        ("num_train_timesteps", "1000"), ("num_train_timesteps", 10**12),
         ("set_alpha_to_one", "no"), ("clip_sample_range", "x"), ("thresholding", 1), ("prediction_type", 3),
     )]
     + [(kind, file, key, value) for kind, file in (("classes", "vae/config.json"), ("vae", "config.json"))
        for key, value in (("scaling_factor", 0), ("scaling_factor", float("inf")), ("scaling_factor", "x"),
                           ("shift_factor", "x"), ("latents_mean", ["x"]), ("quantization_config", {}))]
+    + [("adapter", "config.json", "_class_name", "AutoencoderKL"), ("vae", "config.json", "_class_name", ["evil", "x"])]
     + [("text", "unet/config.json", "sample_size", value) for value in ("x", 0, [1, 2, 3])]
     + [("text", "text_encoder/config.json", "_attn_implementation", "evil/kernels"),
        ("text", "text_encoder/config.json", "attn_implementation", "evil/kernels"),
@@ -211,7 +214,7 @@ def test_values_that_no_model_has(saved, tmp_path, kind, file, key, value):
 )  # fmt: skip
 def test_values_that_would_fail_or_spoil_images_later(saved, tmp_path, kind, file, key, value):
     message = refused(saved, tmp_path, kind, (file, {key: value}))
-    assert key in message or "levels of noise" in message
+    assert key in message or "levels of noise" in message or "supported are" in message
 
 
 @pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDIMScheduler"])
@@ -296,3 +299,17 @@ def test_names_of_nothing(kind, name):
     with pytest.raises(UsageError) as caught:
         LOADERS[kind](name)
     assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_hub_that_cannot_be_reached_is_not_tried_for_half_a_minute(monkeypatch, capfd, kind):
+    def fail(*address, **options):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("socket.create_connection", fail)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(UsageError, match=r"'nobody/nothing' cannot be loaded: .*; check its name and the connection"):
+        LOADERS[kind]("nobody/nothing")
+    assert "Retrying" not in capfd.readouterr().err
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..._errors import UsageError, require
-from ..._files import printable, short
-from .pretrained import CONFIG, downloaded, load_model, locate, read_object
+from ..._errors import require
+from .pretrained import CONFIG, downloaded, load_model, locate
+
+_INSIDE = ("", "vae", "last")  # a model, a pipeline, a run
 
 
 def load_autoencoder(source: str | Path) -> Any:
@@ -26,12 +28,11 @@ def load_autoencoder(source: str | Path) -> Any:
     require("diffusers", "safetensors", extra="diffusers")
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    folder = locate(source, CONFIG, {}, "AutoencoderKL", "gspn autoencode train", inside=("", "vae"))
-    if isinstance(folder, str):
-        folder = locate(downloaded(folder), CONFIG, {}, "AutoencoderKL", "gspn autoencode train", inside=("", "vae"))
-    kind = read_object(Path(folder, CONFIG)).get("_class_name")
-    if kind != "AutoencoderKL":
-        raise UsageError(f"vae '{printable(source)}' is a {short(kind)}, and latents need an AutoencoderKL.")
+    find = partial(
+        locate, index=CONFIG, known={}, kind="AutoencoderKL", command="gspn autoencode train", inside=_INSIDE
+    )
+    folder = find(source)
+    folder = find(downloaded(folder)) if isinstance(folder, str) else folder
     return load_model(AutoencoderKL, folder).float().eval().requires_grad_(False)
 
 

@@ -19,7 +19,16 @@ from typing import Any
 
 import torch
 
-from gspn.models.saved import CONSTRUCTOR, Header, check_numbers, check_size, check_weights, read_header, refusing
+from gspn.models.saved import (
+    CONSTRUCTOR,
+    Header,
+    check_numbers,
+    check_size,
+    check_weights,
+    hub_or_cache,
+    read_header,
+    refusing,
+)  # fmt: skip
 
 from ..._errors import UsageError, nearest, require
 from ..._files import parse_json, printable, read_json, read_text, short
@@ -80,10 +89,8 @@ def load_pipeline(cls: Any, location: Path | str, *, classes: Sequence[str], dty
         UsageError: It is of another class, incomplete or damaged.
     """
     if isinstance(location, str):
-        with refusing(location, CONSTRUCTOR), quiet():
-            index = dict(cls.load_config(location))
-        _check_class(location, index, classes)
-        with refusing(location, CONSTRUCTOR), quiet():
+        with refusing(location, CONSTRUCTOR), quiet(), hub_or_cache():
+            _check_class(location, dict(cls.load_config(location)), classes)
             location = Path(cls.download(location, use_safetensors=True))
     index = read_object(location / INDEX)
     _check_class(location, index, classes)
@@ -91,7 +98,7 @@ def load_pipeline(cls: Any, location: Path | str, *, classes: Sequence[str], dty
     parameters = inspect.signature(kind.__init__).parameters
     values = {name: value for name, value in values.items() if name in parameters}
     missing = [name for name in parameters if isinstance(index.get(name), list) and name not in values]
-    # All are checked before the first is read, which may take minutes.
+    # The files of all are checked before the first is read, which may take minutes.
     optional = {"text_encoder", "tokenizer", *kind._optional_components}  # the first two may be passed later
     loaders = {name: _component(location, name, index[name], dtype, name in optional) for name in missing}
     values |= {name: load() for name, load in loaders.items()}
@@ -114,24 +121,26 @@ def load_model(cls: Any, folder: Path | str, *, dtype: torch.dtype = torch.float
         UsageError: Its configuration or its weights are incomplete, damaged, not finite, or do not fit each other.
     """
     folder = downloaded(folder) if isinstance(folder, str) else folder
-    return _load(cls, folder, _checked(cls, folder), dtype)
+    return _load(cls, folder, *_checked(cls, folder), dtype)
 
 
-def _checked(cls: Any, folder: Path) -> Header:
-    """Check the files of a model before its weights are read; returns what their headers say."""
+def _checked(cls: Any, folder: Path) -> tuple[dict[str, Any], Header]:
+    """The configuration of a model and the headers of its weights, checked."""
     header = {name: one for file in _weight_files(folder) for name, one in read_header(file).items()}
     config = read_config(folder / CONFIG, len(header))
-    if hasattr(cls, "from_config"):  # transformers itself builds on the meta device
+    if hasattr(cls, "from_config"):
+        _check_class(folder, config, [cls.__name__])
+    elif exists(folder / "adapter_config.json"):  # of transformers
+        raise UsageError(f"'{printable(folder)}' has an adapter_config.json, which names another model; remove it.")
+    return config, header
+
+
+def _load(cls: Any, folder: Path, config: dict[str, Any], header: Header, dtype: torch.dtype) -> Any:
+    is_diffusers = hasattr(cls, "from_config")  # transformers itself builds on the meta device
+    if is_diffusers:
         with refusing(folder, _errors(cls)), quiet(), torch.device("meta"):
             built = cls.from_config(config)
         check_size(built, header, folder)
-    elif exists(folder / "adapter_config.json"):
-        raise UsageError(f"'{printable(folder)}' has an adapter_config.json, which names another model; remove it.")
-    return header
-
-
-def _load(cls: Any, folder: Path, header: Header, dtype: torch.dtype) -> Any:
-    is_diffusers = hasattr(cls, "from_config")
     # Weights of other shapes are an error of either library, whatever the class.
     with refusing(folder, (OSError, RuntimeError, ValueError) if is_diffusers else CONSTRUCTOR), quiet():
         model, report = cls.from_pretrained(
@@ -159,7 +168,7 @@ def downloaded(name: str) -> Path:
         UsageError: There is none, or the hub cannot be reached.
     """
     files = [CONFIG, _WEIGHTS, f"{_WEIGHTS}.index.json", _WEIGHTS.replace(".", "-*.")]
-    with refusing(name, (OSError, ValueError)):
+    with refusing(name, (OSError, ValueError)), hub_or_cache():
         hub = require("huggingface_hub", extra="diffusers")
         return Path(hub.snapshot_download(name, allow_patterns=[*files, *(f"vae/{file}" for file in files)]))
 
@@ -210,7 +219,7 @@ def _component(location: Path, name: str, entry: list[Any], dtype: torch.dtype, 
     if not folder.is_dir():
         raise UsageError(f"'{printable(location)}' has no directory {name}; it is incomplete.")
     if is_model:
-        return partial(_load, cls, folder, _checked(cls, folder), dtype)
+        return partial(_load, cls, folder, *_checked(cls, folder), dtype)
     if name == "scheduler":
         scheduler = _scheduler(cls, folder)
         return lambda: scheduler
@@ -235,9 +244,9 @@ def _scheduler(cls: Any, folder: Path) -> Any:
             raise UsageError(f"'{printable(file)}' has {name} = {short(value)}; it has to be a {kind.__name__}.")
     with refusing(folder, CONSTRUCTOR), quiet():
         scheduler = cls.from_config(config)
-    kept = getattr(scheduler, "alphas_cumprod", None)
-    if kept is not None and not bool(((kept >= 0) & (kept <= 1)).all()):
-        raise UsageError(f"'{printable(folder)}' has levels of noise outside of 0 to 1; correct its betas.")
+    kept, count = getattr(scheduler, "alphas_cumprod", None), scheduler.config.get("num_train_timesteps")
+    if kept is not None and (len(kept) != count or not bool(((kept >= 0) & (kept <= 1)).all())):
+        raise UsageError(f"'{printable(file)}' has not {count} levels of noise from 0 to 1; correct its betas.")
     return scheduler
 
 
