@@ -79,7 +79,8 @@ def hub_or_cache() -> Iterator[None]:
     url, before = urllib.parse.urlsplit(constants.ENDPOINT), constants.HF_HUB_OFFLINE
     try:
         if not before and not urllib.request.getproxies():
-            socket.create_connection((url.hostname, url.port or 443), timeout=10).close()
+            port = url.port or (80 if url.scheme == "http" else 443)
+            socket.create_connection((url.hostname, port), timeout=10).close()
     except OSError:
         constants.HF_HUB_OFFLINE = True
     try:
