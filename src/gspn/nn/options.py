@@ -9,7 +9,7 @@ from typing import Any, Literal
 from .._files import short
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "count": (lambda one: isinstance(one, Integral) and one >= 1, "an integer of at least 1"),
+    "count": (lambda one: isinstance(one, Integral) and int(one) >= 1, "an integer of at least 1"),
     "fraction": (lambda one: isinstance(one, Real) and 0 <= float(one) <= 1, "a number from 0 to 1"),
     "flag": (lambda one: isinstance(one, bool), "True or False"),  # a text such as "false" would count as true
 }

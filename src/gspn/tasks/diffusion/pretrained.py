@@ -213,7 +213,7 @@ def _component(location: Path, name: str, entry: list[Any], dtype: torch.dtype, 
     if len(entry) != 2 or not all(isinstance(part, str) and part.replace(".", "_").isidentifier() for part in entry):
         raise UsageError(f"{where} has {name} = {short(entry)}; it has to be a library and a class.")
     folder, cls = location / name, _class(*entry)
-    is_model = isinstance(cls, type) and issubclass(cls, torch.nn.Module)
+    is_model = torch.nn.Module in getattr(cls, "__mro__", ())
     if cls is None or is_model == (name in _NOT_MODELS) or (name == "scheduler" and entry[0] != "diffusers"):
         raise UsageError(f"{where} names {name} {'.'.join(entry)[:80]}, which gspn does not load from files.")
     if not folder.is_dir():
