@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import models as _models  # noqa: F401  (registers the models of gspn with timm)
 from .._errors import UsageError
-from ..models.saved import check_model_name, load_saved
+from ..models.saved import check_model_name, hub_or_cache, load_saved, refusing
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def load_model(name: str, *, seed: int = 0) -> LoadedModel:
         The model, with its pretrained weights if it has any.
 
     Raises:
-        UsageError: the name is unknown, or the folder holds no model that can be loaded.
+        UsageError: the name is unknown, or the folder or repository holds no model that can be loaded.
         OSError: pretrained weights cannot be fetched or read.
 
     Example:
@@ -72,7 +72,8 @@ def load_model(name: str, *, seed: int = 0) -> LoadedModel:
         model = load_saved(folder)
         return LoadedModel(model, _cfg(model).get("architecture") or folder.name, f"from {folder}")
     if name.startswith("hf-hub:"):
-        return LoadedModel(timm.create_model(name, pretrained=True).eval(), name, "pretrained")
+        with refusing(name, (OSError, RuntimeError)), hub_or_cache():
+            return LoadedModel(timm.create_model(name, pretrained=True).eval(), name, "pretrained")
     check_model_name(name)
     cfg = timm.get_pretrained_cfg(name)
     if cfg is not None and cfg.has_weights:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -156,7 +155,7 @@ def load_model(source: str | Path) -> nn.Module:
         UsageError: there is no such directory or model, or no weights for it.
     """
     timm = import_timm()
-    from ...models.saved import check_model_name, load_saved
+    from ...models.saved import check_model_name, hub_or_cache, load_saved, refusing
 
     text = str(source)
     directory = Path(text.removeprefix("local-dir:"))
@@ -188,13 +187,8 @@ def load_model(source: str | Path) -> nn.Module:
         if cfg is None or not cfg.has_weights:
             raise UsageError(f"{text!r} has no pretrained weights; name a directory that `gspn classify train` wrote.")
         name = text
-    try:
-        model = timm.create_model(name, pretrained=True)
-    except (OSError, RuntimeError) as error:
-        # PyTorch lists every mismatched tensor.
-        what = textwrap.shorten(" ".join(str(error).split()), 300)
-        raise UsageError(f"{text!r} cannot be loaded: {what}") from None
-    return model.eval()
+    with refusing(text, (OSError, RuntimeError)), hub_or_cache():
+        return timm.create_model(name, pretrained=True).eval()
 
 
 def label_names(model: nn.Module) -> list[str] | None:
