@@ -19,7 +19,7 @@ import gspn
 from gspn.ops import reference
 from gspn.ops.unfused import compose
 from propagate_cases import make_arguments
-from support import CPU_IMPLS, make_inputs, run_python
+from support import CPU_IMPLS, every_pair, make_inputs, run_python
 
 Function = Callable[..., Tensor]
 
@@ -131,9 +131,11 @@ def _propagate_without_skip(impl: str | None) -> tuple[Function, tuple]:
     return lambda *t: gspn.propagate(*t, directions=("up", "right"), impl=impl), tensors
 
 
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-@pytest.mark.parametrize("case", [_line_scan, _line_scan_without_lam, _propagate, _propagate_without_skip])
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@every_pair(
+    transform=list(TRANSFORMS),
+    case=[_line_scan, _line_scan_without_lam, _propagate, _propagate_without_skip],
+    impl=CPU_IMPLS,
+)
 def test_every_transform_of_every_operator(transform, case, impl) -> None:
     if transform == "backward of a dual number" and "propagate" in case.__name__:
         pytest.skip("PyTorch raises: softmax has no derivative of a tangent here")
@@ -145,6 +147,39 @@ def test_every_transform_of_every_operator(transform, case, impl) -> None:
     assert len(actual) == len(expected) > 0
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLS)
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)])
+def test_nothing_to_differentiate(shape, impl) -> None:
+    batch, channels, height, width = shape
+    (*tensors, skip), _ = make_arguments(batch, channels, height, width, 2, 1, torch.float64)
+    x, taps, lam, _ = make_inputs(2, 2, 3, 2, 1, torch.float64)
+    scanned = x.new_zeros(shape), taps.new_zeros(batch, 1, 3, height, width), lam.new_zeros(shape)
+    calls: list[tuple[Function, tuple]] = [
+        (lambda *t: gspn.line_scan(*t, direction="up", impl=impl), scanned),
+        (lambda *t: gspn.propagate(*t, impl=impl), (*tensors, torch.stack([skip] * 4))),
+    ]
+    for f, primals in calls:
+        assert jvp(f, primals, primals)[1].shape == shape
+        for t, first in zip(primals, grad(_loss(f), _all(len(primals)))(*primals), strict=True):
+            assert first.shape == t.shape
+            assert not first.any()
+        second = grad(lambda t, f=f, rest=primals[1:]: grad(_loss(f))(t, *rest).sum())(primals[0])
+        assert second.shape == shape
+
+
+@pytest.mark.parametrize("case", [_line_scan, _propagate])
+def test_vmap_over_no_entries(case) -> None:
+    f, primals = case("cpu")  # PyTorch's convolution, in the specification, refuses
+    for mapped in ([True] * len(primals), [i == 0 for i in range(len(primals))], [i > 1 for i in range(len(primals))]):
+        inputs = [t.new_empty(*t.shape[:1], 0, *t.shape[1:]) if m else t for m, t in zip(mapped, primals, strict=True)]
+        in_dims = tuple(1 if m else None for m in mapped)
+        y = vmap(f, in_dims)(*inputs)
+        assert y.shape == (0, *f(*primals).shape)
+        dx, dtaps = vmap(grad(_loss(f), (0, 1)), in_dims)(*inputs)
+        assert dx.shape == (0, *primals[0].shape)
+        assert dtaps.shape == (0, *primals[1].shape)
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)

@@ -191,7 +191,7 @@ def test_shared_taps_are_repeated_taps() -> None:
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
-@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)])
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)])
 def test_empty_maps(impl, shape) -> None:
     batch, channels, height, width = shape
     arguments, grad = make_arguments(batch, channels, height, width, 3, 1, torch.float32)

@@ -39,6 +39,12 @@ def _sliced_and_shrunk(t: Tensor) -> Tensor:
     return view
 
 
+def _shifted_and_shrunk(t: Tensor) -> Tensor:
+    view = torch.cat([t.flatten(), t.flatten()])[1 : t.numel() + 1].view(t.shape)
+    view.untyped_storage().resize_(t.nbytes)
+    return view
+
+
 WRONG = {
     **{f"axis {axis} one longer": (lambda t, axis=axis: _longer(t, axis)) for axis in range(5)},
     **{f"axis {axis} one shorter": (lambda t, axis=axis: _shorter(t, axis)) for axis in range(5)},
@@ -54,6 +60,7 @@ WRONG = {
     "freed": lambda t: _freed(t, 0),
     "shrunk": lambda t: _freed(t, t.nbytes - 4),
     "sliced and shrunk": _sliced_and_shrunk,
+    "shifted and shrunk": _shifted_and_shrunk,
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 from torch import Tensor
 
@@ -13,9 +12,7 @@ from .torch_library import apply_propagate, composed_propagate
 from .validation import (
     autocast,
     check_directions,
-    check_gate,
     check_is_tensor,
-    check_kind,
     check_propagate,
     check_scannable,
     check_segment,
@@ -110,21 +107,16 @@ def propagate(
 
     def widened(name: str, projection: Tensor) -> Tensor:
         check_is_tensor(name, projection)
-        check_kind(name, projection, ("x", x), x.dtype, wide)
-        return projection if projection.dtype == wide else projection.to(wide)
+        return projection.to(wide) if projection.dtype == x.dtype else projection
 
     tap_proj, lam_proj, u_proj = widened("tap_proj", tap_proj), widened("lam_proj", lam_proj), widened("u_proj", u_proj)
-    # The merge is folded into the projections, and the skips of all directions are one: both sums are linear. What
-    # these products and sums would broadcast is checked before.
     skip_proj = None if skip_proj is None else widened("skip_proj", skip_proj)  # [D, C, S]
-    count = len(directions)
-    if u_proj.shape != lam_proj.shape or (skip_proj is not None and skip_proj.shape != lam_proj.shape):
-        check_propagate(x, proxy, tap_proj, lam_proj, u_proj, None, directions, segment)
-        check_gate("skip_proj", cast("Tensor", skip_proj), lam_proj.shape)
+    merge = None if merge is None else widened("merge", merge)
+    if skip_proj is not None or merge is not None:  # products and sums below would broadcast, or hide a shape
+        projections = (tap_proj, lam_proj, u_proj, skip_proj)
+        check_propagate(x, proxy, *projections, len(directions), segment, False, merge=merge, skip_axes=3)
+    # The merge is folded into the projections, and the skips of all directions are one: both sums are linear.
     if merge is not None:
-        merge = widened("merge", merge)
-        if merge.shape != (count,):
-            raise ValueError(f"{merge.shape=}: merge must be [{count}], a weight for each direction.")
         weight = merge.view(-1, 1, 1)
         u_proj = u_proj * weight
         skip_proj = None if skip_proj is None else skip_proj * weight

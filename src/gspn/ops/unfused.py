@@ -18,8 +18,8 @@ from .stochastic_taps import stochastic_taps
 
 def project(proxy: Tensor, weight: Tensor) -> Tensor:
     """A map for each row of ``weight``: ``[B, S, H, W]`` and ``[C, S]`` to ``[B, C, H, W]``."""
-    if proxy.numel() == 0:
-        return torch.einsum("bshw,cs->bchw", proxy, weight)  # a convolution refuses maps without pixels
+    if proxy.numel() == 0 or weight.numel() == 0:
+        return torch.einsum("bshw,cs->bchw", proxy, weight)  # a convolution refuses maps without pixels or channels
     return F.conv2d(proxy, weight[:, :, None, None])
 
 

@@ -11,9 +11,6 @@ from torch import Tensor
 
 from .directions import DIRECTIONS, scan_axes
 
-Named = tuple[tuple[str, Tensor | None], ...]
-"""Tensors with the names of their arguments, in messages; None for one that is absent."""
-
 _DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64,
     torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz,
@@ -34,20 +31,6 @@ def check_is_tensor(name: str, tensor: Any) -> None:
         raise TypeError(f"{name} is a {type(tensor).__name__}; pass a torch.Tensor.")
 
 
-def check_kind(name: str, tensor: Tensor, like: tuple[str, Tensor], *dtypes: torch.dtype) -> None:
-    """Raise TypeError or ValueError unless a tensor has one of the dtypes, strides, and the device of another one."""
-    if tensor.dtype in dtypes and tensor.device == like[1].device and tensor.layout is _STRIDED:
-        return
-    if tensor.dtype not in dtypes:
-        allowed = " or ".join(str(dtype) for dtype in dict.fromkeys(dtypes))
-        raise TypeError(f"{like[0]}.dtype={like[1].dtype} but {name}.dtype is {tensor.dtype}; convert it to {allowed}.")
-    if tensor.device != like[1].device:
-        raise ValueError(
-            f"{like[0]}.device={like[1].device} but {name}.device is {tensor.device}; move all of them to one device."
-        )
-    raise TypeError(f"{name}.layout is {tensor.layout}; a scan needs strides, so convert with .to_dense().")
-
-
 def check_scannable(name: str, tensor: Tensor) -> None:
     """Raise TypeError unless there are scans over tensors of this dtype."""
     if tensor.dtype not in _DTYPES:
@@ -57,35 +40,66 @@ def check_scannable(name: str, tensor: Tensor) -> None:
         )
 
 
+def _check_tensors(
+    image: tuple[str, Tensor], has_data: bool, *wanted: tuple[str, Tensor | None, tuple[int, ...], torch.dtype]
+) -> None:
+    """Raise unless each tensor that is there has its shape and dtype, strides, the image's device, and memory."""
+    like, x = image
+    device = x.device
+    for name, t, shape, dtype in wanted:
+        if t is None:
+            continue
+        if t.dtype is not dtype:
+            raise TypeError(f"{like}.dtype={x.dtype} but {name}.dtype is {t.dtype}; convert it to {dtype}.")
+        if t.device != device:
+            raise ValueError(f"{like}.device={device} but {name}.device is {t.device}; move all of them to one device.")
+        if t.layout is not _STRIDED:
+            raise TypeError(f"{name}.layout is {t.layout}; a scan needs strides, so convert with .to_dense().")
+        if t.shape != shape:
+            free = "S" if name == "proxy" else "G"
+            lengths = ", ".join(free if n == _FREE else str(n) for n in shape)
+            meaning = _MEANINGS.get(name, "of the same shape, so expand it")
+            raise ValueError(
+                f"{name}.shape={t.shape} does not fit {like}.shape={x.shape}: {name} must be [{lengths}], {meaning}."
+            )
+        if has_data:
+            size, needed = t.untyped_storage().nbytes(), t.nbytes
+            if size == needed and t.is_contiguous() and not t.storage_offset():
+                continue
+            last = t.storage_offset() + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+            if needed and (last + 1) * t.element_size() > size:
+                raise ValueError(
+                    f"{name}.shape={t.shape} needs more than the {size} bytes of its storage, which was freed or "
+                    f"resized; pass a tensor that has its data."
+                )
+
+
+_FREE = -1
+"""In the shape wanted, a length that is free and not possible as it is."""
+
+_MEANINGS = {
+    "taps": "three taps for each pixel of each of G groups, which divide the channels: 1 (shared taps) up to all",
+    "proxy": "of x's batch and frame size, S at least 1",
+    "tap_proj": "three taps for each direction and each of G groups, which divide x's channels: 1 (shared taps) up to "
+    "all, from the proxy's channels",
+    "merge": "a weight for each direction",
+    **dict.fromkeys(("lam_proj", "u_proj"), "a map for each direction, of x's channels and the proxy's"),
+    "skip_proj": "of x's channels and the proxy's",
+}
+
+
 def _check_image(name: str, image: Tensor, op: str) -> torch.Size:
     """The shape; raise unless it is ``[B, C, H, W]``, in a dtype that scans have."""
     check_scannable(name, image)
     shape = image.shape
     if len(shape) != 4:
         raise ValueError(f"{name}.shape={shape}: {name} has {len(shape)} axes; {op} needs [B, C, H, W].")
-    if image.layout is not _STRIDED:
-        check_kind(name, image, (name, image), image.dtype)
     return shape
 
 
-def check_same(name: str, tensor: Tensor, image: tuple[str, Tensor], shape: torch.Size) -> None:
-    """Raise unless a tensor is like an image, whose shape this is."""
-    check_kind(name, tensor, image, image[1].dtype)
-    if tensor.shape != shape:
-        raise ValueError(
-            f"{name}.shape={tensor.shape} differs from {image[0]}.shape={shape}; {name} has an element for each of "
-            f"{image[0]}, so expand it to that shape."
-        )
-
-
-def _check_groups(name: str, shape: torch.Size, image: str, channels: int) -> None:
-    """Raise ValueError unless the second axis of ``shape`` divides the channels."""
-    groups = shape[1]
-    if groups == 0 or channels % groups != 0:
-        raise ValueError(
-            f"{name}.shape={shape} has {groups} groups, which do not divide the {channels} channels of {image}; use "
-            f"1 group (shared taps), {channels} (per-channel taps) or a divisor between."
-        )
+def _groups(shape: torch.Size, channels: int) -> int:
+    groups = shape[1] if len(shape) > 1 else 0
+    return groups if groups and channels % groups == 0 else _FREE
 
 
 def check_segment(segment: Any) -> None:
@@ -121,101 +135,48 @@ def split_directions(directions: str) -> tuple[str, ...]:
     return _SEQUENCES[directions]
 
 
-def check_line_scan(image: tuple[str, Tensor], same: Named, taps: Tensor, direction: str, segment: int | None) -> None:
-    """Raise unless these are arguments of ``line_scan``, or of its gradients.
+def check_line_scan(
+    image: tuple[str, Tensor], taps: Tensor, lam: Tensor | None, direction: str, segment: int | None, has_data: bool,
+    *, h: Tensor | None = None, x: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Raise unless these are arguments of ``line_scan`` or of its gradients; ``image`` is x or grad with its name.
 
-    Args:
-        image: a tensor of the image's shape, and its name in messages.
-        same: tensors that must be like it, or None.
-        taps: as those below, an argument of :func:`gspn.line_scan`.
-        direction: its name.
-        segment: None or an integer.
+    With ``has_data`` the tensors' memory is checked too, which they have except while PyTorch traces.
     """
     scan_axes(direction)
     check_segment(segment)
-    name, x = image
-    batch, channels, height, width = shape = _check_image(name, x, "line_scan")
-    for other, tensor in same:
-        if tensor is not None:
-            check_same(other, tensor, image, shape)
-    check_kind("taps", taps, image, x.dtype)
-    own = taps.shape
-    if len(own) != 5 or own[2] != 3:
-        raise ValueError(f"taps.shape={own}: taps must be [B, G, 3, H, W], three taps for each pixel of each group.")
-    if own[0] != batch or own[3] != height or own[4] != width:
-        raise ValueError(
-            f"taps.shape={own} does not fit {name}.shape={shape}: taps must be [{batch}, G, 3, {height}, {width}], "
-            f"of {name}'s batch and frame size."
-        )
-    _check_groups("taps", own, name, channels)
+    name, like = image
+    batch, channels, height, width = shape = _check_image(name, like, "line_scan")
+    dtype, of_taps = like.dtype, (batch, _groups(taps.shape, channels), 3, height, width)
+    _check_tensors(
+        image, has_data,
+        (name, like, shape, dtype), ("taps", taps, of_taps, dtype), ("lam", lam, shape, dtype), ("h", h, shape, dtype),
+        ("x", x, shape, dtype),
+    )  # fmt: skip
 
 
 def check_propagate(
     x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: Tensor | None,
-    directions: Sequence[str], segment: int | None,
+    count: int, segment: int | None, has_data: bool, *, grad: Tensor | None = None, merge: Tensor | None = None,
+    skip_axes: int = 2,
 ) -> None:  # fmt: skip
-    """Raise unless these are arguments of the registered ``propagate``; see :func:`gspn.ops.unfused.compose`.
+    """Raise unless these are arguments of ``propagate`` over ``count`` directions, or of its gradients.
 
-    The projections must be of the state's dtype.
+    Projections must be of the state's dtype. The skip has no axis of directions where it is the sum over them.
     """
     check_segment(segment)
     batch, channels, height, width = shape = _check_image("x", x, "propagate")
-    image = ("x", x)
-    check_kind("proxy", proxy, image, x.dtype)
-    own = proxy.shape
-    if len(own) != 4 or own[0] != batch or own[2] != height or own[3] != width or own[1] == 0:
-        raise ValueError(
-            f"proxy.shape={own} does not fit x.shape={shape}: proxy must be [{batch}, S, {height}, {width}], S at "
-            f"least 1."
-        )
-    wide, proxy_channels, count = state_dtype(x.dtype), own[1], len(directions)
-    check_kind("tap_proj", tap_proj, image, wide)
-    own = tap_proj.shape
-    if len(own) != 4 or own[0] != count or own[2] != 3 or own[3] != proxy_channels:
-        raise ValueError(
-            f"tap_proj.shape={own}: tap_proj must be [{count}, G, 3, {proxy_channels}], three taps for each of {count} "
-            f"directions and G groups, from the {proxy_channels} channels of the proxy."
-        )
-    _check_groups("tap_proj", own, "x", channels)
+    dtype, wide, own = x.dtype, state_dtype(x.dtype), proxy.shape
+    proxy_channels = own[1] if len(own) > 1 and own[1] else _FREE
     gate = (count, channels, proxy_channels)
-    check_kind("lam_proj", lam_proj, image, wide)
-    check_gate("lam_proj", lam_proj, gate)
-    check_kind("u_proj", u_proj, image, wide)
-    check_gate("u_proj", u_proj, gate)
-    if skip_proj is not None:
-        check_kind("skip_proj", skip_proj, image, wide)
-        check_gate("skip_proj", skip_proj, gate[1:])
-
-
-def check_gate(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    """Raise ValueError unless a projection to gates has the shape expected: directions, x's channels, the proxy's."""
-    if tensor.shape != expected:
-        directions = "a map for each direction, of " if len(expected) == 3 else ""
-        raise ValueError(
-            f"{name}.shape is {tensor.shape}; it must be {list(expected)}, {directions}x's channels and the proxy's."
-        )
-
-
-def check_memory(names: str, *tensors: Tensor | None) -> None:
-    """Raise ValueError where a tensor reaches beyond its storage, as one does whose storage was freed or shrunk.
-
-    Args:
-        names: those of the arguments, with spaces between.
-        *tensors: the arguments.
-    """
-    for t in tensors:
-        if t is None:
-            continue
-        size = t.untyped_storage().nbytes()
-        if size == t.nbytes and t.is_contiguous():
-            continue
-        last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-        if t.numel() and (t.storage_offset() + last + 1) * t.element_size() > size:
-            name = names.split()[[other is t for other in tensors].index(True)]
-            raise ValueError(
-                f"{name}.shape={t.shape} needs more than the {size} bytes of its storage, which was freed or resized; "
-                f"pass a tensor that has its data."
-            )
+    _check_tensors(
+        ("x", x), has_data,
+        ("x", x, shape, dtype), ("proxy", proxy, (batch, proxy_channels, height, width), dtype),
+        ("tap_proj", tap_proj, (count, _groups(tap_proj.shape, channels), 3, proxy_channels), wide),
+        ("lam_proj", lam_proj, gate, wide), ("u_proj", u_proj, gate, wide),
+        ("skip_proj", skip_proj, gate[-skip_axes:], wide), ("merge", merge, (count,), wide),
+        ("grad", grad, shape, dtype),
+    )  # fmt: skip
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor, ...]:

@@ -200,27 +200,3 @@ def test_wrong_directions_groups_threads_and_pointers_are_refused(monkeypatch) -
                     with pytest.raises(ValueError, match="missing"):
                         library.run(function, call, "it")
                 setattr(call, name, right)
-
-
-@pytest.mark.parametrize("position", range(7))
-def test_a_tensor_without_memory_is_not_taken_as_absent(position) -> None:
-    arguments, grad = make_arguments(1, 4, 3, 5, 2, 2, torch.float32)
-    tensors: list[Any] = [grad, *arguments]
-    tensors[position].untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="no memory"):
-        propagate.propagate_backward(grad, *tensors[1:7], ("down", "up", "left", "right"), None)
-    if position == 0:
-        return
-    with pytest.raises(ValueError, match="no memory"):
-        propagate.propagate(*tensors[1:], ("down", "up", "left", "right"), None)
-
-
-@pytest.mark.parametrize("position", range(3))
-def test_a_scanned_tensor_without_memory_is_not_taken_as_absent(position) -> None:
-    x, taps, lam, grad = make_inputs(1, 4, 3, 5, 2, torch.float32)
-    h = line_scan.line_scan(x, taps, lam, "down", None)
-    (x, taps, lam)[position].untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="no memory"):
-        line_scan.line_scan(x, taps, lam, "down", None)
-    with pytest.raises(ValueError, match="no memory"):
-        line_scan.line_scan_backward(grad, h, x, taps, lam, "down", None, True, True)

@@ -65,31 +65,14 @@ class PropagateCall(ctypes.Structure):
     )
 
 
-def address(tensor: Tensor | None) -> int | None:
-    """Where a tensor's elements are; None for no tensor.
-
-    Raises:
-        ValueError: the tensor has elements and no memory, as after ``untyped_storage().resize_(0)``: a null pointer
-            would be taken for no tensor.
-    """
-    if tensor is None:
-        return None
-    data = tensor.data_ptr()
-    if data == 0 and tensor.numel():
-        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has no memory: its storage was freed or resized.")
-    return data
-
-
-def _image(tensor: Tensor, columns_as_rows: bool) -> Image:
+def as_image(tensor: Tensor, columns_as_rows: bool = False) -> Image:
+    """``tensor`` as the kernels see it; the three taps of one, which have a stride of their own, are left out."""
     batch, channel, *_, row, column = tensor.stride()
-    return Image(address(tensor), batch, channel, *((column, row) if columns_as_rows else (row, column)))
-
-
-def as_image(tensor: Tensor | None, columns_as_rows: bool = False) -> Image:
-    """``tensor`` as the kernels see it; None as absent."""
-    return Image() if tensor is None else _image(tensor, columns_as_rows)
+    if columns_as_rows:
+        row, column = column, row
+    return Image(tensor.data_ptr(), batch, channel, row, column)
 
 
 def as_taps(tensor: Tensor | None, columns_as_rows: bool = False) -> Taps:
     """``tensor`` as the kernels see it; None as absent."""
-    return Taps() if tensor is None else Taps(_image(tensor, columns_as_rows), tensor.stride(2))
+    return Taps() if tensor is None else Taps(as_image(tensor, columns_as_rows), tensor.stride(2))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..directions import scan_axes
-from .c_structs import DTYPE_CODES, Image, LineScanCall, as_image, as_taps
+from .c_structs import DTYPE_CODES, LineScanCall, as_image, as_taps
 from .library import load, run
 
 
@@ -16,27 +16,20 @@ def _run(
     function: Callable[..., int],
     direction: str,
     segment: int | None,
-    *,
-    x: Tensor | None,
     taps: Tensor,
-    lam: Tensor | None,
     h: Tensor,
     dtaps: Tensor | None = None,
-    **gradients: Tensor | None,
+    **images: Tensor | None,
 ) -> None:
     axes = scan_axes(direction)
     columns = axes.line == -1
-    batch, channels, *_ = h.shape
-    lines, cross = h.shape[axes.line], h.shape[axes.cross]
-
-    def image(tensor: Tensor | None) -> Image:
-        return as_image(tensor, columns)
-
+    batch, channels, *frame = h.shape
+    lines, cross = frame[axes.line], frame[axes.cross]
     call = LineScanCall(
         dtype=DTYPE_CODES[h.dtype], reverse=axes.reverse, batch=batch, channels=channels, groups=taps.shape[1],
-        lines=lines, cross=cross, segment=lines if segment is None else min(segment, lines),
-        x=image(x), lam=image(lam), h=image(h), taps=as_taps(taps, columns), dtaps=as_taps(dtaps, columns),
-        **{name: image(gradient) for name, gradient in gradients.items()},
+        lines=lines, cross=cross, segment=lines if segment is None else min(segment, lines), h=as_image(h, columns),
+        taps=as_taps(taps, columns), dtaps=as_taps(dtaps, columns),
+        **{name: as_image(image, columns) for name, image in images.items() if image is not None},
     )  # fmt: skip
     run(function, call, f"line_scan over {lines} lines of {cross} positions")
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..directions import DIRECTIONS
-from .c_structs import DTYPE_CODES, Image, PropagateCall, address, as_image
+from .c_structs import DTYPE_CODES, Image, PropagateCall, as_image
 from .library import load, run
 
 # A vector may be read beyond the proxy's last channel. What it finds there is not used.
@@ -17,7 +18,7 @@ _VECTOR = 64
 
 
 def _channels_last(batch: int, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """A fresh ``[B, H, W, S]`` for a proxy: all channels of a pixel side by side.
+    """A fresh ``[B, S, H, W]`` for a proxy, with all channels of a pixel side by side.
 
     Rows begin an odd number of cache lines apart. Were it a power of two, the pixels of a column would meet in one set
     of the cache.
@@ -27,8 +28,18 @@ def _channels_last(batch: int, channels: int, height: int, width: int, dtype: to
     row = (lines + 1 - lines % 2) * line
     size = batch * height * row + _VECTOR
     memory = torch.empty(size, dtype=dtype)
-    load().gspn_expect_first_touch(memory.data_ptr(), size * dtype.itemsize)
-    return memory.as_strided((batch, height, width, channels), (height * row, row, channels, 1))
+    if size > 1 << 20:  # below, there is nothing to gain
+        load().gspn_expect_first_touch(memory.data_ptr(), size * dtype.itemsize)
+    return memory.as_strided((batch, channels, height, width), (height * row, 1, row, channels))
+
+
+@functools.cache
+def _codes(directions: tuple[str, ...]) -> ctypes.Array[ctypes.c_int32]:
+    return (ctypes.c_int32 * 4)(*map(DIRECTIONS.index, directions))  # pyright: ignore[reportArgumentType]
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _run(
@@ -44,19 +55,16 @@ def _run(
     **outputs: Image | int | None,
 ) -> None:
     batch, channels, height, width = x.shape
-    for tensor in (proxy, tap_proj, lam_proj, u_proj, skip_proj):
-        address(tensor)  # before PyTorch copies from where nothing is
     tap_proj, lam_proj, u_proj = tap_proj.contiguous(), lam_proj.contiguous(), u_proj.contiguous()
     skip_proj = None if skip_proj is None else skip_proj.contiguous()
-    channels_last = _channels_last(*proxy.shape, dtype=tap_proj.dtype).copy_(proxy.permute(0, 2, 3, 1))
+    channels_last = _channels_last(*proxy.shape, dtype=tap_proj.dtype).copy_(proxy)
     longest = max(height, width)
-    codes = (DIRECTIONS.index(d) for d in directions)  # type: ignore[arg-type]
     call = PropagateCall(
-        dtype=DTYPE_CODES[x.dtype], direction_count=len(directions), directions=(ctypes.c_int32 * 4)(*codes),
+        dtype=DTYPE_CODES[x.dtype], direction_count=len(directions), directions=_codes(directions),
         batch=batch, channels=channels, groups=tap_proj.shape[1], proxy_channels=proxy.shape[1], height=height,
-        width=width, proxy_row=channels_last.stride(1), segment=longest if segment is None else min(segment, longest),
+        width=width, proxy_row=channels_last.stride(2), segment=longest if segment is None else min(segment, longest),
         x=as_image(x), proxy=channels_last.data_ptr(), tap_proj=tap_proj.data_ptr(), lam_proj=lam_proj.data_ptr(),
-        u_proj=u_proj.data_ptr(), skip_proj=address(skip_proj), **outputs,
+        u_proj=u_proj.data_ptr(), skip_proj=_address(skip_proj), **outputs,
     )  # fmt: skip
     run(function, call, f"propagate over {batch} x {channels} maps of {height} x {width}")
 
@@ -100,9 +108,9 @@ def propagate_backward(
         _run(
             load().gspn_propagate_backward, x, proxy, *projections, directions, segment, grad=as_image(grad),
             dx=as_image(dx), dproxy=channels_last.data_ptr(), dtap_proj=dtap.data_ptr(), dlam_proj=dlam.data_ptr(),
-            du_proj=du.data_ptr(), dskip_proj=address(dskip),
+            du_proj=du.data_ptr(), dskip_proj=_address(dskip),
         )  # fmt: skip
-        dproxy.copy_(channels_last.permute(0, 3, 1, 2))
+        dproxy.copy_(channels_last)
     else:
         for gradient in (dproxy, dtap, dlam, du, dskip):
             if gradient is not None:

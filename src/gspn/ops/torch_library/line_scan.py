@@ -25,20 +25,19 @@ from torch.nn.functional import pad
 
 from ..directions import scan_axes
 from ..implementations import check_impl, resolve
-from ..validation import check_line_scan, check_memory
+from ..validation import check_line_scan
 from .operator import fold, register
 
 # --- line_scan --------------------------------------------------------------------------------------------------------
 
 
-def _check(x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None, impl: str) -> None:
+def _check(x, taps, lam, direction, segment, impl, has_data=False) -> None:
     check_impl(impl)
-    check_line_scan(("x", x), (("lam", lam),), taps, direction, segment)
+    check_line_scan(("x", x), taps, lam, direction, segment, has_data)
 
 
 def _run(x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None, impl: str) -> Tensor:
-    _check(x, taps, lam, direction, segment, impl)
-    check_memory("x taps lam", x, taps, lam)
+    _check(x, taps, lam, direction, segment, impl, has_data=True)
     return resolve(impl, x, "line_scan").line_scan(x, taps, lam, direction, segment)
 
 
@@ -87,24 +86,17 @@ apply_line_scan = register(
 # --- line_scan_backward -----------------------------------------------------------------------------------------------
 
 
-def _check_backward(
-    grad: Tensor, h: Tensor, x: Tensor | None, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None,
-    impl: str, need_taps: bool, need_lam: bool,
-) -> None:  # fmt: skip
+def _check_backward(grad, h, x, taps, lam, direction, segment, impl, need_lam, has_data=False) -> None:
     check_impl(impl)
-    check_line_scan(("grad", grad), (("h", h), ("x", x), ("lam", lam)), taps, direction, segment)
+    check_line_scan(("grad", grad), taps, lam, direction, segment, has_data, h=h, x=x)
     if need_lam and (x is None or lam is None):
         raise ValueError(
             f"{need_lam=} but {'x' if x is None else 'lam'} is None; pass both x and lam, or need_lam=False."
         )
 
 
-def _run_backward(
-    grad: Tensor, h: Tensor, x: Tensor | None, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None,
-    impl: str, need_taps: bool, need_lam: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    _check_backward(grad, h, x, taps, lam, direction, segment, impl, need_taps, need_lam)
-    check_memory("grad h x taps lam", grad, h, x, taps, lam)
+def _run_backward(grad, h, x, taps, lam, direction, segment, impl, need_taps, need_lam):
+    _check_backward(grad, h, x, taps, lam, direction, segment, impl, need_lam, has_data=True)
     dx, dtaps, dlam = resolve(impl, h, "line_scan").line_scan_backward(
         grad, h, x, taps, lam, direction, segment, need_taps, need_lam
     )
@@ -113,7 +105,7 @@ def _run_backward(
 
 
 def _fake_backward(grad, h, x, taps, lam, direction, segment, impl, need_taps, need_lam):
-    _check_backward(grad, h, x, taps, lam, direction, segment, impl, need_taps, need_lam)
+    _check_backward(grad, h, x, taps, lam, direction, segment, impl, need_lam)
     return (
         torch.empty_like(h if x is None else x),
         torch.empty_like(taps) if need_taps else h.new_empty(0),
@@ -129,7 +121,7 @@ def _of_channels(taps: Tensor, like: Tensor) -> Tensor:
 def _shifted(map_: Tensor, axis: int, by: int) -> Tensor:
     """``out[i] = map_[i - by]`` along ``axis`` (-1 or -2), 0 where that does not exist; ``by`` is -1, 0 or 1."""
     edge = (by, -by)  # a negative width crops
-    return pad(map_, edge if axis == -1 else (0, 0, *edge)) if by else map_
+    return pad(map_, edge if axis == -1 else (0, 0, *edge)) if by and map_.shape[axis] else map_
 
 
 def _has_previous(map_: Tensor, direction: str, segment: int | None) -> Tensor:

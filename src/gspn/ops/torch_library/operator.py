@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map
 
 # Besides autograd: a subclass of Tensor, a mode, a transform, or just the device's kernels.
 _OTHER_KEYS = torch._C._after_autograd_keyset.remove(torch._C.DispatchKey.ADInplaceOrView)
@@ -47,7 +48,17 @@ def register(
     torch.library.impl(qualified, "CompositeExplicitAutograd", run)
     torch.library.register_fake(qualified, fake)
     op = getattr(torch.ops.gspn, name).default
-    torch.library.register_vmap(qualified, lambda *args: vmap(op, *args))
+
+    def mapped(call: Callable[..., Any], info: Any, in_dims: tuple, *args: Any):
+        if info.batch_size:
+            return vmap(call, info, in_dims, *args)
+        # Without an entry, one of zeros tells the shapes of the results.
+        mapped_axes = zip(args, in_dims, strict=True)
+        results = call(*(a if d is None else a.new_zeros(a.shape[:d] + a.shape[d + 1 :]) for a, d in mapped_axes))
+        empty = tree_map(lambda result: result.new_empty(0, *result.shape), results)
+        return empty, tree_map(lambda _: 0, empty)
+
+    torch.library.register_vmap(qualified, lambda *args: mapped(op, *args))
     tensors = sum("Tensor" in str(argument.type) for argument in op._schema.arguments)  # which come first
     without_autograd = torch._C._after_autograd_keyset
 
@@ -106,7 +117,7 @@ def register(
 
         @staticmethod
         def vmap(info, in_dims, *args):
-            return vmap(apply, info, in_dims, *args)
+            return mapped(apply, info, in_dims, *args)
 
         if tangent is not None:
 

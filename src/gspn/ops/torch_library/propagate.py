@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..implementations import check_impl, resolve
 from ..unfused import compose
-from ..validation import check_memory, check_propagate, check_same, split_directions
+from ..validation import check_propagate, split_directions
 from .line_scan import apply_line_scan
 from .operator import fold, register
 
@@ -42,32 +42,30 @@ def _one_by_one(call, info, in_dims, tensors, rest):
     ]
 
 
-_NAMES = "x proxy tap_proj lam_proj u_proj skip_proj grad"
-
-
-def _check(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, impl, grad=None) -> None:
+def _check(
+    x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, impl, grad=None, has_data=False
+) -> tuple[str, ...]:
+    """The directions of these arguments; raise if they are not arguments of the operator."""
     check_impl(impl)
-    check_propagate(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, split_directions(directions), segment)
-    if grad is not None:
-        check_same("grad", grad, ("x", x), x.shape)
+    names = split_directions(directions)
+    check_propagate(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, len(names), segment, has_data, grad=grad)
+    return names
 
 
 def composed_propagate(*arguments):
     """``propagate`` as its parts, each an operation with derivatives of every order in both modes."""
-    _check(*arguments)
-    *tensors, directions, segment, impl = arguments
-    how: Any = (*tensors, split_directions(directions), segment, lambda *scan: apply_line_scan(*scan, impl))
+    *tensors, _, segment, impl = arguments
+    how: Any = (*tensors, _check(*arguments), segment, lambda *scan: apply_line_scan(*scan, impl))
     return compose(*how)
 
 
 # --- propagate --------------------------------------------------------------------------------------------------------
 
 
-def _run(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, impl):
-    _check(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, impl)
-    check_memory(_NAMES, x, proxy, tap_proj, lam_proj, u_proj, skip_proj)
-    module = resolve(impl, x, "propagate")
-    return module.propagate(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, split_directions(directions), segment)
+def _run(x, *others):
+    names = _check(x, *others, has_data=True)
+    *projections, _, segment, impl = others
+    return resolve(impl, x, "propagate").propagate(x, *projections, names, segment)
 
 
 def _fake(x, *others):
@@ -100,22 +98,20 @@ apply_propagate = register(
 # --- propagate_backward -----------------------------------------------------------------------------------------------
 
 
-def _run_backward(grad, x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, impl):
-    _check(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, impl, grad)
-    check_memory(_NAMES, x, proxy, tap_proj, lam_proj, u_proj, skip_proj, grad)
-    module = resolve(impl, x, "propagate")
-    *grads, dskip = module.propagate_backward(
-        grad, x, proxy, tap_proj, lam_proj, u_proj, skip_proj, split_directions(directions), segment
-    )
+def _run_backward(grad, x, *others):
+    names = _check(x, *others, grad, has_data=True)
+    *projections, _, segment, impl = others
+    *grads, dskip = resolve(impl, x, "propagate").propagate_backward(grad, x, *projections, names, segment)
     # An operator cannot return None: the gradient of a skip that is not there is an empty tensor.
     return (*grads, x.new_empty(0) if dskip is None else dskip)
 
 
-def _fake_backward(grad, x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, impl):
-    _check(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, impl, grad)
+def _fake_backward(grad, x, *others):
+    _check(x, *others, grad)
+    proxy, *projections, skip_proj = others[:5]
     return (
         *(torch.empty_like(t) for t in (x, proxy)),
-        *(t.new_empty(t.shape) for t in (tap_proj, lam_proj, u_proj)),
+        *(t.new_empty(t.shape) for t in projections),
         x.new_empty(0) if skip_proj is None else skip_proj.new_empty(skip_proj.shape),
     )
 
