@@ -50,25 +50,27 @@ def replaced_directory(path: Path) -> Iterator[Path]:
     Its files are on the disk before it takes the place of the old one. Directories cannot change places in one step
     everywhere: a process that stops in between leaves the old one as ``.part-old-...``, and none under the name.
     """
-    part = path.with_name(f".part-{os.getpid()}-{path.name}")
-    old = path.with_name(f"{_OLD}{path.name}")
+    part, old = path.with_name(f".part-{os.getpid()}-{path.name}"), path.with_name(f"{_OLD}{path.name}")
     with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
+        remove(part)
+        part.mkdir(parents=True)
         try:
             yield part
-            for file in sorted(part.rglob("*")):
+            for file in (*part.rglob("*"), part):
                 sync(file)
-            sync(part)
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
             if path.exists():
                 path.rename(old)
             part.rename(path)
             sync(path.parent)
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            remove(part)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a directory with all that is in it, if it is there."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def remove_parts(directory: Path) -> None:
@@ -81,7 +83,7 @@ def remove_parts(directory: Path) -> None:
         if path.name != name and not path.with_name(name).exists():
             path.rename(path.with_name(name))
         elif path.name != name or re.match(r"\.part-\d+-.", path.name):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            remove(path)
 
 
 @contextmanager
@@ -93,17 +95,14 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        code, named = _error_code(error), getattr(error, "filename", None)
+        foreign = (
+            re.search(r"(?:os error|code:) (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
+        )
+        code = error.errno if isinstance(error, OSError) else foreign and int(foreign[1])
+        named = getattr(error, "filename", None)
         if code is None or (named is not None and ".part-" not in str(named)):
             raise
         raise OSError(code, os.strerror(code), os.fspath(path)) from error
-
-
-def _error_code(error: Exception) -> int | None:
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"(?:os error|code:) (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
-    return None if found is None else int(found[1])
 
 
 def file_digest(path: Path) -> str:
