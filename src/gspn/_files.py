@@ -59,7 +59,7 @@ def replaced_directory(path: Path) -> Iterator[Path]:
             for file in (*part.rglob("*"), part):
                 sync(file)
             remove(old)
-            if path.exists():
+            if os.path.lexists(path):
                 path.rename(old)
             part.rename(path)
             sync(path.parent)
@@ -78,7 +78,8 @@ def remove_parts(directory: Path) -> None:
 
     A directory that :func:`replaced_directory` had put aside returns to its name if nothing took its place.
     """
-    for path in [*directory.glob(".part-*"), *directory.glob("*/.part-*")]:
+    below = [path for path in directory.glob("*/.part-*") if not path.parent.is_symlink()]  # a link may lead out
+    for path in [*directory.glob(".part-*"), *below]:
         name = path.name.removeprefix(_OLD)
         if path.name != name and not path.with_name(name).exists():
             path.rename(path.with_name(name))
@@ -195,21 +196,30 @@ def read_json(path: Path) -> Any:
     return parse_json(read_text(path), printable(path))
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file that a person or another program wrote, on the CPU.
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A ``.safetensors`` file that a person or another program wrote, as safetensors opens it; it stays open.
 
     Raises:
         UsageError: it is damaged, or in another format.
         OSError: it cannot be read, or is not a regular file.
     """
     safetensors = require("safetensors", "safetensors.torch")
-    open_regular(path).close()
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        with open_regular(path) as file:
+            # safetensors takes paths of UTF-8 alone.
+            name = f"/proc/self/fd/{file.fileno()}" if "\\x" in printable(path) else path
+            opened = safetensors.safe_open(name, framework="pt")
+        yield opened
     except (safetensors.SafetensorError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         # Not only its own error: a dtype that this PyTorch does not have, for example, ends as AttributeError.
         raise UsageError(f"{printable(path)} is not a whole safetensors file: {error}.") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file by :func:`open_tensors`, on the CPU."""
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
 
 
 def parse_json(text: str, what: str) -> Any:
