@@ -150,6 +150,7 @@ def images(
     """Sample from the same noise and classes with each model of seed 0; DiT's positions are interpolated."""
     from PIL import Image, ImageDraw
 
+    from gspn.data import load_image
     from gspn.tasks.class_conditional import sample
 
     grids = []
@@ -161,7 +162,7 @@ def images(
                 guidance=guidance, height=size, width=size,
             )  # fmt: skip
             if samples.grid is not None:
-                grids.append((entry.label, Image.open(samples.grid)))
+                grids.append((entry.label, load_image(samples.grid)))
     if not grids:
         raise typer.BadParameter(f"{root} has no run that ended; start with the command run.")
     gap, line, across = 16, 22, 3

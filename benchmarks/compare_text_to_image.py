@@ -176,8 +176,7 @@ def images(
     number: Annotated[int, typer.Option(metavar="N", min=1, help="Number of prompts.")] = 24,
 ) -> None:
     """Put the samples of both under their prompts."""
-    from PIL import Image
-
+    from gspn.data import load_image
     from gspn.tasks.diffusion.image_grid import draw_prompts
     from gspn.tasks.text_to_image.evaluate import prompt_of
 
@@ -185,7 +184,7 @@ def images(
     first = next(iter(directories.values()))
     files = sorted(first.glob("0*.png"))
     chosen = [files[i * len(files) // min(number, len(files))].name for i in range(min(number, len(files)))]
-    rows = {label: [Image.open(directory / name) for name in chosen] for label, directory in directories.items()}
+    rows = {label: [load_image(directory / name) for name in chosen] for label, directory in directories.items()}
     prompts = [prompt_of(first / name) for name in chosen]
     output.parent.mkdir(parents=True, exist_ok=True)
     draw_prompts(rows, prompts, columns=12 if scale == 1 else 6 if scale == 2 else 3).save(output)

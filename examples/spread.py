@@ -12,7 +12,6 @@ The fast kernels and the specification's loop both compute it. Their results are
 from __future__ import annotations
 
 import math
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,6 +29,7 @@ from gspn.bench import environment
 from gspn.bench.accuracy_check import Accuracy, compare
 from gspn.bench.report import plain_number
 from gspn.bench.timing import Candidate, Timing, time_interleaved
+from gspn.data import CorruptImageError, load_image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +56,7 @@ def load_photograph(path: Path | None) -> tuple[Tensor, float]:
     Raises:
         typer.BadParameter: the file is missing, damaged, not an image, or too large to be opened safely.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if path is None:
         from sklearn.datasets import load_sample_image
@@ -64,19 +64,8 @@ def load_photograph(path: Path | None) -> tuple[Tensor, float]:
         image = Image.fromarray(load_sample_image("china.jpg"))
     else:
         try:
-            with warnings.catch_warnings():
-                # PIL only warns of images up to twice its limit. The size in the header is checked here instead.
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                with Image.open(path) as file:
-                    if file.width * file.height > MOST_PIXELS:
-                        raise typer.BadParameter(
-                            f"{path} has {file.width}x{file.height} pixels, more than the "
-                            f"{MOST_PIXELS // 10**6} million that are opened; scale it down first.",
-                            param_hint="--image",
-                        )
-                    image = ImageOps.exif_transpose(file).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            # The errors of PIL for a file that is missing, truncated, malformed or not an image.
+            image = load_image(path, max_pixels=MOST_PIXELS)
+        except (CorruptImageError, OSError) as error:
             raise typer.BadParameter(f"{path} cannot be read as an image: {error}", param_hint="--image") from None
     width = image.width
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import pytest
 
 from gspn._errors import UsageError
-from gspn._files import open_regular, printable, read_json, read_text, replaced, replaced_directory, write_text
+from gspn._files import (
+    check_writable,
+    open_regular,
+    printable,
+    read_json,
+    read_text,
+    replaced,
+    replaced_directory,
+    write_text,
+)
 
 
 def interrupted(path, replace) -> None:
@@ -45,6 +55,29 @@ def test_a_replaced_file_has_an_ordinary_files_mode(tmp_path):
     (tmp_path / "ordinary").touch()
     write_text(tmp_path / "report.csv", "")
     assert (tmp_path / "report.csv").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_nothing_takes_the_place_of_a_pipe_or_socket(kind, link, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+    os.mkfifo("special") if kind == "pipe" else socket.socket(socket.AF_UNIX).bind("special")
+    (tmp_path / "link").symlink_to("special")
+    path = tmp_path / ("link" if link else "special")
+    before = path.stat()
+    for write in (check_writable, lambda path: write_text(path, "new")):
+        with pytest.raises(OSError, match="is not a regular file"):
+            write(path)
+    assert path.stat() == before and path.is_symlink() == link
+
+
+def test_the_file_that_a_link_leads_to_is_replaced(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "table.csv").symlink_to("elsewhere/table.csv")
+    for content in ("old", "new"):
+        write_text(tmp_path / "table.csv", content)
+        assert (tmp_path / "elsewhere" / "table.csv").read_text() == content
+    assert (tmp_path / "table.csv").is_symlink()
 
 
 def test_only_regular_files_are_opened(tmp_path):

@@ -29,7 +29,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from gspn._console import default_console
 from gspn._figures import save_figure
-from gspn._files import replaced
 from gspn.analysis.drawing import draw_explanation
 from gspn.analysis.explain import explain
 from gspn.analysis.loading import load_model
@@ -39,11 +38,12 @@ from gspn.bench.mixer import PER_CHANNEL, SELF_ATTENTION, SHARED, MixerSweep
 from gspn.bench.report import plain_number, plot_sweep
 from gspn.bench.size_sweep import exponents
 from gspn.cli.app import own_output
-from gspn.data import Emoji, LabelledImages, MNIST5k
+from gspn.data import Emoji, LabelledImages, MNIST5k, load_image
 from gspn.tasks.class_conditional import sample
 from gspn.tasks.classify import Prediction, TrainConfig, evaluate, predict, train
 from gspn.tasks.classify.confusion import save_confusion
 from gspn.tasks.diffusion.image_grid import draw_prompts
+from gspn.tasks.diffusion.images import save_png
 from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
 from gspn.tasks.text_to_image.sample import UpscalingConfig
 from gspn.tasks.text_to_image.sample import sample as sample_text
@@ -274,8 +274,8 @@ def draw_from_text(page: Page, output: Path, amount: float, console: Console) ->
             check=False, device="cpu", console=console,
         )  # fmt: skip
         seconds[name] = drawn.seconds / len(PROMPTS)
-        rows[name] = [_opened(folder / f"{record.index:05d}.png") for record in drawn.records]
-    _write(draw_prompts(rows, PROMPTS), output / "text.png")
+        rows[name] = [load_image(folder / f"{record.index:05d}.png") for record in drawn.records]
+    save_png(output / "text.png", draw_prompts(rows, PROMPTS))
     page.tile(
         f"{seconds['GSPN']:.2f} s",
         f"to draw an emoji from its name, {steps} steps; {seconds['attention']:.2f} s with attention",
@@ -305,24 +305,14 @@ def draw_large(page: Page, output: Path, amount: float, models: tuple[Any, Any],
         pipeline, PROMPTS[:count], adapter=adapter, output=large, steps=STEPS, guidance=GUIDANCE, batch_size=count,
         height=256, width=256, upscale=UpscalingConfig(dilated=True), check=False, device="cpu", console=console,
     )  # fmt: skip
-    enlarged = {"GSPN": [_opened(large / f"{i:05d}.png") for i in range(count)]}
-    _write(draw_prompts(enlarged, PROMPTS[:count], columns=count), output / "text-large.png")
+    enlarged = {"GSPN": [load_image(large / f"{i:05d}.png") for i in range(count)]}
+    save_png(output / "text-large.png", draw_prompts(enlarged, PROMPTS[:count], columns=count))
     page.text(
         f"At four times the size of the training, by progressive upscaling in three stages, each starting "
         f"from the one before: {upscaled.seconds / count:.1f} s an image."
     )
     page.command(f'gspn t2i sample "{PROMPTS[0]}" --model {TEACHER} --adapter {ADAPTER} --size 256 --upscale --dilated')
     page.images((output / "text-large.png", "256 x 256 pixels, from a model of 64 x 64."))
-
-
-def _write(image: Image.Image, path: Path) -> None:
-    with replaced(path) as part:
-        image.save(part, format="PNG")
-
-
-def _opened(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
 
 
 def look_inside(page: Page, output: Path, amount: float, console: Console) -> None:

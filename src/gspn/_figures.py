@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._errors import MissingExtraError
 from ._files import printable, replaced
 
 if TYPE_CHECKING:
@@ -26,11 +25,3 @@ def save_figure(figure: Figure, path: Path, dpi: int = 160) -> None:
     """Write a figure in the format of the file's name, replacing the file as a whole or not at all."""
     with replaced(path) as part:
         figure.savefig(part, dpi=dpi, facecolor="white", format=path.suffix[1:].lower())
-
-
-def require_matplotlib() -> None:
-    """Raise ImportError, with the way to install it, unless matplotlib can be imported."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise MissingExtraError('a plot needs matplotlib; pip install "gspn[plot]".') from None

@@ -29,8 +29,14 @@ _MOST_TEXT = 1 << 28  # bytes of a text file, an index of millions of images amo
 def replaced(path: Path) -> Iterator[Path]:
     """The name of a file to write in place of ``path``: put there if the block succeeds.
 
-    It is on the disk before it takes the place of the old one, in one step.
+    It is on the disk before it takes the place of the old one, in one step. Where ``path`` is a link, the file that it
+    leads to is replaced.
+
+    Raises:
+        OSError: it cannot be written, or is a pipe, a socket or a device, which nothing may take the place of.
     """
+    path = Path(os.path.realpath(path))
+    _check_replaceable(path)
     part = path.with_name(f".part-{os.getpid()}-{path.name}")
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,25 +56,27 @@ def replaced_directory(path: Path) -> Iterator[Path]:
     Its files are on the disk before it takes the place of the old one. Directories cannot change places in one step
     everywhere: a process that stops in between leaves the old one as ``.part-old-...``, and none under the name.
     """
-    part = path.with_name(f".part-{os.getpid()}-{path.name}")
-    old = path.with_name(f"{_OLD}{path.name}")
+    part, old = path.with_name(f".part-{os.getpid()}-{path.name}"), path.with_name(f"{_OLD}{path.name}")
     with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
+        remove(part)
+        part.mkdir(parents=True)
         try:
             yield part
-            for file in sorted(part.rglob("*")):
+            for file in (*part.rglob("*"), part):
                 sync(file)
-            sync(part)
-            shutil.rmtree(old, ignore_errors=True)
-            if path.exists():
+            remove(old)
+            if os.path.lexists(path):
                 path.rename(old)
             part.rename(path)
             sync(path.parent)
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            remove(part)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a directory with all that is in it, if it is there."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def remove_parts(directory: Path) -> None:
@@ -76,12 +84,13 @@ def remove_parts(directory: Path) -> None:
 
     A directory that :func:`replaced_directory` had put aside returns to its name if nothing took its place.
     """
-    for path in [*directory.glob(".part-*"), *directory.glob("*/.part-*")]:
+    below = [path for path in directory.glob("*/.part-*") if not path.parent.is_symlink()]  # a link may lead out
+    for path in [*directory.glob(".part-*"), *below]:
         name = path.name.removeprefix(_OLD)
         if path.name != name and not path.with_name(name).exists():
             path.rename(path.with_name(name))
         elif path.name != name or re.match(r"\.part-\d+-.", path.name):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            remove(path)
 
 
 @contextmanager
@@ -93,17 +102,14 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        code, named = _error_code(error), getattr(error, "filename", None)
+        foreign = (
+            re.search(r"(?:os error|code:) (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
+        )
+        code = error.errno if isinstance(error, OSError) else foreign and int(foreign[1])
+        named = getattr(error, "filename", None)
         if code is None or (named is not None and ".part-" not in str(named)):
             raise
         raise OSError(code, os.strerror(code), os.fspath(path)) from error
-
-
-def _error_code(error: Exception) -> int | None:
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"(?:os error|code:) (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
-    return None if found is None else int(found[1])
 
 
 def file_digest(path: Path) -> str:
@@ -135,6 +141,8 @@ def check_writable(path: Path) -> None:
     Raises:
         OSError: it cannot.
     """
+    path = Path(os.path.realpath(path))
+    _check_replaceable(path)
     folder = path if path.is_dir() else path.parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -144,6 +152,11 @@ def check_writable(path: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(error.errno, f"cannot be written: {error.strerror}", os.fspath(path)) from None
+
+
+def _check_replaceable(path: Path) -> None:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "is not a regular file", os.fspath(path))
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -196,21 +209,30 @@ def read_json(path: Path) -> Any:
     return parse_json(read_text(path), printable(path))
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file that a person or another program wrote, on the CPU.
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A ``.safetensors`` file that a person or another program wrote, as safetensors opens it; it stays open.
 
     Raises:
         UsageError: it is damaged, or in another format.
         OSError: it cannot be read, or is not a regular file.
     """
     safetensors = require("safetensors", "safetensors.torch")
-    open_regular(path).close()
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        with open_regular(path) as file:
+            # safetensors takes paths of UTF-8 alone.
+            name = f"/proc/self/fd/{file.fileno()}" if "\\x" in printable(path) else path
+            opened = safetensors.safe_open(name, framework="pt")
+        yield opened
     except (safetensors.SafetensorError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         # Not only its own error: a dtype that this PyTorch does not have, for example, ends as AttributeError.
         raise UsageError(f"{printable(path)} is not a whole safetensors file: {error}.") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file by :func:`open_tensors`, on the CPU."""
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
 
 
 def parse_json(text: str, what: str) -> Any:

@@ -39,7 +39,7 @@ def test_a_size_is_width_by_height(monkeypatch):
     result = run("sample", "m", "--size", "48x64", "--class", "3", "--class", "cat", "--scheduler", "ddim", "--no-grid")
     assert result.exit_code == 0, result.output
     assert (received["width"], received["height"]) == (48, 64)
-    assert (received["classes"], received["grid"], received["model"]) == ([3, "cat"], False, "m")
+    assert (received["classes"], received["grid"], received["model"]) == (["3", "cat"], False, "m")
     assert "ddim" in received.values()
     assert run("sample", "m", "--size", "48").exit_code == 0
     assert (received["width"], received["height"]) == (48, 48)

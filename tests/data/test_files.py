@@ -104,7 +104,7 @@ def test_every_place_says_what_it_leaves_out(place, tmp_path) -> None:
     assert " hidden file" in line and "._a.png" in line and "\n" not in line
 
 
-def test_prediction_of_a_folder(tmp_path) -> None:
+def test_prediction_of_a_folder(tmp_path, monkeypatch) -> None:
     timm = pytest.importorskip("timm")
     from gspn.tasks.classify import predict
 
@@ -114,9 +114,11 @@ def test_prediction_of_a_folder(tmp_path) -> None:
     with pytest.warns(LeftOutWarning, match=r"1 file that is not an image \(notes\.txt\), 1 hidden file or folder"):
         found = predict([tmp_path], model)
     assert [Path(one.image).name for one in found] == ["a.png", "c.webp"] and not any(one.broken for one in found)
+    assert predict([""], model)[0].broken == "No such file or directory"  # not the current directory
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"empty holds no images; nothing is left out"):
-        predict([tmp_path / "empty"], model)
+    monkeypatch.setattr(type(model), "forward", None)
+    with pytest.raises(UsageError, match=r"empty holds no images; nothing is left out"):  # before the others are done
+        predict([tmp_path / "c.webp", tmp_path / "empty"], model, batch_size=1)
 
 
 def test_a_second_dot_is_another_field_of_a_sample(tmp_path) -> None:
@@ -265,10 +267,40 @@ def test_classes_are_the_same_in_every_process(tmp_path) -> None:
         f"for root in ({str(root)!r}, {str(tmp_path / 'data.tar')!r}):\n"
         "    dataset = open_dataset('folder', 'train', root=root); print(dataset.classes, dataset.identity())"
     )
-    said = {run_python(code, PYTHONHASHSEED=seed).stdout for seed in "123"}
+    said = {run_python(code, PYTHONHASHSEED=seed).stdout for seed in "12"}
     assert len(said) == 1
     one, two = said.pop().splitlines()
     assert one == two and one.startswith("['001', '01', '1', 'a01b', 'a1b', 'CAT', 'Cat', 'cat']")
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_split_is_never_another_one(kind, tmp_path) -> None:
+    root = written(tmp_path / "x", "train/cat/a.png", "train/dog/a.png", "validation/cat/b.png", "test/c.txt/d.txt")
+    whole = written(tmp_path / "y", "cat/a.png")
+    if kind == "tar":
+        for folder in (root, whole):
+            with tarfile.open(folder.with_suffix(".tar"), "w") as archive:
+                archive.add(folder, ".")
+        root, whole = root.with_suffix(".tar"), whole.with_suffix(".tar")
+    for split, names in (("train", ["cat/a.png", "dog/a.png"]), ("val", ["cat/b.png"])):
+        dataset = open_dataset("folder", split, root=root)  # nothing is left out of these
+        assert [dataset.filename(i) for i in range(len(dataset))] == names
+        assert dataset[0][0].size == (16, 8)
+    with pytest.warns(LeftOutWarning, match=r"left out: 1 file that is not an image \(test/c\.txt/d\.txt\)"):
+        assert len(open_dataset("folder", "all", root=root)) == 3
+    assert len(open_dataset("folder", "train", root=whole)) == 1
+    with pytest.raises(ValueError, match="root='': 'folder' needs root"):
+        open_dataset("folder", "train", root="")
+    for split in ("val", "tset"):
+        with pytest.raises(ValueError, match=f"split='{split}' is not a split of .*not divided"):
+            open_dataset("folder", split, root=whole)
+
+
+def test_empty_folders_are_counted(tmp_path) -> None:
+    written(tmp_path, "cat/a.png")
+    (tmp_path / "dog").mkdir()
+    with pytest.warns(LeftOutWarning, match=r"left out: 1 empty folder \(dog\)"):
+        assert open_dataset("folder", "train", root=tmp_path).classes == ["cat"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
+import json
 import tarfile
 from types import MappingProxyType
 
@@ -11,8 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from captions_support import shard
 from data_support import folder, png, quadrants
-from gspn.data import CorruptImageError, help_text, open_captions, open_dataset
+from gspn._errors import UsageError
+from gspn.data import CorruptImageError, CorruptImageWarning, help_text, open_captions, open_dataset
 from gspn.data.registry import ENTRIES, Entry
 from support import run_python
 
@@ -115,7 +119,8 @@ def test_a_stream_has_a_name_classes_and_a_transform(monkeypatch) -> None:
         def set_epoch(self, epoch):
             self.epoch = epoch
 
-    def create_dataset(name, root, split, is_training, target_transform):
+    def create_dataset(name, root, split, is_training, target_transform, input_img_mode):
+        assert input_img_mode == ""
         assert (name, root, split, is_training) == ("hfids/cats", "/data", "train[:10%]", True)
         return timm_data.IterableImageDataset(None, Reader(), target_transform=target_transform)
 
@@ -128,6 +133,35 @@ def test_a_stream_has_a_name_classes_and_a_transform(monkeypatch) -> None:
     stream.set_epoch(3)
     stream.transform = None
     assert next(iter(stream)) == ("a", 5) and stream.reader.epoch == 3
+
+
+@pytest.mark.parametrize("kind", ["hfids", "wds"])
+def test_the_images_of_a_stream(kind, tmp_path, monkeypatch) -> None:
+    """They are opened by the rules of all images, and a corrupt one is named, or counted where timm leaves it out."""
+    pytest.importorskip({"hfids": "datasets", "wds": "webdataset"}[kind])
+    grey = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 0x8000, np.uint16)).save(grey, "PNG")  # 16 bits, 128 of 255
+    images = [grey.getvalue(), png()[:-40], grey.getvalue()]
+    if kind == "wds":
+        labels = [(f"{i}.cls", b"1") for i in range(3)]
+        members = [member for i in range(3) for member in ((f"{i}.png", images[i]), labels[i])]
+        shard(tmp_path / "a.tar", members)
+        split = {"name": "train", "filenames": ["a.tar"], "shard_lengths": [3], "num_samples": 3}
+        (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
+        stream = open_dataset("wds/x", "train", root=tmp_path, is_training=False)
+        with pytest.warns(CorruptImageWarning, match=r"wds/x: 1 samples were corrupt and left out; the first: .*trunc"):
+            found = list(stream)
+    else:
+        for i, one in enumerate(images):
+            (tmp_path / "train" / "cd"[i // 2]).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "train" / "cd"[i // 2] / f"{i}.png").write_bytes(one)
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        stream = open_dataset(f"hfids/{tmp_path}", "train", num_samples=3, is_training=False)
+        samples, found = iter(stream), []
+        with pytest.raises(CorruptImageError, match=rf"hfids/{tmp_path}, sample 1: cannot be decoded"):
+            found.extend(samples)
+    assert found and {image.getpixel((0, 0)) for image, _ in found} == {(128, 128, 128)}
 
 
 @pytest.mark.parametrize(
@@ -156,6 +190,27 @@ def test_an_empty_folder_is_shown(tmp_path) -> None:
     (tmp_path / "train").mkdir()
     with pytest.raises(ValueError, match=r"train holds no image in a folder of its class .*nothing is left out"):
         open_dataset("folder", "train", root=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["torch/foo", "torch/cifar10", "torch/places365", "torch/inaturalist", "torch/mnist"])
+def test_what_other_packages_raise_is_one_kind_of_error(name, tmp_path) -> None:
+    pytest.importorskip("torchvision")
+    with pytest.raises(UsageError, match=rf"'{name}' cannot be opened by torchvision: \w+, .*Check its name"):
+        open_dataset(name, "train", root=tmp_path)
+
+
+@pytest.mark.parametrize("opens", [open_dataset, open_captions])
+def test_a_data_set_of_the_hub(opens, tmp_path, monkeypatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    image = {"bytes": png(), "path": None}
+    features = datasets.Features(
+        image=datasets.Image(), text=datasets.Value("string"), label=datasets.ClassLabel(names=["cat", "dog"])
+    )
+    loaded = datasets.Dataset.from_dict({"image": [image] * 2, "text": ["a", "b"], "label": [1, 0]}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
+    for root in (None, tmp_path):
+        dataset = opens("hfds/cats/dogs", "train", root=root)
+        assert len(dataset) == 2 and dataset[0][0].size == (16, 8)
 
 
 @pytest.mark.parametrize(("name", "module"), [("hfds/cats", "datasets"), ("wds/cats", "webdataset")])

@@ -101,25 +101,25 @@ def test_every_layer_of_dit():
 
 def test_arguments_by_position():
     model = make_pixart()
-    given = inputs(model)
+    arguments = inputs(model)
     with GSPNAdapter.from_model(model).mounted(model), torch.no_grad():
-        expected = model(**given).sample
+        expected = model(**arguments).sample
         assert torch.equal(
-            model(given["hidden_states"], given["encoder_hidden_states"], given["timestep"])[0], expected
+            model(arguments["hidden_states"], arguments["encoder_hidden_states"], arguments["timestep"])[0], expected
         )
 
 
 @pytest.mark.parametrize("make", [make_unet, make_pixart])
 def test_a_image_does_not_depend_on_its_batch(make):
     model = make()
-    given = inputs(model, batch=1)
+    arguments = inputs(model, batch=1)
     with GSPNAdapter.from_model(model).mounted(model), torch.no_grad():
-        one = model(**given).sample
+        one = model(**arguments).sample
         # Classifier-free guidance doubles the batch: the same noise, with and without the text.
-        noise = "sample" if "sample" in given else "hidden_states"
-        text = given["encoder_hidden_states"]
-        doubled = {noise: given[noise].repeat(2, 1, 1, 1), "encoder_hidden_states": torch.cat([text * 0, text])}
-        both = model(**given | doubled | {"timestep": given["timestep"].repeat(2)}).sample
+        noise = "sample" if "sample" in arguments else "hidden_states"
+        text = arguments["encoder_hidden_states"]
+        doubled = {noise: arguments[noise].repeat(2, 1, 1, 1), "encoder_hidden_states": torch.cat([text * 0, text])}
+        both = model(**arguments | doubled | {"timestep": arguments["timestep"].repeat(2)}).sample
     torch.testing.assert_close(both[1:], one)
     assert not torch.allclose(both[:1], one)
 
@@ -127,12 +127,12 @@ def test_a_image_does_not_depend_on_its_batch(make):
 @pytest.mark.parametrize("make", [make_unet, make_pixart])
 def test_one_corner_reaches_the_other(make):
     model = make()
-    given = inputs(model, batch=1)
-    noise = "sample" if "sample" in given else "hidden_states"
-    moved = given | {noise: given[noise].clone()}
+    arguments = inputs(model, batch=1)
+    noise = "sample" if "sample" in arguments else "hidden_states"
+    moved = arguments | {noise: arguments[noise].clone()}
     moved[noise][..., 0, 0] += 1
     with GSPNAdapter.from_model(model).mounted(model), torch.no_grad():
-        assert not torch.equal(model(**given).sample[..., -1, -1], model(**moved).sample[..., -1, -1])
+        assert not torch.equal(model(**arguments).sample[..., -1, -1], model(**moved).sample[..., -1, -1])
 
 
 def gradients(model, adapter, shapes=((12, 20),)):
@@ -199,8 +199,8 @@ def test_compiles_once_for_all_sizes_mounted_and_once_without():
     adapter = GSPNAdapter.from_model(model)
     with adapter.mounted(model):
         for height, width in ((12, 20), (20, 12), (16, 24)):
-            given = {"height": height, "width": width}
-            torch.testing.assert_close(run(compiled, **given), run(model, **given))
+            arguments = {"height": height, "width": width}
+            torch.testing.assert_close(run(compiled, **arguments), run(model, **arguments))
     torch.testing.assert_close(run(compiled), before)
     assert len(graphs) == 2
 
@@ -243,12 +243,12 @@ def test_an_adapter_in_float32_on_a_model_in_bfloat16():
 def test_arguments_meant_for_attention_alone():
     model = make_unet()
     adapter = GSPNAdapter.from_model(model).mount(model)
-    given = inputs(model)
+    arguments = inputs(model)
     with torch.no_grad():
-        expected = model(**given).sample
-        assert torch.equal(model(**given, cross_attention_kwargs={"ip_adapter_masks": []}).sample, expected)
+        expected = model(**arguments).sample
+        assert torch.equal(model(**arguments, cross_attention_kwargs={"ip_adapter_masks": []}).sample, expected)
         with pytest.raises(NotImplementedError, match="attention_mask"):
-            model(**given, attention_mask=torch.ones(2, 240))
+            model(**arguments, attention_mask=torch.ones(2, 240))
     mixer = next(iter(adapter.mixers.values()))
     with pytest.raises(ValueError, match="map_size=None"):
         mixer(torch.randn(1, 6, 16))
@@ -293,16 +293,16 @@ def test_gligen_and_controlnet():
             block.alpha_attn.data.fill_(1.0)
     control = ControlNetModel.from_unet(make_unet())
     torch.nn.init.normal_(control.controlnet_mid_block.weight)
-    given = inputs(model)
+    arguments = inputs(model)
     boxes = {
         "boxes": torch.rand(2, 3, 4), "positive_embeddings": torch.randn(2, 3, TEXT), "masks": torch.ones(2, 3),
     }  # fmt: skip
     with GSPNAdapter.from_model(model).mounted(model), torch.no_grad():
-        plain = model(**given).sample
-        assert not torch.equal(model(**given, cross_attention_kwargs={"gligen": boxes}).sample, plain)
-        down, mid = control(**given, controlnet_cond=torch.randn(2, 3, 96, 160), return_dict=False)
+        plain = model(**arguments).sample
+        assert not torch.equal(model(**arguments, cross_attention_kwargs={"gligen": boxes}).sample, plain)
+        down, mid = control(**arguments, controlnet_cond=torch.randn(2, 3, 96, 160), return_dict=False)
         added = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        assert not torch.equal(model(**given, **added).sample, plain)
+        assert not torch.equal(model(**arguments, **added).sample, plain)
 
 
 def test_the_other_attentions_meet_no_unknown_argument(caplog):

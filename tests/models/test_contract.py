@@ -400,13 +400,12 @@ def test_options_that_do_not_fit(options, error, message) -> None:
         timm.create_model("gspn_pico", **options)
 
 
-def test_compile_once_for_two_sizes(monkeypatch) -> None:
+def test_compile_once_for_two_sizes() -> None:
     # Traced alone: that the backward of the scans compiles is shown with less around them in tests/nn.
     torch._dynamo.reset()
     model = slim("gspn_pico", dims=(8, 12), depths=(1, 1)).eval()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for size in ((32, 28), (40, 36), (21, 64)):
             torch.testing.assert_close(compiled(image(size)), model(image(size)))
 

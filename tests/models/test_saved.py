@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 
 import pytest
@@ -77,6 +78,22 @@ def raw(change):
     return damage
 
 
+def pipe(name):
+    def damage(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return damage
+
+
+def folder(name):
+    def damage(folder):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return damage
+
+
 def first(tensors, change):
     key = next(key for key, value in tensors.items() if value.ndim == 4)
     tensors[key] = change(tensors[key])
@@ -107,6 +124,13 @@ DAMAGES = {
     "unknown argument": config_with(model_args={"colour": "red"}),
     "wrong argument": config_with(model_args={"in_chans": -3}),
     "argument of another type": config_with(model_args={"drop_rate": "high"}),
+    "weights left random": config_with(model_args={"pretrained_strict": False}),
+    "no weights in memory": config_with(model_args={"device": "meta"}),
+    "features alone": config_with(model_args={"features_only": True}),
+    "endless layers": config_with(model_args={"depths": [1, 1, 10**9]}),
+    "many layers": config_with(model_args={"depths": [1, 1, 10**5]}),
+    "absurd width": config_with(model_args={"dims": [10**9, 10**9 + 2, 128]}),
+    "more width than weights": config_with(model_args={"dims": [30000, 30002, 128]}),
     "cfg is a list": config_with(pretrained_cfg=[]),
     "unknown cfg": cfg_with(colour="red"),
     "short mean": cfg_with(mean=[0.5]),
@@ -119,6 +143,10 @@ DAMAGES = {
     "crop 0": cfg_with(crop_pct=0),
     "interpolation": cfg_with(interpolation="foo"),
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "weights are a pipe": pipe("model.safetensors"),
+    "config is a pipe": pipe("config.json"),
+    "weights are a folder": folder("model.safetensors"),
+    "only a pickle": lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
     "empty weights": raw(lambda data: b""),
     "truncated weights": raw(lambda data: data[: len(data) // 2]),
     "header that lies": raw(lambda data: struct.pack("<Q", 1 << 60) + data[8:]),
@@ -146,7 +174,7 @@ def test_a_whole_one_loads(whole):
 
 
 def test_it_is_refused_in_one_line(damaged):
-    with pytest.raises(UsageError) as error:
+    with pytest.raises((UsageError, OSError)) as error:  # the command line makes one line of either
         load_saved(damaged)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
 

@@ -41,7 +41,10 @@ def as_version_0_1_0(checkpoint: Path) -> None:
     """Rewrite a checkpoint as version 0.1.0 did, by accelerate's ``save_state``."""
     values = json.loads((checkpoint / "state.json").read_text())
     average, optimizer = checkpoint / "ema.safetensors", checkpoint / "optimizer.safetensors"
-    torch.save(checkpoints._restored(values["optimizer"], load_file(optimizer)), checkpoint / "optimizer.bin")
+    state = checkpoints._restored(values["optimizer"], load_file(optimizer))
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    state = checkpoints._renamed(state, {name: i for i, name in enumerate(names)})
+    torch.save(state, checkpoint / "optimizer.bin")
     if average.exists():
         torch.save(load_file(average), checkpoint / "custom_checkpoint_0.pkl")
         average.unlink()

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._errors import require
 from .._figures import label as as_text
-from .._figures import require_matplotlib
 from .explain import Explanation
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def draw_explanation(explanation: Explanation, photograph: Tensor | None = None)
     Raises:
         ImportError: matplotlib is not installed.
     """
-    require_matplotlib()
+    require("matplotlib", extra="plot")
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm

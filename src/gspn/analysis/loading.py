@@ -12,8 +12,8 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from .. import models as _models  # noqa: F401  (registers the models of gspn with timm)
-from .._errors import UsageError, nearest
-from ..models.saved import load_saved
+from .._errors import UsageError
+from ..models.saved import check_model_name, hub_or_cache, load_saved, refusing
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def load_model(name: str, *, seed: int = 0) -> LoadedModel:
         The model, with its pretrained weights if it has any.
 
     Raises:
-        UsageError: the name is unknown, or the folder holds no model that can be loaded.
+        UsageError: the name is unknown, or the folder or repository holds no model that can be loaded.
         OSError: pretrained weights cannot be fetched or read.
 
     Example:
@@ -72,18 +72,13 @@ def load_model(name: str, *, seed: int = 0) -> LoadedModel:
         model = load_saved(folder)
         return LoadedModel(model, _cfg(model).get("architecture") or folder.name, f"from {folder}")
     if name.startswith("hf-hub:"):
-        return LoadedModel(timm.create_model(name, pretrained=True).eval(), name, "pretrained")
-    plain = name.partition(".")[0]
-    if not timm.is_model(plain):
-        meant = nearest(plain, timm.list_models()) or "; `gspn models` lists those of gspn."
-        raise UsageError(f"{name!r} is neither a folder nor a model of timm{meant}")
-    try:
-        cfg = timm.get_pretrained_cfg(name)
-    except RuntimeError as error:
-        raise UsageError(f"{name!r}: {error} Leave the tag out for the default.") from None
+        with refusing(name, (OSError, RuntimeError)), hub_or_cache():
+            return LoadedModel(timm.create_model(name, pretrained=True).eval(), name, "pretrained")
+    check_model_name(name)
+    cfg = timm.get_pretrained_cfg(name)
     if cfg is not None and cfg.has_weights:
         tag = f", {cfg.tag}" if cfg.tag else ""
         return LoadedModel(timm.create_model(name, pretrained=True).eval(), name, f"pretrained{tag}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LoadedModel(timm.create_model(plain).eval(), name, f"random, seed {seed}")
+        return LoadedModel(timm.create_model(name.partition(".")[0]).eval(), name, f"random, seed {seed}")

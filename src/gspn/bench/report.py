@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gspn._figures import require_matplotlib
+from gspn._errors import require
 from gspn._files import replaced
 
 from .environment import Environment
@@ -145,7 +145,7 @@ def plot_fractions(results: Sequence[Result], title: str, subtitle: str) -> Figu
     Raises:
         ImportError: matplotlib is not installed.
     """
-    require_matplotlib()
+    require("matplotlib", extra="plot")
     from matplotlib.ticker import PercentFormatter
 
     modes = list(dict.fromkeys(r.mode for r in results))
@@ -206,7 +206,7 @@ def plot_models(results: Sequence[Result], title: str, subtitle: str) -> Figure:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    require_matplotlib()
+    require("matplotlib", extra="plot")
     sizes = list(dict.fromkeys(r.height for r in results))
     names = list(dict.fromkeys(r.name for r in results))
     colours = _colours(names)
@@ -240,7 +240,7 @@ def plot_sweep(results: Sequence[Result], exponents: Mapping[str, float], title:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    require_matplotlib()
+    require("matplotlib", extra="plot")
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 

@@ -14,7 +14,7 @@ from gspn.tasks import class_conditional as task
 from gspn.tasks.diffusion.schedulers import SCHEDULERS
 
 from .app import App
-from .messages import facts_table, failed, warn, wrote
+from .messages import facts_table, failed, warn_broken, wrote
 from .options import (
     MOST_IMAGES,
     BatchSize,
@@ -28,6 +28,7 @@ from .options import (
     Root,
     Size,
     Workers,
+    output_directory,
     output_file,
     parse_size,
 )
@@ -174,9 +175,9 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=4, help="Most images of each set to use.")] = None,
     batch_size: BatchSize = 64,
-    cache: Annotated[
-        Path, typer.Option(metavar="DIR", file_okay=False, help="Directory that keeps the features of the reference.")
-    ] = Path("runs/features"),
+    cache: Annotated[Path, output_directory("Directory that keeps the features of the reference.", "--cache")] = Path(
+        "runs/features"
+    ),
     device: Device = DeviceName.auto,
 ) -> None:
     """Measure FID, KID, sFID, inception score, precision and recall of generated images.
@@ -193,8 +194,7 @@ def evaluate(
         console=console,
     )  # fmt: skip
     console.print(facts_table(_facts(result)))
-    for name in result.broken:
-        warn(f"{name} could not be read and does not count")
+    warn_broken(result.broken)
     table = None if output is None else output / "evaluation.json"
     if table is not None:
         result.write_json(table)

@@ -16,7 +16,7 @@ from gspn._files import printable
 from gspn.tasks import classify as task
 
 from .app import App
-from .messages import facts_table, warn, wrote
+from .messages import facts_table, warn, warn_broken, wrote
 from .options import (
     BatchSize,
     Device,
@@ -27,7 +27,7 @@ from .options import (
     Results,
     Root,
     Workers,
-    output_file,
+    figure_file,
 )
 from .training import FLAGS, Flag, TrainingCommand, add_training_commands
 
@@ -74,15 +74,12 @@ def evaluate(
     ] = False,
     output: Results = None,
     confusion: Annotated[
-        Path | None,
-        output_file(metavar="PNG", help="Plot of the confusion matrix to write; needs matplotlib."),
+        Path | None, figure_file(help="Plot of the confusion matrix to write", endings=(".png", ".pdf", ".svg"))
     ] = None,
 ) -> None:
     """Measure accuracy, confusions, speed and memory of a trained classifier."""
-    from gspn.tasks.classify.confusion import check_image_path, save_confusion
+    from gspn.tasks.classify.confusion import save_confusion
 
-    if confusion is not None:
-        check_image_path(confusion)
     console = Console()
     result = task.evaluate(
         model, data=data, root=root, split=split, batch_size=batch_size, workers=workers,
@@ -91,8 +88,7 @@ def evaluate(
     if not result.is_main:
         return
     console.print(facts_table(_facts(result)))
-    for name in result.broken:
-        warn(f"{name} could not be read and does not count")
+    warn_broken(result.broken)
     if output is not None:
         result.write_json(output / "evaluation.json")
         wrote(output / "evaluation.json")

@@ -16,7 +16,7 @@ from gspn._console import Console
 from gspn._errors import UsageError, require
 
 from .messages import failed, titled_table, wrote
-from .options import output_file
+from .options import figure_file, output_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ def explain(
         int, typer.Option(metavar="N", min=1, max=16384, help="Longer side of the model's input in pixels.")
     ] = 448,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of random weights, if none are pretrained.")] = 0,
-    output: Annotated[Path | None, output_file("--output", "-o", metavar="PNG", help="Image to write.")] = None,
+    output: Annotated[Path | None, figure_file("--output", "-o", help="Image to write")] = None,
     report: Annotated[Path | None, output_file(metavar="CSV", help="Table of the scans' stability to write.")] = None,
 ) -> None:
     """Draw what one pixel of an image takes from the rest of it, and check the stability of every scan.
@@ -59,10 +59,6 @@ def explain(
 
     console = Console()
     require("PIL", "timm")
-    if output is not None:
-        require("matplotlib", extra="plot")
-    if output is not None and output.suffix.lower() != ".png":
-        raise UsageError(f"--output {str(output)!r} does not end in .png.")
     pixels = _load(image)
     height, width = pixels.shape[1:]
     where = (width // 2, height // 2) if point is None else _point(point, width, height)
@@ -100,12 +96,9 @@ def _load(path: Path) -> Tensor:
     """The image as ``[3, H, W]`` in 0 to 1."""
     import torch
 
-    from gspn.data import CorruptImageError, load_image
+    from gspn.data import load_image
 
-    try:
-        image = load_image(path)
-    except CorruptImageError as error:
-        raise UsageError(str(error)) from None
+    image = load_image(path)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 255
 

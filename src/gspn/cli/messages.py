@@ -20,6 +20,7 @@ from gspn._console import Console
 from gspn._errors import MissingExtraError, UsageError
 from gspn._files import printable
 
+_SHOWN = 5
 _WrongArguments: Any = typer.BadParameter.__base__  # click's UsageError: typer has its own click in recent versions
 
 
@@ -79,6 +80,14 @@ def failed(message: str, code: int = 1) -> typer.Exit:
 def warn(message: str) -> None:
     """Print a warning to the error stream, in one line."""
     _print_line("[yellow]warning:[/]", message)
+
+
+def warn_broken(names: Sequence[str]) -> None:
+    """Warn of the images that do not count because they could not be read; the first five are named."""
+    if names:
+        more = f"; and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+        shown = "; ".join(map(printable, names[:_SHOWN]))
+        warn(f"{len(names):,} images could not be read and do not count: {shown}{more}")
 
 
 def _print_line(start: str, message: str) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from gspn._errors import UsageError
+from gspn._errors import UsageError, require
 from gspn._files import check_writable
 from gspn.data.registry import help_text
 
@@ -24,6 +24,25 @@ def writable(path: Path | None) -> Path | None:
 def output_file(*names: str, metavar: str, help: str) -> Any:  # noqa: A002  (typer's word)
     """An option that names a file to write."""
     return typer.Option(*names, metavar=metavar, dir_okay=False, callback=writable, help=help)
+
+
+def output_directory(help: str, *names: str) -> Any:  # noqa: A002
+    """An option that names a directory to write to; ``--output`` unless it has other names."""
+    names = names or ("--output", "-o")
+    return typer.Option(*names, metavar="DIR", file_okay=False, callback=writable, help=help)
+
+
+def figure_file(*names: str, help: str, endings: tuple[str, ...] = (".png",)) -> Any:  # noqa: A002
+    """An option that names a figure to write, which needs matplotlib."""
+
+    def check(path: Path | None) -> Path | None:
+        if path is not None:
+            require("matplotlib", extra="plot")
+            if path.suffix.lower() not in endings:
+                raise typer.BadParameter(f"{str(path)!r} does not end in {' or '.join(endings)}.")
+        return writable(path)
+
+    return typer.Option(*names, metavar="PNG", dir_okay=False, callback=check, help=f"{help}; needs matplotlib.")
 
 
 class PrecisionName(StrEnum):
@@ -49,21 +68,8 @@ BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Images in one 
 Workers = Annotated[int, typer.Option(metavar="N", min=0, max=1024, help="Number of processes that load images.")]
 Root = Annotated[Path | None, typer.Option(metavar="DIR", help="Directory of the data set, for those that need one.")]
 ImageData = Annotated[str, typer.Option(metavar="NAME", help=f"Name of the data set: {help_text('labelled')}.")]
-OutputDirectory = Annotated[
-    Path,
-    typer.Option("--output", "-o", metavar="DIR", file_okay=False, callback=writable, help="Directory to write to."),
-]
-Results = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="DIR",
-        file_okay=False,
-        callback=writable,
-        help="Directory to write the results to, as JSON.",
-    ),
-]
+OutputDirectory = Annotated[Path, output_directory("Directory to write to.")]
+Results = Annotated[Path | None, output_directory("Directory to write the results to, as JSON.")]
 Size = Annotated[
     str | None,
     typer.Option(

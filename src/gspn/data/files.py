@@ -21,6 +21,7 @@ NOWHERE = ("link that leads nowhere", "links that lead nowhere")
 IN_A_CIRCLE = ("link to a folder that holds it", "links to folders that hold them")
 NESTED = ("link to a folder inside a linked folder", "links to folders inside linked folders")
 SPECIAL = ("pipe, socket or device", "pipes, sockets and devices")
+EMPTY = ("empty folder", "empty folders")
 UNREADABLE = ("folder that cannot be read", "folders that cannot be read")
 
 
@@ -135,6 +136,8 @@ def _walk(root: str, left_out: LeftOut) -> Iterator[str]:
                 raise
             left_out.add(UNREADABLE, folder)
             continue
+        if folder and not entries:
+            left_out.add(EMPTY, folder)
         for entry in entries:
             path = f"{folder}/{entry.name}" if folder else entry.name
             if is_hidden(entry.name):

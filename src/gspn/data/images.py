@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ from typing import IO, Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
-from .._files import open_regular
+from .._errors import UsageError
+from .._files import open_regular, printable
 
 # PIL warns of a decompression bomb from this size on, and refuses images of twice as many pixels.
 MAX_PIXELS = 89_478_485
@@ -50,7 +52,7 @@ _WITH_ALPHA = {"RGBA", "LA", "PA", "La", "RGBa"}
 _MOST_STRETCHED = 16
 
 
-class CorruptImageError(ValueError):
+class CorruptImageError(UsageError):
     """An image that cannot or must not be decoded.
 
     Attributes:
@@ -64,7 +66,7 @@ class CorruptImageError(ValueError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
+        return f"{printable(self.name)}: {self.reason}"
 
 
 def load_image(
@@ -142,6 +144,14 @@ def to_rgb(image: Image.Image, *, name: str = "the image") -> Image.Image:
         raise CorruptImageError(name, f"cannot be decoded, damaged or truncated ({error})") from error
 
 
+def row_folders(local: Path | None, cache: str | None) -> list[Path]:
+    """The folders in which a row of ``datasets`` may name an image: that of the data, or the caches of the hub."""
+    if local is not None:
+        return [local]
+    datasets, hub = importlib.import_module("datasets.config"), importlib.import_module("huggingface_hub.constants")
+    return [Path(cache or datasets.HF_DATASETS_CACHE), Path(hub.HF_HUB_CACHE)]
+
+
 def row_image(value: Any, folders: Sequence[Path], *, max_pixels: int = MAX_PIXELS, name: str) -> Image.Image:
     """The image of a row of ``datasets``, as :func:`load_image` opens it: its bytes, or a file of one of ``folders``.
 
@@ -156,7 +166,7 @@ def row_image(value: Any, folders: Sequence[Path], *, max_pixels: int = MAX_PIXE
     if not value.get("path"):
         raise CorruptImageError(name, "the row holds no image")
     path = Path(value["path"]).resolve()
-    if not (path.is_file() and any(path.is_relative_to(folder) for folder in folders)):
+    if not (path.is_file() and any(path.is_relative_to(folder.resolve()) for folder in folders)):
         raise CorruptImageError(name, f"the row holds no bytes, and {str(path)!r} is not a file of this data set")
     return load_image(path, max_pixels=max_pixels, name=name)
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from .._errors import MissingExtraError
+from .._errors import MissingExtraError, UsageError
 from .._files import printable
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def _open(kind: Kind, name: str, split: str, root: str | os.PathLike[str] | None
     keywords: dict[str, Any] = {"split": split, **entry.options}
     if entry.root == "none" and root is not None:
         raise ValueError(f"{root=} does not apply to {name!r}, which takes no root; leave it out.")
-    if entry.root == "required" and root is None:
+    if entry.root == "required" and (root is None or not os.fspath(root)):
         raise ValueError(f"{root=}: {name!r} needs root, the folder that holds the data.")
     if entry.root != "none":
         keywords["root"] = root
@@ -212,7 +212,19 @@ def _open(kind: Kind, name: str, split: str, root: str | os.PathLike[str] | None
     most = options.get("max_pixels", 1)
     if not isinstance(most, int) or most < 1:
         raise ValueError(f"max_pixels={most!r} is not a number of pixels.")
-    dataset = opens(**keywords, **options)
+    try:
+        dataset = opens(**keywords, **options)
+    except (OSError, ValueError, ImportError, MemoryError):  # these have clear messages
+        raise
+    except Exception as error:
+        if not entry.needs:
+            raise
+        # Packages of others raise any error where data or an option are not what they expect.
+        cause = error.__cause__ or error
+        raise UsageError(
+            f"{name!r} cannot be opened by {entry.needs[-1]}: {type(cause).__name__}, {cause}. Check its name, options "
+            "and files, or download it again."
+        ) from error
     left_out = getattr(dataset, "left_out", None)
     if left_out:
         from .files import LeftOutWarning

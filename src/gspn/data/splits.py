@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 TRAIN = ("train", "training")
@@ -65,6 +65,11 @@ def find_split(split: str, present: Collection[str], source: str) -> str:
     raise ValueError(f"{split=} is not a split of {source}: {has}.")
 
 
+def choose_split(split: str, has: Callable[[str], bool], source: str) -> str:
+    """Find a split by :func:`find_split` in a source that tells of a name whether it has that folder."""
+    return find_split(split, [name for name in dict.fromkeys((*split_names(split), *SPLIT_NAMES)) if has(name)], source)
+
+
 def split_folder(root: Path, split: str) -> Path:
     """Find the folder of a split by the rule of :func:`find_split`; ``root`` itself is the whole source.
 
@@ -73,6 +78,5 @@ def split_folder(root: Path, split: str) -> Path:
     """
     if not root.is_dir():
         raise ValueError(f"root={str(root)!r} is not a folder.")
-    present = [name for name in dict.fromkeys((*split_names(split), *SPLIT_NAMES)) if (root / name).is_dir()]
-    name = find_split(split, present, f"root={str(root)!r}")
+    name = choose_split(split, lambda name: (root / name).is_dir(), f"root={str(root)!r}")
     return root if name == "all" else root / name

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
+import logging
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ from timm.data.dataset import ImageDataset, IterableImageDataset
 from timm.data.dataset_factory import create_dataset
 from torch.utils.data import Dataset
 
+from .._files import printable
 from .base import LabelledImages, Transform, digest_of
+from .corrupt_images import CorruptImageWarning
 from .folder import open_folder
-from .images import MAX_PIXELS, CorruptImageError, load_image, row_image, to_rgb
+from .images import MAX_PIXELS, CorruptImageError, load_image, row_folders, row_image, to_rgb
 from .splits import TRAIN
 
 
@@ -34,13 +38,13 @@ class HubImages(LabelledImages):
         self,
         reader: Any,
         name: str,
-        folders: Sequence[str | os.PathLike[str]] = (),
+        folders: Sequence[Path] = (),
         transform: Transform | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__(name, _class_names(reader), transform)
         self.reader, self.max_pixels = reader, max_pixels
-        self._folders = [Path(folder).resolve() for folder in folders]
+        self._folders = folders
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -110,14 +114,49 @@ class TorchvisionImages(LabelledImages):
 class Stream(IterableImageDataset):
     """A stream of ``(image, target)``, opened by timm (``wds/``, ``hfids/``, ``tfds/``), with ``name`` and ``classes``.
 
-    A sample of a stream has no index, so ``SkipCorrupt`` and ``DeterministicAugmentation`` do not apply. timm's
-    WebDataset reader leaves out samples that cannot be decoded and logs the error; the other readers raise it.
+    A sample of a stream has no index, so ``SkipCorrupt`` and ``DeterministicAugmentation`` do not apply. What cannot be
+    decoded is left out of ``wds/`` by timm's reader, and its number is said in a ``CorruptImageWarning`` when the
+    iteration ends. In the other streams it is a ``CorruptImageError``.
     """
 
     def __init__(self, stream: IterableImageDataset, name: str, transform: Transform | None) -> None:
         super().__init__(None, stream.reader, transform=transform, target_transform=stream.target_transform)
         self.name = name
         self.classes = _class_names(stream.reader)
+
+    def __iter__(self) -> Generator[tuple[Any, Any], Any, None]:
+        samples, position = iter(self.reader), 0
+        with _messages(f"timm.data.readers.{type(self.reader).__module__.rpartition('.')[2]}") as errors:
+            while True:
+                name = f"{self.name}, sample {position}"
+                try:
+                    image, target = next(samples)
+                    image = to_rgb(image, name=name) if isinstance(image, Image.Image) else image
+                except StopIteration:
+                    break
+                except CorruptImageError:
+                    raise
+                except (OSError, SyntaxError, ValueError) as error:
+                    raise CorruptImageError(name, f"cannot be decoded ({error})") from error
+                image = image if self.transform is None else self.transform(image)
+                yield image, target if self.target_transform is None else self.target_transform(target)
+                position += 1
+        if errors:
+            said = f"{self.name}: {len(errors):,} samples were corrupt and left out; the first: {printable(errors[0])}"
+            warnings.warn(said, CorruptImageWarning, stacklevel=2)
+
+
+@contextmanager
+def _messages(logger: str) -> Iterator[list[str]]:
+    """The warnings that a logger gets in the block."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(logger).addHandler(handler)
+    try:
+        yield found
+    finally:
+        logging.getLogger(logger).removeHandler(handler)
 
 
 def open_with_timm(
@@ -132,22 +171,20 @@ def open_with_timm(
     """Open any other data set of ``timm.data.create_dataset``; see ``open_dataset``."""
     if name.lower() in ("torch/folder", "torch/image_folder"):
         # The same files as those of `folder`; torchvision's order of classes.
-        options = {"transform": transform, "max_pixels": max_pixels, **options}
-        folder = open_folder(split, root or "", **options)
+        options = {"split": split, "root": root or "", "transform": transform, "max_pixels": max_pixels, **options}
+        folder = open_folder(**options)
         order = sorted(folder.classes)
-        return (
-            folder
-            if "classes" in options or order == folder.classes
-            else open_folder(split, root or "", classes=order, **options)
-        )
+        return folder if order == folder.classes else open_folder(**{"classes": order, **options})
     location = None if root is None else os.fspath(root)
     options.setdefault("is_training", split.partition("[")[0] in TRAIN)  # "train[:10%]" of hub and TensorFlow
+    if name.lower().startswith(("wds/", "hfids/")):
+        options.setdefault("input_img_mode", "")  # images as they are, which the stream converts by our rules
     dataset: Dataset = create_dataset(name, root=location, split=split, **options)
     if isinstance(dataset, IterableImageDataset):
         return Stream(dataset, name, transform)
     if isinstance(dataset, ImageDataset):
-        config, own = importlib.import_module("datasets").config, name.partition("/")[2]
-        folders = [location or config.HF_DATASETS_CACHE, config.HF_HUB_CACHE, *([own] if Path(own).is_dir() else [])]
+        own = Path(name.partition("/")[2])
+        folders = row_folders(own if own.is_dir() else None, location)
         return HubImages(dataset.reader, name, folders, transform, max_pixels)
     return TorchvisionImages(dataset, name, transform)
 

@@ -13,6 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .._files import printable
+from ..ops.validation import check_segment
 from .mounting import Mount, check_attention, check_model, self_attention_blocks
 from .token_mixer import GSPNTokenMixer
 
@@ -219,10 +220,7 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
         mixers = self.mixers
         segments = _segments(segment, list(mixers))
         for lines in segments.values():
-            if lines is not None and (isinstance(lines, bool) or not isinstance(lines, int)):
-                raise TypeError(f"segment={lines!r} is a {type(lines).__name__}; pass a number of lines, or None.")
-            if lines is not None and lines < 1:
-                raise ValueError(f"segment={lines} is below 1; pass a number of lines, or None for global scans.")
+            check_segment(lines)
         for name, mixer in mixers.items():
             scan: Any = mixer.scan
             scan.segment = segments[name]

@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .._files import printable
-from .._timesteps import set_timesteps
+from .timesteps import set_timesteps
 
 Labels = int | str | Sequence[Any] | Tensor
 """Classes: numbers or names, one or more."""
@@ -226,7 +226,7 @@ def _class_names(id2label: Any) -> dict[str, str]:
         raise ValueError(f"id2label={printable(repr(names))[:80]}: has to map the numbers of classes to their names.")
     names = {str(key): name for key, name in names.items()}
     for key, name in names.items():
-        if not (key.isdecimal() and key.isascii() and len(key) < 10 and isinstance(name, str)):
+        if not (key.isdecimal() and key.isascii() and key == str(int(key[:10])) and isinstance(name, str)):
             raise ValueError(
                 f"id2label: {printable(repr(key))[:80]} is named {printable(repr(name))[:80]}; a class has a number "
                 "and a name of text."

@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gspn.nn import GSPN2d
-
-from .._options import check_flags, check_fractions, check_integers
+from gspn.nn.options import check_options
 
 
 class GSPNTokenMixer(nn.Module):
@@ -53,9 +52,9 @@ class GSPNTokenMixer(nn.Module):
         skip: bool = True, proxy_bias: bool = False, bias: bool = False, out_bias: bool = True, dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        check_integers(dim=dim)
-        check_flags(skip=skip, proxy_bias=proxy_bias, bias=bias, out_bias=out_bias)
-        check_fractions(dropout=dropout)
+        check_options("count", dim=dim)
+        check_options("flag", bias=bias, out_bias=out_bias)
+        check_options("fraction", dropout=dropout)
         self.dim = dim
         proxy_dim = max(dim // 8, 1) if proxy_dim is None else proxy_dim
         self.scan = GSPN2d(dim, proxy_dim=proxy_dim, groups=groups, segment=segment, skip=skip, proxy_bias=proxy_bias)

@@ -18,8 +18,8 @@ from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
 from .._files import printable
-from .._options import check_flags, check_fractions, check_integers
 from ..nn import GSPN2d, SelfAttention2d
+from ..nn.options import check_options
 
 MixerKind = Literal["gspn", "attention"]
 
@@ -154,13 +154,13 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
-        check_integers(
-            sample_size=sample_size, in_channels=in_channels, out_channels=out_channels, patch_size=patch_size,
+        check_options(
+            "count", sample_size=sample_size, in_channels=in_channels, out_channels=out_channels, patch_size=patch_size,
             dim=dim, num_layers=num_layers, num_class_embeds=1 if num_class_embeds is None else num_class_embeds,
             proxy_dim=1 if proxy_dim is None else proxy_dim,
         )  # fmt: skip
-        check_fractions(class_dropout_prob=class_dropout_prob, drop_path=drop_path)
-        check_flags(ada_norm=ada_norm)
+        check_options("fraction", class_dropout_prob=class_dropout_prob, drop_path=drop_path)
+        check_options("flag", ada_norm=ada_norm)
         if mixer not in get_args(MixerKind):
             raise ValueError(f"{mixer=}: use one of {get_args(MixerKind)}.")
         if scan is not None and not isinstance(scan, Mapping):
@@ -284,8 +284,8 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             nn.init.normal_(linear.weight, std=0.02)
         if self.class_embedding is not None:
             nn.init.normal_(self.class_embedding.embedding_table.weight, std=0.02)
-        # Every block starts as the identity: its gate is zero if it has one, else its last map. With both at zero,
-        # neither would get a gradient.
+        # Every block starts as the identity: its gate is zero if it has one, else its last map. Both at zero would get
+        # no gradient.
         blocks = [block for block in self.modules() if isinstance(block, GSPNDenoiserBlock)]
         ends = [block.out_proj if block.modulation is None else block.modulation for block in blocks]
         for end in (*ends, self.norm_modulation, self.out_proj):

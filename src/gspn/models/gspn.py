@@ -59,15 +59,9 @@ class Stage(nn.Module):
     """
 
     def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        *,
-        segments: Sequence[int | None],
-        drop_path: Sequence[float],
-        dd: Mapping[str, Any],
-        **block: Any,
-    ) -> None:
+        self, in_dim: int, dim: int, *, segments: Sequence[int | None], drop_path: Sequence[float],
+        dd: Mapping[str, Any], **block: Any,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.grad_checkpointing = False
         self.downsample: nn.Module = nn.Identity()
@@ -115,23 +109,12 @@ class GSPN(nn.Module):
     """
 
     def __init__(
-        self,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        *,
-        dims: Sequence[int] = (96, 192, 384, 768),
-        depths: Sequence[int] = (2, 2, 7, 2),
-        stem_stride: int = 4,
-        segment: Segment | Sequence[Segment] = None,
-        scan: Mapping[str, Any] | None = None,
-        lpu: bool = False,
-        layer_scale: float | None = None,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "avg", *,
+        dims: Sequence[int] = (96, 192, 384, 768), depths: Sequence[int] = (2, 2, 7, 2), stem_stride: int = 4,
+        segment: Segment | Sequence[Segment] = None, scan: Mapping[str, Any] | None = None, lpu: bool = False,
+        layer_scale: float | None = None, drop_rate: float = 0.0, drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         if len(dims) != len(depths) or not dims:
             raise ValueError(f"{dims=} and {depths=}: pass one width and one depth for each stage.")
@@ -216,14 +199,9 @@ class GSPN(nn.Module):
         """Do nothing: there are no buffers."""
 
     def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False, stop_early: bool = False,
+        output_fmt: str = "NCHW", intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:  # fmt: skip
         """Compute the features and the intermediate features of selected stages.
 
         Args:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .options import check_options
+
 
 class SelfAttention2d(nn.Module):
     r"""Softmax attention of every pixel to every pixel, without an output projection and without positions.
@@ -29,8 +31,7 @@ class SelfAttention2d(nn.Module):
 
     def __init__(self, dim: int, *, head_dim: int = 64, bias: bool = True) -> None:
         super().__init__()
-        if dim < 1 or head_dim < 1:
-            raise ValueError(f"{dim=}, {head_dim=}: both must be at least 1.")
+        check_options("count", dim=dim, head_dim=head_dim)
         self.dim = dim
         self.head_dim = next(size for size in range(min(head_dim, dim), 0, -1) if dim % size == 0)
         self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=bias)

@@ -47,18 +47,10 @@ class GSPNBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        *,
-        mlp_ratio: float = 4.0,
-        lpu: bool = False,
-        layer_scale: float | None = None,
-        drop_path: float = 0.0,
-        norm_eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **mixer: Any,
-    ) -> None:
+        self, dim: int, *, mlp_ratio: float = 4.0, lpu: bool = False, layer_scale: float | None = None,
+        drop_path: float = 0.0, norm_eps: float = 1e-5, device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None, **mixer: Any,
+    ) -> None:  # fmt: skip
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
 

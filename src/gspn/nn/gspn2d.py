@@ -14,6 +14,7 @@ from ..ops import DIRECTIONS, Direction, propagate
 from ..ops.implementations import check_impl
 from ..ops.validation import check_directions, check_scannable, check_segment
 from .official_alignment import propagate_official
+from .options import check_options
 
 Alignment = Literal["image", "official"]
 
@@ -70,23 +71,24 @@ class GSPN2d(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        *,
-        proxy_dim: int = 8,
-        groups: int | None = None,
-        segment: int | None = None,
-        skip: bool = True,
-        proxy_bias: bool = False,
-        directions: Sequence[Direction] = DIRECTIONS,
-        alignment: Alignment = "image",
-        impl: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, dim: int, *, proxy_dim: int = 8, groups: int | None = None, segment: int | None = None, skip: bool = True,
+        proxy_bias: bool = False, directions: Sequence[Direction] = DIRECTIONS, alignment: Alignment = "image",
+        impl: str = "auto", device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         groups = dim if groups is None else groups
-        _check_options(dim, proxy_dim, groups, segment, directions, alignment)
+        check_options("count", dim=dim, proxy_dim=proxy_dim, groups=groups)
+        check_options("flag", skip=skip, proxy_bias=proxy_bias)
+        if dim % groups:
+            raise ValueError(
+                f"{groups=} does not divide {dim=}; use 1 (shared taps), {dim} or None (per-channel taps) or a divisor."
+            )
+        check_segment(segment)
+        check_directions(directions)
+        if alignment not in get_args(Alignment):
+            raise ValueError(f"{alignment=}: use one of {get_args(Alignment)}.")
+        if alignment == "official" and tuple(directions) != DIRECTIONS:
+            raise ValueError(f"{alignment=} scans in all four directions; for {directions=} use alignment='image'.")
         check_impl(impl)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim = dim
@@ -122,34 +124,19 @@ class GSPN2d(nn.Module):
         proxy = self.proxy(x).to(x.dtype)  # [B, S, H, W]
         function = propagate_official if self.alignment == "official" else propagate
         return function(
-            x,
-            proxy,
-            self.tap_proj,
-            self.lam_proj,
-            self.u_proj,
-            self.skip_proj,
-            self.merge,
-            directions=self.directions,
-            segment=self.segment,
-            impl=self.impl,
-        )
+            x, proxy, self.tap_proj, self.lam_proj, self.u_proj, self.skip_proj, self.merge, directions=self.directions,
+            segment=self.segment, impl=self.impl,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """The options that differ from the defaults, for a printed model."""
-        parts = [f"{self.dim}", f"proxy_dim={self.proxy_dim}"]
-        if self.groups != self.dim:
-            parts.append(f"groups={self.groups}")
-        if self.segment is not None:
-            parts.append(f"segment={self.segment}")
-        if self.skip_proj is None:
-            parts.append("skip=False")
-        if self.proxy.bias is not None:
-            parts.append("proxy_bias=True")
-        if self.directions != DIRECTIONS:
-            parts.append(f"directions={self.directions}")
-        if self.alignment != "image":
-            parts.append(f"alignment={self.alignment!r}")
-        return ", ".join(parts)
+        options = {
+            "groups": (self.groups, self.dim), "segment": (self.segment, None),
+            "skip": (self.skip_proj is not None, True), "proxy_bias": (self.proxy.bias is not None, False),
+            "directions": (self.directions, DIRECTIONS), "alignment": (self.alignment, "image"),
+        }  # fmt: skip
+        changed = [f"{name}={value!r}" for name, (value, default) in options.items() if value != default]
+        return ", ".join([f"{self.dim}", f"proxy_dim={self.proxy_dim}", *changed])
 
 
 def _checked(x: Tensor, dim: int) -> Tensor:
@@ -157,20 +144,3 @@ def _checked(x: Tensor, dim: int) -> Tensor:
     if x.dim() != 4 or x.shape[1] != dim:
         raise ValueError(f"{x.shape=}: this GSPN2d takes [B, {dim}, H, W].")
     return x
-
-
-def _check_options(
-    dim: int, proxy_dim: int, groups: int, segment: int | None, directions: Sequence[str], alignment: str
-) -> None:
-    if dim < 1 or proxy_dim < 1:
-        raise ValueError(f"{dim=}, {proxy_dim=}: both must be at least 1.")
-    if groups < 1 or dim % groups:
-        raise ValueError(
-            f"{groups=} does not divide {dim=}; use 1 (shared taps), {dim} or None (per-channel taps) or a divisor."
-        )
-    check_segment(segment)
-    check_directions(directions)
-    if alignment not in get_args(Alignment):
-        raise ValueError(f"{alignment=}: use one of {get_args(Alignment)}.")
-    if alignment == "official" and tuple(directions) != DIRECTIONS:
-        raise ValueError(f"{alignment=} scans in all four directions; for {directions=} use alignment='image'.")

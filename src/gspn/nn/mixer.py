@@ -59,16 +59,9 @@ class GSPNMixer(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        *,
-        expand_ratio: float = 1.5,
-        kernel_size: int = 7,
-        norm_eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **propagation: Any,
-    ) -> None:
+        self, dim: int, *, expand_ratio: float = 1.5, kernel_size: int = 7, norm_eps: float = 1e-5,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, **propagation: Any,
+    ) -> None:  # fmt: skip
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"{kernel_size=} must be odd, so that the depthwise convolution keeps the map's size.")

@@ -24,18 +24,9 @@ def reorient(x: Tensor, direction: Direction) -> Tensor:
 
 
 def propagate_official(
-    x: Tensor,
-    proxy: Tensor,
-    tap_proj: Tensor,
-    lam_proj: Tensor,
-    u_proj: Tensor,
-    skip_proj: Tensor | None,
-    merge: Tensor,
-    *,
-    directions: Sequence[Direction],
-    segment: int | None,
-    impl: str,
-) -> Tensor:
+    x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: Tensor | None,
+    merge: Tensor, *, directions: Sequence[Direction], segment: int | None, impl: str,
+) -> Tensor:  # fmt: skip
     r"""The misaligned sum of the official classifier.
 
     .. math::
@@ -54,16 +45,8 @@ def propagate_official(
     for d in sorted(range(len(directions)), key=lambda d: directions[d] != "right"):
         own = slice(d, d + 1)
         out = propagate(
-            reorient(x, directions[d]),
-            proxy,
-            tap_proj[own],
-            lam_proj[own],
-            u_proj[own],
-            None if skip_proj is None else skip_proj[own],
-            merge[own],
-            directions=["right"],
-            segment=segment,
-            impl=impl,
-        )
+            reorient(x, directions[d]), proxy, tap_proj[own], lam_proj[own], u_proj[own],
+            None if skip_proj is None else skip_proj[own], merge[own], directions=["right"], segment=segment, impl=impl,
+        )  # fmt: skip
         y = out if y is None else y + out
     return cast("Tensor", y)

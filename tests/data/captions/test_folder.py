@@ -108,7 +108,7 @@ def test_a_pipe_is_no_file(tmp_path) -> None:
         (['{"file_name": "a.png", "text": "\\ud800"}'], r"line 1: .*is not valid text \(surrogates"),
         (["[1]"], r"line 1 is not a JSON object"),
         (["{"], r"line 1 is not JSON: Expecting property name"),
-        (["[" * 100_000], r"line 1 is not JSON: maximum recursion depth"),
+        (["[" * 100_000], r"line 1 is not JSON that can be read: it is nested too deeply"),
         (['{"file_name": ' + "9" * 5000 + "}"], r"line 1 is not JSON: .*4300 digits"),
         ([{"file_name": "b.png", "text": "b"}, GOOD], r"lacks 1 images that its metadata names: b\.png"),
         ([{"file_name": "a.png", "text": " \n"}], r"1 of 1 images have no caption: a\.png"),
@@ -130,6 +130,7 @@ def test_bad_rows_of_jsonl(records, says, tmp_path) -> None:
         ("file_name,caption\na.png,a", "has no caption_column='text'"),
         ("file_name,text\na.png,a, b", "line 2 does not have the 2 fields of the first line; put quotes"),
         ("file_name,text\na.png", "line 2 does not have the 2 fields"),
+        ("file_name,text,text\na.png,a,b", "line 1 names a column twice: file_name, text, text"),
         ('file_name,text\na.png,"a', "is not CSV: unexpected end of data"),
         ("file_name,text\na.png,", "1 of 1 images have no caption"),
         ("file_name,text\na.png," + "x" * 200_000, "is not CSV: field larger than field limit"),
@@ -232,3 +233,11 @@ def test_captions_of_images_whose_names_are_not_utf8(tmp_path):
     dataset = open_captions("folder", root=tmp_path)
     assert [dataset.captions(i) for i in range(2)] == [("a",), ("b",)]
     assert len(dataset.identity()) == 32 and dataset[1][0].size == (16, 8)
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31m.png", "a\nb.png", "a\0.png", "\ud800.png"])
+def test_names_in_errors_are_escaped(name, tmp_path) -> None:
+    root = lines(tmp_path, {"file_name": name, "text": "a"})
+    with pytest.raises(ValueError, match=r"lacks 1 images that its metadata names: (a|\\ud800)") as caught:
+        open_captions("folder", root=root)
+    assert str(caught.value).isprintable()

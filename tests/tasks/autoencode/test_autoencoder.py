@@ -43,7 +43,7 @@ def test_it_learns_and_writes(trained):
     ]
     vae = load_autoencoder(trained.output / "last")
     state = newest_state(trained.output)
-    assert_same(vae.state_dict(), {k.removeprefix("average.module."): v for k, v in state.items() if "average" in k})
+    assert_same(vae.state_dict(), {k.removeprefix("ema.module."): v for k, v in state.items() if k.startswith("ema.")})
 
 
 def test_scaled_latents_have_a_deviation_of_one(trained):

@@ -97,6 +97,14 @@ def test_consistency(sampled, tmp_path):
         evaluate(sampled, sampled, classifier=first, device="cpu", cache=None)
 
 
+def test_another_classifier_is_refused_before_the_long_work(tmp_path, monkeypatch):
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((8, 4, 4, 3), np.uint8), arr_1=np.arange(8))
+    monkeypatch.setattr("gspn.tasks.class_conditional.evaluation.compare_images", None)
+    two = Classifier("two", lambda images: [0] * len(images), ["x", "y"])
+    with pytest.raises(UsageError, match=r"has images of class 7, and the classifier two has 2 classes"):
+        evaluate(tmp_path / "a.npz", tmp_path / "a.npz", classifier=two, device="cpu", cache=None)
+
+
 def test_the_command(sampled, tmp_path):
     arguments = ["class-conditional", "evaluate", str(sampled), "-r", "digits:val", "--device", "cpu"]
     options = ["--classifier", "gspn_pico.mnist5k"]

@@ -119,7 +119,7 @@ def test_workers_load_the_same(latents, tmp_path):
         (["data.channels=1"], r"data\.channels is 1"),
         (["data.root=images"], r"data\.root is 'images'"),
         (["data.options={download: true}"], r"data\.options"),
-        (["diffusion.scaling=0"], "greater than 0"),
+        (["diffusion.scaling=0"], "diffusion.scaling is 0; it has to be above 0"),
         (["model.size=T/3"], "do not divide the side 4"),
         (["data.latents=null", "diffusion.scaling=2", "data.name=digits"], "only latents are scaled"),
     ],

@@ -42,8 +42,10 @@ def test_it_learns_and_writes(trained):
 
 def test_the_pipeline_holds_the_average(trained):
     pipeline = load_pipeline(trained.output)
-    average = {k[8:]: v for k, v in newest_state(trained.output).items() if k.startswith("average.")}
-    assert_same(pipeline.transformer.state_dict(), {k.removeprefix("module."): v for k, v in average.items()})
+    average = {
+        k.removeprefix("ema.module."): v for k, v in newest_state(trained.output).items() if k.startswith("ema.")
+    }
+    assert_same(pipeline.transformer.state_dict(), average)
     assert pipeline.labels["7"] == 7
     assert type(pipeline.scheduler).__name__ == "DDPMScheduler"
     assert not pipeline.transformer.training

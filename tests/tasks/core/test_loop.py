@@ -58,7 +58,7 @@ def test_killed_twice_and_resumed_is_the_same_run(whole, tmp_path):
     process = start(resume, tmp_path, die_in_checkpoint=2)
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert list((tmp_path / "checkpoints").glob(".part-step-*"))
+    assert list((tmp_path / "checkpoints").glob(".part-*-step-*"))
     fit(toy(tmp_path), resume=True)
     assert_same_run(tmp_path, whole[1].output)
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 2

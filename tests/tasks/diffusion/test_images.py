@@ -84,6 +84,17 @@ def test_folders_of_classes_broken_images_and_sizes(tmp_path):
         ({"arr_0": np.zeros((2, 4, 4), np.uint8)}, "uint8 \\[N, H, W, 3\\]"),
         ({"other": np.zeros(2)}, "arr_0"),
         ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "arr_1": np.zeros(3)}, "arr_1"),
+        *(
+            ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "arr_1": labels}, "arr_1 is .*; it has to be int64")
+            for labels in (
+                np.array([0.5, 1.5]),
+                np.array([np.nan, 0]),
+                np.array(["a", "b"]),
+                np.array([1j, 0]),
+                np.zeros(2, "datetime64[s]"),
+                np.full(2, 2**63, np.uint64),
+            )
+        ),
         ({"arr_0": np.array([{}], dtype=object)}, "could run code"),
         ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, "no images"),
     ],

@@ -8,6 +8,8 @@ import pickle
 import shutil
 from pathlib import Path
 
+import diffusers
+import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
@@ -33,7 +35,7 @@ def saved(tmp_path_factory):
     model = GSPNDenoiser2DModel(in_channels=4, dim=8, num_layers=2, num_class_embeds=2, sample_size=4)
     vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4)
     ClassConditionalPipeline(model, DDIMScheduler(), vae, {0: "cat", 1: "dog"}).save_pretrained(root / "classes")
-    make_sd(root).save_pretrained(root / "text")
+    make_sd(root, factor=4).save_pretrained(root / "text")
     GSPNAdapter.from_model(make_pixart(num_layers=1)).save_pretrained(root / "adapter")
     vae.save_pretrained(root / "vae")
     return root
@@ -43,16 +45,21 @@ LOADERS = {"classes": load_pipeline, "text": load_text_to_image, "adapter": load
 MODELS = {"classes": ["transformer", "vae"], "text": ["unet", "vae", "text_encoder"], "adapter": [""], "vae": [""]}
 
 
-def refused(saved, tmp_path, kind, file, content):
-    """The one line that a loader says about a copy in which one file is replaced, or removed."""
-    folder = tmp_path / kind
-    shutil.copytree(saved / kind, folder)
-    if content is None:
-        (folder / file).unlink()
-    elif isinstance(content, dict):
-        (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **content}))
-    else:
+def replace(folder, file, content):
+    """Replace a file, or remove it; a dictionary changes values of the JSON in it."""
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads((folder / file).read_text()), **content}).encode()
+    (folder / file).unlink(missing_ok=True)  # the copy has links to the files
+    if content is not None:
         (folder / file).write_bytes(content)
+
+
+def refused(saved, tmp_path, kind, *changes):
+    """The one line that a loader says about a copy in which some files are replaced, or removed."""
+    folder = tmp_path / kind
+    shutil.copytree(saved / kind, folder, copy_function=os.link)
+    for file, content in changes:
+        replace(folder, file, content)
     with pytest.raises(UsageError) as caught:
         LOADERS[kind](folder)
     message = str(caught.value)
@@ -82,36 +89,90 @@ BYTES = {
 def test_damaged_json(saved, tmp_path, kind, file, damage):
     if damage in ("no class", "escape") and file == "scheduler/scheduler_config.json":
         pytest.skip("a scheduler has a default for everything")
-    refused(saved, tmp_path, kind, file, BYTES[damage])
+    refused(saved, tmp_path, kind, (file, BYTES[damage]))
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "noise", "other shapes", "fewer", "pickle"])
-@pytest.mark.parametrize(("kind", "part"), [(kind, part) for kind, parts in MODELS.items() for part in parts])
+DAMAGES = {
+    "missing": "no weights in safetensors", "empty": "", "cut": "", "noise": "", "pickle": "", "other shapes": "",
+    "fewer": "has no weights for", "not finite": "are not finite", "integers": "are I32, not torch.float32",
+    "only pickle": "may execute code",
+}  # fmt: skip
+PARTS = [(kind, part) for kind, parts in MODELS.items() for part in parts]
+
+
+def weights_of(part):
+    return f"{part}/model.safetensors" if part == "text_encoder" else str(Path(part, WEIGHTS))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(("kind", "part"), PARTS)
 def test_damaged_weights(saved, tmp_path, kind, part, damage):
-    name = "model.safetensors" if part == "text_encoder" else WEIGHTS
-    file = str(Path(part, name))
-    whole = (saved / kind / file).read_bytes()
-    content = {"empty": b"", "cut": whole[: len(whole) // 2], "noise": b"\xff" * 100}.get(damage)
-    if damage in ("other shapes", "fewer"):
+    file, ran = weights_of(part), tmp_path / "ran"
+    whole, pickled = (saved / kind / file).read_bytes(), pickle.dumps(_Touch(ran))
+    content = {"empty": b"", "cut": whole[: len(whole) // 2], "noise": b"\xff" * 100, "pickle": pickled}.get(damage)
+    if damage in ("other shapes", "fewer", "not finite", "integers"):
         tensors = load_file(saved / kind / file)
-        name = next(name for name, one in tensors.items() if one.ndim > 1)
-        changed = {name: torch.zeros(3, 5)} if damage == "other shapes" else {}
-        tensors = {key: one for key, one in tensors.items() if key != name} | changed
+        name, tensor = next((name, one) for name, one in tensors.items() if one.ndim > 1)
+        changed = {"other shapes": torch.zeros(3, 5), "not finite": tensor * float("nan"), "integers": tensor.int()}
+        tensors |= {name: changed.get(damage, tensor)}
+        if damage == "fewer":
+            del tensors[name]
         save_file(tensors, tmp_path / "changed", {"format": "pt"})
         content = (tmp_path / "changed").read_bytes()
-    if damage == "pickle":
-        shutil.copytree(saved / kind, tmp_path / "pickled")
-        (tmp_path / "pickled" / file).unlink()
-        ran = tmp_path / "ran"
-        for pickled in ("diffusion_pytorch_model.bin", "pytorch_model.bin"):
-            (tmp_path / "pickled" / part / pickled).write_bytes(pickle.dumps(_Touch(ran)))
-        with pytest.raises(UsageError, match="may execute code"):
-            LOADERS[kind](tmp_path / "pickled")
-        assert not ran.exists()
-        return
-    message = refused(saved, tmp_path, kind, file, content)
-    if damage == "fewer":
-        assert "has no weights for" in message
+    others = ("diffusion_pytorch_model.bin", "pytorch_model.bin") if damage == "only pickle" else ()
+    changes = [(str(Path(part, name)), pickled) for name in others]
+    assert DAMAGES[damage] in refused(saved, tmp_path, kind, (file, content), *changes)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["../outside.safetensors", "{tmp}/outside.safetensors", "nothing.safetensors", "x.bin", ".", "a\0b", "\x1b[31m", 1],
+    ids=repr,
+)
+@pytest.mark.parametrize(("kind", "part"), PARTS)
+def test_weights_that_an_index_names_elsewhere(saved, tmp_path, kind, part, names):
+    file = weights_of(part)
+    for outside in (tmp_path / kind / Path(part).parent, tmp_path):  # where "../" and an absolute name lead
+        outside.mkdir(exist_ok=True, parents=True)
+        shutil.copy(saved / kind / file, outside / "outside.safetensors")
+    names = names.format(tmp=tmp_path) if isinstance(names, str) else names
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(saved / kind / file), names)}
+    shutil.rmtree(tmp_path / kind)
+    changes = [(f"{file}.index.json", json.dumps(index).encode()), (str(Path(part, "x.bin")), b"")]
+    assert "does not name files of safetensors beside it" in refused(saved, tmp_path, kind, *changes)
+
+
+@pytest.mark.parametrize(("kind", "part"), PARTS)
+def test_weights_in_several_files(saved, tmp_path, kind, part):
+    folder, file = tmp_path / kind, weights_of(part)
+    shutil.copytree(saved / kind, folder)
+    tensors = load_file(folder / file)
+    (folder / file).unlink()
+    names = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(tensors)}
+    for shard in set(names.values()):
+        own = {name: tensor for name, tensor in tensors.items() if names[name] == shard}
+        save_file(own, folder / part / shard, {"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": names}
+    (folder / f"{file}.index.json").write_text(json.dumps(index))
+    assert LOADERS[kind](folder) is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [(kind, file) for kind, part in PARTS for file in (weights_of(part), str(Path(part, "config.json")))]
+    + [
+        ("classes", "model_index.json"),
+        ("classes", "scheduler/scheduler_config.json"),
+        ("text", "tokenizer/vocab.json"),
+    ],
+)
+def test_pipes_hang_nothing(saved, tmp_path, kind, file):
+    shutil.copytree(saved / kind, tmp_path / kind)
+    (tmp_path / kind / file).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / kind / file)
+    with pytest.raises(UsageError):
+        LOADERS[kind](tmp_path / kind)
 
 
 class _Touch:
@@ -130,13 +191,61 @@ class _Touch:
     + [("vae", "config.json", "layers_per_block"), ("vae", "config.json", "block_out_channels")],
 )  # fmt: skip
 def test_values_that_no_model_has(saved, tmp_path, kind, file, key, value):
-    refused(saved, tmp_path, kind, file, {key: value})
+    refused(saved, tmp_path, kind, (file, {key: value}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "key", "value"),
+    [("classes", "scheduler/scheduler_config.json", key, value) for key, value in (
+        ("beta_start", -1.0), ("beta_end", 5.0), ("beta_start", float("nan")), ("beta_start", "0.1"),
+        ("trained_betas", [2.0] * 10), ("trained_betas", []),
+        ("num_train_timesteps", "1000"), ("num_train_timesteps", 10**12),
+        ("set_alpha_to_one", "no"), ("clip_sample_range", "x"), ("thresholding", 1), ("prediction_type", 3),
+    )]
+    + [(kind, file, key, value) for kind, file in (("classes", "vae/config.json"), ("vae", "config.json"))
+       for key, value in (("scaling_factor", 0), ("scaling_factor", float("inf")), ("scaling_factor", "x"),
+                          ("shift_factor", "x"), ("latents_mean", ["x"]), ("quantization_config", {}))]
+    + [("adapter", "config.json", "_class_name", "AutoencoderKL"), ("vae", "config.json", "_class_name", ["evil", "x"])]
+    + [("text", "unet/config.json", "sample_size", value) for value in ("x", 0, [1, 2, 3])]
+    + [("text", "text_encoder/config.json", "_attn_implementation", "evil/kernels"),
+       ("text", "text_encoder/config.json", "attn_implementation", "evil/kernels"),
+       ("classes", "model_index.json", "transformer", [None, None]),
+       ("classes", "model_index.json", "scheduler", [None, None]), ("text", "model_index.json", "vae", [None, None])],
+)  # fmt: skip
+def test_values_that_would_fail_or_spoil_images_later(saved, tmp_path, kind, file, key, value):
+    message = refused(saved, tmp_path, kind, (file, {key: value}))
+    assert key in message or "levels of noise" in message or "supported are" in message
+
+
+@pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDIMScheduler"])
+def test_every_scheduler_that_diffusers_saves_is_read(saved, tmp_path, scheduler):
+    shutil.copytree(saved / "classes", tmp_path / "classes")
+    getattr(diffusers, scheduler)().save_pretrained(tmp_path / "classes" / "scheduler")  # with a limit at -Infinity
+    replace(tmp_path / "classes", "model_index.json", {"scheduler": ["diffusers", scheduler]})
+    assert type(load_pipeline(tmp_path / "classes").scheduler).__name__ == scheduler
+
+
+def test_a_text_encoder_that_is_an_adapter_for_another(saved, tmp_path):
+    config = b'{"base_model_name_or_path": "evil/base", "peft_type": "LORA", "target_modules": ["q_proj"]}'
+    file = "text_encoder/adapter_config.json"
+    assert "names another model" in refused(saved, tmp_path, "text", (file, config))
+
+
+@pytest.mark.parametrize("error", [AttributeError, KeyError, RuntimeError, AssertionError])
+@pytest.mark.parametrize(("kind", "cls"), [("classes", GSPNDenoiser2DModel), ("adapter", GSPNAdapter)])
+def test_a_bug_in_a_model_of_ours_keeps_its_traceback(saved, monkeypatch, kind, cls, error):
+    def fail(self, **options):
+        raise error("a bug")
+
+    monkeypatch.setattr(cls, "__init__", fail)
+    with pytest.raises(error, match="a bug"):
+        LOADERS[kind](saved / kind)
 
 
 @pytest.mark.parametrize("name", ["attn1", "__class__.x", "a.\x1b[31m", "transformer_blocks.0.attn1.scan", "mixers"])
 def test_layers_of_an_adapter_that_are_none(saved, tmp_path, name):
     layers = json.loads((saved / "adapter" / "config.json").read_text())["layers"]
-    refused(saved, tmp_path, "adapter", "config.json", {"layers": {**layers, name: {"dim": 10**9}}})
+    refused(saved, tmp_path, "adapter", ("config.json", {"layers": {**layers, name: {"dim": 10**9}}}))
 
 
 @pytest.mark.parametrize(
@@ -147,19 +256,21 @@ def test_layers_of_an_adapter_that_are_none(saved, tmp_path, name):
                            ("text", "text_encoder"))
         for entry in (
             ["evil", "Model"], ["os", "system"], ["transformers", "AutoModel"], ["diffusers", "NoSuchModel"],
-            ["..", "x"], ["diffusers", "__init__"], ["diffusers"], [1, 2], [["diffusers"], "x"], ["\x1b[31m", "x"],
+            ["..", "x"], ["gspn", "GSPNAdapter"], ["transformers", "CLIPTokenizer"],
+            ["diffusers", "__init__"], ["diffusers"], [1, 2], [["diffusers"], "x"], ["\x1b[31m", "x"],
         )
     ]
     + [("classes", {"_class_name": ["evil", "Pipeline"]}), ("classes", {"_class_name": "FluxPipeline"}),
-       ("classes", {"id2label": []}), ("classes", {"latent_scale": "x"}), ("text", {"_class_name": {}})],
+       ("classes", {"id2label": []}), ("classes", {"id2label": {"0": "a", "00": "b"}}),
+       ("classes", {"latent_scale": "x"}), ("text", {"_class_name": {}})],
 )  # fmt: skip
 def test_classes_from_elsewhere(saved, tmp_path, monkeypatch, kind, change):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "evil.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
-    for part in MODELS[kind]:  # what diffusers takes for code of a component's own
-        shutil.copy(tmp_path / "evil.py", saved / kind / part / "evil.py")
-    refused(saved, tmp_path, kind, "model_index.json", change)
+    code = (tmp_path / "evil.py").read_bytes()  # which diffusers takes for a component's own
+    own = [(f"{part}/evil.py", code) for part in MODELS[kind]]
+    refused(saved, tmp_path, kind, ("model_index.json", change), *own)
     assert not (tmp_path / "ran").exists()
 
 
@@ -188,3 +299,17 @@ def test_names_of_nothing(kind, name):
     with pytest.raises(UsageError) as caught:
         LOADERS[kind](name)
     assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_hub_that_cannot_be_reached_is_not_tried_for_half_a_minute(monkeypatch, capfd, kind):
+    def fail(*address, **options):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("socket.create_connection", fail)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(UsageError, match=r"'nobody/nothing' cannot be loaded: .*; check its name and the connection"):
+        LOADERS[kind]("nobody/nothing")
+    assert "Retrying" not in capfd.readouterr().err
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE

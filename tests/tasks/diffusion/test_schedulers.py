@@ -19,8 +19,8 @@ from diffusers import (
 )
 
 from gspn._errors import UsageError
-from gspn._timesteps import set_timesteps
 from gspn.diffusers.class_conditional import takes_variance
+from gspn.diffusers.timesteps import set_timesteps
 from gspn.tasks.class_conditional import DiffusionConfig
 from gspn.tasks.diffusion.schedulers import PREDICTIONS, SCHEDULERS, check_chain, named_scheduler, training_scheduler
 

@@ -16,10 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gspn._console import Console
-from gspn._errors import UsageError, require
+from gspn._errors import UsageError
 
 from ..messages import failed, titled_table, wrote
-from ..options import output_file
+from ..options import figure_file, output_file
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,7 @@ class Run:
         float, typer.Option(metavar="SECONDS", min=0, help="Least total time of the samples of a candidate.")
     ] = 0.1
     output: Annotated[Path | None, output_file("--output", "-o", metavar="CSV", help="Table to write, as CSV.")] = None
-    plot: Annotated[Path | None, output_file(metavar="PNG", help="Plot to write; needs matplotlib.")] = None
+    plot: Annotated[Path | None, figure_file(help="Plot to write")] = None
 
     def problem(self) -> dict[str, Any]:
         """The options that a benchmark is constructed with: ``batch``, ``dtype`` and ``device``."""
@@ -137,10 +137,13 @@ def bench_command(**defaults: Any) -> Callable[[Callable[..., None]], Callable[.
 
         @wraps(function)
         def command(**values: Any) -> None:
+            import torch
+
             from gspn.bench.accuracy_check import CheckFailedError
 
             run = Run(**{name: values.pop(name) for name in shared})
-            _prepare(run)
+            if run.threads is not None:
+                torch.set_num_threads(run.threads)
             try:
                 function(run, **values)
             except CheckFailedError as error:
@@ -151,18 +154,6 @@ def bench_command(**defaults: Any) -> Callable[[Callable[..., None]], Callable[.
         return command
 
     return decorate
-
-
-def _prepare(run: Run) -> None:
-    """Check ``--plot`` and set the threads."""
-    import torch
-
-    if run.plot is not None:
-        require("matplotlib", extra="plot")
-        if run.plot.suffix.lower() != ".png":
-            raise UsageError(f"--plot {str(run.plot)!r} does not end in .png.")
-    if run.threads is not None:
-        torch.set_num_threads(run.threads)
 
 
 def layout(name: str) -> torch.memory_format:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from gspn._console import Console
 from gspn._errors import require
 
-from .common import Layout, Run, bench_command, choice, hardware, layout, peak, ratio, results_table, write_files
+from .common import Layout, Run, Sizes, bench_command, choice, hardware, layout, peak, ratio, results_table, write_files
 
 
 @bench_command(min_time=0.5)
@@ -27,13 +27,7 @@ def bench_models(
     baseline: Annotated[
         str | None, typer.Option(metavar="NAME", help="The model that ratios are to. Default: the first.")
     ] = None,
-    size: Annotated[
-        list[int] | None,
-        typer.Option(
-            metavar="N", min=1, max=2**31 - 1,
-            help="Height and width of the images in pixels. Repeatable; default: 224.",
-        ),
-    ] = None,
+    size: Sizes = None,
     mode: Annotated[
         str,
         choice(
@@ -44,9 +38,9 @@ def bench_models(
 ) -> None:  # fmt: skip
     """Time models side by side: all candidates take turns within one run.
 
-    Weights are random. Swin and ViT are built for each size. Each model is first run twice: if its results are not
-    finite, or differ, nothing is reported and the exit code is 1. A model that does not fit into the memory is skipped,
-    with the reason.
+    Weights are random. The default size is 224; Swin and ViT are built for each. Each model is first run twice: if its
+    results are not finite, or differ, nothing is reported and the exit code is 1. A model that does not fit into the
+    memory is skipped, with the reason.
     """
     require("timm")
     from gspn.bench import environment, models

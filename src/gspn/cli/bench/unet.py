@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from gspn._errors import require
 
-from .common import Run, Slowest, bench_command, choice, count, run_sweep
+from .common import Run, Sizes, Slowest, bench_command, choice, count, run_sweep
 
 if TYPE_CHECKING:
     from gspn.bench.report import Result
@@ -21,13 +19,7 @@ _BACKENDS = ("auto", "flash", "efficient", "cudnn", "math")
 def bench_unet(
     run: Run,
     arch: Annotated[str, choice("--arch", "NAME", ("sd15", "sdxl"), "Stable Diffusion 1.5 or XL.")] = "sd15",
-    size: Annotated[
-        list[int] | None,
-        typer.Option(
-            metavar="N", min=64, max=2**31 - 1,
-            help="Height and width of the images in pixels, a multiple of 64. Repeatable; default: 256, 512, 1024.",
-        ),
-    ] = None,
+    size: Sizes = None,
     width: Annotated[int, count("Number that divides the widths of the published UNet, for small machines.")] = 1,
     backend: Annotated[
         str,
@@ -42,7 +34,7 @@ def bench_unet(
     """Time a denoising call with self-attention, with GSPN (global, shared taps, segments), and with no token mixer.
 
     Weights are random, which has no effect on time. The UNet with no token mixer is a lower bound on the time of any
-    token mixer.
+    token mixer. Sizes are multiples of 64; by default 256, 512 and 1024.
 
     Each mixer is first compared with its float64 specification. Where an error is more than twice that of the
     specification in the same dtype, nothing is timed and the exit code is 1.

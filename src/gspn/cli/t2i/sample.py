@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from gspn._console import Console
 from gspn._errors import UsageError
 
-from ..options import MOST_IMAGES, Device, DeviceName, PrecisionName, Size, parse_size, writable
+from ..messages import wrote
+from ..options import MOST_IMAGES, Device, DeviceName, OutputDirectory, PrecisionName, Size, parse_size
 
 Tiling = StrEnum("Tiling", ["auto", "on", "off"])
 Offload = StrEnum("Offload", ["none", "auto", "model", "activations", "all"])
@@ -29,12 +29,7 @@ def sample(
         "--adapter", "-a", metavar="NAME",
         help="Directory of a run or adapter, shipped name, or hub id. Default: the model's own attention.",
     )] = None,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", metavar="DIR", file_okay=False, callback=writable, help="Directory of the images."
-        ),
-    ] = Path("samples"),
+    output: OutputDirectory = Path("samples"),
     size: Size = None,
     number: Annotated[
         int, typer.Option("--number", "-n", metavar="N", min=1, max=MOST_IMAGES, help="Images of each prompt.")
@@ -100,8 +95,7 @@ def sample(
     if estimate_only:
         return
     kept = len(result.records) - result.drawn
-    console.print(
-        f"[dim]wrote[/] {result.drawn} images to {escape(str(result.directory))} in {result.seconds:.1f} s"
-        + (f"; {kept} were finished before" if kept else ""),
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    wrote(
+        f"{result.drawn} images to {result.directory} in {result.seconds:.1f} s"
+        + (f"; {kept} were finished before" if kept else "")
+    )

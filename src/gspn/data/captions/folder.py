@@ -164,11 +164,14 @@ def _rows(file: Path, caption_column: str) -> Iterator[tuple[Any, Any, str]]:
 def _csv_rows(opened: IO[bytes], file: Path) -> Iterator[tuple[dict[str, Any], str]]:
     reader = csv.DictReader((decode(line, where) for line, where in _lines(opened, file)), strict=True)
     try:
+        columns = reader.fieldnames or ()
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"{file}, line 1 names a column twice: {some(columns)}.")
         for record in reader:
             where = f"{file}, line {reader.line_num}"
             if None in record or None in record.values():
                 raise ValueError(
-                    f"{where} does not have the {len(reader.fieldnames or ())} fields of the first line; put quotes "
+                    f"{where} does not have the {len(columns)} fields of the first line; put quotes "
                     "around values that contain a comma."
                 )
             yield record, where

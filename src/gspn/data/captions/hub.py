@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from ..base import Transform
-from ..images import MAX_PIXELS, row_image
+from ..images import MAX_PIXELS, row_folders, row_image
 from ..splits import find_split
 from .base import IMAGE_COLUMN, TEXT_COLUMN, CaptionedImages
 from .parsing import clean, some
@@ -46,11 +46,11 @@ class CaptionedRows(CaptionedImages):
         caption_column: str = TEXT_COLUMN,
         transform: Transform | None = None,
         max_pixels: int = MAX_PIXELS,
-        folders: tuple[str | os.PathLike[str], ...] = (),
+        folders: Sequence[Path] = (),
     ) -> None:
         super().__init__(name, transform)
         self.max_pixels = max_pixels
-        self._folders = tuple(Path(folder).resolve() for folder in folders)
+        self._folders = folders
         dataset = dataset.with_format(None)  # a saved format would return tensors
         for option, value in (("image_column", image_column), ("caption_column", caption_column)):
             if value not in dataset.column_names:
@@ -108,35 +108,20 @@ def open_rows(
     if local is not None and any((local / mark).is_file() for mark in (_SAVED, _SAVED_SPLITS)):
         if config or revision:
             raise ValueError(f"{config=}, {revision=} do not apply to {str(local)!r}, which was saved to disk.")
-        return CaptionedRows(_saved(name, local, split), name, **options)
+        return CaptionedRows(_saved(local, split), name, **options)
     cache = None if root is None or local is not None else os.fspath(root)
-    dataset = _load(
-        name, datasets.load_dataset, str(local or rest), config, split=split, revision=revision, cache_dir=cache
-    )
-    folders = (local,) if local else (cache or datasets.config.HF_DATASETS_CACHE, datasets.config.HF_HUB_CACHE)
-    return CaptionedRows(dataset, name, folders=folders, **options)
+    dataset = datasets.load_dataset(str(local or rest), config, split=split, revision=revision, cache_dir=cache)
+    return CaptionedRows(dataset, name, folders=row_folders(local, cache), **options)
 
 
-def _saved(name: str, folder: Path, split: str) -> Any:
+def _saved(folder: Path, split: str) -> Any:
     datasets = _datasets()
-    saved = _load(name, datasets.load_from_disk, str(folder))
+    saved = datasets.load_from_disk(str(folder))
     splits = saved if isinstance(saved, datasets.DatasetDict) else {}
     chosen = find_split(split, splits.keys(), repr(str(folder)))
     if chosen != "all":
         return splits[chosen]
     return datasets.concatenate_datasets([*splits.values()]) if splits else saved
-
-
-def _load(name: str, load: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    try:
-        return load(*args, **options)
-    except (OSError, ValueError, ImportError, MemoryError):  # these have clear messages
-        raise
-    except Exception as error:  # datasets and pyarrow raise any error when parsing fails
-        raise ValueError(
-            f"{name!r} cannot be opened by datasets: {type(error.__cause__ or error).__name__}, "
-            f"{error.__cause__ or error}. Write or download it again."
-        ) from error
 
 
 def _datasets() -> Any:

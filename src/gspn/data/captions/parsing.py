@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from ..._files import parse_json, printable
 
 MAX_TEXT = 1 << 16
 """Bytes of a ``.txt``; a larger one does not hold captions."""
@@ -87,10 +88,7 @@ def record_of(data: bytes, where: str) -> dict[str, Any]:
     if len(data) > MAX_RECORD:
         raise ValueError(f"{where} has more than {MAX_RECORD:,} bytes; keep everything but captions elsewhere.")
     text = decode(data, where)
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}.") from error
+    record = parse_json(text, where)
     if not isinstance(record, dict):
         raise ValueError(f"{where} is not a JSON object, which is written {{...}}: {cut(text)}")
     return record
@@ -114,5 +112,6 @@ def some(names: Iterable[str]) -> str:
 
 
 def cut(text: str) -> str:
-    """A text of any length, shortened for an error."""
+    """A text of any length and any characters, shortened for an error."""
+    text = printable(text)
     return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."

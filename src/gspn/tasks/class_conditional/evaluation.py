@@ -83,11 +83,11 @@ def evaluate(
     """
     ours = open_images(samples, limit=limit)
     theirs = open_images(reference, size=(ours.pixels.shape[2], ours.pixels.shape[3]), limit=limit)
+    per_class = None if classifier is None else _hits(ours, classifier)  # refuses other classes before the long work
     metrics, fake, real = compare_images(
         ours, theirs, features=features, batch_size=batch_size, device=device, cache=cache,
         console=console or default_console(),
     )  # fmt: skip
-    per_class = None if classifier is None else _hits(ours, classifier)
     if neighbours is not None:
         save_png(neighbours, draw_neighbours(ours, theirs, fake.pooled, real.pooled))
     return Evaluation(
@@ -153,6 +153,11 @@ def _hits(samples: ImageSet, classifier: Classifier) -> dict[str, list[bool]]:
             f"{printable(classifier.name)} {what}; use the classifier of these classes, or leave it out."
         )
     labels = [label if name is None else known[name] for label, name in zip(samples.labels, own, strict=True)]
+    if names and max(labels) >= len(names):
+        raise UsageError(
+            f"{samples.name} has images of class {max(labels)}, and the classifier {printable(classifier.name)} "
+            f"has {len(names)} classes; use the classifier of these classes, or leave it out."
+        )
     guesses = classifier.classify([samples.to_pil(i) for i in range(len(samples))])
     hits: dict[str, list[bool]] = {}
     for label, guess in zip(labels, guesses, strict=True):

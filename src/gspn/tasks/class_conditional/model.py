@@ -46,13 +46,9 @@ def build_denoiser(config: ClassConditionalConfig, *, num_classes: int, channels
             from gspn.models import GSPNDenoiser2DModel
 
             denoiser = GSPNDenoiser2DModel.from_size(
-                model.size,
-                num_class_embeds=num_classes,
-                class_dropout_prob=model.class_dropout,
-                mixer=model.name,
-                **shared,
-                **model.options,
-            )
+                model.size, num_class_embeds=num_classes, class_dropout_prob=model.class_dropout, mixer=model.name,
+                **shared, **model.options,
+            )  # fmt: skip
     except (ValueError, TypeError) as error:
         raise UsageError(f"model {model.name} {model.size!r} with {model.options}: {error}") from None
     patch = denoiser.config["patch_size"]

@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from gspn.diffusers.timesteps import set_timesteps
+
 from ..._console import default_console
 from ..._errors import UsageError
 from ..._locks import DirectoryLock
-from ..._timesteps import set_timesteps
 from ..core.devices import make_accelerator
 from ..core.progress import progress_bar
 from ..core.seeding import derived_seed
@@ -54,23 +55,11 @@ class Samples:
 
 
 def sample(
-    model: str | Path,
-    *,
-    output: str | Path,
-    classes: Sequence[int | str] | None = None,
-    number: int | None = None,
-    seed: int = 0,
-    guidance: float = 2.0,
-    steps: int = 50,
-    scheduler: str = "auto",
-    height: int | None = None,
-    width: int | None = None,
-    batch_size: int = 64,
-    precision: str = "fp32",
-    device: str = "auto",
-    grid: bool = True,
+    model: str | Path, *, output: str | Path, classes: Sequence[int | str] | None = None, number: int | None = None,
+    seed: int = 0, guidance: float = 2.0, steps: int = 50, scheduler: str = "auto", height: int | None = None,
+    width: int | None = None, batch_size: int = 64, precision: str = "fp32", device: str = "auto", grid: bool = True,
     console: Console | None = None,
-) -> Samples:
+) -> Samples:  # fmt: skip
     """Sample images of classes, as PNG files that hold their record, and a grid of the first.
 
     The noise of image i depends on the seed and on i alone: the batch size and the number of processes change no image,
@@ -155,14 +144,9 @@ def _number_or_name(one: int | str, names: Mapping[str, int]) -> int | str:
 
 
 def sample_records(
-    pipeline: Any,
-    labels: Sequence[int],
-    total: int,
-    *,
-    height: int | None = None,
-    width: int | None = None,
+    pipeline: Any, labels: Sequence[int], total: int, *, height: int | None = None, width: int | None = None,
     **common: Any,
-) -> tuple[SampleRecord, ...]:
+) -> tuple[SampleRecord, ...]:  # fmt: skip
     """The records of ``total`` images to sample, with classes taken in turn; ``common`` fields are those of all.
 
     Height and width are those of the training by default.

@@ -11,9 +11,10 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from gspn.diffusers.timesteps import set_timesteps
+
 from ..._errors import require
 from ..._files import replaced_directory
-from ..._timesteps import set_timesteps
 from ..core.loop import fit
 from ..core.metrics_table import EpochRow, metric
 from ..core.seeding import random_state_kept

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ..._errors import MissingExtraError, UsageError, require
+from ..._files import printable
 from ..core.config import check_choice, setting
 from ..core.sections import Configuration, ImageData, ModelExecution, RunConfig
 
@@ -157,6 +158,6 @@ def _check_policy(text: str) -> None:
         parse.get(kind, timm.auto_augment_transform)(text, {})
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise UsageError(
-            f"augment.auto_augment is {text!r}, which timm does not take ({str(error) or 'unknown policy'}); give a "
-            "policy such as rand-m9-mstd0.5, augmix-m5-w4-d2, original or 3a."
+            f"augment.auto_augment is {text!r}, which timm does not take ({printable(error) or 'unknown policy'}); "
+            "give a policy such as rand-m9-mstd0.5, augmix-m5-w4-d2, original or 3a."
         ) from None

@@ -19,13 +19,6 @@ _MOST_NUMBERS = 25
 _MOST_NAMES = 110
 
 
-def check_image_path(path: Path) -> None:
-    """Refuse a file name that cannot be written, before anything is computed."""
-    require("matplotlib", extra="plot")
-    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise UsageError(f"{str(path)!r} does not end in .png, .pdf or .svg.")
-
-
 def plot_confusion(evaluation: Evaluation) -> Figure:
     """Plot the confusion matrix: rows are classes, columns are predictions; each row sums to 100 %.
 
@@ -102,7 +95,8 @@ def save_confusion(evaluation: Evaluation, path: Path, dpi: int = 160) -> None:
         UsageError: the name does not end in .png, .pdf or .svg.
         MissingExtraError: matplotlib is not installed.
     """
-    check_image_path(path)
+    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise UsageError(f"{str(path)!r} does not end in .png, .pdf or .svg.")
     save_figure(plot_confusion(evaluation), path, dpi)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..._errors import UsageError, require
@@ -66,11 +66,15 @@ def build_model(config: ModelConfig, *, num_classes: int, size: int) -> nn.Modul
         kwargs["drop_rate"] = config.drop
     try:
         model = timm.create_model(name, pretrained=config.pretrained, num_classes=num_classes, **kwargs)
-    except TypeError as error:
-        # Any other TypeError is a bug in the model.
-        if "unexpected keyword argument" not in str(error):
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+        # Of a model of ours with its own arguments they are bugs.
+        if not config.kwargs and name.startswith("gspn") and "unexpected keyword argument" not in str(error):
             raise
-        raise UsageError(f"{name} does not take the arguments of section model: {error}.") from None
+        what = f"the arguments of section model, or images of {size} x {size} pixels"
+        raise UsageError(f"{name} does not take {what}: {str(error).rstrip('.')}.") from error
+    model.train()
     if config.grad_checkpointing:
         if not hasattr(model, "set_grad_checkpointing"):
             raise UsageError(f"{name} has no gradient checkpointing; set model.grad_checkpointing=false.")
@@ -151,7 +155,7 @@ def load_model(source: str | Path) -> nn.Module:
         UsageError: there is no such directory or model, or no weights for it.
     """
     timm = import_timm()
-    from ...models.saved import check_model_name, load_saved
+    from ...models.saved import check_model_name, hub_or_cache, load_saved, refusing
 
     text = str(source)
     directory = Path(text.removeprefix("local-dir:"))
@@ -183,13 +187,8 @@ def load_model(source: str | Path) -> nn.Module:
         if cfg is None or not cfg.has_weights:
             raise UsageError(f"{text!r} has no pretrained weights; name a directory that `gspn classify train` wrote.")
         name = text
-    try:
-        model = timm.create_model(name, pretrained=True)
-    except (OSError, RuntimeError) as error:
-        # PyTorch lists every mismatched tensor.
-        what = textwrap.shorten(" ".join(str(error).split()), 300)
-        raise UsageError(f"{text!r} cannot be loaded: {what}") from None
-    return model.eval()
+    with refusing(text, (OSError, RuntimeError)), hub_or_cache():
+        return timm.create_model(name, pretrained=True).eval()
 
 
 def label_names(model: nn.Module) -> list[str] | None:

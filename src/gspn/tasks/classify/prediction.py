@@ -89,7 +89,10 @@ def predict(
                 predictions.append(_prediction(name, scores, names, top))
             batch.clear()
 
-    for name, image in _named(images):
+    named = _named(images)
+    if isinstance(images, Sequence):
+        named = list(named)  # a folder without images is refused before the work begins
+    for name, image in named:
         opened = _open(name, image)
         if isinstance(opened, str):
             flush()
@@ -114,7 +117,7 @@ def _named(images: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     for position, image in enumerate(images):
         if not isinstance(image, str | os.PathLike):
             yield str(position), image
-        elif not Path(image).is_dir():
+        elif not os.fspath(image) or not Path(image).is_dir():  # Path('') is the current directory
             yield os.fspath(image), image
         else:
             data = require("gspn.data")

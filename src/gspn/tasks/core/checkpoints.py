@@ -11,9 +11,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import shutil
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +23,22 @@ import torch
 from torch import Tensor, nn
 
 from ..._errors import UsageError, require
-from ..._files import file_digest, naming, printable, read_json, sync, write_text
+from ..._files import (
+    file_digest,
+    open_regular,
+    printable,
+    read_json,
+    read_tensors,
+    remove,
+    replaced_directory,
+    write_text,
+)
+from .config import from_mapping
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_PREFIX, _DAMAGED = "step-", "damaged-"
 _STATE = "state.json"
-_OLD_SHARDS = "pytorch_model_fsdp_0"
 
 
 @dataclass
@@ -47,18 +56,61 @@ class Training:
         """Whether each process has a part of the weights."""
         return self.accelerator.distributed_type == "FSDP"
 
+    @property
+    def plain_model(self) -> nn.Module:
+        """The model as the task made it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def plain_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer without accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
     @torch.no_grad()
     def is_finite(self) -> bool:
         """Whether every number of weights, average and optimizer state is finite, in all processes."""
-        states: list[Any] = [self.model.parameters(), self.model.buffers(), self.optimizer.state.values()]
-        states += [] if self.ema is None else [self.ema.parameters(), self.ema.buffers()]
+        tensors: dict[str, Tensor] = {}
+        states = [one.state_dict() for one in (self.model, self.plain_optimizer, self.ema) if one is not None]
+        _flattened(states, "", tensors)
         finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
-        for value in _tensors(states):
+        for value in tensors.values():
             value = getattr(value, "to_local", lambda value=value: value)()  # this process's part of a sharded one
-            if value.is_floating_point() or value.is_complex():
-                finite &= value.isfinite().all().to(finite.device)
+            finite &= value.isfinite().all().to(finite.device)
         broken = self.accelerator.reduce((~finite).float()[None], "sum")
         return not bool(broken.item())  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class _File:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Files:
+    model: _File
+    optimizer: _File
+    ema: _File | None = None
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """``state.json``."""
+
+    step: int
+    state: dict[str, Any]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any] | None
+    files: _Files
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _OldContents:
+    """``state.json`` of version 0.1.0, which has no checksums."""
+
+    state: dict[str, Any]
+    sizes: dict[str, int]
 
 
 class CheckpointStore:
@@ -78,7 +130,7 @@ class CheckpointStore:
 
     def exists(self) -> bool:
         """Whether there is a checkpoint, whole or not."""
-        return bool(self._named())
+        return bool(self._by_step())
 
     def save(self, training: Training, step: int, state: Mapping[str, Any]) -> None:
         """Save a training, and ``state``, as JSON.
@@ -86,17 +138,29 @@ class CheckpointStore:
         Raises:
             OSError: the disk is full or the directory not writable; earlier checkpoints stay.
         """
-        accelerator = training.accelerator
+        accelerator, ema = training.accelerator, training.ema
         model, optimizer = _state_dicts(training)
         if accelerator.is_main_process:
             tensors: dict[str, Tensor] = {}
-            written = {"state": dict(state), "optimizer": _flattened(optimizer, "", tensors)}
-            if accelerator.scaler is not None:
-                written["scaler"] = accelerator.scaler.state_dict()
-            files = {"model": model, "optimizer": tensors}
-            if training.ema is not None:
-                files["ema"] = training.ema.state_dict()
-            self._write(f"{_PREFIX}{step:09d}", files, written)
+            written: dict[str, Any] = {
+                "step": step,
+                "state": dict(state),
+                "optimizer": _flattened(optimizer, "", tensors),
+                "scaler": accelerator.scaler and accelerator.scaler.state_dict(),
+                "files": {},
+            }
+            files = {"model": model, "optimizer": tensors} | ({} if ema is None else {"ema": ema.state_dict()})
+            with replaced_directory(self.directory / f"step-{step:09d}") as part:
+                for kind, one in files.items():
+                    file = part / f"{kind}.safetensors"
+                    # Copies: some may share memory, which the format does not know.
+                    copies = {name: torch.empty(v.shape, dtype=v.dtype).copy_(v.detach()) for name, v in one.items()}
+                    require("safetensors.torch").save_file(copies, file, metadata={"format": "pt"})
+                    written["files"][kind] = {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+                write_text(part / _STATE, json.dumps({**written, "sha256": _digest(written)}))
+            for path in list(self._by_step().values())[: -self.keep]:
+                # Renamed first, in one step: a half-removed directory must not look like a checkpoint.
+                remove(path.rename(path.with_name(f".part-0-{path.name}")))
         accelerator.wait_for_everyone()
 
     def load_newest(self, training: Training) -> tuple[dict[str, Any] | None, list[str]]:
@@ -110,119 +174,70 @@ class CheckpointStore:
         Raises:
             UsageError: there are checkpoints, and none of them is whole, or the whole one is of another training.
         """
-        accelerator = training.accelerator
-        found: list[Any] = [None, [], ""]  # the name of the checkpoint, lines, an error
-        if accelerator.is_main_process:
-            found = self._find()
-        if accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
+        from accelerate.utils import broadcast_object_list
 
-            found = broadcast_object_list(found)
-        name, lines, error = found
+        chosen: list[Any] = self._choose() if training.accelerator.is_main_process else [None, [], ""]
+        name, lines, error = broadcast_object_list(chosen)
         if error:
             raise UsageError(error)
-        if name is None:
-            return None, lines
-        path = self.directory / name
-        from safetensors import SafetensorError
+        return None if name is None else _load(training, self.directory / name), lines
 
-        try:
-            state = _load(training, path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as wrong:
-            if isinstance(wrong, UsageError | torch.OutOfMemoryError):
-                raise
-            reason = " ".join(str(wrong).split())[:300]
-            raise UsageError(
-                f"{printable(path)} cannot be loaded into this run ({printable(reason)}); remove it, and the run "
-                "resumes from the one before, or start another run with --output."
-            ) from wrong
-        return state, lines
-
-    def _write(self, name: str, files: Mapping[str, Mapping[str, Tensor]], written: dict[str, Any]) -> None:
-        final, part = self.directory / name, self.directory / f".part-{name}"
-        with naming(self.directory):
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
+    def _choose(self) -> list[Any]:
+        """The name of the newest whole checkpoint, lines that say what is damaged, and an error."""
+        damaged: dict[Path, str] = {}
+        for step, path in reversed(self._by_step().items()):
             try:
-                records = {}
-                for kind, tensors in files.items():
-                    path = part / f"{kind}.safetensors"
-                    require("safetensors.torch").save_file(_alone(tensors), path, metadata={"format": "pt"})
-                    records[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-                written["files"] = records
-                write_text(part / _STATE, json.dumps({**written, "sha256": _digest(written)}))
-                for path in (*part.iterdir(), part):
-                    sync(path)
-                if final.exists():  # one that is not whole: update numbers grow
-                    final.rename(self.directory / f".part-old-{name}")
-                part.rename(final)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-            sync(self.directory)
-            self._remove_older()
-
-    def _find(self) -> list[Any]:
-        named = self._named()
-        damaged = []
-        for path in reversed(named):
-            problem = _problem(path)
-            if problem is None:
-                lines = [f"checkpoint {wrong.name} is damaged and left aside: {why}" for wrong, why in damaged]
-                for wrong, _ in damaged:
-                    aside = wrong.with_name(f"{_DAMAGED}{wrong.name}")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    wrong.rename(aside)
-                return [path.name, [printable(f"{line}; {path.name} is taken.") for line in lines], ""]
-            damaged.append((path, problem))
-        if not named:
-            return [None, [], ""]
-        reasons = "; ".join(f"{path.name}: {problem}" for path, problem in damaged)
-        return [None, [], printable(
-            f"no checkpoint in {str(self.directory)!r} is whole ({reasons}); restore one from a backup, or remove "
-            "that directory to train from the start."
+                _verify(path, step)
+            except (UsageError, OSError) as error:
+                names = (
+                    f"{Path(error.filename or path).name}: {error.strerror}" if isinstance(error, OSError) else error
+                )
+                damaged[path] = printable(str(names).removesuffix("."))
+                continue
+            lines = [f"checkpoint {wrong.name} is damaged and left aside: {why}; {path.name} is taken."
+                     for wrong, why in damaged.items()]  # fmt: skip
+            for wrong in damaged:
+                aside = wrong.with_name(f"damaged-{wrong.name}")
+                remove(aside)
+                wrong.rename(aside)
+            return [path.name, lines, ""]
+        reasons = "; ".join(f"{path.name}: {why}" for path, why in damaged.items())
+        return [None, [], reasons and (
+            f"no checkpoint in {printable(self.directory)!r} is whole ({reasons}); restore one from a backup, or "
+            "remove that directory to train from the start."
         )]  # fmt: skip
 
-    def _named(self) -> list[Path]:
-        return sorted(path for path in self.directory.glob(f"{_PREFIX}*") if path.is_dir())
-
-    def _remove_older(self) -> None:
-        for path in self._named()[: -self.keep]:
-            # Renamed first, in one step: a half-removed directory must not look like a checkpoint.
-            gone = path.with_name(f".part-old-{path.name}")
-            path.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
-        for path in self.directory.glob(".part-*"):
-            shutil.rmtree(path, ignore_errors=True)
+    def _by_step(self) -> dict[int, Path]:
+        """By its update, from the oldest on; a copy that somebody made has another name."""
+        named = {path: re.fullmatch(r"step-(\d{9,18})", path.name, re.ASCII) for path in self.directory.glob("step-*")}
+        return dict(sorted((int(name[1]), path) for path, name in named.items() if name and path.is_dir()))
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
-def _problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if it is whole."""
-    try:
-        values = read_json(path / _STATE)
-        if not isinstance(values, dict) or not isinstance(values.get("state"), dict):
-            return f"{_STATE} is not that of a checkpoint"
-        if "sizes" in values:  # of version 0.1.0, without checksums
-            records = {name: {"bytes": size} for name, size in values["sizes"].items()}
-        else:
-            records = values["files"]
-            if values.pop("sha256", None) != _digest(values):
-                return f"{_STATE} does not have its checksum"
-        for name, record in records.items():
-            file = path / name
-            if file.stat().st_size != record["bytes"]:
-                return f"{name} has {file.stat().st_size:,} bytes and not {record['bytes']:,}"
-            if "sha256" in record and file_digest(file) != record["sha256"]:
-                return f"{name} does not have its checksum"
-    except OSError as error:
-        return f"{Path(error.filename or path).name}: {error.strerror or error}"
-    except UsageError as error:
-        return str(error).removesuffix(".")
-    except (KeyError, AttributeError, TypeError, ValueError, OverflowError):
-        return f"{_STATE} is not that of a checkpoint"
-    return None
+def _verify(path: Path, step: int) -> None:
+    """Refuse a checkpoint that is not whole.
+
+    Raises:
+        UsageError: a file is damaged.
+        OSError: a file cannot be read.
+    """
+    values = read_json(path / _STATE)
+    if isinstance(values, dict) and "sizes" in values:
+        records = {name: (size, None) for name, size in from_mapping(_OldContents, values, _STATE).sizes.items()}
+    else:
+        contents = from_mapping(_Contents, values, _STATE)
+        if values.pop("sha256") != _digest(values) or contents.step != step:
+            raise UsageError(f"{_STATE} does not have its checksum, or is of another update")
+        files = {kind: getattr(contents.files, kind) for kind in ("model", "optimizer", "ema")}
+        records = {f"{kind}.safetensors": (one.bytes, one.sha256) for kind, one in files.items() if one is not None}
+    for name, (size, checksum) in records.items():
+        actual = (path / name).stat().st_size
+        if actual != size:
+            raise UsageError(f"{name} has {actual:,} bytes and not {size:,}")
+        if checksum is not None and file_digest(path / name) != checksum:
+            raise UsageError(f"{name} does not have its checksum")
 
 
 def _digest(values: Mapping[str, Any]) -> str:
@@ -230,57 +245,72 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 
 def _load(training: Training, path: Path) -> dict[str, Any]:
-    values = read_json(path / _STATE)
-    safetensors = require("safetensors.torch")
-    names = values.get("files", ["model.safetensors"])
-    files = {Path(name).stem: safetensors.load_file(path / name) for name in names}
-    if "sizes" in values:
-        files, values = _of_version_0_1_0(path, files, values)
-    else:
-        values["optimizer"] = _restored(values["optimizer"], files["optimizer"])
-    _set_state_dicts(training, files["model"], values["optimizer"])
-    if training.ema is not None:
-        training.ema.load_state_dict(_with_twins(training.ema, files["ema"]))
-    if training.accelerator.scaler is not None:
-        training.accelerator.scaler.load_state_dict(values["scaler"])
+    """Load a checkpoint, and return its ``state``."""
+    try:
+        values = read_json(path / _STATE)
+        if "sizes" in values:
+            model, ema, optimizer, scaler = _of_version_0_1_0(training, path)
+        else:
+            model, tensors = (read_tensors(path / f"{kind}.safetensors") for kind in ("model", "optimizer"))
+            ema = read_tensors(path / "ema.safetensors") if "ema" in values["files"] else {}
+            optimizer, scaler = _restored(values["optimizer"], tensors), values["scaler"]
+        _set_state_dicts(training, model, optimizer)
+        if training.ema is not None:
+            training.ema.load_state_dict(ema)
+        if training.accelerator.scaler is not None:
+            training.accelerator.scaler.load_state_dict(scaler)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UsageError(
+            f"{printable(path)} cannot be loaded into this run ({printable(' '.join(str(error).split())[:300])}); "
+            "remove it, and the run resumes from the one before, or start another run with --output."
+        ) from error
     return values["state"]
 
 
-def _of_version_0_1_0(path: Path, files: dict[str, Any], values: dict[str, Any]) -> tuple[Any, Any]:
-    """The same from a checkpoint that accelerate wrote; its random states are not needed, and not read."""
-    if (path / _OLD_SHARDS).exists():
-        raise UsageError(
-            f"{printable(path)} is a sharded checkpoint of version 0.1.0, whose index is a pickle and could run code; "
-            "start another run from the weights in the run's last/, or resume it with version 0.1.0."
-        )
+def _of_version_0_1_0(training: Training, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], Any, Any]:
+    """Weights, average, optimizer and scaler that accelerate saved; its random states are not needed, and not read."""
+    if (path / "pytorch_model_fsdp_0").exists():
+        raise ValueError("it is sharded, and the index of its parts is a pickle that could run code")
 
     def safely(name: str) -> Any:
         try:
-            return torch.load(path / name, map_location="cpu", weights_only=True)
+            with open_regular(path / name) as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            return {}
         except Exception:  # many types; and PyTorch's message recommends to load it with code in it
             raise ValueError(f"{name} does not hold tensors and numbers alone, or is damaged") from None
 
-    wrapped = all(name.startswith("module.") for name in files["model"])  # by DDP
-    weights = {name.removeprefix("module." if wrapped else ""): value for name, value in files["model"].items()}
-    average = path / "custom_checkpoint_0.pkl"
-    scaler = path / "scaler.pt"
-    found = {"model": weights} | ({"ema": safely(average.name)} if average.exists() else {})
-    state = values | {"optimizer": safely("optimizer.bin")}
-    return found, state | ({"scaler": safely(scaler.name)} if scaler.exists() else {})
+    model, ema, optimizer = read_tensors(path / "model.safetensors"), safely("custom_checkpoint_0.pkl")
+    if all(name.startswith("module.") for name in model):  # by DDP
+        model = {name.removeprefix("module."): value for name, value in model.items()}
+    # Weights that are tied to others were written once.
+    own = training.plain_model.state_dict()
+    written = {own[name].data_ptr(): value for name, value in model.items() if name in own}
+    model |= {name: written[v.data_ptr()] for name, v in own.items() if name not in model and v.data_ptr() in written}
+    # The optimizer's state was saved by the places of the parameters, of which the average has the order of then.
+    place = {name.removeprefix("module."): i for i, name in enumerate(ema)}
+    groups = [sorted(names, key=lambda name: place.get(name, 0)) for names in _parameter_names(training)]
+    optimizer = _renamed(safely("optimizer.bin"), dict(enumerate(itertools.chain(*groups))))
+    return model, ema, optimizer, safely("scaler.pt")
 
 
 # --- State dicts ------------------------------------------------------------------------------------------------------
 
 
 def _state_dicts(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Those of the model and the optimizer, whole; under FSDP in the first process, on the CPU."""
+    """Those of the model and the optimizer, by the names of parameters; under FSDP whole, on the CPU."""
+    optimizer = training.plain_optimizer
     if training.sharded:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        model, optimizer = get_state_dict(training.model, _bare(training), options=options)
-        return dict(model), dict(optimizer)  # type: ignore[arg-type]
-    return training.accelerator.unwrap_model(training.model).state_dict(), _bare(training).state_dict()
+        model, whole = get_state_dict(training.model, optimizer, options=options)
+        return dict(model), dict(whole)  # type: ignore[arg-type]
+    names = dict(enumerate(itertools.chain(*_parameter_names(training))))
+    return training.plain_model.state_dict(), _renamed(optimizer.state_dict(), names)
 
 
 def _set_state_dicts(training: Training, model: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
@@ -288,46 +318,31 @@ def _set_state_dicts(training: Training, model: dict[str, Tensor], optimizer: di
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
         set_state_dict(
-            training.model, _bare(training), model_state_dict={**model}, optim_state_dict=optimizer,
+            training.model, training.plain_optimizer, model_state_dict={**model}, optim_state_dict=optimizer,
             options=StateDictOptions(full_state_dict=True, cpu_offload=True),
         )  # fmt: skip
         return
-    plain = training.accelerator.unwrap_model(training.model)
-    plain.load_state_dict(_with_twins(plain, model))
-    _bare(training).load_state_dict(optimizer)
+    training.plain_model.load_state_dict(model)
+    names = _parameter_names(training)
+    if [sorted(one["params"]) for one in optimizer["param_groups"]] != [sorted(one) for one in names]:
+        raise ValueError("its optimizer has other parameters, or groups of them")
+    numbers = {name: i for i, name in enumerate(itertools.chain(*names))}
+    # PyTorch takes parameters by their places, which a later version may change.
+    groups = [{**one, "params": own} for one, own in zip(optimizer["param_groups"], names, strict=True)]
+    training.plain_optimizer.load_state_dict(_renamed({**optimizer, "param_groups": groups}, numbers))
 
 
-def _bare(training: Training) -> torch.optim.Optimizer:
-    return getattr(training.optimizer, "optimizer", training.optimizer)  # accelerate wraps it
+def _parameter_names(training: Training) -> list[list[str]]:
+    """The names of the parameters in each group of the optimizer."""
+    names = {id(parameter): name for name, parameter in training.plain_model.named_parameters()}
+    return [[names[id(one)] for one in group["params"]] for group in training.plain_optimizer.param_groups]
 
 
-def _tensors(value: Any) -> Iterable[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(value.values())
-    elif isinstance(value, Iterable) and not isinstance(value, str | bytes):
-        for one in value:
-            yield from _tensors(one)
-
-
-def _memory(value: Tensor) -> tuple[Any, ...]:
-    return value.data_ptr(), value.shape, value.stride(), value.dtype
-
-
-def _alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as safetensors writes them: contiguous, and weights that are tied only once."""
-    unique = {_memory(value) if value.numel() else name: name for name, value in reversed(list(tensors.items()))}
-    kept = {name: tensors[name].detach().cpu().contiguous() for name in tensors if name in set(unique.values())}
-    return {k: v if v.untyped_storage().nbytes() == v.nbytes else v.clone() for k, v in kept.items()}
-
-
-def _with_twins(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add the weights that are tied to others, and were written once."""
-    own = module.state_dict()
-    written = {_memory(own[name]): value for name, value in tensors.items() if name in own}
-    twins = {name: written[_memory(v)] for name, v in own.items() if name not in tensors and _memory(v) in written}
-    return {**tensors, **twins}
+def _renamed(optimizer: dict[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
+    """The state dict of an optimizer with other keys for the parameters."""
+    groups = [{**group, "params": [names[one] for one in group["params"]]} for group in optimizer["param_groups"]]
+    state = {names.get(key, key): value for key, value in optimizer["state"].items()}
+    return {**optimizer, "state": state, "param_groups": groups}
 
 
 def _flattened(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -336,17 +351,11 @@ def _flattened(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, Mapping):
-        pairs = ((key, f"{name}.{key}" if name else str(key)) for key in value)
-        return {"items": [[key, _flattened(value[key], path, tensors)] for key, path in pairs]}
+        return {key: _flattened(one, f"{name}.{key}" if name else key, tensors) for key, one in value.items()}
     if isinstance(value, list | tuple):
         some = [_flattened(one, f"{name}.{i}", tensors) for i, one in enumerate(value)]
         return some if isinstance(value, list) else {"tuple": some}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise NotImplementedError(
-        f"{name!r} of the optimizer's state is of type {type(value).__name__}, which a checkpoint cannot hold; choose "
-        "another optim.name."
-    )
+    return value
 
 
 def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -355,9 +364,7 @@ def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return [_restored(one, tensors) for one in value]
     if not isinstance(value, dict):
         return value
-    [(kind, inner)] = value.items()
-    if kind == "tensor":
-        return tensors[inner].clone()  # not a part of the file in memory
-    if kind == "tuple":
-        return tuple(_restored(one, tensors) for one in inner)
-    return {key: _restored(one, tensors) for key, one in inner}
+    if value.keys() == {"tensor"}:
+        return tensors[value["tensor"]].clone()  # not a part of the file in memory
+    inner = {key: _restored(one, tensors) for key, one in value.items()}
+    return tuple(inner["tuple"]) if inner.keys() == {"tuple"} else inner

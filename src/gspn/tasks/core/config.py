@@ -5,6 +5,7 @@ An unknown key and a value of the wrong type or out of range are refused with th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -81,6 +82,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], parent: str = "") -> T
         if key not in fields:
             raise UsageError(f"unknown configuration key {short(key_path)}{_nearest_key(str(key), hints, parent)}")
         built[key] = _converted(hints[key], value, key_path)
+        if "range" in fields[key].metadata:
+            check_range(key_path, built[key], *fields[key].metadata["range"])
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in built:
@@ -278,22 +281,21 @@ def _scalar(hint: type, value: Any, key_path: str) -> Any:
         return _name(str(value), key_path)
     if hint in (int, float) and isinstance(value, str | int | float):
         number = _number(value)
-        if hint is int and isinstance(number, float) and number.is_integer():
-            number = int(number)
-        if math.isfinite(number) and abs(number) < 2**63 and (hint is float or isinstance(number, int)):
-            return hint(number)
+        if isinstance(number, int) or math.isfinite(number):
+            if abs(number) >= 2**63:
+                raise UsageError(f"{key_path} is {short(value)}, which is too large a number.")
+            if hint is float or number == int(number):
+                return hint(number)
     raise _wrong(hint, value, key_path)
 
 
 def _number(value: str | float) -> int | float:
     """The number that a value is, or that a text says; not a number if there is none."""
     if not isinstance(value, str):
-        return value if abs(value) < 2**63 or isinstance(value, float) else math.nan
+        return value
     for kind in (int, float):
-        try:
-            return _number(kind(value))
-        except ValueError:
-            continue
+        with contextlib.suppress(ValueError):
+            return kind(value)
     return math.nan
 
 

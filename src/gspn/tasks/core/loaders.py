@@ -170,7 +170,7 @@ def share_loader(
     return EvalLoader(make_loader(whole, share, workers, pin), share, data.CorruptImages(whole), facts_of(dataset))
 
 
-def open_data(name: str, split: str, root: Any = None, *, captions: bool = False, **options: Any) -> Any:
+def open_data(name: str, split: str, root: Any = None, /, *, captions: bool = False, **options: Any) -> Any:
     """A data set of (PIL image, class index) with ``classes``, or a :class:`gspn.data.CaptionedImages`.
 
     Raises:

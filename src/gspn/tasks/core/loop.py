@@ -15,10 +15,10 @@ from rich.console import Console
 from torch import Tensor
 
 from ..._errors import UsageError, require
-from ..._files import naming, read_text, replaced, short, write_text
+from ..._files import naming, printable, read_text, replaced, short, write_text
 from ..._locks import DirectoryLock
 from .checkpoints import CheckpointStore, Training
-from .config import from_mapping, read_yaml, to_mapping, write_yaml
+from .config import from_mapping, read_yaml, setting, to_mapping, write_yaml
 from .devices import batchnorm_errors, distributed_context, make_accelerator, peak_memory_mib
 from .metrics_table import MetricsTable, Row
 from .optimization import make_optimizer, make_scheduler
@@ -84,18 +84,18 @@ def refuse_existing(output: Path, resume: bool) -> None:
 class Position:
     """The position in a run: all that a checkpoint holds besides weights, optimizer and average."""
 
-    epoch: int = 0
+    epoch: int = setting(0, 0)
     """Epochs completed."""
-    update: int = 0
+    update: int = setting(0, 0)
     """Updates completed in the current epoch."""
-    loss_sum: float = 0.0
+    loss_sum: float = setting(0.0)
     """Sum over the current epoch's updates and all processes."""
-    seconds: float = 0.0
+    seconds: float = setting(0.0, 0)
     """Time of the current epoch's updates."""
-    broken: int = 0
+    broken: int = setting(0, 0)
     """Images of the current epoch that could not be read, over all processes."""
-    best_score: float = -1.0
-    best_epoch: int = 0
+    best_score: float = setting(-1.0)
+    best_epoch: int = setting(0, 0)
 
 
 class _Run(Generic[Row]):
@@ -178,7 +178,7 @@ class _Run(Generic[Row]):
 
     def _compare_config(self) -> None:
         path = self.output / _CONFIG
-        if not path.is_file():
+        if not self.store.exists() and not path.exists():
             return
         saved = read_yaml(read_text(path), str(path))
         if not isinstance(saved, Mapping):
@@ -194,7 +194,7 @@ class _Run(Generic[Row]):
                     key, old, new = f"{key}[{i}]", old[i], new[i]
                 remedy = "Restore the data" if "_files" in key or "_classes" in key else "Leave it out"
                 raise UsageError(
-                    f"{key} is {short(new)}, and the run in {str(self.output)!r} has {short(old)}; a resumed run keeps "
+                    f"{printable(key)} is {short(new)}, and the run in {str(self.output)!r} has {short(old)}; a resumed run keeps "
                     f"it. {remedy}, or start another run with --output."
                 )
 
@@ -235,6 +235,8 @@ class _Run(Generic[Row]):
         if state is not None:
             renamed = {_RENAMED.get(key, key): value for key, value in state.items()}
             self.position = from_mapping(Position, renamed, f"the state in {self.store.directory}")
+            if self.position.update >= self.updates or self.position.epoch > self.config.schedule.epochs:
+                raise UsageError(f"the state in {self.store.directory} is of another run; start one with --output.")
             for group, rate in zip(self._groups, rates, strict=True):
                 group.update(rate)
             if self.scheduler is not None:

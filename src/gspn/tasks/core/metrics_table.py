@@ -53,17 +53,20 @@ class MetricsTable(Generic[Row]):
     """The table, replaced as a whole after each epoch, so that a kill leaves the old table or the new one."""
 
     def __init__(self, path: Path, row: type[Row]) -> None:
-        self.path, self.row = path, row
+        self.path, self.row, self._names = path, row, [one.name for one in fields(row)]
         self._rows: list[dict[str, str]] = []
         if path.exists():
             self._rows = self._read()
 
     def _read(self) -> list[dict[str, str]]:
         try:
-            rows = list(csv.DictReader(io.StringIO(read_text(self.path), newline="")))
+            reader = csv.DictReader(io.StringIO(read_text(self.path), newline=""))
+            rows = list(reader)
+            if reader.fieldnames != self._names or any(None in row for row in rows):
+                raise ValueError(f"its columns are not {', '.join(self._names)}")
             for row in rows:
-                self._parsed({**row, "step": str(int(row["step"]))})
-        except (UsageError, csv.Error, KeyError, ValueError, TypeError) as error:
+                self._parsed(row)
+        except (csv.Error, ValueError, TypeError) as error:
             raise UsageError(
                 f"{printable(self.path)!r} is damaged ({type(error).__name__}: {printable(error)}); restore it, or "
                 "remove it to go on without the rows so far."
@@ -78,7 +81,7 @@ class MetricsTable(Generic[Row]):
         values = {}
         for one in fields(self.row):
             text = row[one.name]
-            values[one.name] = None if text == "" else (int if one.type == "int" else float)(text)
+            values[one.name] = None if text == "" and one.default is None else (int if one.type == "int" else float)(text)
         return self.row(**values)
 
     def forget_after(self, step: int) -> None:
@@ -97,7 +100,7 @@ class MetricsTable(Generic[Row]):
     def write(self) -> None:
         """Write all rows."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, [one.name for one in fields(self.row)], lineterminator="\n")
+        writer = csv.DictWriter(text, self._names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self._rows)
         write_text(self.path, text.getvalue())

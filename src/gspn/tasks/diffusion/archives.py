@@ -15,20 +15,12 @@ from numpy.typing import NDArray
 from ..._errors import UsageError, require
 from ..._files import open_regular, printable
 
-# What zip and numpy raise for a damaged file: BadZipFile and zlib.error are neither OSError nor ValueError, another
+# What zip and numpy raise for a damaged file: BadZipFile and zlib.error are not OSError or ValueError, another
 # compression is NotImplementedError, and a password is RuntimeError. numpy reads the header of an array as Python.
 _DAMAGED = (
-    EOFError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    ValueError,
-    struct.error,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+    EOFError, NotImplementedError, OSError, RuntimeError, SyntaxError, ValueError, struct.error, tokenize.TokenError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 def read_npz(path: Path, *names: str) -> list[NDArray | None]:

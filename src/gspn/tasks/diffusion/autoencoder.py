@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..._errors import UsageError, require
-from ..._files import printable
-from .pretrained import exists, load_model, reading
+from ..._errors import require
+from .pretrained import CONFIG, downloaded, load_model, locate
+
+_INSIDE = ("", "vae", "last")  # a model, a pipeline, a run
 
 
 def load_autoencoder(source: str | Path) -> Any:
@@ -26,26 +28,12 @@ def load_autoencoder(source: str | Path) -> Any:
     require("diffusers", "safetensors", extra="diffusers")
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    path, name = Path(source), printable(source)
-    folders: list[str | None] = [None, "vae"]
-    if exists(path):
-        folders = [folder for folder in folders if (path / (folder or "") / "config.json").is_file()][:1]
-        if not folders:
-            raise UsageError(f"vae '{name}' has no config.json and no vae/config.json; name an AutoencoderKL.")
-    elif str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
-        raise UsageError(f"vae '{name}' is not a directory; name one with an AutoencoderKL, or a hub id.")
-    problem = None
-    for folder in folders:
-        where: dict[str, Any] = {} if folder is None else {"subfolder": folder}
-        try:
-            with reading(source):
-                kind = AutoencoderKL.load_config(source, **where).get("_class_name")  # type: ignore[union-attr, arg-type]
-            if kind != "AutoencoderKL":
-                raise UsageError(f"its class is {printable(kind)[:80]}, and latents need an AutoencoderKL")
-            return load_model(AutoencoderKL, source, **where).float().eval().requires_grad_(False)
-        except UsageError as error:
-            problem = problem or error
-    raise UsageError(f"vae '{name}' cannot be loaded: {problem}")
+    find = partial(
+        locate, index=CONFIG, known={}, kind="AutoencoderKL", command="gspn autoencode train", inside=_INSIDE
+    )
+    folder = find(source)
+    folder = find(downloaded(folder)) if isinstance(folder, str) else folder
+    return load_model(AutoencoderKL, folder).float().eval().requires_grad_(False)
 
 
 def vae_scale_factor(block_out_channels: Sequence[int]) -> int:

@@ -198,8 +198,10 @@ def _from_archive(path: Path, size: tuple[int, int] | None, limit: int | None) -
         raise UsageError(
             f"{str(path)!r}: arr_0 is {pixels.dtype} {list(pixels.shape)}; it has to be uint8 [N, H, W, 3]."
         )
-    if labels is not None and labels.shape != pixels.shape[:1]:
-        raise UsageError(f"{str(path)!r}: arr_1 is {list(labels.shape)}; it has to be [{len(pixels)}].")
+    if labels is not None and (labels.shape != pixels.shape[:1] or not np.can_cast(labels.dtype, np.int64)):
+        raise UsageError(
+            f"{str(path)!r}: arr_1 is {labels.dtype} {list(labels.shape)}; it has to be int64 [{len(pixels)}]."
+        )
 
     def read(i: int) -> tuple[Image.Image, int]:
         return Image.fromarray(pixels[i]), -1 if labels is None else int(labels[i])

@@ -67,17 +67,11 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> tuple
 def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3, chunk: int = 2048) -> tuple[float, float]:
     """Improved precision and recall (arXiv 1904.06991): the share of each set that lies in the other's manifold.
 
-    The manifold of a set is the union of balls around its images; each reaches to the ``k``-th nearest neighbour.
-
-    Args:
-        real: ``[N, D]``, N above ``k``.
-        fake: ``[M, D]``, M above ``k``.
-        k: The neighbour that sets the radius of a ball.
-        chunk: Rows of the distances at a time.
+    The manifold of a set is the union of balls around its images; each reaches to the ``k``-th nearest neighbour. The
+    sets are ``[N, D]`` and ``[M, D]``, of more than ``k`` images each; ``chunk`` rows of distances are kept at a time.
 
     Returns:
-        Precision, the share of ``fake`` in the manifold of ``real``; and recall, the share of ``real`` in that of
-        ``fake``.
+        The share of ``fake`` in the manifold of ``real``, and that of ``real`` in the manifold of ``fake``.
 
     Example:
         >>> x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))

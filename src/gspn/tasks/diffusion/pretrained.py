@@ -1,4 +1,4 @@
-"""Pipelines and models of diffusers from directories that somebody else wrote.
+"""Pipelines and models of diffusers from directories that somebody else wrote, or from the hub.
 
 Nothing in a directory is trusted: its JSON is read within bounds, classes come from diffusers, transformers and gspn
 alone, weights are read from safetensors alone, and a model is not built before its size is compared with that of its
@@ -11,19 +11,31 @@ import importlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..._errors import MissingExtraError, UsageError, nearest, require
-from ..._files import parse_json, printable, read_json, read_text
+from gspn.models.saved import (
+    CONSTRUCTOR,
+    Header,
+    check_numbers,
+    check_size,
+    check_weights,
+    hub_or_cache,
+    read_header,
+    refusing,
+)  # fmt: skip
 
-_MOST = 1 << 20  # of any integer in a configuration: beyond all channels, tokens and timesteps
-_MOST_SIDE = 1 << 11  # pixels of a latent: position embeddings are computed for all of them
-_FREE = 1 << 20  # numbers that a model may have beyond its weights' before it counts as absurd
+from ..._errors import UsageError, nearest, require
+from ..._files import parse_json, printable, read_json, read_text, short
+
+CONFIG, INDEX = "config.json", "model_index.json"
+_NOT_MODELS = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def weights_directory() -> Path:
@@ -41,22 +53,21 @@ def shipped(index: str, classes: Collection[str]) -> dict[str, Path]:
     return {path.name: path for path, kind in kinds.items() if kind in classes}
 
 
-def locate(source: str | Path, index: str, known: Mapping[str, Path], kind: str, command: str) -> Path | str:
+def locate(
+    source: str | Path, index: str, known: Mapping[str, Path], kind: str, command: str,
+    inside: Sequence[str] = ("", "last"),
+) -> Path | str:  # fmt: skip
     """The directory that holds the file ``index``, or the source itself if it may be a hub id.
 
-    Args:
-        source: The directory of a run or of ``save_pretrained``, a shipped name, or a hub id.
-        index: The file.
-        known: The shipped directories, by name.
-        kind: What is looked for, for the error.
-        command: The command that writes it, for the error.
+    The source is a directory, which may hold the file itself or in one of the directories ``inside``, a name in
+    ``known``, or a hub id. The error names its kind and the command that writes it.
 
     Raises:
         UsageError: It is none of these.
     """
     name = str(source)
-    for path in (Path(source), Path(source) / "last", *([known[name]] if name in known else [])):
-        if _is_file(path / index):
+    for path in (*(Path(source, folder) for folder in inside), *([known[name]] if name in known else [])):
+        if is_file(path / index):
             return path
     # A hub id has an owner, and does not exist as a path.
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not exists(Path(source)):
@@ -69,31 +80,30 @@ def locate(source: str | Path, index: str, known: Mapping[str, Path], kind: str,
 
 
 def load_pipeline(cls: Any, location: Path | str, *, classes: Sequence[str], dtype: torch.dtype, **values: Any) -> Any:
-    """Load a pipeline from a directory or the hub.
+    """Load a pipeline of one of some classes from a location of :func:`locate`, with all weights in ``dtype``.
 
-    Args:
-        cls: Its class, or ``DiffusionPipeline``.
-        location: From :func:`locate`.
-        classes: The names of pipelines that are allowed.
-        dtype: Of all weights.
-        **values: Components, or None for those that are not loaded, and further arguments of the pipeline.
+    ``cls`` is its class, or ``DiffusionPipeline``. ``values`` are components, or None for those that are not loaded,
+    and further arguments of the pipeline.
 
     Raises:
         UsageError: It is of another class, incomplete or damaged.
     """
-    with reading(location):
-        if isinstance(location, str):
+    if isinstance(location, str):
+        with refusing(location, CONSTRUCTOR), quiet(), hub_or_cache():
             _check_class(location, dict(cls.load_config(location)), classes)
             location = Path(cls.download(location, use_safetensors=True))
-        index = _object(location / "model_index.json")
-        _check_class(location, index, classes)
-        kind = cls if cls.__name__ == index["_class_name"] or cls.__name__ in classes else _class("diffusers", index)
-        parameters = inspect.signature(kind.__init__).parameters
-        values = {name: value for name, value in values.items() if name in parameters}
-        for name in parameters:
-            if isinstance(index.get(name), list) and name not in values:
-                values[name] = _component(location, name, index[name], dtype)
-        pipeline = kind.from_pretrained(location, use_safetensors=True, **values)
+    index = read_object(location / INDEX)
+    _check_class(location, index, classes)
+    kind = cls if cls.__name__ in classes else _class("diffusers", index["_class_name"])
+    parameters = inspect.signature(kind.__init__).parameters
+    values = {name: value for name, value in values.items() if name in parameters}
+    missing = [name for name in parameters if isinstance(index.get(name), list) and name not in values]
+    # The files of all are checked before the first is read, which may take minutes.
+    optional = {"text_encoder", "tokenizer", *kind._optional_components}  # the first two may be passed later
+    loaders = {name: _component(location, name, index[name], dtype, name in optional) for name in missing}
+    values |= {name: load() for name, load in loaders.items()}
+    with refusing(location, _errors(kind)), quiet():
+        pipeline = kind.from_pretrained(location, use_safetensors=True, local_files_only=True, **values)
     vae: Any = getattr(pipeline, "vae", None)
     denoiser: Any = getattr(pipeline, "unet", getattr(pipeline, "transformer", None))
     if vae is not None and vae.config["latent_channels"] != denoiser.config["in_channels"]:
@@ -104,29 +114,63 @@ def load_pipeline(cls: Any, location: Path | str, *, classes: Sequence[str], dty
     return pipeline
 
 
-def load_model(cls: Any, location: Path | str, **options: Any) -> Any:
-    """Load a model of diffusers from a directory or the hub, from safetensors alone.
+def load_model(cls: Any, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a model of diffusers or transformers from a directory, or from the hub, from safetensors alone.
 
     Raises:
-        UsageError: Its configuration or its weights are incomplete or damaged.
+        UsageError: Its configuration or its weights are incomplete, damaged, not finite, or do not fit each other.
     """
-    folder = Path(location, options.get("subfolder") or "")
-    with reading(folder if exists(folder) else location):
-        if exists(folder):
-            _check_size(cls, folder)
-        model, report = cls.from_pretrained(location, use_safetensors=True, output_loading_info=True, **options)
-        # diffusers and transformers initialise missing weights at random, and only log it.
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise UsageError(f"'{printable(folder)}' has no weights for {printable(', '.join(missing[:3]))}.")
-        # Older versions saved positions, which are computed.
-        over = sorted(one for one in report["unexpected_keys"] if not one.endswith(("pos_embed", "position_ids")))
-        if over and hasattr(cls, "from_config"):
-            raise UsageError(
-                f"'{printable(folder)}' has weights that its config.json has no place for: "
-                f"{printable(', '.join(over[:3]))}; one of the two files belongs to another model."
-            )
+    folder = downloaded(folder) if isinstance(folder, str) else folder
+    return _load(cls, folder, *_checked(cls, folder), dtype)
+
+
+def _checked(cls: Any, folder: Path) -> tuple[dict[str, Any], Header]:
+    """The configuration of a model and the headers of its weights, checked."""
+    header = {name: one for file in _weight_files(folder) for name, one in read_header(file).items()}
+    config = read_config(folder / CONFIG, len(header))
+    if hasattr(cls, "from_config"):
+        _check_class(folder, config, [cls.__name__])
+    elif exists(folder / "adapter_config.json"):  # of transformers
+        raise UsageError(f"'{printable(folder)}' has an adapter_config.json, which names another model; remove it.")
+    return config, header
+
+
+def _load(cls: Any, folder: Path, config: dict[str, Any], header: Header, dtype: torch.dtype) -> Any:
+    is_diffusers = hasattr(cls, "from_config")  # transformers itself builds on the meta device
+    if is_diffusers:
+        with refusing(folder, _errors(cls)), quiet(), torch.device("meta"):
+            built = cls.from_config(config)
+        check_size(built, header, folder)
+    # Weights of other shapes are an error of either library, whatever the class.
+    with refusing(folder, (OSError, RuntimeError, ValueError) if is_diffusers else CONSTRUCTOR), quiet():
+        model, report = cls.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    # diffusers and transformers initialise missing weights at random, and only log it.
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UsageError(f"'{printable(folder)}' has no weights for {printable(', '.join(missing[:3]))}.")
+    # Older versions saved positions, which are computed.
+    over = sorted(one for one in report["unexpected_keys"] if not one.endswith(("pos_embed", "position_ids")))
+    if over and is_diffusers:
+        raise UsageError(
+            f"'{printable(folder)}' has weights that its config.json has no place for: "
+            f"{printable(', '.join(over[:3]))}; one of the two files belongs to another model."
+        )
+    check_weights(model, header, folder)
     return model
+
+
+def downloaded(name: str) -> Path:
+    """The directory of a model that was downloaded from the hub, or of a pipeline's autoencoder below it.
+
+    Raises:
+        UsageError: There is none, or the hub cannot be reached.
+    """
+    files = [CONFIG, _WEIGHTS, f"{_WEIGHTS}.index.json", _WEIGHTS.replace(".", "-*.")]
+    with refusing(name, (OSError, ValueError)), hub_or_cache():
+        hub = require("huggingface_hub", extra="diffusers")
+        return Path(hub.snapshot_download(name, allow_patterns=[*files, *(f"vae/{file}" for file in files)]))
 
 
 def exists(path: Path) -> bool:
@@ -137,29 +181,9 @@ def exists(path: Path) -> bool:
         return False
 
 
-@contextmanager
-def reading(source: Path | str) -> Iterator[None]:
-    """Report what diffusers and transformers raise about the files of ``source`` as one line, and silence their logs.
-
-    Raises:
-        UsageError: Something was raised in the block.
-    """
-    safetensors = require("safetensors", extra="diffusers")
-    # What the constructors of other libraries raise where a value of a file is of another type or out of range.
-    raised = (
-        OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError,
-        ImportError, MemoryError, safetensors.SafetensorError,
-    )  # fmt: skip
-    try:
-        with quiet():
-            yield
-    except (UsageError, MissingExtraError):
-        raise
-    except raised as error:
-        reason = printable(" ".join(str(error).split()))[:300] or type(error).__name__
-        raise UsageError(
-            f"'{printable(source)}' cannot be loaded: {reason}; replace the damaged file, or name another directory."
-        ) from error
+def is_file(path: Path) -> bool:
+    """Whether a path is a file; a name that no file can have is not."""
+    return exists(path) and path.is_file()
 
 
 @contextmanager
@@ -181,31 +205,59 @@ def quiet() -> Iterator[None]:
                 one.enable_progress_bar()
 
 
-def _component(location: Path, name: str, entry: list[Any], dtype: torch.dtype) -> Any:
-    """A component of a pipeline, from the directory of its name."""
-    if entry == [None, None]:
-        return None
-    where = f"'{printable(location / 'model_index.json')}'"
+def _component(location: Path, name: str, entry: list[Any], dtype: torch.dtype, optional: bool) -> Callable[[], Any]:
+    """The function that loads a component of a pipeline from the directory of its name, which is checked."""
+    if optional and entry == [None, None]:
+        return lambda: None
+    where = f"'{printable(location / INDEX)}'"
     if len(entry) != 2 or not all(isinstance(part, str) and part.replace(".", "_").isidentifier() for part in entry):
-        raise UsageError(f"{where} has {name} = {printable(repr(entry))[:80]}; it has to be a library and a class.")
-    folder, cls = location / name, _class(entry[0], {"_class_name": entry[1]})
-    if cls is None:
+        raise UsageError(f"{where} has {name} = {short(entry)}; it has to be a library and a class.")
+    folder, cls = location / name, _class(*entry)
+    is_model = torch.nn.Module in getattr(cls, "__mro__", ())
+    if cls is None or is_model == (name in _NOT_MODELS) or (name == "scheduler" and entry[0] != "diffusers"):
         raise UsageError(f"{where} names {name} {'.'.join(entry)[:80]}, which gspn does not load from files.")
     if not folder.is_dir():
         raise UsageError(f"'{printable(location)}' has no directory {name}; it is incomplete.")
-    if issubclass(cls, torch.nn.Module):
-        return load_model(cls, folder, dtype=dtype)
-    if entry[0] == "diffusers":
-        _check_numbers(folder / "scheduler_config.json", math.inf)
-    return cls.from_pretrained(folder)
+    if is_model:
+        return partial(_load, cls, folder, *_checked(cls, folder), dtype)
+    if name == "scheduler":
+        scheduler = _scheduler(cls, folder)
+        return lambda: scheduler
+    for file in folder.iterdir():
+        if not file.is_file():
+            raise UsageError(f"'{printable(file)}' is not a file; remove it.")
+
+    def load() -> Any:
+        with refusing(folder, CONSTRUCTOR), quiet():
+            return cls.from_pretrained(folder, local_files_only=True)
+
+    return load
 
 
-def _class(library: str, index: Mapping[str, Any]) -> Any:
+def _scheduler(cls: Any, folder: Path) -> Any:
+    file = folder / "scheduler_config.json"
+    config = read_config(file, math.inf)
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        kind, value = type(parameter.default), config.get(name)
+        # A text such as "no" would count as true; null means the same as leaving a value out to some schedulers.
+        if kind in (bool, int, float, str) and value is not None and not isinstance(value, _JSON_TYPES[kind]):
+            raise UsageError(f"'{printable(file)}' has {name} = {short(value)}; it has to be a {kind.__name__}.")
+    with refusing(folder, CONSTRUCTOR), quiet():
+        scheduler = cls.from_config(config)
+    kept, count = getattr(scheduler, "alphas_cumprod", None), scheduler.config.get("num_train_timesteps")
+    if kept is not None and (len(kept) != count or not bool(((kept >= 0) & (kept <= 1)).all())):
+        raise UsageError(f"'{printable(file)}' has not {count} levels of noise from 0 to 1; correct its betas.")
+    return scheduler
+
+
+_JSON_TYPES: dict[type, Any] = {bool: bool, int: int, float: int | float, str: str}
+
+
+def _class(library: str, name: str) -> Any:
     """The class of a component or pipeline: one of diffusers, transformers or gspn; else None.
 
     Any other module would be imported by its name, and the Auto classes of transformers may run code of a file.
     """
-    name = index["_class_name"]
     if library.split(".")[0] == "gspn":
         module: Any = importlib.import_module("gspn.diffusers")
     elif library in ("diffusers", "transformers"):
@@ -214,66 +266,89 @@ def _class(library: str, index: Mapping[str, Any]) -> Any:
         return None
     hidden = name.startswith("_") or (library == "transformers" and name.startswith("Auto"))
     cls = None if hidden else getattr(module, name, None)
-    return cls if isinstance(cls, type) and hasattr(cls, "from_pretrained") else None
+    is_there = library in (module.__name__, getattr(cls, "__module__", None))  # where diffusers will look for it
+    return cls if isinstance(cls, type) and hasattr(cls, "from_pretrained") and is_there else None
+
+
+def _errors(cls: Any) -> tuple[type[Exception], ...]:
+    """The errors of a class's constructor about values of a file; anything else that ours raise is a bug."""
+    return (TypeError, ValueError) if cls.__module__.startswith("gspn.") else CONSTRUCTOR
 
 
 def _check_class(location: Path | str, index: Mapping[str, Any], classes: Sequence[str]) -> None:
     kind = index.get("_class_name")
     if kind not in classes:
-        raise UsageError(f"'{printable(location)}' is a {printable(kind)[:80]}; supported are {' and '.join(classes)}.")
+        raise UsageError(f"'{printable(location)}' is a {short(kind)}; supported are {' and '.join(classes)}.")
 
 
-def _check_size(cls: Any, folder: Path) -> None:
-    """Refuse a configuration whose model is much larger than the weights beside it, before it is built."""
-    safe_open = require("safetensors", extra="diffusers").safe_open
-    present, tensors = 0, 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as weights:
-            for key in weights.keys():  # noqa: SIM118  (not a dictionary)
-                present, tensors = present + math.prod(weights.get_slice(key).get_shape()), tensors + 1
-    if not tensors:
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of a model's weights; an index may name several, none of them elsewhere."""
+    files = [folder / name for name in (_WEIGHTS, "model.safetensors") if is_file(folder / name)]
+    for index in folder.glob("*.safetensors.index.json"):
+        names = read_object(index).get("weight_map")
+        if not isinstance(names, dict) or not all(
+            isinstance(one, str) and one.endswith(".safetensors") and is_file(folder / one) and Path(one).name == one
+            for one in names.values()
+        ):
+            raise UsageError(f"'{printable(index)}' does not name files of safetensors beside it; replace it.")
+        files += [folder / one for one in sorted(set(names.values()))]
+    if not files:
         others = ", ".join(sorted(file.name for file in folder.glob("*.bin")))
         remedy = f" ({printable(others)[:80]} may execute code: save with safe_serialization=True)" if others else ""
         raise UsageError(f"'{printable(folder)}' has no weights in safetensors{remedy}; it is incomplete.")
-    config = _check_numbers(folder / "config.json", tensors)
-    if not hasattr(cls, "from_config"):
-        return  # transformers builds on the meta device
-    with torch.device("meta"):
-        built = cls.from_config(config)
-    described = sum(tensor.numel() for tensor in built.state_dict().values())
-    if described > 2 * present + _FREE:
-        raise UsageError(
-            f"'{printable(folder)}': config.json describes {described:,} weights, and {present:,} are there; one of "
-            "the two files belongs to another model."
-        )
+    return files
 
 
-def _check_numbers(file: Path, tensors: float) -> dict[str, Any]:
-    """A configuration, none of whose numbers makes a constructor run for ever: a layer has at least one tensor."""
-    config = _object(file)
-    pending: list[tuple[str, Any]] = list(config.items())
-    while pending:
-        key, value = pending.pop()
-        most = _MOST_SIDE if key == "sample_size" else min(_MOST, tensors) if "layers" in key else _MOST
-        if isinstance(value, int | float) and not abs(value) <= most:
-            raise UsageError(f"'{printable(file)}' has {printable(key)[:80]} = {value:.6g}; correct it.")
-        if isinstance(value, list | dict):
-            if len(value) > tensors + 100:
-                raise UsageError(
-                    f"'{printable(file)}' has {len(value):,} entries in {printable(key)[:80]}; correct it."
-                )
-            pending += value.items() if isinstance(value, dict) else ((key, one) for one in value)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_size(value: Any) -> bool:
+    sides = value if isinstance(value, list) and len(value) == 2 else [value]
+    return all(isinstance(one, int) and not isinstance(one, bool) and one > 0 for one in sides)
+
+
+def _is_list_of_numbers(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(map(_is_number, value)))
+
+
+# Values that constructors take as they are, and that would fail, or change an image without a word, long after.
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "scaling_factor": (lambda one: _is_number(one) and one > 0, "a number above 0"),
+    "shift_factor": (lambda one: one is None or _is_number(one), "a number or null"),
+    "latents_mean": (_is_list_of_numbers, "a list of numbers or null"),
+    "latents_std": (_is_list_of_numbers, "a list of numbers or null"),
+    "sample_size": (lambda one: one is None or _is_size(one), "a number of pixels, or two"),
+    # These name code, or a way to read the weights that is not safetensors.
+    "quantization_config": (lambda one: one is None, "left out"),
+    "attn_implementation": (lambda one: one in (None, "eager", "sdpa"), "left out"),
+    "_attn_implementation": (lambda one: one in (None, "eager", "sdpa"), "left out"),
+}
+
+
+def read_config(file: Path, tensors: float) -> dict[str, Any]:
+    """The configuration of a model of so many tensors, or of a scheduler.
+
+    Raises:
+        UsageError: It is missing or damaged, or one of its values is absurd.
+    """
+    config = read_object(file)
+    check_numbers(config, f"'{printable(file)}'", tensors)
+    for name, (fits, what) in _VALUES.items():
+        if name in config and not fits(config[name]):
+            raise UsageError(f"'{printable(file)}' has {name} = {short(config[name])}; it has to be {what}.")
     return config
 
 
-def _object(file: Path) -> dict[str, Any]:
-    if not _is_file(file):
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file that has to be there.
+
+    Raises:
+        UsageError: It is missing, or holds something else.
+    """
+    if not is_file(file):
         raise UsageError(f"'{printable(file)}' is missing; the directory is incomplete.")
     content = parse_json(read_text(file), f"'{printable(file)}' cannot be loaded: it")
     if not isinstance(content, dict):
         raise UsageError(f"'{printable(file)}' cannot be loaded: it holds a {type(content).__name__}, not an object.")
     return content
-
-
-def _is_file(path: Path) -> bool:
-    return exists(path) and path.is_file()

@@ -62,15 +62,10 @@ def check_chain(trained: Any, predictions: Sequence[str] = PREDICTIONS) -> str:
 
 
 def named_scheduler(name: str, trained: Any, *, auto: str = "ddim") -> Any:
-    """A scheduler that samples from a model, with the configuration of the one that it was trained with.
+    """A new scheduler that samples from a model, with the configuration of the one that it was trained with.
 
-    Args:
-        name: One of :data:`SCHEDULERS`, or ``"auto"``: the class of ``trained``, if it is one of them and not DDPM.
-        trained: The scheduler that is saved with the model.
-        auto: What ``"auto"`` is otherwise: DDPM needs hundreds of steps, and PNDM cannot start in the middle.
-
-    Returns:
-        A scheduler that has taken no step.
+    The name is one of :data:`SCHEDULERS`, or ``"auto"``: the class of ``trained``, if it is one of them and not DDPM,
+    which needs hundreds of steps, else ``auto``.
 
     Raises:
         UsageError: The name is unknown, or the scheduler does not fit the model.

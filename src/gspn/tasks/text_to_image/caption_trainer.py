@@ -12,9 +12,10 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from gspn.diffusers.timesteps import set_timesteps
+
 from ..._console import default_console
 from ..._errors import require
-from ..._timesteps import set_timesteps
 from ..core.devices import distributed_context, make_accelerator
 from ..core.loop import fit, refuse_existing
 from ..core.metrics_table import EpochRow, metric

@@ -18,15 +18,12 @@ _TEXT_TIME = "text_time"
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts.
-
-    Attributes:
-        states: ``[B, L, D]``, the encoders' hidden states for cross-attention.
-        pooled: ``[B, P]`` for Stable Diffusion XL, else None.
-    """
+    """Encoded prompts."""
 
     states: Tensor
+    """``[B, L, D]``, the encoders' hidden states for cross-attention."""
     pooled: Tensor | None = None
+    """``[B, P]`` for Stable Diffusion XL, else None."""
 
     def __len__(self) -> int:
         return len(self.states)

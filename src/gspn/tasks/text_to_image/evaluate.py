@@ -34,21 +34,18 @@ def embed_sentences(texts: Sequence[str], *, batch_size: int = 128) -> Tensor:
 
 @dataclass(frozen=True)
 class TextScores:
-    """The result of :meth:`TextScorer.score`.
-
-    Attributes:
-        similarity: Cosine between an image's features and those that its text predicts, mean over the images.
-        rank: Median rank of an image's own text among all candidates; 1 is the best.
-        top1: Share of the images whose own text ranks first.
-        top10: Share of the images whose own text is among the first ten.
-        candidates: The number of candidate texts.
-    """
+    """The result of :meth:`TextScorer.score`."""
 
     similarity: float
+    """Cosine between an image's features and those that its text predicts, mean over the images."""
     rank: float
+    """Median rank of an image's own text among all candidates; 1 is the best."""
     top1: float
+    """Share of the images whose own text ranks first."""
     top10: float
+    """Share of the images whose own text is among the first ten."""
     candidates: int
+    """The number of candidate texts."""
 
 
 class TextScorer:
@@ -121,15 +118,12 @@ class TextScorer:
 
 @dataclass(frozen=True, kw_only=True)
 class TextEvaluation(ImageMetrics):
-    """The result of :func:`evaluate`.
-
-    Attributes:
-        text: The scores of the samples with their prompts.
-        real: The scores of the reference's own images of the same prompts; None if it has fewer than two.
-    """
+    """The result of :func:`evaluate`."""
 
     text: TextScores
+    """The scores of the samples with their prompts."""
     real: TextScores | None
+    """The scores of the reference's own images of the same prompts; None if it has fewer than two."""
 
 
 def evaluate(

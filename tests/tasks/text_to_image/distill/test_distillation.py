@@ -77,7 +77,7 @@ def test_a_perfect_prediction_gives_back_the_latents(prediction):
 def test_the_adapter_is_the_average_and_draws(trained, place, tmp_path):
     adapter = load_adapter(trained.output)
     state = newest_state(trained.output)
-    average = {key.removeprefix("average.module.adapter."): value for key, value in state.items() if "average" in key}
+    average = {key.removeprefix("ema.module.adapter."): value for key, value in state.items() if key.startswith("ema.")}
     assert_same(adapter.state_dict(), average)
     found = sample(
         str(place / "teacher"), "red", adapter=str(trained.output), output=tmp_path / "drawn", steps=2, device="cpu"

@@ -251,7 +251,7 @@ def test_schedulers_by_name(sd, monkeypatch, tmp_path):
         ({"height": 3}, "height 3 is not a multiple of 8, the VAE's factor; take 8"),
         ({"scheduler": "dpmpp"}, "scheduler 'dpmpp' is unknown; use one of auto, dd"),
         ({"steps": 0}, "at least 1"),
-        ({"steps": 1001}, "1001 steps are more than the 1000"),
+        ({"steps": 1001}, "1001 steps: this DDIMScheduler takes 999 or fewer"),
         ({"number": 0}, "at least 1"),
         ({"guidance": -1.0}, "guidance -1.0"),
         ({"prompts": []}, "no prompt"),

@@ -39,7 +39,7 @@ def test_it_learns_and_writes_a_pipeline(trained, place, tmp_path):
     pipeline = load_pipeline(trained.output)
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     state = newest_state(trained.output)
-    average = {key.removeprefix("average.module."): value for key, value in state.items() if "average" in key}
+    average = {key.removeprefix("ema.module."): value for key, value in state.items() if key.startswith("ema.")}
     assert_same(pipeline.unet.state_dict(), average)
     assert sample(str(trained.output), ["red", "blue"], output=tmp_path / "drawn", steps=2, device="cpu").drawn == 2
 

@@ -42,14 +42,9 @@ class Distiller(nn.Module):
     """Teacher and student side by side. Its only registered parameters are the adapter's.
 
     An optimizer, an average, a checkpoint and DDP therefore see the adapter alone. A copy has its own adapter and
-    student, and shares the teacher and all frozen weights.
-
-    Args:
-        teacher: A ``UNet2DConditionModel`` with its attentions; it is frozen.
-        adapter: The adapter in float32, not mounted.
-        height: Of an image, in pixels.
-        width: Of an image, in pixels.
-        relative: Divide each layer's error by the mean square of the attention's output.
+    student, and shares the teacher and all frozen weights. The teacher is frozen, and the adapter in float32 and not
+    mounted; height and width are those of an image in pixels. ``relative`` divides each layer's error by the mean
+    square of the attention's output.
     """
 
     def __init__(self, teacher: Any, adapter: GSPNAdapter, height: int, width: int, *, relative: bool = False) -> None:
@@ -101,18 +96,10 @@ class Distiller(nn.Module):
     def forward(
         self, noisy: Tensor, t: Tensor, states: Tensor, pooled: Tensor | None = None, *, blocks: bool = False
     ) -> tuple[Tensor, ...]:
-        """The predictions of student and teacher for noisy latents, and the error of the mixers' outputs.
+        """The predictions of student and teacher for noisy latents ``[B, C, h, w]``, and the mixers' error ``[B]``.
 
-        Args:
-            noisy: Noisy latents ``[B, C, h, w]``.
-            t: Timesteps ``[B]``.
-            states: Encoded captions ``[B, L, D]``.
-            pooled: Pooled captions ``[B, P]``, for Stable Diffusion XL.
-            blocks: Run no student; run each mixer on the input of the teacher's attention.
-
-        Returns:
-            The predictions of student and teacher, ``[B, C, h, w]`` each, and the mean over the layers of the squared
-            error against the attentions' outputs, ``[B]``; with ``blocks`` the last alone.
+        The error is the mean over the layers of the squared error against the attentions' outputs. With ``blocks`` no
+        student runs, only each mixer on the input of the teacher's attention, and the error is returned alone.
         """
         arguments = unet_arguments(self.teacher, Conditioning(states, pooled), self.height, self.width)
         with torch.no_grad(), recorded(self.attentions()) as attentions:

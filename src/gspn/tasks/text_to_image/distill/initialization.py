@@ -31,12 +31,8 @@ def fit_gates(distiller: Distiller, batches: Iterable[tuple[Tensor, Tensor, Cond
     fitted u and s become the constant parts of the gates, and b goes through ``to_out`` into its bias. The parts that
     depend on the input start at random, at a tenth of that scale.
 
-    Args:
-        distiller: Its adapter is changed; it needs ``proxy_bias`` and copied projections.
-        batches: (noisy latents, times, conditioning), on the distiller's device.
-
-    Returns:
-        By layer, the share of the variance of z that the fit explains.
+    The distiller's adapter is changed; it needs ``proxy_bias`` and copied projections. Returns by layer the share of
+    the variance of z that the fit explains.
     """
     mixers = distiller.adapter.mixers
     for mixer in mixers.values():

@@ -16,19 +16,14 @@ from ..conditioning import Conditioning, unet_arguments
 
 @dataclass(frozen=True)
 class GuidanceInputs:
-    """The conditioning of a batch of B images, and how guidance applies it.
-
-    Attributes:
-        text: The encoded prompts, ``[B, ...]``.
-        negative: The encoded negative prompts, ``[B, ...]``; None disables guidance.
-        scale: That of classifier-free guidance.
-        split: Call the UNet twice a step instead of once with twice the batch: half the activations, a little slower.
-    """
+    """The encoded prompts of a batch of B images, and how guidance applies them."""
 
     text: Conditioning
     negative: Conditioning | None = None
+    """None disables guidance."""
     scale: float = 1.0
     split: bool = False
+    """Call the UNet twice a step instead of once with twice the batch: half the activations, a little slower."""
 
     def repeated(self, times: int) -> GuidanceInputs:
         """The inputs with each image repeated ``times`` times in a row."""
@@ -45,16 +40,8 @@ def predict(unet: Any, latents: Tensor, t: Any, inputs: GuidanceInputs, *, heigh
     .. math::
         p = p_{negative} + s\,(p_{text} - p_{negative})
 
-    Args:
-        unet: A ``UNet2DConditionModel``.
-        latents: ``[B, C, h, w]``, scaled by the scheduler's ``scale_model_input``.
-        t: The timestep.
-        inputs: The conditioning of the B images.
-        height: Of the image, in pixels, for UNets that are conditioned on it.
-        width: Of the image, in pixels, for UNets that are conditioned on it.
-
-    Returns:
-        ``[B, C, h, w]`` in the dtype of ``latents``, which may be wider than the UNet's.
+    The latents ``[B, C, h, w]`` are scaled by the scheduler's ``scale_model_input``; height and width are those of the
+    image in pixels. The result has the dtype of the latents, which may be wider than the UNet's.
     """
 
     def call(x: Tensor, text: Conditioning) -> Tensor:
@@ -112,23 +99,10 @@ def denoise(
 ) -> Tensor:  # fmt: skip
     """Take the steps of a scheduler from noisy to clean latents, as diffusers' own pipelines do.
 
-    The latents keep their dtype, float32, whatever the UNet's. In float32 the result equals that of the pipelines.
-
-    Args:
-        unet: A ``UNet2DConditionModel``.
-        scheduler: A scheduler whose timesteps are set.
-        latents: The noisy latents, ``[B, C, h, w]``.
-        inputs: The conditioning of the B images.
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
-        generators: One an image, for schedulers that add noise.
-        begin: The first step.
-        blend: Maps the latents and the number of a step to the latents that the step starts from.
-        refine: Maps the UNet's input, its prediction and the number of a step to the prediction that is used.
-        on_step: Called after each step.
-
-    Returns:
-        The latents after the last step, ``[B, C, h, w]``.
+    The latents ``[B, C, h, w]`` keep their dtype, float32, whatever the UNet's. In float32 the result equals that of
+    the pipelines. The scheduler's timesteps are set; ``begin`` is the first step that is taken, and height and width
+    are those of the image in pixels. ``blend`` maps the latents and the number of a step to the latents that the step
+    starts from, ``refine`` the UNet's input, its prediction and that number to the prediction that is used.
 
     Example:
         >>> denoise(pipeline.unet, scheduler, noise, inputs, height=512, width=768, generators=gs)  # doctest: +SKIP

@@ -47,36 +47,24 @@ _TILE_STRIDE = 0.75  # of a tile's side: diffusers' tiles overlap by a quarter
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """The estimate of one stage, or of decoding.
-
-    Attributes:
-        name: As printed.
-        height: In pixels.
-        width: In pixels.
-        steps: Denoising steps; 0 for decoding.
-        flops: Of all calls for all images.
-        peak_bytes: Memory in use beyond what is allocated before the stage.
-        seconds: For all images; None before they are timed.
-    """
+    """The estimate of one stage, or of decoding, at a size in pixels."""
 
     name: str
     height: int
     width: int
     steps: int
+    """Denoising steps; 0 for decoding."""
     flops: int
+    """Of all calls for all images, as :class:`CallCost` counts them."""
     peak_bytes: int
+    """Memory in use beyond what is allocated before the stage."""
     seconds: float | None = None
+    """For all images; None before they are timed."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The estimate of a run.
-
-    Attributes:
-        stages: The stages in order, then decoding.
-        available: Free bytes on the device.
-        device: The device's name.
-    """
+    """The estimate of a run: its stages in order, then decoding, and the free bytes on the device."""
 
     stages: tuple[StageEstimate, ...]
     available: int
@@ -297,15 +285,12 @@ def format_seconds(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class CallCost:
-    """Operations and memory of one call.
-
-    Attributes:
-        flops: As ``torch.utils.flop_counter`` counts them, scans included: two for a multiply-add.
-        peak_bytes: The peak size of the results that are alive at once, without the inputs and weights.
-    """
+    """Operations and memory of one call."""
 
     flops: int
+    """As ``torch.utils.flop_counter`` counts them, scans included: two for a multiply-add."""
     peak_bytes: int
+    """The peak size of the results that are alive at once, without the inputs and weights."""
 
 
 class CostTracker(TorchDispatchMode):
@@ -368,11 +353,8 @@ def call_cost(
 ) -> CallCost:
     """The cost of a call of a module, predicted on fake tensors: nothing is allocated or computed.
 
-    Args:
-        module: Its weights count as if they were on ``device``.
-        call: A function that makes inputs on ``device`` and calls its argument as it would call the module.
-        device: The device of the predicted call, which need not exist.
-        dtype: Of the weights; their own by default.
+    ``call`` makes inputs on ``device``, which need not exist, and calls its argument as it would call the module, whose
+    weights count as if they were there, in ``dtype`` or their own.
 
     Example:
         >>> layer = nn.Linear(1000, 1000)
@@ -400,17 +382,10 @@ def unet_cost(
     unet: Any, text: Conditioning, *, height: int, width: int, factor: int, batch: int, device: torch.device,
     offload: bool = False,
 ) -> CallCost:  # fmt: skip
-    """The cost of one call of a UNet, with or without an adapter.
+    """The cost of one call of a UNet, with or without an adapter, for images of a size in pixels.
 
-    Args:
-        unet: A ``UNet2DConditionModel``.
-        text: Any encoded prompts; only their length counts.
-        height: Of the images, in pixels.
-        width: Of the images, in pixels.
-        factor: The VAE's pixels per latent pixel.
-        batch: Images in the call, those for guidance included.
-        device: The device of the predicted call.
-        offload: Whether the skip tensors are in host memory.
+    Of the text only the length counts, and ``batch`` includes the images for guidance. ``factor`` is the VAE's pixels
+    per latent pixel; ``offload`` says that the skip tensors are in host memory.
     """
 
     def empty(*shape: int) -> Tensor:

@@ -40,11 +40,8 @@ def offloaded_skips(unet: Any, *, storage: torch.device | str | None = None) -> 
     """Within the block, a UNet's skip tensors are on another device between its down blocks and its up blocks.
 
     At large sizes they are most of the memory in use at the lowest level. Hooks move them when a down block ends, and
-    back one by one when an up block takes them. The results are the same bit for bit.
-
-    Args:
-        unet: A ``UNet2DConditionModel``, with or without an adapter.
-        storage: The device that holds them; host memory by default.
+    back one by one when an up block takes them. The results are the same bit for bit. ``storage`` is the other device,
+    host memory by default.
 
     Raises:
         UsageError: The UNet itself is in host memory.

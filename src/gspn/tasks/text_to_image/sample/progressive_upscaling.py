@@ -86,21 +86,15 @@ class UpscalingConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of an image.
-
-    Attributes:
-        height: In pixels.
-        width: In pixels.
-        steps: The denoising steps that are taken.
-        strength: Strength of the noise added to the enlarged latents; None for the first stage.
-        dilation: The stride of the sub-maps, about the side divided by that of the first stage.
-    """
+    """One stage of an image, at a size in pixels, and the denoising steps that it takes."""
 
     height: int
     width: int
     steps: int
     strength: float | None = None
+    """Strength of the noise added to the enlarged latents; None for the first stage."""
     dilation: int = 1
+    """The stride of the sub-maps, about the side divided by that of the first stage."""
 
 
 def trained_size(unet: Any, factor: int) -> tuple[int, int]:
@@ -116,15 +110,8 @@ def plan_stages(
     """The stages of an image: from about the trained area up with progressive upscaling, else one.
 
     All have about the image's aspect ratio. From one to the next, both sides grow by about the same ratio, at most 2;
-    the last stage is exactly the image.
-
-    Args:
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
-        area: The trained area, in pixels.
-        multiple: The VAE's factor, which divides every side.
-        steps: The denoising steps from pure noise.
-        upscaling: None for a single stage.
+    the last stage is exactly the image. The trained ``area`` is in pixels, ``multiple`` is the VAE's factor, which
+    divides every side, and ``steps`` are those from pure noise.
 
     Raises:
         UsageError: A side is not a multiple, or a strength leaves a stage without a step.
@@ -196,17 +183,9 @@ def skip_residual(
     .. math::
         z_t \leftarrow c\, z'_t + (1 - c)\, z_t, \qquad c = \Bigl(\tfrac{1 + \cos(\pi i / n)}{2}\Bigr)^{a}
 
-    i counts the steps that the stage takes. (DemoFusion's stages take all steps, where this is the same.)
-
-    Args:
-        scheduler: A scheduler whose timesteps are set.
-        clean: The enlarged latents.
-        noise: The noise that the stage began with.
-        begin: The stage's first step.
-        power: The exponent a.
-
-    Returns:
-        The ``blend`` of :func:`~gspn.tasks.text_to_image.sample.denoising.denoise`.
+    i counts the steps that the stage takes. (DemoFusion's stages take all steps, where this is the same.) ``clean`` are
+    the enlarged latents, ``noise`` is what the stage began with at the step ``begin``, and ``power`` is the exponent a.
+    The function is the ``blend`` of :func:`~gspn.tasks.text_to_image.sample.denoising.denoise`.
     """
     steps = len(scheduler.timesteps) - begin
 
@@ -240,14 +219,8 @@ class DilatedSampling:
         k = 1 / \sigma \text{ (noise)}, \quad \alpha / \sigma \text{ (v)}, \quad 0 \text{ (sample)}
 
     with :math:`\alpha, \sigma` the shares of signal and noise at the step. The prediction becomes
-    :math:`c\, \hat g + (1 - c)\, p`, with c of exponent ``dilated_power``.
-
-    Attributes:
-        scheduler: A scheduler whose timesteps are set.
-        stride: The stride s.
-        factor: The VAE's pixels per latent pixel.
-        begin: The stage's first step.
-        config: The exponents and the blur.
+    :math:`c\, \hat g + (1 - c)\, p`, with c of exponent ``dilated_power``. ``factor`` is the VAE's pixels per latent
+    pixel, and ``begin`` the stage's first step.
     """
 
     unet: Any

@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from gspn.diffusers.timesteps import set_timesteps
+
 from ...._console import default_console
 from ...._errors import UsageError
 from ...._locks import DirectoryLock
-from ...._timesteps import set_timesteps
 from ...diffusion.digests import fingerprint
 from ...diffusion.images import ImageRecord, is_sampled, save_png
 from ...diffusion.schedulers import check_chain, named_scheduler
@@ -73,8 +74,8 @@ class SampleRequest:
         seed: Seed of the noise.
         batch_size: Images in a batch.
         upscale: Options of progressive upscaling; None to draw in a single stage.
-        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``, the dtype of the weights; by default fp32, or that of the given
-            pipeline. Latents stay in float32.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``, the dtype of the weights; by default fp32, or that of a
+            pipeline that was passed. Latents stay in float32.
         device: ``"auto"``, a GPU if there is one, or ``"cpu"``.
         tiling: Whether the VAE works in tiles: ``"on"``, ``"off"``, or ``"auto"``, above 1536 x 1536 pixels.
         offload: What to keep in host memory: ``"none"``, ``"model"``, ``"activations"``, ``"all"``, or ``"auto"``, what
@@ -143,19 +144,7 @@ class CaptionRecord(ImageRecord):
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A request resolved for its model.
-
-    Attributes:
-        pipeline: Ready to run.
-        scheduler: The scheduler that each stage uses a copy of.
-        precision: The name of the weights' dtype.
-        text: The encoded prompts.
-        negative: The encoded negative prompt, of one image; None without guidance.
-        tiled: Whether the VAE works in tiles.
-        offload: One of :data:`~gspn.tasks.text_to_image.sample.offload.OFFLOADS`.
-        split_guidance: As in the request; None until :func:`~.estimate.estimate_memory` decides.
-        segments: The lines after which each mixer's scans restart beyond the first stage, by the mixer's name.
-    """
+    """A request resolved for its model: the pipeline is ready to run, and each stage uses a copy of the scheduler."""
 
     request: SampleRequest
     pipeline: Any
@@ -165,10 +154,14 @@ class RunPlan:
     stages: tuple[Stage, ...]
     text: Conditioning
     negative: Conditioning | None
+    """Of one image; None without guidance."""
     tiled: bool
     offload: str
+    """One of :data:`~gspn.tasks.text_to_image.sample.offload.OFFLOADS`."""
     split_guidance: bool | None
+    """As in the request; None until :func:`~.estimate.estimate_memory` decides."""
     segments: Mapping[str, int]
+    """The lines after which each mixer's scans restart beyond the first stage, by the mixer's name."""
 
     @property
     def factor(self) -> int:
@@ -232,20 +225,16 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class SampleResult:
-    """The result of :func:`sample`.
-
-    Attributes:
-        records: Those of all images, in order; empty where only an estimate was requested.
-        drawn: The number of images that this call drew; the others were finished before.
-        seconds: The time spent drawing.
-        estimate: None where nothing was checked.
-    """
+    """The result of :func:`sample`."""
 
     directory: Path
     records: tuple[CaptionRecord, ...]
+    """Those of all images, in order; empty where only an estimate was requested."""
     drawn: int
+    """The number of images that this call drew; the others were finished before."""
     seconds: float
     estimate: Estimate | None
+    """None where nothing was checked."""
 
 
 def sample(

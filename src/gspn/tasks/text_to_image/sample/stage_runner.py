@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from gspn.diffusers.timesteps import set_timesteps
+
 from ...._errors import UsageError, require
 from ...._files import printable, read_json, short, write_text
-from ...._timesteps import set_timesteps
 from ...core.progress import PlainProgress, counted
 from ...diffusion.digests import digest
 from ...diffusion.shard_cache import save_tensors

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ._errors import UsageError
+from .._errors import UsageError
 
 
 def set_timesteps(
@@ -25,7 +25,7 @@ def set_timesteps(
 
     Example:
         >>> from diffusers import DDIMScheduler
-        >>> from gspn._timesteps import set_timesteps
+        >>> from gspn.diffusers.timesteps import set_timesteps
         >>> set_timesteps(DDIMScheduler(steps_offset=1), 1000)
         Traceback (most recent call last):
         gspn._errors.UsageError: 1000 steps: this DDIMScheduler takes 999 or fewer (1000 is beyond the last level, 999).
@@ -52,7 +52,9 @@ def _problem(scheduler: Any, steps: int, device: torch.device | str | None, as_i
             return f"the model was trained with {last + 1}"
         return " ".join(str(error).split())[:200]  # its configuration does not fit
     if not as_it_is and last >= 0 and len(scheduler.timesteps) == steps + 1 and scheduler.timesteps[-1] < 0:
-        _remove_last(scheduler, steps)
+        scheduler.timesteps, scheduler.num_inference_steps = scheduler.timesteps[:steps], steps
+        if getattr(scheduler, "sigmas", None) is not None:
+            scheduler.sigmas = torch.cat([scheduler.sigmas[:steps], scheduler.sigmas[-1:]])
     times, sigmas = scheduler.timesteps, getattr(scheduler, "sigmas", None)
     if last >= 0 and times.max() > last:
         return f"{times.max():g} is beyond the last level, {last}"
@@ -62,10 +64,3 @@ def _problem(scheduler: Any, steps: int, device: torch.device | str | None, as_i
     if not levels.isfinite().all():
         return "a level of noise is not finite"
     return "levels of noise repeat" if len(levels.unique()) < steps else None
-
-
-def _remove_last(scheduler: Any, steps: int) -> None:
-    scheduler.timesteps = scheduler.timesteps[:steps]
-    if getattr(scheduler, "sigmas", None) is not None:
-        scheduler.sigmas = torch.cat([scheduler.sigmas[:steps], scheduler.sigmas[-1:]])
-    scheduler.num_inference_steps = steps  # some count what they made
