@@ -126,13 +126,12 @@ def load_model(cls: Any, folder: Path | str, *, dtype: torch.dtype = torch.float
 
 def _checked(cls: Any, folder: Path) -> tuple[dict[str, Any], Header]:
     """The configuration of a model and the headers of its weights, checked."""
-    header = {name: one for file in _weight_files(folder) for name, one in read_header(file).items()}
-    config = read_config(folder / CONFIG, len(header))
     if hasattr(cls, "from_config"):
-        _check_class(folder, config, [cls.__name__])
+        _check_class(folder, read_object(folder / CONFIG), [cls.__name__])
     elif exists(folder / "adapter_config.json"):  # of transformers
         raise UsageError(f"'{printable(folder)}' has an adapter_config.json, which names another model; remove it.")
-    return config, header
+    header = {name: one for file in _weight_files(folder) for name, one in read_header(file).items()}
+    return read_config(folder / CONFIG, len(header)), header
 
 
 def _load(cls: Any, folder: Path, config: dict[str, Any], header: Header, dtype: torch.dtype) -> Any:
