@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ...._errors import UsageError, require
-from ...._files import printable, read_json, short, write_text
+from ...._errors import UsageError
+from ...._files import open_tensors, printable, read_json, short, write_text
 from ...._timesteps import set_timesteps
 from ...core.progress import PlainProgress, counted
 from ...diffusion.digests import digest
@@ -72,13 +72,10 @@ class StageCache:
 
     def load(self, index: int, stage: int, shape: tuple[int, ...]) -> Tensor | None:
         """The latents that :meth:`save` kept; None where there are none, or the file is damaged or of another run."""
-        require("safetensors")
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(self._path(index, stage), framework="pt") as file:
+            with open_tensors(self._path(index, stage)) as file:
                 metadata, latents = file.metadata(), file.get_tensor(_LATENTS)
-        except (SafetensorError, OSError, ValueError):
+        except (UsageError, OSError):
             return None
         whole = tuple(latents.shape) == shape and metadata == self._metadata(index, stage, latents)
         return latents if whole else None
