@@ -13,6 +13,7 @@ from gspn._files import (
     open_regular,
     printable,
     read_json,
+    read_tensors,
     read_text,
     replaced,
     replaced_directory,
@@ -48,6 +49,35 @@ def test_a_directory(tmp_path):
             interrupted(path, replaced_directory)
         assert [one.name for one in path.iterdir()] == [content]
         assert [one.name for one in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("what", ["link", "broken link", "file"])
+def test_a_directory_takes_the_place_of_anything(tmp_path, what):
+    path, outside = tmp_path / "last", tmp_path / "outside"
+    (outside / "kept").mkdir(parents=True)
+    path.touch() if what == "file" else path.symlink_to(outside if what == "link" else "nowhere")
+    with replaced_directory(path) as part:
+        (part / "new").touch()
+    assert [one.name for one in path.iterdir()] == ["new"] and (outside / "kept").exists()
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["last", "outside"]
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"\x1b[31m"])
+def test_weights_are_read_under_any_name(tmp_path, name):
+    torch = pytest.importorskip("torch")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    path = tmp_path / os.fsdecode(name)
+    save_file({"a": torch.ones(2)}, tmp_path / "a")
+    (tmp_path / "a").rename(path)
+    assert read_tensors(path)["a"].tolist() == [1, 1]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UsageError, match="not a whole safetensors file") as caught:
+        read_tensors(path)
+    assert str(caught.value).isascii() and "\x1b" not in str(caught.value)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="not a regular file"):
+        read_tensors(path)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")

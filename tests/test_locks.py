@@ -99,7 +99,12 @@ def test_parts_of_a_killed_process_are_removed(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / ".part-mine").touch()
+    outside = tmp_path.with_name(f"{tmp_path.name}-outside")
+    outside.mkdir()
+    (outside / ".part-12-not-ours").touch()
+    (tmp_path / "linked").symlink_to(outside)
     with warnings.catch_warnings(), DirectoryLock(tmp_path):
         # The old best had been put aside, and nothing had taken its place.
         names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
-        assert names == [".lock", ".part-mine", "best", "best/a", "last"]
+        assert names == [".lock", ".part-mine", "best", "best/a", "last", "linked"]
+    assert (outside / ".part-12-not-ours").exists()

@@ -18,7 +18,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-_NAME = ".lock"
 _TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}
 
 # Open files of held locks. A process that is forked closes them: else the lock would live as long as its children.
@@ -60,7 +59,7 @@ class DirectoryLock:
 
     def __init__(self, directory: Path, option: str = "--output") -> None:
         self.directory, self.option = directory, option
-        self._handle = -1
+        self._path, self._handle = directory / ".lock", -1
 
     def __enter__(self) -> Self:
         self._created = [one for one in (self.directory, *self.directory.parents) if not one.exists()]
@@ -85,12 +84,8 @@ class DirectoryLock:
         self._release()
         self._acquire()
 
-    @property
-    def _path(self) -> Path:
-        return self.directory / _NAME
-
     def _acquire(self) -> None:
-        while not self.is_held():
+        while not self.is_held():  # the process that held it before may have removed the file in between
             self._release()
             self.directory.mkdir(parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -100,28 +95,21 @@ class DirectoryLock:
                 _lock(self._handle)
             except OSError as error:
                 if error.errno in _TAKEN:
-                    raise self._taken() from None
+                    holder = printable(os.read(self._handle, 200).decode(errors="replace"))
+                    self._close()
+                    raise UsageError(
+                        f"{printable(self.directory)!r} is being written by {holder or 'another process'}; wait until "
+                        f"it has ended, or name another directory with {self.option}."
+                    ) from None
                 warnings.warn(
                     f"{printable(self.directory)!r} cannot be locked ({error.strerror}); start no other process that "
                     "writes there.",
                     stacklevel=4,
                 )
-            # The process that held it before may have removed the file in between: then the name is another file's.
         with contextlib.suppress(OSError):  # a full disk: only the error of others says less
             os.ftruncate(self._handle, 0)
             os.write(self._handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
         remove_parts(self.directory)
-
-    def _taken(self) -> UsageError:
-        holder = ""
-        with contextlib.suppress(OSError):
-            os.lseek(self._handle, 0, os.SEEK_SET)
-            holder = printable(os.read(self._handle, 200).decode(errors="replace"))
-        self._close()
-        return UsageError(
-            f"{printable(self.directory)!r} is being written by {holder or 'another process'}; wait until it has "
-            f"ended, or name another directory with {self.option}."
-        )
 
     def _release(self) -> None:
         if self.is_held():
@@ -132,8 +120,7 @@ class DirectoryLock:
     def _close(self) -> None:
         if self._handle >= 0:
             _held.discard(self._handle)
-            with contextlib.suppress(OSError):
-                os.close(self._handle)
+            os.close(self._handle)
         self._handle = -1
 
 

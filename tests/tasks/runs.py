@@ -46,7 +46,10 @@ def as_version_0_1_0(checkpoint: Path) -> None:
     state = checkpoints._renamed(state, {name: i for i, name in enumerate(names)})
     torch.save(state, checkpoint / "optimizer.bin")
     if average.exists():
-        torch.save(load_file(average), checkpoint / "custom_checkpoint_0.pkl")
+        # In the order of the model, which safetensors does not keep.
+        unordered = load_file(average)
+        ordered = {f"module.{name}": unordered[f"module.{name}"] for name in names} | unordered
+        torch.save(ordered, checkpoint / "custom_checkpoint_0.pkl")
         average.unlink()
     torch.save({"step": 0, "random_state": random.getstate()}, checkpoint / "random_states_0.pkl")
     optimizer.unlink()

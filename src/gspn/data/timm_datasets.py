@@ -149,12 +149,12 @@ class Stream(IterableImageDataset):
 @contextmanager
 def _messages(logger: str) -> Iterator[list[str]]:
     """The warnings that a logger gets in the block."""
-    found: list[str] = []
+    messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger(logger).addHandler(handler)
     try:
-        yield found
+        yield messages
     finally:
         logging.getLogger(logger).removeHandler(handler)
 

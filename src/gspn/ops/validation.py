@@ -41,12 +41,12 @@ def check_scannable(name: str, tensor: Tensor) -> None:
 
 
 def _check_tensors(
-    image: tuple[str, Tensor], has_data: bool, *wanted: tuple[str, Tensor | None, tuple[int, ...], torch.dtype]
+    image: tuple[str, Tensor], has_data: bool, *expected: tuple[str, Tensor | None, tuple[int, ...], torch.dtype]
 ) -> None:
     """Raise unless each tensor that is there has its shape and dtype, strides, the image's device, and memory."""
     like, x = image
     device = x.device
-    for name, t, shape, dtype in wanted:
+    for name, t, shape, dtype in expected:
         if t is None:
             continue
         if t.dtype is not dtype:

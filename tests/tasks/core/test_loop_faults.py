@@ -1,8 +1,9 @@
-"""A training run on a bad day: losses that are no numbers, full disks, removed files, a second process."""
+"""A training run on a bad day: losses that are not finite, full disks, removed files, a second process."""
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import resource
@@ -20,10 +21,11 @@ pytest.importorskip("accelerate", reason="needs gspn[train]")
 
 from gspn._errors import UsageError
 from gspn._locks import DirectoryLock
+from gspn.tasks.core import loop
 from gspn.tasks.core.loop import fit
 from tasks.core.test_checkpoints import Bomb
 from tasks.core.toy import Points, Toy, toy
-from tasks.runs import assert_same, newest_checkpoint, newest_state, rows, stopped_before
+from tasks.runs import as_version_0_1_0, assert_same, newest_checkpoint, newest_state, rows, stopped_before
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def whole(tmp_path_factory):
 
 
 class Poisoned(Toy):
-    """Loss or gradient of one update (counted from 1) is no number, at a rate of 0.01."""
+    """Loss or gradient of one update (counted from 1) is not finite, at a rate of 0.01."""
 
     def __init__(self, config, update, what):
         super().__init__(config)
@@ -112,14 +114,8 @@ def test_no_file_of_a_run_is_a_program(tmp_path):
     whole = shutil.copytree(tmp_path / "run", tmp_path / "kept")
     for name in sorted(names):
         for content in (
-            pickle.dumps(Bomb(mark)),
-            b"",
-            b"\0" * 100,
-            b"[" * 10_000,
-            b"\xff\xfe\0a",
-            b'{"a": 1}',
-            b"x,y\n1",
-        ):
+            pickle.dumps(Bomb(mark)), b"", b"[" * 10_000, b"\xff\xfe\0a", b'{"a": 1}',
+        ):  # fmt: skip
             shutil.rmtree(tmp_path / "run")
             shutil.copytree(whole, tmp_path / "run")
             (tmp_path / "run" / name).write_bytes(content)
@@ -129,6 +125,93 @@ def test_no_file_of_a_run_is_a_program(tmp_path):
                 except UsageError as error:
                     assert "\n" not in str(error)  # noqa: PT017
             assert not mark.exists(), name
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    """A run that was stopped after 7 of 18 updates."""
+    output = tmp_path_factory.mktemp("cut") / "run"
+    with stopped_before(8):
+        fit(toy(output), console=Console(file=io.StringIO()))
+    return output
+
+
+def refused(output) -> str:
+    """The line with which a resumed run is refused before its first update."""
+    with stopped_before(1, strict=False), pytest.raises(UsageError) as error:
+        fit(toy(output), resume=True, console=Console(file=io.StringIO()))
+    assert str(error.value).isprintable()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "table",
+    ["", "\0", "epoch,step\n1,6\n", "HEAD\n1,6\n", 'HEAD\n"1,6\n', "HEAD,more\n1,6,1,1,1,1,1,1,1,1,1\n"]
+    + [f"HEAD\n{cells},1,1,1,1,1,1,," for cells in ("1,", ",6", "x,6", "nan,6", "1,1e400", f"1,{'9' * 5000}", "1,²")]
+    + ["HEAD\n1,6,1,1,1,1,1,1,1,1,7,8\n"],
+)  # fmt: skip
+def test_a_damaged_table_is_refused_before_training(cut, tmp_path, table):
+    output = shutil.copytree(cut, tmp_path / "run")
+    head = (output / "metrics.csv").read_text().partition("\n")[0]
+    (output / "metrics.csv").write_text(table.replace("HEAD", head))
+    assert "metrics.csv' is damaged" in refused(output)
+
+
+@pytest.mark.parametrize("content", [None, "", "null", '"\\e[31m": 3'])
+def test_a_checkpoint_without_its_configuration_is_refused(cut, tmp_path, content):
+    output = shutil.copytree(cut, tmp_path / "run")
+    (output / "config.yaml").unlink() if content is None else (output / "config.yaml").write_text(content)
+    refused(output)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"update": -3}, {"update": 99}, {"update": 2.5}, {"epoch": -1}, {"epoch": 99}, {"epoch": 10**30}, {"broken": -1},
+     {"loss_sum": float("nan")}, {"seconds": -1.0}, {"best_epoch": -2}, {"best_score": "a"}, {"x": 1}],
+)  # fmt: skip
+def test_a_position_that_no_run_has_is_refused(cut, tmp_path, change):
+    output = shutil.copytree(cut, tmp_path / "run")
+    as_version_0_1_0(newest_checkpoint(output))  # which has no checksums
+    path = newest_checkpoint(output) / "state.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "state": values["state"] | change}))
+    assert "the state in" in refused(output)
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"\x1b[31m[bold]%s {x}\n"])
+def test_an_output_of_any_name(whole, tmp_path, name):
+    output, said = tmp_path / os.fsdecode(name), io.StringIO()
+    with stopped_before(8):
+        fit(toy(output), console=Console(file=said, width=200))
+    fit(toy(output), resume=True, console=Console(file=said, width=200))
+    assert "\x1b" not in said.getvalue() and said.getvalue().encode()
+    assert rows(output) == rows(whole.output)
+
+
+def test_a_gradient_that_a_scaler_skips_is_no_failure(tmp_path, monkeypatch):
+    """As fp16 on a GPU: too large a scale makes gradients infinite, and the update is left out."""
+    plain = loop.make_accelerator
+
+    def make_accelerator(**options):
+        accelerator = plain(**options)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+        return accelerator
+
+    monkeypatch.setattr(loop, "make_accelerator", make_accelerator)
+    scale = ["run.checkpoint_every_s=0"]
+    assert fit(Scaled(toy(tmp_path / "whole", *scale).config)).last.epoch == 3
+    assert_finite(tmp_path)
+    with stopped_before(8):
+        fit(Scaled(toy(tmp_path / "run", *scale).config))
+    fit(Scaled(toy(tmp_path / "run", *scale).config), resume=True)
+    assert_same(newest_state(tmp_path / "run"), newest_state(tmp_path / "whole"))
+    scaler = json.loads((newest_checkpoint(tmp_path / "run") / "state.json").read_text())["scaler"]
+    assert scaler["scale"] < 2.0**127
+
+
+class Scaled(Toy):
+    def loss(self, model, images, targets, epoch):
+        return 32 * super().loss(model, images, targets, epoch)
 
 
 class Removing(Toy):
@@ -183,7 +266,7 @@ def test_damaged_checkpoints_are_said_and_the_one_before_is_taken(whole, tmp_pat
 
 
 class Identified(Toy):
-    """What follows from its data is part of the run."""
+    """The facts that follow from its data are part of the run."""
 
     def setup(self, context):
         made = super().setup(context)

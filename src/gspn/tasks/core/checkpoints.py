@@ -39,11 +39,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _STATE = "state.json"
+_REFUSALS = (UsageError, KeyError, RuntimeError)  # from files, by us and by PyTorch, where names or shapes are others
 
 
 @dataclass
 class Training:
-    """What a run trains: the objects whose state a checkpoint holds."""
+    """The objects that a run trains, whose state a checkpoint holds."""
 
     accelerator: Accelerator
     model: nn.Module
@@ -188,11 +189,11 @@ class CheckpointStore:
         for step, path in reversed(self._by_step().items()):
             try:
                 _verify(path, step)
-            except (UsageError, OSError) as error:
-                names = (
-                    f"{Path(error.filename or path).name}: {error.strerror}" if isinstance(error, OSError) else error
-                )
-                damaged[path] = printable(str(names).removesuffix("."))
+            except UsageError as error:
+                damaged[path] = printable(str(error).removesuffix("."))
+                continue
+            except OSError as error:
+                damaged[path] = printable(f"{Path(error.filename or path).name}: {error.strerror}")
                 continue
             lines = [f"checkpoint {wrong.name} is damaged and left aside: {why}; {path.name} is taken."
                      for wrong, why in damaged.items()]  # fmt: skip
@@ -246,9 +247,10 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 def _load(training: Training, path: Path) -> dict[str, Any]:
     """Load a checkpoint, and return its ``state``."""
+    values = read_json(path / _STATE)
+    old = "sizes" in values  # of version 0.1.0, without checksums: anything may be in its files
     try:
-        values = read_json(path / _STATE)
-        if "sizes" in values:
+        if old:
             model, ema, optimizer, scaler = _of_version_0_1_0(training, path)
         else:
             model, tensors = (read_tensors(path / f"{kind}.safetensors") for kind in ("model", "optimizer"))
@@ -259,8 +261,8 @@ def _load(training: Training, path: Path) -> dict[str, Any]:
             training.ema.load_state_dict(ema)
         if training.accelerator.scaler is not None:
             training.accelerator.scaler.load_state_dict(scaler)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or not (old or isinstance(error, _REFUSALS)):
             raise
         raise UsageError(
             f"{printable(path)} cannot be loaded into this run ({printable(' '.join(str(error).split())[:300])}); "
@@ -283,7 +285,7 @@ def _of_version_0_1_0(training: Training, path: Path) -> tuple[dict[str, Tensor]
         except Exception:  # many types; and PyTorch's message recommends to load it with code in it
             raise ValueError(f"{name} does not hold tensors and numbers alone, or is damaged") from None
 
-    model, ema, optimizer = read_tensors(path / "model.safetensors"), safely("custom_checkpoint_0.pkl")
+    model, ema = read_tensors(path / "model.safetensors"), safely("custom_checkpoint_0.pkl")
     if all(name.startswith("module.") for name in model):  # by DDP
         model = {name.removeprefix("module."): value for name, value in model.items()}
     # Weights that are tied to others were written once.
@@ -325,7 +327,7 @@ def _set_state_dicts(training: Training, model: dict[str, Tensor], optimizer: di
     training.plain_model.load_state_dict(model)
     names = _parameter_names(training)
     if [sorted(one["params"]) for one in optimizer["param_groups"]] != [sorted(one) for one in names]:
-        raise ValueError("its optimizer has other parameters, or groups of them")
+        raise UsageError("its optimizer has other parameters, or groups of them")
     numbers = {name: i for i, name in enumerate(itertools.chain(*names))}
     # PyTorch takes parameters by their places, which a later version may change.
     groups = [{**one, "params": own} for one, own in zip(optimizer["param_groups"], names, strict=True)]
@@ -359,7 +361,7 @@ def _flattened(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What :func:`_flattened` made JSON of."""
+    """The value that :func:`_flattened` made JSON of."""
     if isinstance(value, list):
         return [_restored(one, tensors) for one in value]
     if not isinstance(value, dict):

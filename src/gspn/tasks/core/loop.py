@@ -125,6 +125,7 @@ class _Run(Generic[Row]):
         self.setup = task.setup(self.context)
         self.updates = self.setup.train.order.updates
         self.resolved = self._resolve(config, self.setup)
+        self._all_resolved = {**asdict(self.resolved), **self.setup.resolved}
         self.config = config
         self.changed: list[str] = []
         if resume:
@@ -178,13 +179,14 @@ class _Run(Generic[Row]):
 
     def _compare_config(self) -> None:
         path = self.output / _CONFIG
-        if not self.store.exists() and not path.exists():
+        if not path.exists():
+            if self.store.exists():
+                raise UsageError(f"{str(path)!r} of this run is missing; restore it, or name another --output.")
             return
         saved = read_yaml(read_text(path), str(path))
         if not isinstance(saved, Mapping):
             raise UsageError(f"{str(path)!r} is not the configuration of a run; restore it, or name another --output.")
-        resolved = {**asdict(self.resolved), **self.setup.resolved}
-        for key, (old, new) in self.config.differences(saved, resolved).items():
+        for key, (old, new) in self.config.differences(saved, self._all_resolved).items():
             if key in _REMEDIES:
                 if not key.startswith("resolved."):
                     self.changed.append(f"{key} is {new!r} from here on, and was {old!r}")
@@ -193,14 +195,13 @@ class _Run(Generic[Row]):
                     i = next(i for i, (one, other) in enumerate(zip(old, new, strict=True)) if one != other)
                     key, old, new = f"{key}[{i}]", old[i], new[i]
                 remedy = "Restore the data" if "_files" in key or "_classes" in key else "Leave it out"
-                raise UsageError(
-                    f"{printable(key)} is {short(new)}, and the run in {str(self.output)!r} has {short(old)}; a resumed run keeps "
+                raise UsageError(printable(
+                    f"{key} is {short(new)}, and the run in {str(self.output)!r} has {short(old)}; a resumed run keeps "
                     f"it. {remedy}, or start another run with --output."
-                )
+                ))  # fmt: skip
 
     def _write_config(self) -> None:
-        resolved = {**asdict(self.resolved), **self.setup.resolved}
-        write_text(self.output / _CONFIG, write_yaml({**to_mapping(self.config), "resolved": resolved}))
+        write_text(self.output / _CONFIG, write_yaml({**to_mapping(self.config), "resolved": self._all_resolved}))
 
     def _prepare(self) -> None:
         config, model = self.config, self.setup.model
@@ -250,15 +251,14 @@ class _Run(Generic[Row]):
         return self.optimizer.param_groups
 
     def _save(self) -> None:
-        self._check_weights()
+        self._check_finite(weights=True)
         self._keep_directory()
         self.store.save(self.training, self._step, asdict(self.position))
 
     def _keep_directory(self) -> None:
         """Create the output directory again, with all that belongs in it, where somebody removed it."""
         removed = self.main and self.lock is not None and not self.lock.is_held()
-        answer = torch.tensor([float(removed)], device=self.accelerator.device)
-        if not self.accelerator.reduce(answer, "sum").item():  # type: ignore[union-attr]
+        if not self._sum(removed):
             return
         self.position.best_score, self.position.best_epoch = -1.0, 0  # the best so far is gone
         if self.main and self.lock is not None:
@@ -273,18 +273,18 @@ class _Run(Generic[Row]):
             self.table.write()
             self._start_trackers()
 
-    def _is_checkpoint_due(self, saved: float) -> bool:
-        return self._agreed(time.monotonic() - saved >= self.config.run.checkpoint_every_s)
-
-    def _agreed(self, due: bool) -> bool:
-        """Whether the first process finds that something is due."""
+    def _is_past(self, moment: float) -> bool:
+        """Whether the first process finds that it is past a time; the processes' clocks differ."""
         if self.accelerator.num_processes == 1:
-            return due
-        if self.position.update % _ASK_EVERY:
+            return time.monotonic() >= moment
+        if moment == math.inf or self.position.update % _ASK_EVERY:
             return False
-        # The processes' clocks differ, and all have to save the same update.
-        answer = torch.tensor([float(due and self.main)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(answer, "sum").item())  # type: ignore[union-attr]
+        return bool(self._sum(self.main and time.monotonic() >= moment))
+
+    def _sum(self, value: float) -> int:
+        """A number summed over all processes."""
+        own = torch.tensor([value], dtype=torch.float32, device=self.accelerator.device)
+        return int(self.accelerator.reduce(own, "sum").item())  # type: ignore[union-attr]
 
     # --- The loop -----------------------------------------------------------------------------------------------------
 
@@ -315,6 +315,11 @@ class _Run(Generic[Row]):
         self.model.train()
         batches = self.setup.train.batches(epoch, position.update)
         broken_before = position.broken
+
+        def count(total: Tensor) -> None:
+            (position.loss_sum,) = self.context.sum(total[None])
+            position.broken = broken_before + self._sum(len(self.setup.train.broken.epoch))
+
         # Summed on the device: reading each loss would wait for it.
         total = torch.tensor(position.loss_sum if self.main else 0.0, dtype=torch.float64)
         total = total.to(self.context.counting_device)
@@ -330,19 +335,17 @@ class _Run(Generic[Row]):
             if self._step % config.run.log_every == 0:
                 self._check_finite(total.item())  # of every update so far
                 self.accelerator.log({"update_loss": loss.item(), "lr": self.lr}, step=self._step)
-            self.stopped = self.stop_at < math.inf and self._agreed(time.monotonic() >= self.stop_at)
+            self.stopped = self._is_past(self.stop_at)
             if self.stopped:
                 break
             # After the last update of an epoch there is one anyway.
-            if update + 1 < self.updates and self._is_checkpoint_due(saved):
-                (position.loss_sum,) = self.context.sum(total[None])
+            if update + 1 < self.updates and self._is_past(saved + config.run.checkpoint_every_s):
+                count(total)
                 self._check_finite(position.loss_sum)
                 total.fill_(position.loss_sum if self.main else 0.0)
-                position.broken = self._count_broken(broken_before)
                 self._save()
                 saved, clock = time.monotonic(), time.perf_counter()
-        (position.loss_sum,) = self.context.sum(total[None])
-        position.broken = self._count_broken(broken_before)
+        count(total)
         position.seconds += time.perf_counter() - clock
 
     def _update(self, epoch: int, update: int, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
@@ -377,8 +380,7 @@ class _Run(Generic[Row]):
         """Evaluate, save the model, the row and the checkpoint, in this order: a kill in between loses nothing."""
         position, run = self.position, self.config.run
         loss = position.loss_sum / (position.update * self.accelerator.num_processes)
-        self._check_finite(loss)
-        self._check_weights()
+        self._check_finite(loss, weights=True)
         metrics: Mapping[str, float | None] = {}
         if self.stopped or epoch + 1 == self.config.schedule.epochs or (epoch + 1) % run.eval_every == 0:
             self.reporter.doing("evaluating")
@@ -459,26 +461,15 @@ class _Run(Generic[Row]):
         settings = {"tensorboard": {"purge_step": self._step + 1}} if "tensorboard" in names else {}
         self.accelerator.init_trackers("tensorboard", init_kwargs=settings)
 
-    def _check_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise self._not_finite(f"the training loss is {loss}")
-
-    def _check_weights(self) -> None:
-        if not self.training.is_finite():
-            raise self._not_finite("weights, or the state of the optimizer, are not finite")
-
-    def _not_finite(self, what: str) -> UsageError:
-        lr = self.config.optim.lr / 2
-        return UsageError(
-            f"{what} in epoch {self.position.epoch + 1}. All checkpoints are finite; continue from the last one with "
-            f"--resume and a lower rate, such as optim.lr={lr:.3g}, or with smaller gradients, such as "
-            "optim.clip_grad=1."
+    def _check_finite(self, loss: float = 0.0, *, weights: bool = False) -> None:
+        if math.isfinite(loss) and (not weights or self.training.is_finite()):
+            return
+        problem = "weights, or the state of the optimizer, are not finite"
+        raise UsageError(
+            f"{problem if math.isfinite(loss) else f'the training loss is {loss}'} in epoch {self.position.epoch + 1}. "
+            "All checkpoints are finite; continue from the last one with --resume and a lower rate, such as "
+            f"optim.lr={self.config.optim.lr / 2:.3g}, or with smaller gradients, such as optim.clip_grad=1."
         )
-
-    def _count_broken(self, before: int) -> int:
-        """Broken images of this epoch over all processes, ``before`` of them before this process began."""
-        count = torch.tensor([len(self.setup.train.broken.epoch)], device=self.accelerator.device)
-        return before + int(self.accelerator.reduce(count, "sum").item())  # type: ignore[union-attr]
 
     def _report_broken(self) -> None:
         for loader in (self.setup.train, self.setup.evaluation):

@@ -81,7 +81,8 @@ class MetricsTable(Generic[Row]):
         values = {}
         for one in fields(self.row):
             text = row[one.name]
-            values[one.name] = None if text == "" and one.default is None else (int if one.type == "int" else float)(text)
+            kind = int if one.type == "int" else float
+            values[one.name] = None if text == "" and one.default is None else kind(text)
         return self.row(**values)
 
     def forget_after(self, step: int) -> None:

@@ -17,7 +17,7 @@ from .metrics_table import EpochRow
 _COLUMNS = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn())
 
 PLAIN_EVERY_S = 30.0
-"""Seconds between lines where the output is no terminal."""
+"""Seconds between lines where the output is not a terminal."""
 
 
 class PlainProgress:

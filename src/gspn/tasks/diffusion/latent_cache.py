@@ -169,9 +169,9 @@ def cache_latents(
 
 def _names_of(images: Any, *, old: bool) -> str:
     """A digest of the names and classes of all images; or that of some names which version 0.1.0 wrote."""
-    count = len(images)
     if not old:
-        return images.identity() if hasattr(images, "identity") else digest([list(map(images.filename, range(count)))])
+        return images.identity()
+    count = len(images)
     named = [str(images.filename(i * count // _NAMED)) for i in range(min(_NAMED, count))]
     return digest(["\0".join(named).encode("utf-8", "surrogatepass")])[:_SHORT]
 

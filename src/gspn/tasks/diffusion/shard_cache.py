@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -25,9 +25,9 @@ from rich.console import Console
 from torch import Tensor
 
 from ..._errors import UsageError, require
-from ..._files import file_digest, printable, read_json, replaced, short, write_text
+from ..._files import file_digest, open_tensors, printable, read_json, replaced, short, write_text
 from ..._locks import DirectoryLock
-from ..core.config import flat, from_mapping, to_mapping
+from ..core.config import flat, from_mapping, setting, to_mapping
 from ..core.devices import distributed_context, make_accelerator
 from ..core.progress import progress_bar
 
@@ -54,16 +54,20 @@ class Shard:
     broken: list[str] = field(default_factory=list)
     """Names of what could not be read, and is left out."""
 
-    def is_whole(self, directory: Path) -> bool:
-        """Whether the file is there with the size, the checksum and the rows of this record."""
+    def problem(self, directory: Path, shapes: Mapping[str, Sequence[int]], *, checksum: bool) -> str:
+        """The difference between the file and this record with the shapes of a row of each tensor; empty if none."""
         path = directory / self.file
         try:
-            if path.stat().st_size != (self.bytes or path.stat().st_size) or file_digest(path) != self.sha256:
-                return False
-            with require("safetensors").safe_open(path, framework="pt") as file:
-                return all(file.get_slice(name).get_shape()[0] == self.rows for name in file.keys())  # noqa: SIM118
-        except (OSError, require("safetensors").SafetensorError):
-            return False
+            size = path.stat().st_size
+            if size != (self.bytes or size):
+                return f"has {size:,} bytes and not {self.bytes:,}"
+            with open_tensors(path) as file:
+                actual = {name: file.get_slice(name).get_shape() for name in shapes or file.keys()}
+            if any([self.rows, *shapes.get(name, shape[1:])] != shape for name, shape in actual.items()):
+                return f"is not what {INDEX} says"
+            return "does not have its checksum" if checksum and file_digest(path) != self.sha256 else ""
+        except (OSError, UsageError) as error:
+            return f"cannot be read ({error})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +77,9 @@ class CacheIndex:
     NAME: ClassVar[str]
     """How the names of the shards begin."""
 
-    rows: int
+    rows: int = setting(MISSING, 0)
     """Requested, including those that cannot be read."""
-    shard_size: int
+    shard_size: int = setting(MISSING, 1)
     format: int = FORMAT
     shards: list[Shard] = field(default_factory=list)
     """Empty until all of them are written."""
@@ -128,8 +132,6 @@ class CacheIndex:
         Raises:
             ValueError: The message names them.
         """
-        if self.rows < 0 or self.shard_size < 1:
-            raise ValueError(f"{self.rows} rows in shards of {self.shard_size}")
         if self.shards and len(self.shards) != self.shard_count:
             raise ValueError(f"{len(self.shards)} shards and not {self.shard_count}")
         for number, shard in enumerate(self.shards):
@@ -168,8 +170,8 @@ class ShardReader(Generic[Index]):
         if shard not in self._opened:
             if len(self._opened) >= _MOST_OPEN:
                 self._opened.pop(next(iter(self._opened)))
-            path = self.directory / self.index.shards[shard].file
-            self._opened[shard] = require("safetensors").safe_open(path, framework="pt")
+            with open_tensors(self.directory / self.index.shards[shard].file) as file:
+                self._opened[shard] = file
         return self._opened[shard]
 
     def check(self, shapes: Mapping[str, Sequence[int]], *, checksums: bool = False) -> None:
@@ -180,24 +182,12 @@ class ShardReader(Generic[Index]):
         Raises:
             UsageError: A file is missing, cut short, damaged, or not what the index says.
         """
-        from safetensors import SafetensorError
-
-        for number, shard in enumerate(self.index.shards):
-            try:
-                size = (self.directory / shard.file).stat().st_size
-                if size != (shard.bytes or size):
-                    raise self.damaged(number, f"has {size:,} bytes and not {shard.bytes:,}")
-                actual = {name: self.opened(number).get_slice(name).get_shape() for name in shapes}
-            except (OSError, SafetensorError) as error:
-                raise self.damaged(number, f"cannot be read ({error})") from None
-            if actual != {name: [shard.rows, *shape] for name, shape in shapes.items()}:
-                raise self.damaged(number)
-        if checksums:
-            with ThreadPoolExecutor(8) as pool:  # a hash leaves Python to other threads
-                whole = pool.map(lambda shard: shard.is_whole(self.directory), self.index.shards)
-                for number, one in enumerate(whole):
-                    if not one:
-                        raise self.damaged(number, "does not have its checksum")
+        with ThreadPoolExecutor(8) as pool:  # a hash leaves Python to other threads
+            shards = self.index.shards
+            problems = pool.map(lambda one: one.problem(self.directory, shapes, checksum=checksums), shards)
+            for number, problem in enumerate(problems):
+                if problem:
+                    raise self.damaged(number, problem)
 
     def finite(self, shard: int, value: Tensor) -> Tensor:
         """The value; an error that names the shard where it is not finite."""
@@ -267,7 +257,7 @@ class CacheWriter(Generic[Index]):
         with progress_bar(console, "checking shards", len(own)) as advance:
             for number in own:
                 shard = self._shard(index, number)
-                if shard is None or not shard.is_whole(self.directory):
+                if shard is None or shard.problem(self.directory, {}, checksum=True):
                     missing.append(number)
                 advance(1)
         lacking = torch.tensor([float(len(missing)) + (not index.shards)], device=accelerator.device)

@@ -83,6 +83,12 @@ def distill(
         >>> from gspn.tasks.text_to_image.distill import DistillConfig, distill
         >>> distill(DistillConfig.load("emoji64").changed("schedule.epochs=1"))  # doctest: +SKIP
     """
+    old = (config.run.output / "checkpoints").glob("step-*/optimizer.bin")
+    if resume and config.model.init_from and config.ema.decay is None and any(old):
+        raise UsageError(
+            f"the run in {str(config.run.output)!r} is of version 0.1.0 and has no average, which would tell the order "
+            "of its optimizer's state; start another run with its last/ as model.init_from."
+        )
     return Distillation(config).train(resume, console)
 
 

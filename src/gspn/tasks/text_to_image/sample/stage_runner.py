@@ -19,8 +19,8 @@ from torch import Tensor
 
 from gspn.diffusers.timesteps import set_timesteps
 
-from ...._errors import UsageError, require
-from ...._files import printable, read_json, short, write_text
+from ...._errors import UsageError
+from ...._files import open_tensors, printable, read_json, short, write_text
 from ...core.progress import PlainProgress, counted
 from ...diffusion.digests import digest
 from ...diffusion.shard_cache import save_tensors
@@ -73,13 +73,10 @@ class StageCache:
 
     def load(self, index: int, stage: int, shape: tuple[int, ...]) -> Tensor | None:
         """The latents that :meth:`save` kept; None where there are none, or the file is damaged or of another run."""
-        require("safetensors")
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(self._path(index, stage), framework="pt") as file:
+            with open_tensors(self._path(index, stage)) as file:
                 metadata, latents = file.metadata(), file.get_tensor(_LATENTS)
-        except (SafetensorError, OSError, ValueError):
+        except (UsageError, OSError):
             return None
         whole = tuple(latents.shape) == shape and metadata == self._metadata(index, stage, latents)
         return latents if whole else None

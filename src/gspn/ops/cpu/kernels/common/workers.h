@@ -130,7 +130,7 @@ inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / t
 inline int64_t size_of(int32_t dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 inline int64_t size_of_state(int32_t dtype) { return dtype == kFloat64 ? 8 : 4; }
 
-// What an entry point returns. Nothing is computed after a refusal; library.py says each in words.
+// The result of an entry point. Nothing is computed after a refusal; library.py says each in words.
 enum Status : int32_t {
   kDone = 0,
   kOutOfMemory = 1,

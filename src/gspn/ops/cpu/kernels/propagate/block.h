@@ -37,7 +37,7 @@ struct Packed {
   }
   // The factor in the taps: -log2(e), or 1 where that would overflow. Not of gradients.
   GSPN_INLINE A& scale() const { return base[-L]; }
-  // What turns the projected logits into t: exactly 1, or -log2(e).
+  // The factor from the projected logits to t: exactly 1, or -log2(e).
   GSPN_INLINE A to_t() const { return static_cast<A>(-kLog2E) / scale(); }
   GSPN_INLINE int64_t direction_size() const { return proxy_channels * outputs * L; }
   GSPN_INLINE A* direction(int64_t d) const { return base + d * direction_size(); }
