@@ -57,7 +57,9 @@ def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
 
 def every_pair(**axes: Sequence[Any]) -> pytest.MarkDecorator:
     """Parametrise a test over :func:`pairwise` cases of the named axes."""
-    return pytest.mark.parametrize(",".join(axes), pairwise(*axes.values()), ids=str)
+    # Functions by their names: their addresses differ between the processes that share the tests.
+    ids = lambda value: getattr(value, "__name__", str(value))  # noqa: E731
+    return pytest.mark.parametrize(",".join(axes), pairwise(*axes.values()), ids=ids)
 
 
 @contextlib.contextmanager
