@@ -15,7 +15,6 @@ SOURCES = sorted((ROOT / "src/gspn").rglob("*.py"))
 # By file and rule: why it is right there.
 ALLOWED = {
     ("_files.py", "json"): "the one place that parses JSON, with a limit of bytes and of depth",
-    ("data/captions/parsing.py", "json"): "a record of at most a mebibyte, whose errors it names itself",
     ("data/emoji.py", "json"): "the index of an archive of the package",
     ("data/images.py", "Image.open"): "the one place that opens images, with limits of formats and pixels",
     (

@@ -7,6 +7,7 @@ import json
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from gspn.analysis.explain import explain
@@ -77,7 +78,7 @@ def test_weights_that_come_along_are_taken_and_named():
 def test_a_saved_folder(tmp_path, prefix):
     torch.manual_seed(3)
     saved = timm.create_model("gspn_pico", num_classes=4, in_chans=1, depths=(1, 1, 1))
-    save_for_hf(saved, tmp_path, model_args={"in_chans": 1, "depths": [1, 1, 1]})
+    save_for_hf(saved, tmp_path, model_args={"in_chans": 1, "depths": [1, 1, 1]}, safe_serialization=True)
     opened = load_model(f"{prefix}{tmp_path}")
     assert opened.weights == f"from {tmp_path}"
     assert opened.name == "gspn_pico"
@@ -101,5 +102,8 @@ def test_errors_show_the_value(tmp_path):
     with pytest.raises(ValueError, match=r"has no config\.json"):
         load_model(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "none_such"}))
+    with pytest.raises(ValueError, match="safe_serialization=True"):
+        load_model(str(tmp_path))
+    save_file({"weight": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="unknown model 'none_such'"):
         load_model(f"local-dir:{tmp_path}")

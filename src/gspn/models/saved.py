@@ -149,7 +149,8 @@ def load_saved(folder: Path) -> nn.Module:
     for file in (path, folder / WEIGHTS):
         if not file.exists():
             raise UsageError(
-                f"{printable(folder)} has no {file.name}; name a folder that timm or `gspn classify` saved."
+                f"{printable(folder)} has no {file.name}; name a folder that `gspn classify` saved, or timm with "
+                "safe_serialization=True."
             )
     config, header = read_json(path), read_header(folder / WEIGHTS)
     _check_config(config, printable(path))

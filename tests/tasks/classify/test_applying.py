@@ -114,7 +114,7 @@ def test_predicts_and_names_what_is_broken(trained, tmp_path):
         ("no/such/place", "is not a directory"),
         ("./nowhere", "is not a directory"),
         ("test_vitt", "did you mean 'test_vit'"),
-        ("test_vit.no_such_tag", r"test_vit\.r160_in1k"),
+        ("test_vit.no_such_tag", r"no_such_tag.*Leave the tag out"),
         ("local-dir:/nowhere", "has no config.json"),
     ],
 )

@@ -91,7 +91,7 @@ def test_a_class_without_held_out_images_shifts_no_other(tmp_path):
 @pytest.mark.parametrize("task", ["classify", "class_conditional"])
 def test_every_task_has_the_classes_of_its_training(task, tmp_path):
     root = written(tmp_path, "train/a/0.png", "train/b/0.png", "val/b/0.png")
-    options = {"data.name": "folder", "data.root": root, "data.eval_split": "val", "data.size": 8, "data.workers": 0}
+    options = {"data.name": "folder", "data.root": root, "data.eval_split": "val", "data.size": 16, "data.workers": 0}
     options |= {"data.batch_size": 1, "run.device": "cpu"}
     if task == "classify":
         from gspn.tasks.classify.config import TrainConfig

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ..._errors import require
-from .pretrained import CONFIG, downloaded, load_model, locate
 
 _INSIDE = ("", "vae", "last")  # a model, a pipeline, a run
 
@@ -25,8 +24,10 @@ def load_autoencoder(source: str | Path) -> Any:
         >>> load_autoencoder("stabilityai/sd-vae-ft-ema").config.scaling_factor  # doctest: +SKIP
         0.18215
     """
-    require("diffusers", "safetensors", extra="diffusers")
+    require("diffusers", "safetensors", "timm", extra="diffusers")
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    from .pretrained import CONFIG, downloaded, load_model, locate
 
     find = partial(
         locate, index=CONFIG, known={}, kind="AutoencoderKL", command="gspn autoencode train", inside=_INSIDE
