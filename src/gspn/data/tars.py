@@ -6,7 +6,7 @@ import io
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from PIL import Image
 
@@ -16,6 +16,7 @@ from .images import CorruptImageError, load_image
 
 _COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
 _MAX_FILE = 1 << 29
+_MAX_HEADER = 1 << 20  # bytes: of a long name, or of attributes
 # Bytes that are read after the end of a tar, which writers fill up to a multiple of 10 KiB.
 _TAIL = 1 << 20
 
@@ -67,9 +68,22 @@ def members(file: IO[bytes], shard: Path) -> Iterator[tarfile.TarInfo]:
         ) from error
 
 
+class _Headers:
+    """An open tar, of which tarfile reads headers alone: not as many bytes as one claims to have."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.name, self.seek, self.tell = file, "tar", file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._file.read(size)
+
+
 def _walk(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     before = -1
-    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as archive:
+    headers: Any = _Headers(file)
+    with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="backslashreplace") as archive:
         while (member := archive.next()) is not None:
             # Older versions of tarfile follow a negative size back without end.
             if member.offset <= before or member.size < 0:

@@ -56,7 +56,5 @@ def make_scheduler(schedule: ScheduleConfig, optimizer: torch.optim.Optimizer, r
         )
     except (ValueError, TypeError) as error:
         raise UsageError(f"schedule.name {schedule.name!r} with {schedule.options}: {error}") from None
-    if scheduler is None:  # timm before 1.0.31
-        raise UsageError(f"schedule.name {schedule.name!r} is unknown to this version of timm.")
     scheduler.step_update(0)
     return scheduler

@@ -96,6 +96,11 @@ def load_pipeline(cls: Any, location: Path | str, *, classes: Sequence[str], dty
     _check_class(location, index, classes)
     kind = cls if cls.__name__ in classes else _class("diffusers", index["_class_name"])
     parameters = inspect.signature(kind.__init__).parameters
+    for name in kind._get_signature_keys(kind)[0]:  # the components
+        if not isinstance(index.get(name, []), list):
+            raise UsageError(
+                f"'{printable(location / INDEX)}': {name} is {short(index[name])}, not a list of a library and a class."
+            )
     values = {name: value for name, value in values.items() if name in parameters}
     missing = [name for name in parameters if isinstance(index.get(name), list) and name not in values]
     # The files of all are checked before the first is read, which may take minutes.
