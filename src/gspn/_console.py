@@ -33,5 +33,5 @@ class Console(rich.console.Console):
 
 
 def default_console(*, stderr: bool = False) -> rich.console.Console:
-    """The console of functions that were not given one."""
+    """A :class:`Console`, by the type that callers may pass instead; functions without one of theirs print on it."""
     return Console(stderr=stderr)

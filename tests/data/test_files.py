@@ -373,3 +373,8 @@ def test_the_identity_tells_every_name_and_class(tmp_path) -> None:
     (tmp_path / "cat" / "0015.png").rename(tmp_path / "cat" / "001.png")
     (tmp_path / "cat" / "003.png").rename(tmp_path / "dog" / "1000.png")
     assert len({first, renamed, open_dataset("folder", "train", root=tmp_path).identity()}) == 3
+
+
+def test_numbers_of_any_length_have_an_order():
+    long = "1" * 5000
+    assert natural_order([f"{long}1", "10", long, "\u0663", "2", "02"]) == ["02", "2", "\u0663", "10", long, f"{long}1"]

@@ -11,6 +11,15 @@ import gspn
 X = torch.zeros(2, 4, 5, 6)
 TAPS = torch.zeros(2, 2, 3, 5, 6)
 
+SEGMENTS_AND_IMPLS = [
+    (dict(segment=1.5), TypeError, r"segment=1\.5 is a float.*int"),
+    (dict(segment=np.int64(2)), TypeError, r"segment=.*int64; pass a number of lines as an int"),
+    (dict(segment=torch.tensor(2)), TypeError, r"segment=tensor\(2\) is a Tensor"),
+    (dict(segment=2**70), ValueError, r"segment=\d+ is more than"),
+    (dict(impl=["cpu"]), TypeError, r"impl=\['cpu'\] is not an implementation; use one of auto"),
+    (dict(impl=None), TypeError, r"impl=None is not an implementation"),
+]
+
 CASES = [
     (dict(x=torch.zeros(4, 5, 6)), ValueError, r"x\.shape=.*\[4, 5, 6\].*3 axes.*\[B, C, H, W\]"),
     (dict(taps=torch.zeros(2, 3, 5, 6)), ValueError, r"taps\.shape=.*\[2, 3, 5, 6\].*must be \[2, G, 3, 5, 6\]"),
@@ -35,12 +44,7 @@ CASES = [
     (dict(segment=-3), ValueError, r"segment=-3"),
     (dict(segment=2.0), TypeError, r"segment=2\.0 is a float"),
     (dict(segment=True), TypeError, r"segment=True is a bool"),
-    (dict(segment=1.5), TypeError, r"segment=1\.5 is a float.*int"),
-    (dict(segment=np.int64(2)), TypeError, r"segment=.*int64; pass a number of lines as an int"),
-    (dict(segment=torch.tensor(2)), TypeError, r"segment=tensor\(2\) is a Tensor"),
-    (dict(segment=2**70), ValueError, r"segment=\d+ is more than"),
-    (dict(impl=["cpu"]), TypeError, r"impl=\['cpu'\] is not an implementation; use one of auto"),
-    (dict(impl=None), TypeError, r"impl=None is not an implementation"),
+    *SEGMENTS_AND_IMPLS,
     (dict(direction="north"), ValueError, r"direction='north'.*down, up, right, left"),
     (dict(direction=None), ValueError, r"direction=None"),
     (dict(direction=["down"]), ValueError, r"direction=\['down'\]"),
@@ -103,12 +107,7 @@ PROPAGATE_CASES = [
     (dict(u_proj=GATE.double()), TypeError, r"u_proj\.dtype is torch\.float64.*torch\.float32"),
     (dict(skip_proj=GATE[0]), ValueError, r"skip_proj\.shape=.*\[4, 3\].*must be \[4, 4, 3\]"),
     (dict(merge=torch.ones(3)), ValueError, r"merge\.shape=.*must be \[4\]"),
-    (dict(segment=1.5), TypeError, r"segment=1\.5 is a float.*int"),
-    (dict(segment=np.int64(2)), TypeError, r"segment=.*int64; pass a number of lines as an int"),
-    (dict(segment=torch.tensor(2)), TypeError, r"segment=tensor\(2\) is a Tensor"),
-    (dict(segment=2**70), ValueError, r"segment=\d+ is more than"),
-    (dict(impl=["cpu"]), TypeError, r"impl=\['cpu'\] is not an implementation; use one of auto"),
-    (dict(impl=None), TypeError, r"impl=None is not an implementation"),
+    *SEGMENTS_AND_IMPLS,
     (dict(directions=None), ValueError, "directions=None"),
     (dict(directions=3), ValueError, "directions=3"),
     (dict(directions=[["down"]]), ValueError, r"directions=\[\['down'\]\]"),

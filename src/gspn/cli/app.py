@@ -76,7 +76,14 @@ def own_output() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings(), _no_foreign_bars():
         warnings.filterwarnings("ignore", module=_OTHERS)
-        warnings.showwarning = lambda message, *_, **__: warn(str(message))
+        said = set[str]()
+
+        def show(message: Warning | str, *_: Any, **__: Any) -> None:
+            if os.environ.get("RANK", "0") == "0" and str(message) not in said:  # once, however many processes see it
+                said.add(str(message))
+                warn(str(message))
+
+        warnings.showwarning = show
         try:
             yield
         finally:

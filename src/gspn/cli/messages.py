@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +27,7 @@ _WrongArguments: Any = typer.BadParameter.__base__  # click's UsageError: typer 
 def one_line_errors() -> Iterator[None]:
     """Turn every error but a bug into one line: exit code 2 for a wrong request, 1 for packages, files and memory."""
     try:
-        with _one_line_warnings():
-            yield
+        yield
     except UsageError as error:
         raise failed(str(error), 2) from None
     except _WrongArguments as error:
@@ -51,23 +49,6 @@ def one_line_errors() -> Iterator[None]:
         if not no_memory and not re.search("DefaultCPUAllocator|Storage size calculation overflowed", str(error)):
             raise
         raise failed(f"out of memory: {str(error) or 'no memory is left'}. Use smaller sizes or batches.") from None
-
-
-@contextmanager
-def _one_line_warnings() -> Iterator[None]:
-    """Print each warning of this package once and in one line, from the first process only."""
-    with warnings.catch_warnings():
-        shown, said = warnings.showwarning, set[str]()
-
-        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-            if not category.__module__.startswith("gspn."):
-                shown(message, category, *where, **more)
-            elif os.environ.get("RANK", "0") == "0" and str(message) not in said:
-                said.add(str(message))
-                warn(str(message))
-
-        warnings.showwarning = show
-        yield
 
 
 def failed(message: str, code: int = 1) -> typer.Exit:

@@ -77,10 +77,16 @@ def natural_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=natural_key)
 
 
-def natural_key(name: str) -> tuple[list[str | int], str]:
+def natural_key(name: str) -> tuple[list[str | tuple[int, str]], str]:
     """The key of :func:`natural_order`."""
     # Every second part is a number, so text is never compared with one.
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name.lower()))], name
+    return [_number(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name.lower()))], name
+
+
+def _number(digits: str) -> tuple[int, str]:
+    """The key of a number of any length, in any script's digits; Python refuses to convert one of thousands."""
+    digits = "".join(str(int(digit)) for digit in digits).lstrip("0")
+    return len(digits), digits
 
 
 def is_image(name: str) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .._errors import MissingExtraError, UsageError, nearest, require
-from .._files import open_regular, printable, read_json, short
+from .._files import open_tensors, printable, read_json, short
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -96,8 +96,7 @@ def read_header(file: Path) -> Header:
         UsageError: It is damaged.
         OSError: It cannot be read, or is not a regular file.
     """
-    open_regular(file).close()
-    with refusing(file, ()), require("safetensors").safe_open(file, framework="pt") as weights:
+    with open_tensors(file) as weights:
         slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118  (not a mapping)
         return {name: (one.get_dtype(), one.get_shape()) for name, one in slices.items()}
 

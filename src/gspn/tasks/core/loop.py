@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..._console import default_console
 from ..._errors import UsageError, require
 from ..._files import naming, printable, read_text, replaced, short, write_text
 from ..._locks import DirectoryLock
@@ -66,7 +67,7 @@ def fit(task: Task[Any, Row], *, resume: bool = False, console: Console | None =
     require("accelerate", "timm", "torchvision", "safetensors", "yaml")
     output = task.config.run.output
     with naming(output), distributed_context(), batchnorm_errors(), contextlib.ExitStack() as held:
-        return _Run(task, resume, console or Console(), held).run()
+        return _Run(task, resume, console or default_console(), held).run()
 
 
 def refuse_existing(output: Path, resume: bool) -> None:
