@@ -114,7 +114,7 @@ class Distillation(CaptionTask[DistillConfig, DistillRow]):
         self.scheduler: Any = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         teacher = nn.Module.to(self.pipeline.unet, _DTYPES[config.model.weights])
         adapter = build_adapter(config, teacher)
-        self.distiller = Distiller(teacher, adapter, *self.image_size, relative=config.distillation.relative)
+        self.distiller = Distiller(teacher, adapter, self.data.pixels, relative=config.distillation.relative)
         self.distiller.move_to(device, channels_last=config.model.channels_last)
         notes = []
         if config.model.initialize == "fit" and config.model.init_from is None:
