@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,6 +116,12 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
     if numbers is None:
         raise RuntimeError(f"cuobjdump does not tell the resources of {launch.kernel.__name__}: {used.strip()}")
     return Compiled(int(numbers[1]), int(numbers[2]), compiled.metadata.shared, read_kernel(code), seconds)
+
+
+def _compile_anew(launch: Launch, arch: int, cache: str) -> Compiled:
+    """:func:`compile_launch` in a process of its own, without what Triton has kept: the time is to be true."""
+    os.environ["TRITON_CACHE_DIR"] = cache
+    return compile_launch(launch, arch)
 
 
 def _processor_time() -> float:
@@ -310,44 +316,71 @@ def call_row(case: Case, rows: Sequence[Row], others: int, arch: int) -> Row:
     return _rounded(row)
 
 
+@dataclass
+class _Call:
+    """A case on a card: its launches and their rows so far."""
+
+    case: Case
+    arch: int
+    launches: list[Launch]
+    others: int
+    rows: dict[int, Row] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, case: Case, arch: int) -> _Call:
+        return cls(case, arch, *case.call(CARDS[arch]))
+
+    def row(self, launch: int | str, rest: Row) -> Row:
+        return {"case": self.case.name, "arch": self.arch, "card": CARDS[self.arch].name, "launch": launch, **rest}
+
+    def total(self) -> Row:
+        return self.row("all", call_row(self.case, list(self.rows.values()), self.others, self.arch))
+
+
 class Table:
     """A CSV file of counts, written row by row. Rows that an earlier run has left there are not counted again."""
 
     def __init__(self, path: Path | None) -> None:
-        self.path, self.kept = path, dict[tuple[str, str, str], Row]()
+        self.path = path
         self.constant: Row = {"triton": package_version("triton"), "commit": git_commit()}
+        self.rows: list[Row] = []
+        self.old: dict[tuple[str, str], dict[str, Row]] = {}
         if path is not None and path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
                 if tuple(reader.fieldnames or ()) != COLUMNS:
-                    raise UsageError(
-                        f"{path} has other columns than this version writes; move it away or name another."
-                    )
-                self.kept = {
-                    (row["case"], row["launch"], row["arch"]): row for row in reader if None not in row.values()
-                }
-        self.rows: list[Row] = []
+                    raise UsageError(f"{path} has not the columns that this version writes; move it, or name another.")
+                for row in reader:
+                    if None not in row.values():  # what a run left that was ended while it wrote
+                        self.old.setdefault((row["case"], row["arch"]), {})[row["launch"]] = row
 
-    def find(self, case: str, launch: str, arch: int, key: str) -> Row | None:
-        """A row of an earlier run, if it was about the same code and sizes."""
-        row = self.kept.get((case, launch, str(arch)))
-        return row if row is not None and row["key"] == key else None
+    def keep(self, case: str, arch: int, keys: Sequence[str]) -> dict[int, Row]:
+        """The rows of an earlier run about launches with these keys; what else it says about the call is dropped."""
+        old = self.old.pop((case, str(arch)), {})
+        kept = {i: old[str(i)] for i, key in enumerate(keys) if old.get(str(i), {}).get("key") == key}
+        self.rows += kept.values()
+        return kept
 
-    def begin(self, keys: set[tuple[str, str, str]]) -> None:
-        """Write the rows of an earlier run that are not to be counted again; those of ``keys`` are."""
-        self.rows = [row for key, row in self.kept.items() if key not in keys]
+    def begin(self) -> None:
+        """Write what is kept: for calls that are counted now, and all rows of others."""
+        self.rows += itertools.chain.from_iterable(rows.values() for rows in self.old.values())
         if self.path is not None:
-            with replaced(self.path) as part, part.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(self.rows)
+            with replaced(self.path) as part:
+                self._write(part, self.rows, header=True)
 
     def add(self, row: Row) -> None:
         """Append a row."""
         self.rows.append({**self.constant, **row})
         if self.path is not None:
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore").writerow(self.rows[-1])
+            self._write(self.path, self.rows[-1:])
+
+    @staticmethod
+    def _write(path: Path, rows: Sequence[Row], header: bool = False) -> None:
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if header:
+                writer.writeheader()
+            writer.writerows(rows)
 
 
 def count_cases(
@@ -369,62 +402,37 @@ def count_cases(
     """
     tools()
     table = Table(output)
-    calls = [(case, arch, *case.call(CARDS[arch])) for arch, case in itertools.product(archs, cases)]
-    rows: dict[tuple[str, int], dict[int, Row]] = {(case.name, arch): {} for case, arch, *_ in calls}
-    wanted: dict[str, list[tuple[int, int]]] = {}
-    again: set[tuple[str, str, str]] = set()
-    for c, (case, arch, launches, _) in enumerate(calls):
-        for i, launch in enumerate(launches):
-            row = table.find(case.name, str(i), arch, _row_key(launch, arch))
-            if row is not None:
-                rows[case.name, arch][i] = row
-            else:
-                wanted.setdefault(code_key(launch, arch), []).append((c, i))
-                again.add((case.name, str(i), str(arch)))
-        if len(rows[case.name, arch]) < len(launches):
-            again |= {
-                key
-                for key in table.kept
-                if key[0] == case.name and key[2] == str(arch) and (key[1] == "all" or int(key[1]) >= len(launches))
-            }
-    table.begin(again)
-    jobs = {}
-    for key, ((c, i), *_) in wanted.items():
-        _, arch, launches, _ = calls[c]
-        jobs[key] = functools.partial(compile_launch, launches[i], arch)
-    with tempfile.TemporaryDirectory() as cache, _Environment(TRITON_CACHE_DIR=cache, TRITON_ALWAYS_COMPILE="1"):
-        for done, (key, compiled) in enumerate(_in_processes(jobs, workers, timeout), 1):
-            for c, i in wanted[key]:
-                case, arch, launches, others = calls[c]
-                mine = rows[case.name, arch]
-                names = {"case": case.name, "arch": arch, "card": CARDS[arch].name}
-                mine[i] = (
-                    names | {"launch": i, "key": _row_key(launches[i], arch)} | launch_row(launches[i], compiled, arch)
-                )
-                table.add(mine[i])
-                if len(mine) == len(launches):
-                    table.add(names | {"launch": "all"} | call_row(case, list(mine.values()), others, arch))
+    wanted: dict[str, list[tuple[_Call, int, str]]] = {}
+    finished: list[_Call] = []
+    for arch, case in itertools.product(archs, cases):
+        call = _Call.of(case, arch)
+        codes = [code_key(launch, arch) for launch in call.launches]
+        keys = [_row_key(code, launch) for code, launch in zip(codes, call.launches, strict=True)]
+        call.rows = table.keep(case.name, arch, keys)
+        for i, (code, key) in enumerate(zip(codes, keys, strict=True)):
+            if i not in call.rows:
+                wanted.setdefault(code, []).append((call, i, key))
+        if len(call.rows) == len(codes):
+            finished.append(call)
+    table.begin()
+    for call in finished:
+        table.add(call.total())
+    with tempfile.TemporaryDirectory() as cache:
+        jobs = {
+            code: functools.partial(_compile_anew, call.launches[i], call.arch, cache)
+            for code, ((call, i, _), *_) in wanted.items()
+        }
+        for done, (code, compiled) in enumerate(_in_processes(jobs, workers, timeout), 1):
+            for call, i, key in wanted[code]:
+                call.rows[i] = call.row(i, launch_row(call.launches[i], compiled, call.arch) | {"key": key})
+                table.add(call.rows[i])
+                if len(call.rows) == len(call.launches):
+                    table.add(call.total())
             progress(done, len(jobs))
     return table.rows
 
 
-def _row_key(launch: Launch, arch: int) -> str:
-    sizes = json.dumps([code_key(launch, arch), launch.plan.grid, sorted(launch.plan.integers.items())])
-    return hashlib.sha256(sizes.encode()).hexdigest()[:16]
-
-
-class _Environment:
-    """Environment variables within a block, which processes started there see."""
-
-    def __init__(self, **values: str) -> None:
-        self.values, self.before = values, {name: os.environ.get(name) for name in values}
-
-    def __enter__(self) -> None:
-        os.environ.update(self.values)
-
-    def __exit__(self, *_: object) -> None:
-        for name, value in self.before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+def _row_key(code: str, launch: Launch) -> str:
+    """A name for a row of counts: the code and the sizes."""
+    what = json.dumps([code, launch.plan.grid, sorted(launch.plan.integers.items())])
+    return hashlib.sha256(what.encode()).hexdigest()[:16]

@@ -158,15 +158,18 @@ class Loop:
     def distances(self) -> Distances:
         """See :class:`Distances`; a loop follows itself."""
         steps: list[tuple[int, Instruction]] = []
-        position = 0
+        uses: list[tuple[int, Instruction]] = []
+        length = 0
         for one in self.body:
             if isinstance(one, Loop):
-                position += (one.trips or 1) * sum(1 for _ in one.instructions())
+                inside = list(one.instructions())
+                uses += [(length + i, each) for i, each in enumerate(inside)]
+                length += (one.trips or 1) * len(inside)
             else:
-                steps.append((position, one))
-                position += 1
-        length = position
-        twice = steps + [(at + length, one) for at, one in steps]
+                steps.append((length, one))
+                uses.append((length, one))
+                length += 1
+        uses += [(at + length, one) for at, one in uses]
         commits = [at for at, one in steps if one.name == "LDGDEPBAR"]
         copies: list[int] = []
         left: list[int] = []
@@ -180,8 +183,7 @@ class Loop:
                 copies.append(at - iterations * length - commits[index])
             elif one.name in ("LDG", "LD") and one.kind == "global":
                 mine = one.written()
-                uses = (there - at for there, other in twice if there > at and mine & other.read())
-                loads.append(next(uses, length))
+                loads.append(next((there - at for there, other in uses if there > at and mine & other.read()), length))
         return Distances(min(copies, default=None), min(loads, default=None), max(left, default=None))
 
 

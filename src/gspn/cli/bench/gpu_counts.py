@@ -18,6 +18,7 @@ from ..messages import titled_table, wrote
 from ..options import output_file
 from .common import count, progress_bar
 
+_WIDTH = 170
 _ARCHS = (80, 86, 90, 100, 120)
 _SHOWN: Mapping[str, str] = {
     "launches": "triton_launches", "others": "other_launches", "registers": "registers", "stack": "stack",
@@ -93,13 +94,13 @@ def _print(arch: int, calls: Sequence[Mapping[str, Any]]) -> None:
         return
     title = f"sm_{arch}, {calls[0]['card']}: the worst launch of each call; predicted, not measured"
     table = titled_table(title, ["case"], tuple(_SHOWN), box=box.SIMPLE_HEAD, pad_edge=False)
-    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
     for row in calls:
         cells = ["" if row.get(key) is None else _short(row[key]) for key in _SHOWN.values()]
         table.add_row(escape(row["case"]), *cells)
     notes = [f"{row['case']}: {row['note']}" for row in calls if row.get("note")]
     table.caption = escape("\n".join(notes))
-    Console().print(table)
+    console = Console()
+    console.print(table, width=max(console.width, _WIDTH))
 
 
 def _short(value: Any) -> str:
