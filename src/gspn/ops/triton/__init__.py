@@ -17,6 +17,12 @@ DEVICES: tuple[str, ...] = ("cuda",)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_CAPABILITY = (8, 0)
+"""The first compute capability that copies from memory to shared memory while it computes, and has bfloat16."""
+
+_SHARED_MEMORY = 64 * 1024
+"""Bytes of shared memory that every plan gets by with."""
+
 
 @functools.cache
 def _installed() -> bool:
@@ -31,7 +37,7 @@ def interpreted() -> bool:
 def why_not(device: torch.device, dtype: torch.dtype, op: str) -> str | None:
     """The reason why Triton cannot run ``op`` on this device and dtype, or None."""
     if not _installed():
-        return NotInstalled("triton is not installed; pip install triton (Linux with an NVIDIA or AMD GPU).")
+        return NotInstalled("triton is not installed; pip install triton (Linux with an NVIDIA GPU).")
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return (
             f"the Triton kernels need a CUDA device and the tensors are on {device.type}; move them with .to('cuda'), "
@@ -39,4 +45,28 @@ def why_not(device: torch.device, dtype: torch.dtype, op: str) -> str | None:
         )
     if dtype not in _DTYPES:
         return f"the Triton kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}."
+    if device.type == "cuda":
+        return _why_not_card(torch.cuda.current_device() if device.index is None else device.index)
+    return None
+
+
+@functools.cache
+def _why_not_card(index: int) -> str | None:
+    """The reason why the kernels cannot run on a GPU, or None."""
+    card = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        arch = getattr(card, "gcnArchName", "unknown").partition(":")[0]
+        return f"the Triton kernels are made for NVIDIA GPUs, and {card.name} is an AMD one ({arch})."
+    if (card.major, card.minor) < _CAPABILITY:
+        least = ".".join(map(str, _CAPABILITY))
+        return (
+            f"the Triton kernels need compute capability {least} (Ampere) or later, and {card.name} has "
+            f"{card.major}.{card.minor}."
+        )
+    memory = getattr(card, "shared_memory_per_block_optin", None)
+    if memory is not None and memory < _SHARED_MEMORY:
+        return (
+            f"the Triton kernels need {_SHARED_MEMORY // 1024} KB of shared memory, and {card.name} has "
+            f"{memory / 1024:g} KB."
+        )
     return None
