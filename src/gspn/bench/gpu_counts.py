@@ -83,11 +83,8 @@ def code_key(launch: Launch, arch: int) -> str:
     return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
-def compile_launch(launch: Launch, arch: int) -> Compiled:
-    """Compile a launch as calling it would, for a card of compute capability ``arch``, and read the result.
-
-    It becomes the device of this process, so that each capability needs a process of its own.
-    """
+def pretend(backend: str, arch: int | str, warp_size: int) -> None:
+    """Let Triton compile for a card that is not here, for the rest of this process; it must be the only one."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -101,9 +98,17 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
             return 0
 
         def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", arch, 32)
+            return GPUTarget(backend, arch, warp_size)
 
     triton.runtime.driver.set_active(Driver())
+
+
+def compile_launch(launch: Launch, arch: int) -> Compiled:
+    """Compile a launch as calling it would, for a card of compute capability ``arch``, and read the result.
+
+    A process can do so for one capability only; see :func:`pretend`.
+    """
+    pretend("cuda", arch, 32)
     begin = _processor_time()
     compiled = launch.kernel.warmup(**launch.arguments(), grid=launch.plan.grid)
     seconds = _processor_time() - begin
@@ -219,7 +224,7 @@ def _side_by_side_by(card: Card, registers: int, warps: int, shared_memory: int)
 
 
 def _moved(launch: Launch) -> int:
-    """Bytes of all tensors of a launch, each once; for an output that is added to, twice."""
+    """Bytes of all tensors of a launch, each argument once."""
     return sum(t.numel() * t.element_size() for t in launch.tensors.values() if t is not None)
 
 

@@ -194,8 +194,6 @@ def execute(kernel: Loop, loops: Sequence[Repeat]) -> Executed:
             total.global_bytes += runs * sum(
                 one.bytes for one in loop.body if not isinstance(one, Loop) and one.kind == "global"
             )
-            if loop.calls():
-                total.note = "calls a subroutine, which is not counted"
             visit(loop.loops, repeat.inside, runs, within or loop.trips is None)
 
     visit(kernel.loops, loops, 1, False)

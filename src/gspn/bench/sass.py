@@ -2,8 +2,9 @@
 load.
 
 Loops are natural loops of the control-flow graph, so it does not matter where the assembler has put their blocks. Of
-two ways through a body the one without calls is taken, which leaves out the slow halves of divisions, and among those
-the longer one. The number of iterations is found where it is a constant in the code; only the caller knows the others.
+two ways through a body the one with more loops is taken, then the one with fewer calls, which leaves out the slow
+halves of divisions, and among those the longer one. Subroutines count where they are called. The number of iterations
+is found where it is a constant in the code; only the caller knows the others.
 """
 
 from __future__ import annotations
@@ -151,10 +152,6 @@ class Loop:
             else:
                 yield one
 
-    def calls(self) -> int:
-        """Calls of subroutines that no way through the loop avoids."""
-        return sum(1 for one in self.instructions() if _is_call(one))
-
     def distances(self) -> Distances:
         """See :class:`Distances`; a loop follows itself."""
         steps: list[tuple[int, Instruction]] = []
@@ -216,10 +213,12 @@ class _Graph:
                 self.code.append(Instruction(int(address, 16), guard, opcode, operands))
         if not self.code:
             raise ValueError("there are no instructions in this listing; pass what nvdisasm -c prints for a cubin.")
-        self._divide(labels)
+        self.labels = labels
+        self._divide()
 
-    def _divide(self, labels: Mapping[str, int]) -> None:
+    def _divide(self) -> None:
         """Into blocks: their instructions and successors."""
+        labels = self.labels
         size = len(self.code)
         goes_on, jumps = [True] * size, [None] * size
         for i, one in enumerate(self.code):
@@ -327,46 +326,61 @@ class _Graph:
     def _path(
         self, first: int, inside: set[int], made: Mapping[int, Loop], owner: Mapping[int, int], back_to: int | None
     ) -> list[Instruction | Loop]:
-        """The way through some blocks that has the fewest calls and then the most instructions; ``back_to`` ends it."""
+        """The way through some blocks that counts, as the module says; ``back_to`` ends it."""
 
-        def node(block: int) -> int:
-            return owner.get(block, block)
+        def loop_at(block: int) -> Loop | None:
+            return made.get(block) if block != back_to else None
 
-        def items(at: int) -> list[Instruction | Loop]:
-            return [made[at]] if at in made and at != back_to else list(self.blocks[at])
+        def blocks_of(block: int) -> set[int]:
+            return self.natural_loops[block] if loop_at(block) is not None else {block}
 
-        def following(at: int) -> list[int]:
-            blocks = self.natural_loops[at] if at in made and at != back_to else {at}
-            after = {n for block in blocks for n in self.next[block] if n in inside and n not in blocks}
-            return sorted({node(n) for n in after})
+        def following(block: int) -> list[int]:
+            mine = blocks_of(block)
+            after = {n for one in mine for n in self.next[one] if n in inside and n not in mine}
+            return sorted({owner.get(n, n) for n in after})
 
-        best: dict[int, tuple[tuple[int, int], int | None]] = {}
-        done: set[int] = set()
-        stack = [node(first) if back_to is None else first]
+        def worth(block: int) -> tuple[int, int, int]:
+            loop = loop_at(block)
+            flat = self.blocks[block] if loop is None else list(loop.instructions())
+            return 0 if loop is None or loop.spins else 1, -sum(map(_is_call, flat)), len(flat)
+
+        best: dict[int, tuple[tuple[int, ...], int | None]] = {}
+        start = first if back_to is not None else owner.get(first, first)
+        stack, done = [start], set[int]()
         while stack:
             at = stack[-1]
             after = [n for n in following(at) if n != back_to]
-            waiting = [n for n in after if n not in done and n not in stack]
-            if waiting:
-                stack.append(waiting[0])
+            waiting = next((n for n in after if n not in done and n not in stack), None)
+            if waiting is not None:
+                stack.append(waiting)
                 continue
             stack.pop()
-            flat = [x for one in items(at) for x in ([one] if isinstance(one, Instruction) else one.instructions())]
-            here = (-sum(map(_is_call, flat)), len(flat))
-            blocks = self.natural_loops[at] if at in made and at != back_to else {at}
-            ends = any(back_to in self.next[b] for b in blocks) if back_to is not None else not after
-            choices: list[tuple[tuple[int, int], int | None]] = [((0, 0), None)] if ends else []
+            done.add(at)
+            ends = not after if back_to is None else any(back_to in self.next[one] for one in blocks_of(at))
+            choices: list[tuple[tuple[int, ...], int | None]] = [((0, 0, 0), None)] if ends else []
             choices += [(best[n][0], n) for n in after if n in best]
             if choices:
-                (calls, length), then = max(choices, key=lambda choice: choice[0])
-                best[at] = (here[0] + calls, here[1] + length), then
-            done.add(at)
+                rest, then = max(choices, key=lambda choice: choice[0])
+                best[at] = tuple(a + b for a, b in zip(worth(at), rest, strict=True)), then
         path: list[Instruction | Loop] = []
-        at = node(first) if back_to is None else first
+        at: int | None = start
         while at is not None and at in best:
-            path += items(at)
+            loop = loop_at(at)
+            path += [loop] if loop is not None else self._with_subroutines(self.blocks[at])
             at = best[at][1]
         return path
+
+    def _with_subroutines(self, block: Sequence[Instruction]) -> list[Instruction]:
+        """A block, each call followed by the code that it runs."""
+        code: list[Instruction] = []
+        for one in block:
+            code.append(one)
+            target = _TARGET.search(one.operands)
+            if _is_call(one) and target is not None and target.group(1) in self.labels:
+                start = self.labels[target.group(1)]
+                end = next((i for i in range(start, len(self.code)) if self.code[i].name == "RET"), start - 1)
+                code += self.code[start : end + 1]
+        return code
 
 
 def _number(text: str) -> int | None:
