@@ -99,8 +99,7 @@ def _print(arch: int, calls: Sequence[Mapping[str, Any]]) -> None:
         table.add_row(escape(row["case"]), *cells)
     notes = [f"{row['case']}: {row['note']}" for row in calls if row.get("note")]
     table.caption = escape("\n".join(notes))
-    console = Console()
-    console.print(table, width=max(console.width, _WIDTH))
+    Console(width=max(Console().width, _WIDTH)).print(table)
 
 
 def _short(value: Any) -> str:
