@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import time
 
@@ -98,26 +99,38 @@ def test_floors_of_the_formula() -> None:
 
 
 def test_jobs_run_in_processes_that_can_be_ended() -> None:
-    def sleeps() -> None:
-        subprocess.run(["sleep", "60"], check=False)
+    def never_ends() -> None:
+        while True:
+            pass
+
+    def starts_one_that_waits() -> None:
+        subprocess.run(["sleep", "61.25"], check=False)
 
     def raises() -> None:
         raise KeyError("a name\nand more")
 
     def dies() -> None:
-        gpu_counts.os._exit(3)
+        os._exit(3)
 
-    jobs = {"sleeps": sleeps, "raises": raises, "dies": dies, "works": lambda: 7}
+    # The one that waits uses no processor time: it is ended after ten times as long.
+    jobs = {
+        "never ends": never_ends,
+        "waits": starts_one_that_waits,
+        "raises": raises,
+        "dies": dies,
+        "works": lambda: 7,
+    }
     begin = time.monotonic()
-    results = dict(gpu_counts._in_processes(jobs, workers=2, timeout=2))
-    assert time.monotonic() - begin < 30
+    results = dict(gpu_counts._in_processes(jobs, workers=2, timeout=0.5))
+    assert time.monotonic() - begin < 40
     assert results.pop("works") == 7
     assert {name: str(error) for name, error in results.items()} == {
-        "sleeps": "not compiled after 2 s",
+        "never ends": "not compiled after 0.5 s",
+        "waits": "not compiled after 0.5 s",
         "raises": "KeyError: 'a name\\nand more'",
         "dies": "the compiler's process died",
     }
-    assert not subprocess.run(["pgrep", "-f", "^sleep 60$"], capture_output=True, check=False).stdout
+    assert not subprocess.run(["pgrep", "-f", "^sleep 61.25$"], capture_output=True, check=False).stdout
 
 
 @needs_triton

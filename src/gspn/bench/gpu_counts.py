@@ -13,9 +13,11 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import subprocess
 import tempfile
@@ -162,11 +164,16 @@ def _tool(name: str, *arguments: str) -> str:
 def _in_processes(
     jobs: Mapping[str, Callable[[], Any]], workers: int, timeout: float
 ) -> Iterator[tuple[str, Any | Exception]]:
-    """The results of jobs by name, or what went wrong, as they come, each from a fork of this process."""
+    """The results of jobs by name, or what went wrong, as they come, each from a fork of this process.
+
+    A job is ended after ``timeout`` seconds of processor time, so that other work on the machine changes nothing, and
+    in any case after ten times as long.
+    """
     context = multiprocessing.get_context("fork")
 
     def child(job: Callable[[], Any], result: Connection) -> None:
         os.setsid()  # with the assembler that it starts, it can be ended as a whole
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(timeout), math.ceil(timeout) + 1))
         try:
             result.send(job())
         except Exception as error:
@@ -183,21 +190,20 @@ def _in_processes(
                 process = context.Process(target=child, args=(job, sends), daemon=True)
                 process.start()
                 sends.close()
-                running[receives] = name, process, time.monotonic() + timeout
+                running[receives] = name, process, time.monotonic() + 10 * timeout
             first = min(deadline for _, _, deadline in running.values())
             ready = wait(list(running), max(first - time.monotonic(), 0))
             late = [one for one, (_, _, deadline) in running.items() if deadline <= time.monotonic()]
             for connection in {*ready, *late}:
                 name, process, _ = running.pop(connection)  # type: ignore[index]
-                result: Any = RuntimeError(f"not compiled after {timeout:g} s")
-                with closing(connection):  # type: ignore[type-var]
-                    if connection in ready:
-                        try:
-                            result = connection.recv()  # type: ignore[union-attr]
-                        except EOFError:
-                            result = RuntimeError("the compiler's process died")
+                result: Any = None
+                with closing(connection), contextlib.suppress(EOFError):  # type: ignore[type-var]
+                    result = connection.recv() if connection in ready else None  # type: ignore[union-attr]
+                process.join(0 if connection in late else None)
+                if result is None and process.exitcode in (None, -signal.SIGXCPU, -signal.SIGKILL):
+                    result = RuntimeError(f"not compiled after {timeout:g} s")
                 _end(process)
-                yield name, result
+                yield name, RuntimeError("the compiler's process died") if result is None else result
     finally:
         for _, process, _ in running.values():
             _end(process)
@@ -399,7 +405,7 @@ def count_cases(
         archs: compute capabilities, of :data:`.gpu_model.CARDS`.
         output: the CSV file. Rows are written as they come; a later run with the same file goes on where this ended.
         workers: processes that compile.
-        timeout: seconds after which a kernel is given up, which is noted in its row.
+        timeout: seconds of processor time after which a kernel is given up, which is noted in its row.
         progress: called with the kernels done and their total.
 
     Raises:

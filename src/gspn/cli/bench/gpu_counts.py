@@ -48,7 +48,7 @@ def bench_gpu_counts(
         ),
     ] = None,
     workers: Annotated[int, count("Kernels compiled at the same time.")] = 1,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", min=1, help="Longest time for a kernel.")] = 20,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", min=1, help="Longest processor time for a kernel.")] = 20,
     output: Annotated[Path | None, output_file("--output", "-o", metavar="CSV", help="Table to write, as CSV.")] = None,
 ) -> None:
     """Compile the Triton kernels for GPUs that need not be here, and count what they execute.
