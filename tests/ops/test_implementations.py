@@ -85,7 +85,8 @@ def test_an_explicit_request_never_falls_back() -> None:
 OLD = SimpleNamespace(name="Tesla T4", major=7, minor=5, shared_memory_per_block_optin=64 << 10)
 SMALL = SimpleNamespace(name="Small", major=8, minor=7, shared_memory_per_block_optin=48 << 10)
 AMPERE = SimpleNamespace(name="A10", major=8, minor=6, shared_memory_per_block_optin=99 << 10)
-AMD = SimpleNamespace(name="MI100", major=9, minor=0, gcnArchName="gfx908:sramecc+:xnack-")
+MI100 = SimpleNamespace(name="MI100", major=9, minor=0, gcnArchName="gfx908:sramecc+:xnack-")
+MI300 = SimpleNamespace(name="MI300X", major=9, minor=4, gcnArchName="gfx942:sramecc+:xnack-")
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def cards(monkeypatch):
     [
         (OLD, None, r"compute capability 8.0 \(Ampere\) or later, and Tesla T4 has 7.5"),
         (SMALL, None, "64 KB of shared memory, and Small has 48 KB"),
-        (AMD, "6.4", r"MI100.*gfx908"),
+        (MI100, "6.4", r"of AMD GPUs.*propagate are compiled for none, and MI100 is gfx908"),
     ],
 )
 def test_on_a_gpu_that_triton_cannot_use_auto_warns_once_and_says_why(cards, monkeypatch, card, hip, reason) -> None:
@@ -120,6 +121,14 @@ def test_on_a_gpu_that_triton_cannot_use_auto_warns_once_and_says_why(cards, mon
         assert implementations.resolve("auto", x, "propagate") is module  # type: ignore[arg-type]
     with pytest.raises(NotImplementedError, match=f"impl='triton' cannot run propagate here.*{reason}"):
         implementations.resolve("triton", x, "propagate")  # type: ignore[arg-type]
+
+
+def test_amd_gpus_run_what_is_compiled_for_them(cards, monkeypatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    cards[:] = [MI300, MI100]
+    assert triton.why_not(torch.device("cuda", 0), torch.float32, "line_scan") is None
+    reason = triton.why_not(torch.device("cuda", 1), torch.float32, "line_scan")
+    assert "compiled for gfx942 and gfx1100, and MI100 is gfx908" in str(reason)
 
 
 def test_gpus_of_a_machine_need_not_be_alike(cards, monkeypatch) -> None:

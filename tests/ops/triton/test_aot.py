@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from gspn.ops.triton import _AMD
 from support import ROOT, run_python
 
 _TRITON = importlib.util.find_spec("triton")
@@ -96,3 +97,13 @@ def test_propagate_does_not_spill(arch: int, triton_cache: Path) -> None:
 
 def test_one_compilation_for_all_sizes(triton_cache: Path) -> None:
     _run("one_compilation_for_all_sizes()", triton_cache)
+
+
+@pytest.mark.parametrize(("arch", "warp_size"), [("gfx942", 64), ("gfx1100", 32)])
+def test_line_scan_compiles_for_amd(arch: str, warp_size: int, triton_cache: Path) -> None:
+    assert arch in _AMD["line_scan"]
+    cases = [{**LARGE, "dtype": "fp32", "direction": "down", "mode": "backward"}]
+    cases.append({**LARGE, "dtype": "bf16", "direction": "right", "mode": "forward"})
+    chosen = [({"op": "line_scan", "states": 0, **case}, [0]) for case in cases]
+    for what, kernel, memory in json.loads(_run(f"for_amd({chosen}, {arch!r}, {warp_size})", triton_cache)):
+        assert memory <= 64 << 10, (what, kernel)

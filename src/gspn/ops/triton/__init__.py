@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Mapping
 
 import torch
 
@@ -23,6 +24,9 @@ _CAPABILITY = (8, 0)
 _SHARED_MEMORY = 64 * 1024
 """Bytes of shared memory that every plan gets by with."""
 
+_AMD: Mapping[str, tuple[str, ...]] = {"line_scan": ("gfx942", "gfx1100"), "propagate": ()}
+"""The AMD GPUs that the kernels of each operator compile for: those that the tests compile them for."""
+
 
 @functools.cache
 def _installed() -> bool:
@@ -37,7 +41,7 @@ def interpreted() -> bool:
 def why_not(device: torch.device, dtype: torch.dtype, op: str) -> str | None:
     """The reason why Triton cannot run ``op`` on this device and dtype, or None."""
     if not _installed():
-        return NotInstalled("triton is not installed; pip install triton (Linux with an NVIDIA GPU).")
+        return NotInstalled("triton is not installed; pip install triton (Linux with an NVIDIA or AMD GPU).")
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return (
             f"the Triton kernels need a CUDA device and the tensors are on {device.type}; move them with .to('cuda'), "
@@ -46,17 +50,20 @@ def why_not(device: torch.device, dtype: torch.dtype, op: str) -> str | None:
     if dtype not in _DTYPES:
         return f"the Triton kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}."
     if device.type == "cuda":
-        return _why_not_card(torch.cuda.current_device() if device.index is None else device.index)
+        return _why_not_card(torch.cuda.current_device() if device.index is None else device.index, op)
     return None
 
 
 @functools.cache
-def _why_not_card(index: int) -> str | None:
-    """The reason why the kernels cannot run on a GPU, or None."""
+def _why_not_card(index: int, op: str) -> str | None:
+    """The reason why the kernels of ``op`` cannot run on a GPU, or None."""
     card = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
-        arch = getattr(card, "gcnArchName", "unknown").partition(":")[0]
-        return f"the Triton kernels are made for NVIDIA GPUs, and {card.name} is an AMD one ({arch})."
+        arch = getattr(card, "gcnArchName", "").partition(":")[0] or "unknown"
+        if arch in _AMD[op]:
+            return None
+        run = " and ".join(_AMD[op]) or "none"
+        return f"of AMD GPUs the Triton kernels of {op} are compiled for {run}, and {card.name} is {arch}."
     if (card.major, card.minor) < _CAPABILITY:
         least = ".".join(map(str, _CAPABILITY))
         return (

@@ -59,6 +59,8 @@ def recorded() -> Iterator[list[Launch]]:
 
 @functools.cache
 def _shared_memory(device: int) -> int:
+    if torch.version.hip is not None:
+        return 64 * 1024
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)
 
 
