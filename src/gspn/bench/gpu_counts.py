@@ -241,10 +241,10 @@ def _rounded(row: Row) -> Row:
 def launch_row(launch: Launch, compiled: Compiled | Exception, arch: int) -> Row:
     """The columns of a launch, without those that name it."""
     card, plan = CARDS[arch], launch.plan
-    programs = functools.reduce(lambda a, b: a * b, plan.grid)
+    programs = math.prod(plan.grid)
     row: Row = {
         "kernel": launch.kernel.__name__,
-        "plan": " ".join(f"{name}={int(value)}" for name, value in plan.constants.items()),
+        "plan": " ".join(f"{name}={value}" for name, value in plan.constants.items()),
         "warps": plan.num_warps,
         "grid": "x".join(map(str, plan.grid)),
         "programs_per_multiprocessor": programs / card.multiprocessors,
