@@ -110,36 +110,44 @@ def _scan(kind: str, image: str) -> Callable[[Launch], Work]:
     def work(launch: Launch) -> Work:
         plan = launch.plan
         c: Any = plan.constants
-        fast, align = c["FAST"], c["ALIGN"]
+        fast, align, halo, block = c["FAST"], c["ALIGN"], c["HALO"], c["LINES"]
         cross, lines, run = (
             (plan.integers[name] or 0) * (align if fast == axis else 1)
             for name, axis in (("n_cross", 1), ("n_lines", 2), ("n_run", 2))
         )
-        tiles = c["HALO"] // c["LINES"] if c["HALO"] else 1
-        visits = math.ceil(cross / (c["BLOCK_N"] - 2 * c["HALO"])) * tiles if c["HALO"] else tiles
+        # A block of channels and positions, or lanes with a few positions each.
+        rows, row = (1, c["LANES"] * c["PIXELS"]) if "LANES" in c else (c["BLOCK_C"], c["BLOCK_N"])
+        tiles = halo // block if halo else 1
+        visits = math.ceil(cross / (row - 2 * halo)) * tiles if halo else tiles
         runs = range(0, lines, run)
-        rounds = sum(math.ceil(min(run, lines - start) / (tiles * c["LINES"])) for start in runs) / len(runs)
-        loops = (Repeat(rounds, (Repeat(visits),) if c["HALO"] else ()),)
-        slots = max(c["BLOCK_C"] * c["BLOCK_N"], 32 * plan.num_warps)
-        what = (
-            ("adjoint" if c["ADJOINT"] else kind if launch.tensors["p_out_gate"] is not None else "states")
-            if "ADJOINT" in c
-            else kind
-        )
-        return Work(what, _elements(launch, image), rounds * visits * c["LINES"], slots, loops)
+        rounds = sum(math.ceil(min(run, lines - start) / (tiles * block)) for start in runs) / len(runs)
+        loops = (Repeat(rounds, (Repeat(visits),) if halo else ()),)
+        slots = max(rows * row, 32 * plan.num_warps)
+        return Work(_kind(kind, launch), _elements(launch, image), rounds * visits * block, slots, loops)
 
     return work
 
 
+def _kind(kind: str, launch: Launch) -> str:
+    """Of the scans of ``propagate``, which: the one with an output gate, the states alone, or the adjoint."""
+    c = launch.plan.constants
+    if "ADJOINT" not in c:
+        return kind
+    gated = c.get("GATED", launch.tensors.get("p_out_gate") is not None)
+    return "adjoint" if c["ADJOINT"] else kind if gated else "states"
+
+
 def _gradients(launch: Launch) -> Work:
+    """Work of a kernel that takes tiles of all pixels for blocks of channels, perhaps of D directions at once."""
     plan = launch.plan
     c: Any = plan.constants
     i: Any = plan.integers
     programs, spans, _ = plan.grid
-    blocks = math.ceil(i["n_channels"] / c["BLOCK_C"]) / spans
-    tiles = i["n_tiles"] / programs
-    slots = max(c["BLOCK_C"] * c["BLOCK_N"], 32 * plan.num_warps)
-    return Work("gradients", _elements(launch, "p_x"), blocks * tiles, slots, (Repeat(blocks, (Repeat(tiles),)),))
+    blocks, tiles = math.ceil(i["n_channels"] / c["BLOCK_C"]) / spans, i["n_tiles"] / programs
+    directions = c.get("D", 1)
+    slots = max(directions * c["BLOCK_C"] * c["BLOCK_N"], 32 * plan.num_warps)
+    pixels = directions * _elements(launch, "p_x")
+    return Work("gradients", pixels, blocks * tiles, slots, (Repeat(blocks, (Repeat(tiles),)),))
 
 
 def _elements(launch: Launch, name: str) -> int:
