@@ -32,7 +32,7 @@ PROPAGATE = {
     80: [
         (SMALL | {"taps": "shared", "mode": "forward"}, [0]),
         (SMALL | {"dtype": "bf16", "mode": "backward"}, [7, 8]),
-        (LARGE | {"dtype": "bf16", "layout": "channels_last", "taps": "shared", "states": 16}, [3]),
+        (LARGE | {"dtype": "bf16", "taps": "shared", "states": 16}, [0]),
     ],
     90: [
         (SMALL, [1, 3]),
@@ -42,10 +42,13 @@ PROPAGATE = {
     ],
     120: [
         (SMALL | {"layout": "channels_last", "states": 64, "mode": "backward"}, [1, 2]),
-        (LARGE | {"dtype": "bf16", "taps": "shared", "states": 16}, [1]),
+        (LARGE | {"dtype": "bf16", "taps": "shared", "states": 2}, [1]),
         (LARGE | {"states": 2, "mode": "backward"}, [7, 8]),
     ],
 }
+
+# Instructions of a warp for 32 elements, and barriers of a line or tile.
+MOST = {"forward": (300, 18), "states": (300, 18), "adjoint": (300, 18), "gradients": (950, 26)}
 
 
 def _run(call: str, cache: Path) -> str:
@@ -87,12 +90,17 @@ def test_line_scan_does_not_spill_and_accesses_are_wide(arch: int, triton_cache:
         lines = 1 if not along else 8 if case["dtype"] == "fp32" else 16
         assert row["barriers_a_line"] <= 2 + 2 / lines, what
         assert row["shuffle"] == 0, what
-        assert row["total"] <= (90 if case["mode"] == "backward" else 45), what
+        most = {("forward", False): 45, ("forward", True): 60, ("backward", False): 80, ("backward", True): 90}
+        assert row["total"] <= most[case["mode"], along], what
+        assert along or row["overlap"] == "yes", what
 
 
 @pytest.mark.parametrize("arch", PROPAGATE)
-def test_propagate_does_not_spill(arch: int, triton_cache: Path) -> None:
-    _counts([({"op": "propagate", **case}, launches) for case, launches in PROPAGATE[arch]], arch, triton_cache)
+def test_propagate_does_not_spill_and_is_no_longer(arch: int, triton_cache: Path) -> None:
+    chosen = [({"op": "propagate", **case}, launches) for case, launches in PROPAGATE[arch]]
+    for what, row in _counts(chosen, arch, triton_cache):
+        assert row["total"] <= MOST[row["kernel"]][0], what
+        assert row["barriers_a_line"] <= MOST[row["kernel"]][1], what
 
 
 def test_one_compilation_for_all_sizes(triton_cache: Path) -> None:
