@@ -102,7 +102,7 @@ def pretend(backend: str, arch: int | str, warp_size: int) -> None:
         def get_current_target(self) -> GPUTarget:
             return GPUTarget(backend, arch, warp_size)
 
-    triton.runtime.driver.set_active(Driver())
+    triton.runtime.driver.set_active(Driver())  # type: ignore[arg-type]
 
 
 def compile_launch(launch: Launch, arch: int) -> Compiled:
@@ -285,7 +285,8 @@ def _ahead(kernel: Loop) -> Row:
         yield from itertools.chain.from_iterable(map(innermost, inside)) if inside else [loop]
 
     found = [loop.distances() for loop in innermost(kernel)]
-    copies, loads = ([d[i] for d in found if d[i] is not None] for i in (0, 1))
+    copies = [d.copies for d in found if d.copies is not None]
+    loads = [d.loads for d in found if d.loads is not None]
     left = [d.groups_left for d in found if d.groups_left is not None]
     length = min(sum(loop.own().values()) for loop in innermost(kernel))
     ahead = [*copies, *loads]
