@@ -1,4 +1,4 @@
-"""What the counts are made of: occupancy, executed instructions, predicted times, rows; and one kernel compiled."""
+"""The parts of the counts: occupancy, executed instructions, predicted times, rows; and one kernel compiled."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ COLUMNS = (
     *("fma_floor_ms", "mufu_floor_ms", "triton_launches", "other_launches", "compile_s", "note"),
     *("triton", "commit", "key"),
 )
-"""Of the CSV. ``total`` and the classes are instructions of a warp in loops, for 32 pixels of use."""
+"""The columns of the CSV. ``total`` and the classes are instructions of a warp in loops, for 32 pixels of use."""
 
 # --- Compiling --------------------------------------------------------------------------------------------------------
 
@@ -284,10 +284,10 @@ def _ahead(kernel: Loop) -> Row:
         inside = [one for one in loop.loops if one.trips is None]
         yield from itertools.chain.from_iterable(map(innermost, inside)) if inside else [loop]
 
-    found = [loop.distances() for loop in innermost(kernel)]
-    copies = [d.copies for d in found if d.copies is not None]
-    loads = [d.loads for d in found if d.loads is not None]
-    left = [d.groups_left for d in found if d.groups_left is not None]
+    distances = [loop.distances() for loop in innermost(kernel)]
+    copies = [d.copies for d in distances if d.copies is not None]
+    loads = [d.loads for d in distances if d.loads is not None]
+    left = [d.groups_left for d in distances if d.groups_left is not None]
     length = min(sum(loop.own().values()) for loop in innermost(kernel))
     ahead = [*copies, *loads]
     return {
@@ -404,7 +404,7 @@ def count_cases(
     Args:
         cases: the calls.
         archs: compute capabilities, of :data:`.gpu_model.CARDS`.
-        output: the CSV file. Rows are written as they come; a later run with the same file goes on where this ended.
+        output: the CSV file. Rows are written as they come; a later run with the same file continues it.
         workers: processes that compile.
         timeout: seconds of processor time after which a kernel is given up, which is noted in its row.
         progress: called with the kernels done and their total.
@@ -414,7 +414,7 @@ def count_cases(
     """
     tools()
     table = Table(output)
-    wanted: dict[str, list[tuple[_Call, int, str]]] = {}
+    waiting_for: dict[str, list[tuple[_Call, int, str]]] = {}
     finished: list[_Call] = []
     for arch, case in itertools.product(archs, cases):
         call = _Call.of(case, arch)
@@ -423,7 +423,7 @@ def count_cases(
         call.rows = table.keep(case.name, arch, keys)
         for i, (code, key) in enumerate(zip(codes, keys, strict=True)):
             if i not in call.rows:
-                wanted.setdefault(code, []).append((call, i, key))
+                waiting_for.setdefault(code, []).append((call, i, key))
         if len(call.rows) == len(codes):
             finished.append(call)
     table.begin()
@@ -432,10 +432,10 @@ def count_cases(
     with tempfile.TemporaryDirectory() as cache:
         jobs = {
             code: functools.partial(_compile_anew, call.launches[i], call.arch, cache)
-            for code, ((call, i, _), *_) in wanted.items()
+            for code, ((call, i, _), *_) in waiting_for.items()
         }
         for done, (code, compiled) in enumerate(_in_processes(jobs, workers, timeout), 1):
-            for call, i, key in wanted[code]:
+            for call, i, key in waiting_for[code]:
                 call.rows[i] = call.row(i, launch_row(call.launches[i], compiled, call.arch) | {"key": key})
                 table.add(call.rows[i])
                 if len(call.rows) == len(call.launches):

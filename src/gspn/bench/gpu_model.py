@@ -1,4 +1,4 @@
-"""What a launch of a kernel costs on a card that need not be here: occupancy, executed instructions, a predicted time.
+"""The cost of a launch on a card that need not be here: occupancy, executed instructions, a predicted time.
 
 The prediction is the largest of three times, at the clock of :class:`Card`:
 
@@ -91,7 +91,7 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Work:
-    """What a launch does, as its plan says."""
+    """The work of a launch, as its plan says."""
 
     kind: str
     """The name of the kernel in the documentation."""
@@ -129,7 +129,7 @@ def _scan(kind: str, image: str) -> Callable[[Launch], Work]:
 
 
 def _kind(kind: str, launch: Launch) -> str:
-    """Of the scans of ``propagate``, which: the one with an output gate, the states alone, or the adjoint."""
+    """The kind of a scan of ``propagate``: with an output gate, the states alone, or the adjoint."""
     c = launch.plan.constants
     if "ADJOINT" not in c:
         return kind
@@ -161,12 +161,12 @@ WORK: Mapping[str, Callable[[Launch], Work]] = {
     "forward_kernel": _scan("line_scan", "p_x"),
     "backward_kernel": _scan("line_scan_backward", "p_grad"),
 }
-"""What the launches of each kernel do, by its name."""
+"""The work of the launches of each kernel, by its name."""
 
 
 @dataclass
 class Executed:
-    """What one warp executes."""
+    """The instructions that one warp executes."""
 
     once: Counter[str] = field(default_factory=Counter)
     """Instructions by class outside of all loops."""
@@ -175,13 +175,13 @@ class Executed:
     exposed: float = 0
     """Cycles of latency that no instruction of the program hides."""
     global_bytes: float = 0
-    """What a thread's accesses of global memory ask for in loops, predicated ones included."""
+    """Bytes that a thread's accesses of global memory ask for in loops, predicated ones included."""
     note: str = ""
-    """What is not known."""
+    """The things that are not known."""
 
 
 def execute(kernel: Loop, loops: Sequence[Repeat]) -> Executed:
-    """What a warp executes where the loops that are not constant run as often as ``loops`` says."""
+    """Count the instructions of a warp where the loops that are not constant run as often as ``loops`` says."""
     total = Executed(once=kernel.own())
 
     def visit(inside: Sequence[Loop], known: Sequence[Repeat], times: float, within: bool) -> None:
@@ -226,7 +226,7 @@ class Prediction:
 
     @property
     def bound(self) -> str:
-        """What takes the longest."""
+        """The name of the longest."""
         names = ("issue", "multiply_adds", "special_functions", "latency", "bytes")
         return max(names, key=lambda name: getattr(self, name))
 

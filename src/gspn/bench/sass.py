@@ -92,7 +92,7 @@ class Instruction(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """What a thread reads or writes by an access to memory."""
+        """The number of bytes that a thread reads or writes by an access to memory."""
         match = re.search(r"\.(?:[US](8|16)|(64|128|256))(?:\.|$)", self.opcode)
         return int(match.group(1) or match.group(2)) // 8 if match else 4
 
@@ -108,7 +108,7 @@ class Instruction(NamedTuple):
         fields = self.fields
         stores = self.name in ("STG", "STS", "STL", "ST", "LDGSTS", "RED", "ATOMS")
         sources = fields if stores or not _REGISTER.fullmatch(fields[0]) else fields[1:]
-        return {"".join(found) for one in sources for found in _REGISTER.findall(one)}
+        return {"".join(pair) for one in sources for pair in _REGISTER.findall(one)}
 
 
 class Distances(NamedTuple):
@@ -319,8 +319,8 @@ class _Graph:
             if any(n not in inside for n in self.next[b]) or self.blocks[b][-1].name == "EXIT"
         ]
         start = self.code.index(self.blocks[first][0])
-        found = [trips for one in leaving if (trips := _constant_trips(one, flat, self.code[:start])) is not None]
-        loop.trips = 1 if spins else min(found, default=None)
+        counts = [trips for one in leaving if (trips := _constant_trips(one, flat, self.code[:start])) is not None]
+        loop.trips = 1 if spins else min(counts, default=None)
         return loop
 
     def _path(
@@ -442,7 +442,7 @@ def _constant_trips(branch: Instruction, loop: Sequence[Instruction], before: Se
 
 
 def _initial(register: str, before: Sequence[Instruction]) -> int | None:
-    """What a register holds before a loop, if the last instruction that writes it sets it to a constant."""
+    """The value of a register before a loop, if the last instruction that writes it sets it to a constant."""
     for one in reversed(before):
         fields = one.fields
         pair = one.name == "CS2R" and "32" not in one.opcode and fields[0][-1:].isdigit()

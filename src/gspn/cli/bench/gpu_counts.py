@@ -55,8 +55,8 @@ def bench_gpu_counts(
 
     A case is a call of propagate or line_scan, or its backward. Its launches are planned as on the card named in the
     table, compiled and disassembled. The table has a row for each call, with the worst of its launches; the CSV has one
-    for each launch too. Rows are written as they come, and a run with the same --output goes on where the last one
-    ended.
+    for each launch too. Rows are written as they come, and a run with the same --output continues the
+    last one.
 
     Instructions are those of a warp in loops for 32 elements of use; barriers are those of a line, or tile. The time
     is predicted by the model that gspn.bench.gpu_model describes. Nothing is measured.

@@ -37,7 +37,7 @@ class Launch:
             self.kernel[self.plan.grid](**self.arguments())
 
     def arguments(self) -> dict[str, Any]:
-        """What the kernel is called with, the compiler's options included."""
+        """The arguments that the kernel is called with, and the compiler's options."""
         # Fusion is explicit because Triton is about to change its default.
         options = {"num_warps": self.plan.num_warps, "enable_fp_fusion": True}
         return {**self.tensors, **self.plan.integers, **self.plan.constants, **options}
