@@ -35,8 +35,9 @@ PROPAGATE = {
         (LARGE | {"dtype": "bf16", "taps": "shared", "states": 16}, [0]),
     ],
     90: [
-        (SMALL, [1, 3]),
-        (SMALL | {"mode": "backward"}, [4, 5, 10, 11]),
+        (SMALL, [1]),
+        (SMALL | {"dtype": "bf16"}, [3]),
+        (SMALL | {"mode": "backward"}, [4, 5, 11]),
         (SMALL | {"layout": "channels_last"}, [0, 3]),
         (LARGE | {"states": 2}, [3]),
     ],
