@@ -38,7 +38,7 @@ PROPAGATE = {
         (SMALL, [1]),
         (SMALL | {"dtype": "bf16"}, [3]),
         (SMALL | {"mode": "backward"}, [4, 5, 11]),
-        (SMALL | {"layout": "channels_last"}, [0, 3]),
+        (SMALL | {"layout": "channels_last"}, [1, 3]),
         (LARGE | {"states": 2}, [3]),
     ],
     120: [
