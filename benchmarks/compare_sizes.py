@@ -23,7 +23,7 @@ import typer
 from common import CORES, Csv, Jobs, Root, Step, directory, print_table, read_csv, run_all, spread, write_csv
 
 PRESET, SIZE, PATCH = "mnist5k", 28, 2
-STEPS, GUIDANCE, STRENGTH = 20, 2.0, 0.6
+STEPS, GUIDANCE, STRENGTH = 16, 2.0, 0.6
 REFERENCE, CLASSIFIER = "mnist5k:train", "gspn_pico.mnist5k"
 
 
@@ -84,12 +84,12 @@ class Drawing:
 
 
 DRAWINGS = {
-    "28": Drawing(28, 400),
-    "56": Drawing(56, 400),
-    "56 in stages": Drawing(56, 400, "28"),
-    "112": Drawing(112, 100),
-    "112 in stages": Drawing(112, 100, "56 in stages"),
-    "56, shifted": Drawing(56, 400, shift=2.0),
+    "28": Drawing(28, 200),
+    "56": Drawing(56, 200),
+    "56 in stages": Drawing(56, 200, "28"),
+    "112": Drawing(112, 50),
+    "112 in stages": Drawing(112, 50, "56 in stages"),
+    "56, shifted": Drawing(56, 200, shift=2.0),
 }
 _REFERENCE_LINES = {"reference_lines": SIZE // PATCH}
 # Taps and gates of these forms are written to memory, which costs less for groups of channels than for each channel.
