@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from ..directions import scan_axes
+from .gradients_kernels import gradients_kernel
 from .launch import Launch, limits_of, scratch, sizes_of, strides_of
 from .planner import Limits, Plan, plan_propagate
-from .propagate_kernels import gradients_kernel, scan_kernel
+from .propagate_kernels import scan_kernel
 
 _PROGRAMS = 512
 """Programs of the gradients' kernel, four for each of 130 multiprocessors; constant, for the order of the sums."""
