@@ -18,7 +18,7 @@ import torch
 from gspn.ops.triton.launch import Launch
 from gspn.ops.triton.line_scan import prepare_backward, prepare_forward
 from gspn.ops.triton.planner import Limits
-from gspn.ops.triton.propagate import Projections, prepare_gradients, prepare_scan
+from gspn.ops.triton.propagate import Proxy, prepare_gradients, prepare_scan, projections
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -47,14 +47,14 @@ def propagate(
     x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
     wide = torch.empty_like(x, dtype=torch.float32)
     rows = torch.empty(batch, states, height, width, dtype=dtype, device="meta")
-    across = rows if direction in ("down", "up") else rows.mT.contiguous()
-    gate = torch.empty(channels, states, device="meta")
-    weights = Projections(torch.empty(groups, 3, states, device="meta"), gate, gate, gate)
+    proxy = Proxy(rows)
+    gate = torch.empty(1, channels, states, device="meta")
+    weights = projections(torch.empty(1, groups, 3, states, device="meta"), gate, gate, gate[0], 1)[0]
     how = (weights, direction, None, Limits(SHARED_MEMORY[capability]))
     if kind == "forward":
-        return prepare_scan(x, wide, x, across, *how, gated=True)
+        return prepare_scan(x, wide, x, proxy, *how, gated=True)
     if kind == "adjoint":
-        return prepare_scan(x, None, wide, across, *how, adjoint=True)
+        return prepare_scan(x, None, wide, proxy, *how, adjoint=True)
     dproxy = prepare_gradients(x, x, wide, wide, wide, wide, rows, weights, None, direction, None)[1]
     return prepare_gradients(x, x, wide, wide, wide, wide, rows, weights, dproxy, direction, None)[0]
 
