@@ -22,7 +22,7 @@ from ...core.metrics_table import metric
 from ...core.seeding import derived_seed, random_state_kept, seed_everything
 from ...core.task import Context, TrainingResult
 from ..caption_trainer import CaptionRow, CaptionTask
-from ..conditioning import Conditioning
+from ..conditioning import Conditioning, unet_arguments
 from ..data import read_text
 from ..pipelines import load_adapter, load_pipeline
 from .attention_matching import Distiller
@@ -116,6 +116,9 @@ class Distillation(CaptionTask[DistillConfig, DistillRow]):
         adapter = build_adapter(config, teacher)
         self.distiller = Distiller(teacher, adapter, *self.image_size, relative=config.distillation.relative)
         self.distiller.move_to(device, channels_last=config.model.channels_last)
+        if config.model.normalize_scans and config.model.init_from is None:
+            with context.accelerator.autocast():  # the teacher may be in half precision, the adapter is not
+                self._record_lines(device)
         notes = []
         if config.model.initialize == "fit" and config.model.init_from is None:
             batches = list(self._first_batches(context))  # before autocast, which reading files does not need
@@ -126,6 +129,18 @@ class Distillation(CaptionTask[DistillConfig, DistillRow]):
         if config.model.grad_checkpointing:
             self.distiller.student.enable_gradient_checkpointing()
         return self.distiller, f"adapter of {len(adapter.mixers)} layers for {config.teacher}", notes
+
+    def _record_lines(self, device: torch.device) -> None:
+        """Give the adapter the lines of each layer's map at the training size, at which lam is as it is."""
+        distiller, dtype = self.distiller, self.distiller.teacher.dtype
+        t = torch.zeros(1, dtype=torch.long, device=device)
+        text = read_text(self.data.train.text, t.cpu(), device).to(dtype)
+        arguments = unet_arguments(distiller.teacher, text, *self.image_size)
+        sizes = distiller.map_sizes(torch.zeros(1, *self.data.shape, device=device, dtype=dtype), t, arguments)
+        scans: dict[str, Any] = {name: mixer.scan for name, mixer in distiller.adapter.mixers.items()}
+        distiller.adapter.set_reference_lines(
+            {name: min(max(size), scans[name].segment or max(size)) for name, size in sizes.items()}
+        )
 
     def _first_batches(self, context: Context) -> Iterator[tuple[Tensor, Tensor, Conditioning]]:
         """Some training images with noise, the same in every process and whenever the run is resumed."""
