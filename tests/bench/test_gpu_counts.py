@@ -139,7 +139,7 @@ def test_launches_are_those_of_the_operators(layout: str) -> None:
     card = CARDS[90]
     launches, others = Case("propagate", 2, 64, 20, "bf16", layout).call(card)
     assert [launch.plan.constants["REVERSE"] for launch in launches] == [False, True, False, True]
-    assert 1 <= others <= 4
+    assert 1 <= others <= 12
     assert len(Case("line_scan", 2, 64, 20, direction="left", mode="backward").call(card)[0]) == 1
 
 
