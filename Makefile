@@ -19,7 +19,7 @@ CORE := $(addprefix tests/,ops nn data diffusers models/test_denoiser.py models/
 	tasks/class_conditional/test_training.py tasks/diffusion tasks/text_to_image/test_pipelines.py \
 	tasks/text_to_image/test_shipped.py test_files.py test_imports.py test_packaging.py) --ignore tests/ops/triton
 
-.PHONY: help install test test-fast test-minimum fuzz demo lint format bench sanitize clean
+.PHONY: help install test test-fast test-minimum fuzz demo lint format bench gpu-counts sanitize clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -72,6 +72,9 @@ format: $(INSTALLED) ## Format the sources
 
 bench: $(INSTALLED) ## Measure line_scan on this machine; writes runs/bench/
 	$(BIN)/gspn bench line-scan --output runs/bench/line_scan.csv --plot runs/bench/line_scan.png
+
+gpu-counts: $(INSTALLED) ## Compile the Triton kernels for five kinds of GPU and count what they execute; no GPU is needed
+	$(BIN)/gspn bench gpu-counts --workers 2 --output runs/bench/gpu-counts.csv
 
 sanitize: $(INSTALLED) ## Sweep the CPU kernels, built with address and undefined-behaviour sanitizers; minutes
 	$(BIN)/python scripts/sanitize.py

@@ -27,17 +27,19 @@ CORES = os.cpu_count() or 1
 
 @dataclass(frozen=True)
 class Step:
-    """A command of ``gspn``; a file ``done`` in its directory states that it ended.
+    """A command of ``gspn``, or of a benchmark; a file ``done`` in its directory states that it ended.
 
     Attributes:
         arguments: The arguments of the command.
         directory: The directory of its log and of the files that it writes.
         resumes: Whether the command has an option ``--resume``.
+        script: The benchmark whose command it is; None for ``gspn``.
     """
 
     arguments: Sequence[str]
     directory: Path
     resumes: bool = False
+    script: str | None = None
 
     @property
     def done(self) -> bool:
@@ -53,7 +55,8 @@ class Step:
         if self.done:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        command = [str(Path(sys.executable).parent / "gspn"), *self.arguments]
+        program = [str(Path(sys.executable).parent / "gspn")] if self.script is None else [sys.executable, self.script]
+        command = [*program, *self.arguments]
         if self.resumes and (self.directory / "checkpoints").exists():
             command.append("--resume")
         with (self.directory / "log.txt").open("a") as log:

@@ -1,4 +1,5 @@
-"""Small backbones side by side, with the same data and preset; and GSPN with one option changed at a time.
+"""Small backbones side by side, with the same data and preset; GSPN with one option changed at a time; and backbones
+tested at other sizes than those of their training.
 
     python benchmarks/compare_backbones.py run STUDY... [--jobs 2]
     python benchmarks/compare_backbones.py table STUDY...
@@ -10,8 +11,9 @@ runs at a time. A run that ended is not repeated, and one that was stopped conti
 from __future__ import annotations
 
 import functools
+import json
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,20 +39,23 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of a study: its label and its model."""
+    """A row of a study: its label, its model, and settings of its own."""
 
     label: str
     model: str
     kwargs: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Study:
-    """Entries that share a preset, settings and seeds."""
+    """Entries that share a preset, settings and seeds; and the sizes of images that they are tested on in the end."""
 
     preset: str
     settings: dict[str, Any]
     entries: tuple[Entry, ...]
+    seeds: tuple[int, ...] = SEEDS
+    tests: tuple[int, ...] = ()
 
 
 # Peers within 10 % of the parameters of ours. Stems are those that images this small need: half the
@@ -97,6 +102,21 @@ _OPTIONS = (
     Entry("2 directions (down, right)", "gspn_pico", dict(directions=["down", "right"])),
     Entry("1 direction (down)", "gspn_pico", dict(directions=["down"])),
 )
+# What timm's models need for images of any size: ViT interpolates its position embedding and pads the last patches;
+# Swin makes its masks for each image, and keeps its window where a map is smaller. ConvNeXt and GSPN need nothing.
+_ANY_SIZE = {
+    "ViT": dict(dynamic_img_size=True, dynamic_img_pad=True),
+    "Swin": dict(strict_img_size=False, always_partition=True),
+}
+_ANY_SIZE_PEERS = (
+    Entry("GSPN", "gspn_pico"),
+    Entry("GSPN, lines of reference", "gspn_pico", dict(reference_lines=[14, 7, 4])),
+    *(replace(one, kwargs={**one.kwargs, **_ANY_SIZE.get(one.label, {})}) for one in _MNIST_PEERS[1:]),
+)
+_SIZES = (
+    *(replace(one, label=f"{one.label}, two sizes", settings={"data.sizes": [28, 56]}) for one in _ANY_SIZE_PEERS),
+    *_ANY_SIZE_PEERS,
+)
 STUDIES = {
     "mnist5k": Study(
         "mnist5k_pico",
@@ -116,6 +136,13 @@ STUDIES = {
         {"schedule.epochs": 5, "schedule.warmup_epochs": 1, "optim.lr": 1e-3},
         _OPTIONS,
     ),
+    "sizes": Study(
+        "mnist5k_pico",
+        {"schedule.epochs": 8, "schedule.warmup_epochs": 1, "optim.lr": 1e-3},
+        _SIZES,
+        seeds=(0, 1),
+        tests=(28, 42, 56, 112),
+    ),
 }
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
@@ -123,10 +150,13 @@ _Studies = Annotated[list[str], typer.Argument(metavar="STUDY...", help=f"One or
 _ROOT = Path("runs/compare_backbones")
 
 
-def _step(study: Study, entry: Entry, seed: int, output: Path) -> Step:
+def _chain(study: Study, entry: Entry, seed: int, output: Path) -> list[Step]:
     values = {**study.settings, "model.name": entry.model, "model.kwargs": entry.kwargs, "run.seed": seed}
+    values |= entry.settings
     arguments = ["classify", "train", "--config", study.preset, *settings(values), "--output", str(output)]
-    return Step(arguments, output, resumes=True)
+    sizes = [part for size in study.tests for part in ("--size", str(size))]
+    test = Step(["test", str(output), *sizes], output / "tests", script=__file__)
+    return [Step(arguments, output, resumes=True), *([test] if study.tests else [])]
 
 
 @app.command()
@@ -138,23 +168,47 @@ def run(
     """Train every entry of the studies with every seed."""
     # Seeds outermost: if it is stopped, every entry has as many runs as any other.
     chains = [
-        [_step(STUDIES[name], entry, seed, directory(root, name, entry.label, seed))]
+        _chain(STUDIES[name], entry, seed, directory(root, name, entry.label, seed))
         for seed in SEEDS
         for name in studies
+        if seed in STUDIES[name].seeds
         for entry in STUDIES[name].entries
     ]
     run_all(chains, jobs)
 
 
+@app.command(hidden=True)
+def test(
+    where: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a run.")],
+    sizes: Annotated[list[int], typer.Option("--size", metavar="N", min=1, help="Size of the images. Repeatable.")],
+) -> None:
+    """Test the averaged weights of a run on its held-out images, resized to each size."""
+    from gspn.tasks.classify import evaluate
+    from gspn.tasks.classify.model import load_model, pretrained_cfg
+
+    data = yaml.safe_load((where / "config.yaml").read_text())["data"]
+    top1 = {}
+    for size in sizes:
+        model: Any = load_model(where / "last")
+        model.pretrained_cfg = {**pretrained_cfg(model), "input_size": (3, size, size)}  # read by the preprocessing
+        top1[size] = evaluate(model, data=data["name"], split=data["eval_split"], device="cpu").top1
+    (where / "tests").mkdir(exist_ok=True)
+    (where / "tests" / "top1.json").write_text(json.dumps(top1))
+
+
 @app.command()
 def table(studies: _Studies, root: Root = _ROOT, output: Csv = None) -> None:
     """Gather the runs that ended: mean and standard deviation over the seeds, and a CSV with each run."""
-    headings = ("entry", "parameters M", "MACs M", "top-1 of the last epoch", "of its EMA", "seeds", "images/s")
     rows = []
     for name in studies:
+        tests = STUDIES[name].tests
+        headings = (
+            *("entry", "parameters M", "MACs M", "top-1 of the last epoch", "of its EMA", "seeds", "images/s"),
+            *(f"at {size}" for size in tests),
+        )
         shown = []
         for entry in STUDIES[name].entries:
-            own = [_row(name, entry, seed, directory(root, name, entry.label, seed)) for seed in SEEDS]
+            own = [_row(name, entry, seed, directory(root, name, entry.label, seed)) for seed in STUDIES[name].seeds]
             own = [row for row in own if row is not None]
             rows += own
             if own:
@@ -167,6 +221,7 @@ def table(studies: _Studies, root: Root = _ROOT, output: Csv = None) -> None:
                         spread(row["ema_top1"] for row in own),
                         len(own),
                         f"{statistics.median(row['images_per_second'] for row in own):.0f}",
+                        *(spread((row[f"ema_top1_at_{size}"] for row in own), 1) for size in tests),
                     )
                 )
         print_table(name, headings, shown)
@@ -174,8 +229,9 @@ def table(studies: _Studies, root: Root = _ROOT, output: Csv = None) -> None:
 
 
 def _row(study: str, entry: Entry, seed: int, where: Path) -> dict[str, Any] | None:
-    if not (where / "done").exists():
+    if not all(step.done for step in _chain(STUDIES[study], entry, seed, where)):
         return None
+    tests = json.loads((where / "tests" / "top1.json").read_text()) if STUDIES[study].tests else {}
     epochs = read_csv(where / "metrics.csv")
     last = epochs[-1]
     kwargs = yaml.safe_dump(entry.kwargs, default_flow_style=True).strip()
@@ -195,6 +251,8 @@ def _row(study: str, entry: Entry, seed: int, where: Path) -> dict[str, Any] | N
         "ema_top1": float(last["ema_top1"]),
         "images_per_second": statistics.median(float(epoch["images_per_second"]) for epoch in epochs),
         "seconds": round(sum(float(epoch["seconds"]) for epoch in epochs), 1),
+        **({"sizes": " ".join(map(str, entry.settings.get("data.sizes", [28])))} if tests else {}),
+        **{f"ema_top1_at_{size}": top1 for size, top1 in tests.items()},
     }
 
 

@@ -31,6 +31,14 @@ def test_images_of_any_size(height, width):
     assert found.module.startswith("stage 0, block 0: 12 channels")
 
 
+def test_the_scan_is_described():
+    def described(**options):
+        return explain(small_model(**options), torch.rand(3, 32, 48), (0, 0), size=48, stage=1).module
+
+    assert described() == "stage 1, block 0: 24 channels, 4 x 6, global, taps for each channel"
+    assert ", segments of 2, normalized to 14 lines, " in described(segment=2, scan={"reference_lines": 14})
+
+
 @pytest.mark.parametrize("segment", [None, 1])
 def test_the_figure_is_drawn(segment, tmp_path):
     pytest.importorskip("matplotlib")

@@ -41,7 +41,15 @@ def test_rows_are_those_of_the_explicit_matrix(groups, segment):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"groups": 1, "segment": 2}, {"skip": False}, {"directions": ("left", "down")}, {"alignment": "official"}],
+    [
+        {},
+        {"groups": 1, "segment": 2},
+        {"skip": False},
+        {"directions": ("left", "down")},
+        {"alignment": "official"},
+        {"reference_lines": 9, "segment": 4},
+        {"reference_lines": 9, "alignment": "official"},
+    ],
 )
 def test_a_row_times_the_input_is_the_output(options):
     module, x = make(**options)
@@ -67,7 +75,7 @@ def test_the_summary_is_the_mean_magnitude_and_lines_of_the_reach_sum_to_one():
 
 
 def test_half_precision_and_inference_mode():
-    module = GSPN2d(4).to(torch.bfloat16)
+    module = GSPN2d(4, reference_lines=3).to(torch.bfloat16)
     with torch.inference_mode():
         found = pixel_influence(module, torch.randn(1, 4, 5, 6).to(torch.bfloat16), (0, 0))
     assert found.merged.dtype == torch.float32

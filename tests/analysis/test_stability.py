@@ -36,6 +36,13 @@ def test_a_constant_input_uses_the_whole_bound(segment, growth):
             assert entry.bound_max == pytest.approx(growth[entry.direction])
 
 
+def test_over_a_normalized_axis_the_state_is_that_of_the_reference():
+    for size in (7, 20):
+        for entry in scan_stability("gspn", constant_module(reference_lines=5), torch.ones(1, 2, size, size).double()):
+            assert entry.ok
+            assert entry.state_max == pytest.approx(5) and entry.input_max == pytest.approx(5 / size)
+
+
 @pytest.mark.parametrize("options", [{}, {"groups": 1}, {"segment": 3}, {"alignment": "official"}])
 def test_random_modules_are_stable(options):
     torch.manual_seed(0)

@@ -467,6 +467,59 @@ def test_constructed_from_its_configuration():
     ]  # fmt: skip
 
 
+def test_scans_over_a_normalized_axis(tmp_path):
+    """At any size by itself, as with lam scaled by hand."""
+    unet = make_unet("tiny").double()
+    by_level = {"down": 8, "mid": 4, "up": 8}
+    adapter = GSPNAdapter.from_model(unet, reference_lines=by_level)
+    assert {one["reference_lines"] for one in adapter.config["layers"].values()} == {8, 4}
+    plain = GSPNAdapter.from_model(unet)
+    plain.load_state_dict(adapter.state_dict())
+    with adapter.mounted(unet):
+        at_size, beyond = (run(unet, height=side, width=2 * side) for side in (8, 16))
+    # The first level has the side of the latents, the middle half of it; columns are twice as many as rows.
+    for factors, side, expected in (([1, 1, 0.5, 0.5], 8, at_size), ([0.5, 0.5, 0.25, 0.25], 16, beyond)):
+        one = copy.deepcopy(plain)
+        for mixer in one.mixers.values():
+            mixer.scan.lam_proj.data *= torch.tensor(factors, dtype=torch.float64).view(4, 1, 1)
+        with one.mounted(unet):
+            torch.testing.assert_close(run(unet, height=side, width=2 * side), expected)
+
+    adapter.save_pretrained(tmp_path / "adapter")
+    plain.set_reference_lines(by_level)
+    for same in (plain, GSPNAdapter.from_pretrained(tmp_path / "adapter")):
+        assert dict(same.config["layers"]) == dict(adapter.config["layers"])
+        with same.double().mounted(unet):
+            torch.testing.assert_close(run(unet, height=16, width=32), beyond)
+    # Restarts after as many lines as those of the reference leave lam as it is.
+    adapter.set_segment(by_level)
+    plain.set_reference_lines(None)
+    plain.set_segment(by_level)
+    with adapter.mounted(unet):
+        restarted = run(unet, height=16, width=32)
+    with plain.mounted(unet):
+        torch.testing.assert_close(run(unet, height=16, width=32), restarted)
+    with pytest.raises(ValueError, match="reference_lines=0"):
+        adapter.set_reference_lines({"down.0": 0})
+
+
+def test_an_adapter_of_before_reference_lines_loads_as_it_was(tmp_path):
+    unet = make_unet("tiny")
+    adapter = GSPNAdapter.from_model(unet)
+    adapter.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for options in config["layers"].values():
+        del options["reference_lines"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    old = GSPNAdapter.from_pretrained(tmp_path)
+    with adapter.mounted(unet):
+        expected = run(unet)
+    with old.mounted(unet):
+        assert torch.equal(run(unet), expected)
+    old.set_reference_lines(4)
+    assert {mixer.scan.reference_lines for mixer in old.mixers.values()} == {4}
+
+
 def test_scans_restart_elsewhere_afterwards(tmp_path):
     unet = make_unet("sd15")
     adapter = GSPNAdapter.from_model(unet, segment=7)

@@ -376,6 +376,18 @@ def test_segments_by_stage_and_block() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_reference_lines_by_stage_and_block(together) -> None:
+    lines = (14, None, [7, 7, None, 3])  # as a configuration file has them
+    options = dict(scan=dict(reference_lines=lines)) if together else dict(reference_lines=lines)
+    model = timm.create_model("gspn_pico", dims=(8, 12, 16), **options)
+    assert [[block.mixer.gspn.reference_lines for block in stage.blocks] for stage in model.stages] == [
+        [14], [None], [7, 7, None, 3],
+    ]  # fmt: skip
+    model = timm.create_model("gspn_pico", dims=(8, 12, 16), reference_lines=7)
+    assert {block.mixer.gspn.reference_lines for stage in model.stages for block in stage.blocks} == {7}
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -384,6 +396,8 @@ def test_segments_by_stage_and_block() -> None:
         (dict(segment=(2, 2)), ValueError, r"2 entries for 3 stages; pass one for each, or one for all"),
         (dict(segment=(2, 2, (1, 2))), ValueError, r"2 entries for 4 blocks in stage 2"),
         (dict(segment=0), ValueError, "segment=0"),
+        (dict(reference_lines=(7, 7)), ValueError, r"reference_lines=\(7, 7\) has 2 entries for 3 stages"),
+        (dict(scan=dict(reference_lines=0)), ValueError, "reference_lines=0"),
         (dict(dims=(8, 16)), ValueError, r"dims=\(8, 16\) and depths=\(1, 1, 4\).*one width"),
         (dict(dims=(), depths=()), ValueError, r"dims=\(\)"),
         (dict(dims=(8, 8, 16)), ValueError, r"stages 0 and 1 have the same width"),

@@ -155,6 +155,7 @@ def test_checkpointing_gives_the_same_gradients(mixer):
     [
         {"mixer": "convolution"}, {"dim": 0}, {"patch_size": 0}, {"in_channels": 0}, {"num_layers": 0},
         {"num_class_embeds": 0}, {"scan": {"segment": 0}}, {"scan": {"groups": 5}},
+        {"scan": {"reference_lines": 0}},
     ],
 )  # fmt: skip
 def test_options_are_checked(options):
@@ -177,12 +178,14 @@ def test_compiles_as_one_graph():
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):
-    model = small(scan={"segment": 2}, mixer="gspn")
+    scan = {"segment": 2, "reference_lines": 5}
+    model = small(scan=scan, mixer="gspn")
     model.save_pretrained(tmp_path)
     again = GSPNDenoiser2DModel.from_pretrained(tmp_path)
     noisy, t, labels = torch.randn(2, 3, 4, 6), torch.tensor([3, 900]), torch.tensor([0, 1])
     assert torch.equal(again(noisy, t, labels).sample, model(noisy, t, labels).sample)
-    assert again.config.scan == {"segment": 2}
+    assert again.config.scan == scan
+    assert not torch.equal(small(scan={"segment": 2})(noisy, t, labels).sample, model(noisy, t, labels).sample)
 
 
 def test_a_pipeline_of_diffusers_in_another_process(tmp_path):

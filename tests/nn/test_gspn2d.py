@@ -35,6 +35,8 @@ OPTIONS = [
     dict(segment=1000),
     dict(directions=("left",)),
     dict(directions=("up", "down"), segment=3, groups=1, skip=False),
+    dict(reference_lines=3),
+    dict(reference_lines=16, segment=5, directions=("right", "up")),
 ]
 
 
@@ -60,6 +62,8 @@ def pixel_by_pixel(module: GSPN2d, x: Tensor) -> Tensor:
             lines = [[(i, j) for j in columns] for i in (rows if direction == "down" else rows[::-1])]
         else:
             lines = [[(i, j) for i in rows] for j in (columns if direction == "right" else columns[::-1])]
+        if module.reference_lines is not None:
+            source *= module.reference_lines / min(len(lines), module.segment or len(lines))
         h = torch.zeros_like(x)
         for step, line in enumerate(lines):
             restart = step % (module.segment or len(lines)) == 0
@@ -172,7 +176,9 @@ def test_autocast_is_no_worse_than_computing_in_bfloat16(skip) -> None:
 
 
 @pytest.mark.parametrize("alignment", ["image", "official"])
-@pytest.mark.parametrize("options", [dict(), dict(groups=1, segment=2), dict(skip=False)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(groups=1, segment=2), dict(skip=False), dict(reference_lines=2)], ids=str
+)
 def test_gradcheck(alignment, options) -> None:
     module = make(2, proxy_dim=2, dtype=torch.float64, alignment=alignment, **options)
     x = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
@@ -282,9 +288,10 @@ def test_export_with_dynamic_sizes() -> None:
     torch.testing.assert_close(program.module()(x), module(x))
 
 
+@pytest.mark.parametrize("reference_lines", [None, 7])
 @pytest.mark.parametrize("alignment", ["image", "official"])
-def test_torch_fx_traces_it(alignment) -> None:
-    module = make(4, alignment=alignment)
+def test_torch_fx_traces_it(alignment, reference_lines) -> None:
+    module = make(4, alignment=alignment, reference_lines=reference_lines)
     traced = torch.fx.symbolic_trace(nn.Sequential(module))
     for size in (6, 9):
         x = torch.randn(2, 4, size, size)
@@ -345,6 +352,10 @@ def test_reset_parameters() -> None:
         (dict(segment=0), ValueError, r"segment=0 is below 1.*None"),
         (dict(segment=2.5), TypeError, r"segment=2\.5 is a float.*None"),
         (dict(segment="2"), TypeError, r"segment='2' is a str"),
+        (dict(reference_lines=0), ValueError, r"reference_lines=0 is below 1.*None for lam as it is"),
+        (dict(reference_lines=True), TypeError, r"reference_lines=True is a bool.*None"),
+        (dict(reference_lines=16.0), TypeError, r"reference_lines=16\.0 is a float"),
+        (dict(reference_lines=2**63), ValueError, r"reference_lines=9223372036854775808 is more than"),
         (dict(directions=()), ValueError, r"directions=\(\).*'down', 'up', 'right', 'left'"),
         (dict(directions=("down", "down")), ValueError, r"each once"),
         (dict(directions=("north",)), ValueError, r"directions=\('north',\)"),
@@ -369,8 +380,8 @@ def test_it_prints_what_distinguishes_it() -> None:
     assert GSPN2d(6).extra_repr() == "6, proxy_dim=8"
     text = GSPN2d(6, groups=1, segment=2, skip=False, directions=("up",)).extra_repr()
     assert text == "6, proxy_dim=8, groups=1, segment=2, skip=False, directions=('up',)"
-    text = GSPN2d(6, alignment="official").extra_repr()
-    assert text == "6, proxy_dim=8, alignment='official'"
+    text = GSPN2d(6, reference_lines=14, alignment="official").extra_repr()
+    assert text == "6, proxy_dim=8, reference_lines=14, alignment='official'"
 
 
 @pytest.mark.parametrize(
@@ -393,8 +404,9 @@ def test_inputs_that_do_not_fit(x, error, message, alignment) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
-def test_a_traced_module_runs_at_other_sizes() -> None:
-    module = make(segment=3)
+@pytest.mark.parametrize("options", [dict(segment=3), dict(reference_lines=6), dict(reference_lines=6, segment=4)])
+def test_a_traced_module_runs_at_other_sizes(options) -> None:
+    module = make(**options)
     traced = torch.jit.trace(module, torch.randn(2, 6, 4, 5))
     for shape in [(2, 6, 4, 5), (1, 6, 9, 3), (3, 6, 1, 7)]:
         x = torch.randn(shape)

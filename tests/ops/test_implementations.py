@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import gspn
-from gspn.ops import implementations
+from gspn.ops import implementations, triton
 from support import run_python
 
 
@@ -77,6 +80,65 @@ def test_an_explicit_request_never_falls_back() -> None:
     taps = torch.ones(1, 1, 3, 3, 3, dtype=torch.float8_e5m2)
     with pytest.raises(NotImplementedError, match=r"impl='cpu' cannot run line_scan here.*float8_e5m2"):
         gspn.line_scan(x, taps, direction="down", impl="cpu")
+
+
+OLD = SimpleNamespace(name="Tesla T4", major=7, minor=5, shared_memory_per_block_optin=64 << 10)
+SMALL = SimpleNamespace(name="Small", major=8, minor=7, shared_memory_per_block_optin=48 << 10)
+AMPERE = SimpleNamespace(name="A10", major=8, minor=6, shared_memory_per_block_optin=99 << 10)
+MI100 = SimpleNamespace(name="MI100", major=9, minor=0, gcnArchName="gfx908:sramecc+:xnack-")
+MI300 = SimpleNamespace(name="MI300X", major=9, minor=4, gcnArchName="gfx942:sramecc+:xnack-")
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """A list of GPUs that PyTorch sees, each by its index."""
+    cards = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(triton, "_installed", lambda: True)
+    triton._why_not_card.cache_clear()
+    yield cards
+    triton._why_not_card.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("card", "hip", "reason"),
+    [
+        (OLD, None, r"compute capability 8.0 \(Ampere\) or later, and Tesla T4 has 7.5"),
+        (SMALL, None, "64 KB of shared memory, and Small has 48 KB"),
+        (MI100, "6.4", r"of AMD GPUs.*propagate are compiled for none, and MI100 is gfx908"),
+    ],
+)
+def test_on_a_gpu_that_triton_cannot_use_auto_warns_once_and_says_why(cards, monkeypatch, card, hip, reason) -> None:
+    cards[:] = [card]
+    monkeypatch.setattr(torch.version, "hip", hip)
+    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    with pytest.warns(RuntimeWarning, match=f"slow PyTorch loop on cuda for torch.bfloat16: triton.*{reason}"):
+        module = implementations.resolve("auto", x, "propagate")  # type: ignore[arg-type]
+    assert module.__name__ == "gspn.ops.reference.propagate"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert implementations.resolve("auto", x, "propagate") is module  # type: ignore[arg-type]
+    with pytest.raises(NotImplementedError, match=f"impl='triton' cannot run propagate here.*{reason}"):
+        implementations.resolve("triton", x, "propagate")  # type: ignore[arg-type]
+
+
+def test_amd_gpus_run_what_is_compiled_for_them(cards, monkeypatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    cards[:] = [MI300, MI100]
+    assert triton.why_not(torch.device("cuda", 0), torch.float32, "line_scan") is None
+    reason = triton.why_not(torch.device("cuda", 1), torch.float32, "line_scan")
+    assert "compiled for gfx942 and gfx1100, and MI100 is gfx908" in str(reason)
+
+
+def test_gpus_of_a_machine_need_not_be_alike(cards, monkeypatch) -> None:
+    cards[:] = [AMPERE, OLD]
+    monkeypatch.setattr(implementations, "_module", lambda backend, _: backend.__name__)
+    first, second = (SimpleNamespace(device=torch.device("cuda", i), dtype=torch.float32) for i in (0, 1))
+    assert implementations.resolve("auto", first, "propagate") == "gspn.ops.triton"  # type: ignore[arg-type]
+    with pytest.warns(RuntimeWarning, match=r"Tesla T4 has 7\.5"):
+        assert implementations.resolve("auto", second, "propagate") == "gspn.ops.reference"  # type: ignore[arg-type]
+    assert triton.why_not(torch.device("cuda"), torch.float32, "propagate") is None
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ class Explanation:
     weights: str
     """The source of its weights."""
     module: str
-    """A description of the module: stage and block, channels, the map's size, the segment, the taps."""
+    """A description of the module: stage and block, channels, the map's size, segment and reference lines, the taps."""
 
 
 def explain(
@@ -77,6 +77,8 @@ def explain(
     scan = find_scans(model.model)[affinity.name]
     rows, columns = affinity.influence.merged.shape
     segment = "global" if scan.segment is None else f"segments of {scan.segment}"
+    if scan.reference_lines is not None:
+        segment += f", normalized to {scan.reference_lines} lines"
     taps = "taps shared by all channels" if scan.groups == 1 else f"{scan.groups} groups of taps"
     taps = "taps for each channel" if scan.groups == scan.dim else taps
     parts = affinity.name.split(".")

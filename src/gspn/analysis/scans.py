@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._errors import UsageError
 from ..nn import GSPN2d
+from ..nn.gspn2d import over_normalized_axis
 from ..nn.official_alignment import reorient
 from ..ops import Direction, line_scan, stochastic_taps
 from ..ops.unfused import project, project_taps
@@ -28,7 +29,7 @@ class Scan:
     taps: Tensor
     """``[B, G, 3, H, W]``."""
     lam: Tensor | None
-    """``[B, C, H, W]``, or None for ones."""
+    """``[B, C, H, W]``, with the factor of ``reference_lines``; or None for ones."""
     u: Tensor
     """``[B, C, H, W]``, times the direction's merge weight."""
     skip: Tensor | None
@@ -57,6 +58,7 @@ def scans_of(module: GSPN2d, x: Tensor) -> list[Scan]:
     options: Any = module  # whose attributes torch types as Tensor | Module
     wide = torch.promote_types(x.dtype, torch.float32)
     proxy = options.proxy(x)
+    lam_proj = over_normalized_axis(options.lam_proj, x, options.directions, options.segment, options.reference_lines)
     scans = []
     for d, direction in enumerate(options.directions):
         scan_direction: Direction = "right" if options.alignment == "official" else direction
@@ -68,7 +70,7 @@ def scans_of(module: GSPN2d, x: Tensor) -> list[Scan]:
                 direction=direction,
                 scan_direction=scan_direction,
                 taps=stochastic_taps(logits.to(wide), direction=scan_direction),
-                lam=project(proxy, options.lam_proj[d]).to(wide),
+                lam=project(proxy, lam_proj[d].to(proxy.dtype)).to(wide),
                 u=project(proxy, options.u_proj[d]).to(wide) * merge,
                 skip=skip,
                 segment=options.segment,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -13,13 +13,16 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .._files import printable
-from ..ops.validation import check_segment
+from ..ops.validation import check_reference_lines, check_segment
 from .mounting import Mount, check_attention, check_model, self_attention_blocks
 from .token_mixer import GSPNTokenMixer
 
 __all__ = ["GSPNAdapter", "ModelMixin"]
 
 Model = TypeVar("Model", bound=ModelMixin)
+
+Lines = int | None | Mapping[str, int | None]
+"""A number of lines for all layers, or numbers by level or name."""
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*(\.([a-z][a-z0-9_]*|[0-9]+))*", re.ASCII)
 _LONGEST_NAME = 500
@@ -78,7 +81,7 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
     @classmethod
     def from_model(
         cls, model: ModelMixin, *, layers: Sequence[str] | None = None, proxy_dim: int | None = None,
-        groups: int | None = None, segment: int | Mapping[str, int | None] | None = None, skip: bool = True,
+        groups: int | None = None, segment: Lines = None, reference_lines: Lines = None, skip: bool = True,
         proxy_bias: bool = False, copy_projections: bool = True,
     ) -> GSPNAdapter:  # fmt: skip
         """Make an adapter for a model. The model is not changed, and no reference to it is kept.
@@ -92,6 +95,8 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
             groups: Sets of taps; None for a set for each channel, 1 for taps that all channels share.
             segment: Lines after which the scans restart: one number for all layers, None for global scans, or numbers
                 by level or name. The most specific name counts for a layer; layers without one have global scans.
+            reference_lines: Lines at which lam is as it is, usually those of each layer's map in training, given as
+                ``segment`` is: see :meth:`set_reference_lines`. None for the paper's operator.
             skip: Whether to add the input-dependent skip.
             proxy_bias: Whether the proxies have a bias, so that taps and gates can have a constant part.
                 ``gspn t2i distill`` needs it to fit them to the attention before training.
@@ -99,7 +104,7 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
 
         Raises:
             RuntimeError: An attention has been replaced already.
-            TypeError: The model is of another class, or ``segment`` is not an integer.
+            TypeError: The model is of another class, or a number of lines is not an integer.
             ValueError: A level or name has no self-attention, an option is out of range, or an attention has an option
                 that GSPN does not support.
 
@@ -120,13 +125,13 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
                 raise TypeError(f"{layers=} is one name; pass a list of them, [{layers!r}].")
             requested = {name for one in layers for name in _within(one, chosen)}
             chosen = [name for name in chosen if name in requested]
-        segments = _segments(segment, chosen)
+        segments, references = _lines_of_layers(segment, chosen), _lines_of_layers(reference_lines, chosen)
         attentions = {name: check_attention(name, blocks[name]) for name in chosen}
         options = {
             name: {
-                "dim": one.query_dim, "proxy_dim": proxy_dim, "groups": groups, "segment": segments[name], "skip": skip,
-                "proxy_bias": proxy_bias, "bias": one.to_v.bias is not None,
-                "out_bias": one.to_out[0].bias is not None, "dropout": one.dropout,
+                "dim": one.query_dim, "proxy_dim": proxy_dim, "groups": groups, "segment": segments[name],
+                "reference_lines": references[name], "skip": skip, "proxy_bias": proxy_bias,
+                "bias": one.to_v.bias is not None, "out_bias": one.to_out[0].bias is not None, "dropout": one.dropout,
             }
             for name, one in attentions.items()
         }  # fmt: skip
@@ -195,11 +200,11 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
         finally:
             self.unmount()
 
-    def set_segment(self, segment: int | Mapping[str, int | None] | None) -> None:
+    def set_segment(self, segment: Lines) -> None:
         """Set the number of lines after which the scans restart; no weight depends on it, and it is saved.
 
         A scan accumulates its input along the lines. Over maps larger than in training its states grow larger than in
-        training, unless it restarts after as many lines as the maps in training had.
+        training, unless it restarts after as many lines as the maps in training had, or has ``reference_lines``.
 
         Args:
             segment: As for :meth:`from_model`.
@@ -217,14 +222,41 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
             >>> [mixer.scan.segment for mixer in adapter.mixers.values()]
             [None, 8]
         """
+        self._set_lines("segment", segment, check_segment)
+
+    def set_reference_lines(self, lines: Lines) -> None:
+        """Set the number of lines at which lam is as it is; no weight depends on it, and it is saved.
+
+        Over L lines lam is multiplied by ``lines / L`` (L: those of the segment where that is shorter), so that at any
+        size the states are as large as over ``lines`` lines. ``gspn t2i distill`` sets the lines of each layer's map in
+        training, so that the adapter works beyond that size without restarts.
+
+        Args:
+            lines: As ``reference_lines`` of :meth:`from_model`.
+
+        Raises:
+            TypeError: A number of lines is not an integer.
+            ValueError: A number is below 1, or a level or name has no layer.
+
+        Example:
+            >>> from diffusers import PixArtTransformer2DModel
+            >>> from gspn.diffusers import GSPNAdapter
+            >>> model = PixArtTransformer2DModel(2, 8, num_layers=2, cross_attention_dim=16, sample_size=16)
+            >>> adapter = GSPNAdapter.from_model(model)
+            >>> adapter.set_reference_lines(model.config.sample_size // model.config.patch_size)
+            >>> [mixer.scan.reference_lines for mixer in adapter.mixers.values()]
+            [8, 8]
+        """
+        self._set_lines("reference_lines", lines, check_reference_lines)
+
+    def _set_lines(self, option: str, lines: Lines, check: Callable[[Any], None]) -> None:
         mixers = self.mixers
-        segments = _segments(segment, list(mixers))
-        for lines in segments.values():
-            check_segment(lines)
+        by_name = _lines_of_layers(lines, list(mixers))
+        for one in by_name.values():
+            check(one)
         for name, mixer in mixers.items():
-            scan: Any = mixer.scan
-            scan.segment = segments[name]
-        layers = {name: {**options, "segment": segments[name]} for name, options in self.config["layers"].items()}
+            setattr(mixer.scan, option, by_name[name])
+        layers = {name: {**options, option: by_name[name]} for name, options in self.config["layers"].items()}
         self.register_to_config(layers=layers)
 
     def freeze_model(self) -> list[nn.Parameter]:
@@ -322,10 +354,10 @@ def _level(name: str) -> str:
     return short if short == "mid" else f"{short}.{parts[1]}"
 
 
-def _segments(segment: int | Mapping[str, int | None] | None, names: Sequence[str]) -> dict[str, int | None]:
-    if not isinstance(segment, Mapping):
-        return dict.fromkeys(names, segment)
-    segments: dict[str, int | None] = dict.fromkeys(names)
-    for level in sorted(segment, key=lambda level: len(_prefix(level))):
-        segments.update(dict.fromkeys(_within(level, names), segment[level]))
-    return segments
+def _lines_of_layers(lines: Lines, names: Sequence[str]) -> dict[str, int | None]:
+    if not isinstance(lines, Mapping):
+        return dict.fromkeys(names, lines)
+    by_name: dict[str, int | None] = dict.fromkeys(names)
+    for level in sorted(lines, key=lambda level: len(_prefix(level))):
+        by_name.update(dict.fromkeys(_within(level, names), lines[level]))
+    return by_name

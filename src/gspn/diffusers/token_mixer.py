@@ -27,6 +27,7 @@ class GSPNTokenMixer(nn.Module):
         proxy_dim: Channels of the proxy; None for D / 8, as published.
         groups: Sets of taps, a divisor of ``dim``; None for a set for each channel.
         segment: Lines after which the scans restart; None for global scans.
+        reference_lines: Lines at which lam is as it is, as for :class:`gspn.nn.GSPN2d`; None for the paper's operator.
         skip: Whether to add the input-dependent skip.
         proxy_bias: Whether the proxy has a bias.
         bias: Whether ``to_v`` has a bias.
@@ -37,7 +38,7 @@ class GSPNTokenMixer(nn.Module):
         ``[B, H W, D]`` to ``[B, H W, D]``, the tokens in row-major order.
 
     Raises:
-        TypeError: ``segment`` is not an integer.
+        TypeError: ``segment`` or ``reference_lines`` is not an integer.
         ValueError: An option is out of range.
 
     Example:
@@ -49,7 +50,8 @@ class GSPNTokenMixer(nn.Module):
 
     def __init__(
         self, dim: int, *, proxy_dim: int | None = None, groups: int | None = None, segment: int | None = None,
-        skip: bool = True, proxy_bias: bool = False, bias: bool = False, out_bias: bool = True, dropout: float = 0.0,
+        reference_lines: int | None = None, skip: bool = True, proxy_bias: bool = False, bias: bool = False,
+        out_bias: bool = True, dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         check_options("count", dim=dim)
@@ -57,7 +59,10 @@ class GSPNTokenMixer(nn.Module):
         check_options("fraction", dropout=dropout)
         self.dim = dim
         proxy_dim = max(dim // 8, 1) if proxy_dim is None else proxy_dim
-        self.scan = GSPN2d(dim, proxy_dim=proxy_dim, groups=groups, segment=segment, skip=skip, proxy_bias=proxy_bias)
+        self.scan = GSPN2d(
+            dim, proxy_dim=proxy_dim, groups=groups, segment=segment, reference_lines=reference_lines, skip=skip,
+            proxy_bias=proxy_bias,
+        )  # fmt: skip
         self.to_v = nn.Linear(dim, dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=out_bias), nn.Dropout(dropout)])
 

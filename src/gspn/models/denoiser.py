@@ -115,7 +115,8 @@ class GSPNDenoiser2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         ada_norm: whether the embedding modulates every block (adaLN-Zero), as in DiT.
         mixer: ``"gspn"``, or ``"attention"`` for self-attention in place of the propagation.
         scan: further options of :class:`gspn.nn.GSPN2d`: ``groups``, ``segment``, ``skip`` (default here: False, as
-            published), ``directions``, ``alignment``, ``impl``.
+            published), ``directions``, ``reference_lines`` (the maps have ``sample_size // patch_size`` lines),
+            ``alignment``, ``impl``.
 
     Raises:
         ValueError: an option does not fit.

@@ -21,10 +21,11 @@ from ..nn import GSPNBlock
 from ..ops import flop_counts as _flop_counts  # noqa: F401  (lets torch's counter see the scans)
 from .official_checkpoint import checkpoint_filter_fn
 
-Segment = int | None | Sequence["int | None"]
+Lines = int | None | Sequence["int | None"]
+"""A number of lines for all blocks of a stage, or one for each of them."""
 
 # The options of GSPN2d besides the width and the segment, which models pass on as ``scan``.
-_SCAN_OPTIONS = ("proxy_dim", "groups", "skip", "directions", "alignment", "impl")
+_SCAN_OPTIONS = ("proxy_dim", "groups", "skip", "directions", "reference_lines", "alignment", "impl")
 
 
 class Stem(nn.Module):
@@ -53,14 +54,15 @@ class Stage(nn.Module):
         in_dim: channels in.
         dim: channels of the blocks.
         segments: lines after which the scans restart, one entry for each block.
+        reference_lines: the number of lines that lam is normalized to, one entry for each block.
         drop_path: stochastic depth rates, one for each block.
         dd: device and dtype of the parameters.
         **block: options of :class:`gspn.nn.GSPNBlock`.
     """
 
     def __init__(
-        self, in_dim: int, dim: int, *, segments: Sequence[int | None], drop_path: Sequence[float],
-        dd: Mapping[str, Any], **block: Any,
+        self, in_dim: int, dim: int, *, segments: Sequence[int | None], reference_lines: Sequence[int | None],
+        drop_path: Sequence[float], dd: Mapping[str, Any], **block: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         self.grad_checkpointing = False
@@ -69,7 +71,10 @@ class Stage(nn.Module):
             conv = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, **dd)
             self.downsample = nn.Sequential(OrderedDict(conv=conv, norm=LayerNorm2d(dim, eps=1e-5, **dd)))
         self.blocks = nn.Sequential(
-            *(GSPNBlock(dim, segment=s, drop_path=p, **block, **dd) for s, p in zip(segments, drop_path, strict=True))
+            *(
+                GSPNBlock(dim, segment=s, reference_lines=r, drop_path=p, **block, **dd)
+                for s, r, p in zip(segments, reference_lines, drop_path, strict=True)
+            )
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,7 +99,7 @@ class GSPN(nn.Module):
         segment: lines after which the scans restart, None for global scans. One value for all blocks, or one entry for
             each stage, which is one value for its blocks or a sequence with one value for each.
         scan: options of :class:`gspn.nn.GSPN2d`: ``proxy_dim``, ``groups``, ``skip``, ``directions``, ``alignment``,
-            ``impl``.
+            ``impl``; and ``reference_lines``, with entries as for ``segment``, because the stages' maps differ in size.
         lpu: whether the blocks have local perception units.
         layer_scale: initial value of the blocks' layer scale; None for no layer scale.
         drop_rate: dropout before the classifier.
@@ -111,7 +116,7 @@ class GSPN(nn.Module):
     def __init__(
         self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "avg", *,
         dims: Sequence[int] = (96, 192, 384, 768), depths: Sequence[int] = (2, 2, 7, 2), stem_stride: int = 4,
-        segment: Segment | Sequence[Segment] = None, scan: Mapping[str, Any] | None = None, lpu: bool = False,
+        segment: Lines | Sequence[Lines] = None, scan: Mapping[str, Any] | None = None, lpu: bool = False,
         layer_scale: float | None = None, drop_rate: float = 0.0, drop_path_rate: float = 0.0,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
@@ -128,16 +133,20 @@ class GSPN(nn.Module):
         self.output_fmt = "NCHW"
 
         self.stem = Stem(in_chans, dims[0], stride=stem_stride, **dd)
-        segments = segments_of_blocks(segment, depths)
-        rates = cast("list[list[float]]", calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         options = {"lpu": lpu, "layer_scale": layer_scale, **(scan or {})}
+        segments = lines_of_blocks("segment", segment, depths)
+        references = lines_of_blocks("reference_lines", options.pop("reference_lines", None), depths)
+        rates = cast("list[list[float]]", calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         stages = []
         self.feature_info = []
         before, reduction = dims[0], stem_stride
         for i, dim in enumerate(dims):
             if i > 0 and dim == before:
                 raise ValueError(f"{dims=}: stages {i - 1} and {i} have the same width; pass a different one for each.")
-            stages.append(Stage(before, dim, segments=segments[i], drop_path=rates[i], dd=dd, **options))
+            stage = Stage(
+                before, dim, segments=segments[i], reference_lines=references[i], drop_path=rates[i], dd=dd, **options
+            )
+            stages.append(stage)
             reduction *= 2 if i > 0 else 1
             self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f"stages.{i}"))
             before = dim
@@ -262,18 +271,20 @@ class GSPN(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def segments_of_blocks(segment: Segment | Sequence[Segment], depths: Sequence[int]) -> list[list[int | None]]:
-    """Expand one segment for all, one for each stage or one for each block to one for each block of each stage."""
-    stages = [segment] * len(depths) if segment is None or isinstance(segment, int) else list(segment)
+def lines_of_blocks(name: str, lines: Lines | Sequence[Lines], depths: Sequence[int]) -> list[list[int | None]]:
+    """Expand one number of lines for all, for each stage or for each block to one for each block of each stage."""
+    stages = [lines] * len(depths) if lines is None or isinstance(lines, int) else list(lines)
     if len(stages) != len(depths):
         raise ValueError(
-            f"{segment=} has {len(stages)} entries for {len(depths)} stages; pass one for each, or one for all."
+            f"{name}={lines!r} has {len(stages)} entries for {len(depths)} stages; pass one for each, or one for all."
         )
     result = []
     for i, (stage, depth) in enumerate(zip(stages, depths, strict=True)):
         blocks = [stage] * depth if stage is None or isinstance(stage, int) else list(stage)
         if len(blocks) != depth:
-            raise ValueError(f"{segment=} has {len(blocks)} entries for {depth} blocks in stage {i}; pass one each.")
+            raise ValueError(
+                f"{name}={lines!r} has {len(blocks)} entries for {depth} blocks in stage {i}; pass one each."
+            )
         result.append(blocks)
     return result
 

@@ -11,15 +11,16 @@ from timm.layers._fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import DIRECTIONS, Direction, propagate
+from ..ops.directions import scan_axes
 from ..ops.implementations import check_impl
-from ..ops.validation import check_directions, check_scannable, check_segment
+from ..ops.validation import check_directions, check_reference_lines, check_scannable, check_segment
 from .official_alignment import propagate_official
 from .options import check_options
 
 Alignment = Literal["image", "official"]
 
 # These functions check their arguments in Python, which torch.fx cannot trace: their calls become nodes of the graph.
-for _name in ("propagate", "propagate_official", "_checked"):
+for _name in ("propagate", "propagate_official", "over_normalized_axis", "_checked"):
     torch.fx.wrap(_name)
 
 
@@ -49,6 +50,10 @@ class GSPN2d(nn.Module):
         skip: whether to add the input-dependent skip.
         proxy_bias: whether the proxy has a bias, which gives taps and gates a part that does not depend on the input.
         directions: the directions of :data:`gspn.DIRECTIONS` to scan in.
+        reference_lines: a number of lines :math:`L_0`, usually that of the maps in training; the input gate of a
+            direction of L lines is multiplied by :math:`L_0 / L`, with L that of the segment where it is shorter. The
+            state of every size is then bounded as that of :math:`L_0` lines, :math:`|h| \le L_0 \max |\lambda x|`.
+            None is the paper's operator, whose states grow with L.
         alignment: ``"image"`` is the paper's operator: maps and results stay at their pixels. ``"official"`` is the
             arithmetic of the authors' published classifier. Its maps are not reoriented with the input of a direction,
             and its results are added without being reoriented back. It computes something else, for square maps only,
@@ -59,7 +64,7 @@ class GSPN2d(nn.Module):
         ``[B, C, H, W]`` to ``[B, C, H, W]``.
 
     Raises:
-        TypeError: ``segment`` is not an integer, or a map is not floating point.
+        TypeError: ``segment`` or ``reference_lines`` is not an integer, or a map is not floating point.
         ValueError: an option does not fit, a map does not have the shape above, or ``alignment="official"`` meets a map
             that is not square.
 
@@ -72,8 +77,9 @@ class GSPN2d(nn.Module):
 
     def __init__(
         self, dim: int, *, proxy_dim: int = 8, groups: int | None = None, segment: int | None = None, skip: bool = True,
-        proxy_bias: bool = False, directions: Sequence[Direction] = DIRECTIONS, alignment: Alignment = "image",
-        impl: str = "auto", device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        proxy_bias: bool = False, directions: Sequence[Direction] = DIRECTIONS, reference_lines: int | None = None,
+        alignment: Alignment = "image", impl: str = "auto", device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         groups = dim if groups is None else groups
@@ -84,6 +90,7 @@ class GSPN2d(nn.Module):
                 f"{groups=} does not divide {dim=}; use 1 (shared taps), {dim} or None (per-channel taps) or a divisor."
             )
         check_segment(segment)
+        check_reference_lines(reference_lines)
         check_directions(directions)
         if alignment not in get_args(Alignment):
             raise ValueError(f"{alignment=}: use one of {get_args(Alignment)}.")
@@ -96,6 +103,7 @@ class GSPN2d(nn.Module):
         self.groups = groups
         self.segment = segment
         self.directions = tuple(directions)
+        self.reference_lines = reference_lines
         self.alignment = alignment
         self.impl = impl
 
@@ -122,9 +130,10 @@ class GSPN2d(nn.Module):
         x = _checked(x, self.dim)
         # Under autocast the proxy may have another dtype than x; the scan runs in that of x.
         proxy = self.proxy(x).to(x.dtype)  # [B, S, H, W]
+        lam_proj = over_normalized_axis(self.lam_proj, x, self.directions, self.segment, self.reference_lines)
         function = propagate_official if self.alignment == "official" else propagate
         return function(
-            x, proxy, self.tap_proj, self.lam_proj, self.u_proj, self.skip_proj, self.merge, directions=self.directions,
+            x, proxy, self.tap_proj, lam_proj, self.u_proj, self.skip_proj, self.merge, directions=self.directions,
             segment=self.segment, impl=self.impl,
         )  # fmt: skip
 
@@ -133,10 +142,36 @@ class GSPN2d(nn.Module):
         options = {
             "groups": (self.groups, self.dim), "segment": (self.segment, None),
             "skip": (self.skip_proj is not None, True), "proxy_bias": (self.proxy.bias is not None, False),
-            "directions": (self.directions, DIRECTIONS), "alignment": (self.alignment, "image"),
+            "directions": (self.directions, DIRECTIONS), "reference_lines": (self.reference_lines, None),
+            "alignment": (self.alignment, "image"),
         }  # fmt: skip
         changed = [f"{name}={value!r}" for name, (value, default) in options.items() if value != default]
         return ", ".join([f"{self.dim}", f"proxy_dim={self.proxy_dim}", *changed])
+
+
+def over_normalized_axis(
+    lam_proj: Tensor, x: Tensor, directions: Sequence[Direction], segment: int | None, reference_lines: int | None
+) -> Tensor:
+    """``lam_proj`` of scans over an axis of unit length: times :math:`L_0 / L` for each direction of ``x``.
+
+    ``lam_proj`` is ``[D, C, S]`` and ``x`` a map; the other arguments are those of :class:`GSPN2d`. A projection in
+    half precision becomes float32, so that small factors do not underflow. Without ``reference_lines`` it is returned
+    as it is.
+    """
+    if reference_lines is None:
+        return lam_proj
+    wide = lam_proj.to(torch.promote_types(lam_proj.dtype, torch.float32))
+    # Multiplied by numbers: a tensor of factors would be copied to the device in every call. The minimum is symbolic,
+    # because a comparison would bind torch.export to the sizes on one side of the segment.
+    scaled = []
+    for own, direction in zip(wide, directions, strict=True):
+        lines: Any = x.shape[scan_axes(direction).line]
+        if isinstance(lines, Tensor):  # while torch.jit.trace records
+            lines = lines.double() if segment is None else lines.double().clamp(max=segment)
+        elif segment is not None:
+            lines = torch.sym_min(lines, segment)
+        scaled.append(own * (reference_lines / lines))
+    return torch.stack(scaled)
 
 
 def _checked(x: Tensor, dim: int) -> Tensor:

@@ -24,8 +24,9 @@ BACKENDS: tuple[Backend, ...] = (triton, cpu, reference)
 IMPLEMENTATIONS: dict[str, Backend] = {backend.__name__.rpartition(".")[2]: backend for backend in BACKENDS}
 """The backends by name, which is what ``impl`` names."""
 
-# "auto" must not ask the backends again on every call: they look for compilers, libraries and devices.
-_auto_choice: dict[tuple[str, str, torch.dtype], Any] = {}
+# "auto" must not ask the backends again on every call: they look for compilers, libraries and devices. The GPUs of a
+# machine need not be alike.
+_auto_choice: dict[tuple[str, torch.device, torch.dtype], Any] = {}
 
 
 def check_impl(impl: Any) -> None:
@@ -71,7 +72,7 @@ def _choose(device: torch.device, dtype: torch.dtype, op: str) -> Backend:
             return IMPLEMENTATIONS[name]
         reasons[name] = reason
     # The fastest that is made for this device, else the fastest of all. The dictionary of choices makes the warning
-    # come once for each device type, dtype and operator.
+    # come once for each device, dtype and operator.
     refused = next((name for name in fast if device.type in IMPLEMENTATIONS[name].DEVICES), fast[0])
     warnings.warn(
         f"gspn.{op} runs its slow PyTorch loop on {device.type} for {dtype}: {refused} cannot run, {reasons[refused]} "
@@ -94,7 +95,7 @@ def resolve(impl: str, like: Tensor, op: str) -> Any:
         ImportError: if ``impl`` was named and something it needs is not installed.
     """
     if impl == "auto":
-        key = (op, like.device.type, like.dtype)
+        key = (op, like.device, like.dtype)
         if key not in _auto_choice:
             _auto_choice[key] = _module(_choose(like.device, like.dtype, op), op)
         return _auto_choice[key]

@@ -104,16 +104,25 @@ def _groups(shape: torch.Size, channels: int) -> int:
 
 def check_segment(segment: Any) -> None:
     """Raise TypeError or ValueError unless ``segment`` is None or a number of lines."""
-    if segment is None:
+    _check_lines("segment", segment, "a global scan")
+
+
+def check_reference_lines(lines: Any) -> None:
+    """Raise TypeError or ValueError unless ``lines`` is None or a number of lines."""
+    _check_lines("reference_lines", lines, "lam as it is, whatever the number of lines")
+
+
+def _check_lines(name: str, lines: Any, none: str) -> None:
+    if lines is None:
         return
-    if isinstance(segment, bool) or not isinstance(segment, (int, torch.SymInt)):
+    if isinstance(lines, bool) or not isinstance(lines, (int, torch.SymInt)):
         raise TypeError(
-            f"{segment=} is a {type(segment).__name__}; pass a number of lines as an int, or None for a global scan."
+            f"{name}={lines!r} is a {type(lines).__name__}; pass a number of lines as an int, or None for {none}."
         )
-    if segment < 1:
-        raise ValueError(f"{segment=} is below 1; pass a number of lines, or None for a global scan.")
-    if isinstance(segment, int) and segment >= 2**63:
-        raise ValueError(f"{segment=} is more than any image's number of lines; pass None for a global scan.")
+    if lines < 1:
+        raise ValueError(f"{name}={lines!r} is below 1; pass a number of lines, or None for {none}.")
+    if isinstance(lines, int) and lines >= 2**63:
+        raise ValueError(f"{name}={lines!r} is more than any image's number of lines; pass None for {none}.")
 
 
 def check_directions(directions: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import triton
+import triton.language as tl
 from propagate_support import check, make_arguments
 from torch import Tensor
 
@@ -71,6 +73,35 @@ def infinite_logits() -> None:
         torch.testing.assert_close(infinite, large)
 
 
+@triton.jit
+def _rough(b, b_exact, RELATIVE: tl.constexpr):
+    """A result that is wrong by a part of it, up or down as the argument's last bit says, and never subnormal."""
+    b_rough = b_exact * tl.where((b.to(tl.int32, bitcast=True) & 1) == 0, 1.0 - RELATIVE, 1.0 + RELATIVE)
+    return tl.where(tl.abs(b_exact) < 1.1754943508222875e-38, 0.0, b_rough)
+
+
+@triton.jit
+def _rough_exp2(b, PTX: tl.constexpr):
+    return _rough(b, tl.math.exp2(b), 2.0**-22)
+
+
+@triton.jit
+def _rough_inverse(b, PTX: tl.constexpr):
+    return _rough(b, 1.0 / b, 2.0**-23)
+
+
+def approximate_instructions() -> None:
+    # The errors that PTX states for ex2.approx.ftz and rcp.approx.ftz, and a little more.
+    from gspn.ops.triton import scan_kernels
+
+    exact = scan_kernels._exp2, scan_kernels._inverse
+    scan_kernels._exp2, scan_kernels._inverse = _rough_exp2, _rough_inverse
+    for scale, sign in ((1.0, 0), (1e2, 0), (1e4, -1)):
+        check(*make_arguments(1, 2, 6, 7, 2, 2, logits=scale, sign=sign))
+    check(*make_arguments(1, 4, 4, 9, 8, 1, torch.float16, layout="channels_last"))
+    scan_kernels._exp2, scan_kernels._inverse = exact
+
+
 def _long(count: int, cross: int, direction: str) -> tuple[int, int]:
     return (count, cross) if direction in ("down", "up") else (cross, count)
 
@@ -78,9 +109,19 @@ def _long(count: int, cross: int, direction: str) -> tuple[int, int]:
 def long_rows() -> None:
     for i, direction in enumerate(gspn.DIRECTIONS):
         # More lines than a block's halo is wide, so that states cross from one round of blocks to the next.
-        shape, layout = _long(19, 40, direction), ("contiguous", "channels_last")[i // 2 == i % 2]
+        shape, layout = _long(11, 40, direction), ("contiguous", "channels_last")[i // 2 == i % 2]
         check(*make_arguments(1, 2, *shape, 2, 1 + i % 2, directions=(direction,), layout=layout), row=32)
     check(*make_arguments(1, 1, 4, 70, 1, 1, directions=("down",), segment=3), row=32)
+    # A lane takes more than one pixel.
+    check(*make_arguments(1, 1, 3, 67, 1, 1, directions=("up",)), row=64)
+
+
+def rows_and_lanes() -> None:
+    # Rows within a warp and beyond it, several of them, in chunks that they fill or do not.
+    check(*make_arguments(1, 5, 2, 74, 1, 1, directions=("down",), skip=False))
+    check(*make_arguments(1, 3, 147, 2, 1, 3, torch.bfloat16, directions=("left",)))
+    check(*make_arguments(1, 5, 56, 2, 1, 1, directions=("right",), layout="channels_last"))
+    check(*make_arguments(1, 2, 2, 300, 1, 2, directions=("up",), skip=False))
 
 
 def through_the_operator() -> None:

@@ -5,34 +5,51 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gspn.ops.triton import _AMD
 from support import ROOT, run_python
 
 _TRITON = importlib.util.find_spec("triton")
 pytestmark = pytest.mark.skipif(_TRITON is None, reason="triton is not installed")
 
-SMALL, LARGE = (8, 96, 56, 56), (16, 8, 1024, 1024)
-
-# Dtype, direction, backward. Any two of card, dtype, backward and axis of the lines meet in all their values.
+# Dtype, direction, pass. Any two of card, dtype, pass and axis of the lines meet in all their values.
 LINE_SCAN = {
-    80: [("float32", "down", False), ("float32", "left", True), ("bfloat16", "up", True)],
-    90: [("float32", "down", True), ("bfloat16", "left", True), ("float32", "right", False), ("bfloat16", "up", False)],
-    100: [("bfloat16", "down", True), ("float32", "up", False), ("bfloat16", "right", False)],
+    80: [("fp32", "down", "forward"), ("fp32", "left", "backward"), ("bf16", "up", "backward")],
+    90: [
+        ("fp32", "down", "backward"), ("bf16", "left", "backward"), ("fp32", "right", "forward"),
+        ("bf16", "up", "forward"),
+    ],
+    120: [("bf16", "down", "backward"), ("fp32", "up", "forward"), ("bf16", "right", "forward")],
 }  # fmt: skip
 
-# Shape, dtype, direction, S, G, channels_last. A direction differs from its reverse in the order of lines alone.
-PROPAGATE = [
-    (SMALL, "float32", "down", 8, 1, False),
-    (SMALL, "bfloat16", "left", 8, 96, False),
-    (SMALL, "float32", "left", 8, 96, True),
-    (SMALL, "float32", "down", 64, 96, True),
-    (LARGE, "float32", "left", 2, 8, False),
-    (LARGE, "bfloat16", "down", 16, 1, False),
-]
+SMALL, LARGE = {"batch": 8, "channels": 96, "size": 56}, {"batch": 16, "channels": 8, "size": 1024}
+# Calls of propagate, and which of their launches: a direction differs from its reverse in the order of lines alone.
 # The scan that only recomputes the states is the forward one with less to do.
-KINDS = ("forward", "adjoint", "gradients")
+PROPAGATE = {
+    80: [
+        (SMALL | {"taps": "shared", "mode": "forward"}, [0]),
+        (SMALL | {"dtype": "bf16", "mode": "backward"}, [7, 8]),
+        (LARGE | {"dtype": "bf16", "taps": "shared", "states": 16}, [0]),
+    ],
+    90: [
+        (SMALL, [1]),
+        (SMALL | {"dtype": "bf16"}, [3]),
+        (SMALL | {"mode": "backward"}, [4, 5, 11]),
+        (SMALL | {"layout": "channels_last"}, [1, 3]),
+        (LARGE | {"states": 2}, [3]),
+    ],
+    120: [
+        (SMALL | {"layout": "channels_last", "states": 64, "mode": "backward"}, [1, 2]),
+        (LARGE | {"dtype": "bf16", "taps": "shared", "states": 2}, [1]),
+        (LARGE | {"states": 2, "mode": "backward"}, [7]),
+    ],
+}
+
+# Instructions of a warp for 32 elements, and barriers of a line or tile, for a proxy of up to 16 channels.
+MOST = {"forward": (340, 8), "adjoint": (265, 4), "gradients": (800, 9)}
 
 
 def _run(call: str, cache: Path) -> str:
@@ -41,43 +58,62 @@ def _run(call: str, cache: Path) -> str:
     return run_python(code, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(cache)).stdout
 
 
-def _resources(cases: list, capability: int, cache: Path) -> list[tuple[str, dict[str, int]]]:
-    """Each case, in words, and what it uses; none of them spills registers or asks for more than the card has."""
-    if _TRITON is None or not (Path(str(_TRITON.origin)).parent / "backends/nvidia/bin/cuobjdump").exists():
-        pytest.skip("this triton comes without cuobjdump, which tells what a kernel uses")
-    results = json.loads(_run(f"report({cases}, {capability})", cache))
-    described = [(f"sm_{capability} {case}: {used}", used) for case, used in zip(cases, results, strict=True)]
-    for what, used in described:
-        assert used["stack"] == used["local"] == 0, what
-        assert used["shared_memory"] <= {80: 163, 90: 227, 100: 227}[capability] * 1024, what
-        assert used["registers"] * used["warps"] * 32 <= 65536, what
+def _counts(chosen: list, arch: int, cache: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Each launch in words, and its counts; none of them spills registers or asks for more than the card has."""
+    if _TRITON is None or not (Path(str(_TRITON.origin)).parent / "backends/nvidia/bin/nvdisasm").exists():
+        pytest.skip("this triton comes without nvdisasm, which tells what a kernel is compiled to")
+    rows = json.loads(_run(f"report({chosen}, {arch})", cache))
+    described = [(f"sm_{arch} {row['case']}: {row}", row) for row in rows]
+    for what, row in described:
+        assert row["note"] == "", what
+        assert row["stack"] == row["local"] == 0, what
+        assert row["side_by_side"] >= 1, what
     return described
 
 
-@pytest.mark.parametrize("capability", LINE_SCAN)
-def test_line_scan_does_not_spill_and_accesses_are_wide(capability: int, triton_cache: Path) -> None:
-    cases = [(LARGE, *case) for case in LINE_SCAN[capability]]
-    for (_, dtype, direction, backward), (what, used) in zip(
-        cases, _resources(cases, capability, triton_cache), strict=True
-    ):
+@pytest.mark.parametrize("arch", LINE_SCAN)
+def test_line_scan_does_not_spill_and_accesses_are_wide(arch: int, triton_cache: Path) -> None:
+    keys = ("dtype", "direction", "mode")
+    cases = [
+        {"op": "line_scan", "states": 0, **LARGE, **dict(zip(keys, case, strict=True))} for case in LINE_SCAN[arch]
+    ]
+    counts = _counts([(case, [0]) for case in cases], arch, triton_cache)
+    for case, (what, row) in zip(cases, counts, strict=True):
         # All that is read is read ahead, by copies of four pixels at least; only a line beside a tile is not.
-        tensors = 7 if backward else 5
-        wide = used["copies_of_16_bytes"] + (used["copies_of_8_bytes"] if dtype == "bfloat16" else 0)
+        tensors, along = 7 if case["mode"] == "backward" else 5, case["direction"] in ("left", "right")
+        copies = {int(name.split()[1]): count for name, count in row["accesses"].items() if name.startswith("LDGSTS")}
+        wide = copies.get(16, 0) + (copies.get(8, 0) if case["dtype"] == "bf16" else 0)
         assert wide >= 2 * tensors, what
-        assert used["copies"] - wide <= (4 if direction in ("left", "right") else 0), what
-        assert used["stores"] - used["wide_stores"] <= (1 if direction in ("left", "right") else 0), what
+        assert sum(copies.values()) - wide <= (4 if along else 0), what
+        stores = {int(name.split()[1]): count for name, count in row["accesses"].items() if name.startswith("STG")}
+        assert sum(count for size, count in stores.items() if size < 8) <= (1 if along else 0), what
         # Two barriers to exchange neighbours for each line of a tile, and those that order the copies.
-        lines = 1 if direction in ("down", "up") else 8 if dtype == "float32" else 16
-        assert used["barriers"] <= 2 * lines + 6, what
-        assert used["shuffles"] == 0, what
+        lines = 1 if not along else 8 if case["dtype"] == "fp32" else 16
+        assert row["barriers_a_line"] <= 2 + 2 / lines, what
+        assert row["shuffle"] == 0, what
+        most = {("forward", False): 45, ("forward", True): 60, ("backward", False): 80, ("backward", True): 90}
+        assert row["total"] <= most[case["mode"], along], what
+        assert along or row["overlap"] == "yes", what
 
 
-@pytest.mark.parametrize(("i", "capability"), enumerate((90, 80, 100)))
-def test_propagate_does_not_spill(i: int, capability: int, triton_cache: Path) -> None:
-    # A Latin square: any two of card, case and kernel meet.
-    cases = [(*case, KINDS[(i + j) % 3]) for j, case in enumerate(PROPAGATE)]
-    _resources(cases, capability, triton_cache)
+@pytest.mark.parametrize("arch", PROPAGATE)
+def test_propagate_does_not_spill_and_is_no_longer(arch: int, triton_cache: Path) -> None:
+    chosen = [({"op": "propagate", **case}, launches) for case, launches in PROPAGATE[arch]]
+    for what, row in _counts(chosen, arch, triton_cache):
+        if "/s64/" not in row["case"]:
+            assert row["total"] <= MOST[row["kernel"]][0], what
+            assert row["barriers_a_line"] <= MOST[row["kernel"]][1], what
 
 
 def test_one_compilation_for_all_sizes(triton_cache: Path) -> None:
     _run("one_compilation_for_all_sizes()", triton_cache)
+
+
+@pytest.mark.parametrize(("arch", "warp_size"), [("gfx942", 64), ("gfx1100", 32)])
+def test_line_scan_compiles_for_amd(arch: str, warp_size: int, triton_cache: Path) -> None:
+    assert arch in _AMD["line_scan"]
+    cases = [{**LARGE, "dtype": "fp32", "direction": "down", "mode": "backward"}]
+    cases.append({**LARGE, "dtype": "bf16", "direction": "right", "mode": "forward"})
+    chosen = [({"op": "line_scan", "states": 0, **case}, [0]) for case in cases]
+    for what, kernel, memory in json.loads(_run(f"for_amd({chosen}, {arch!r}, {warp_size})", triton_cache)):
+        assert memory <= 64 << 10, (what, kernel)

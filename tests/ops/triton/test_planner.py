@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gspn.ops.directions import DIRECTIONS, scan_axes
-from gspn.ops.triton.planner import CHANNEL, CROSS, LINE, Limits, Plan, Sizes, Strides, plan_line_scan
+from gspn.ops.triton.planner import CHANNEL, CROSS, LINE, Limits, Plan, Sizes, Strides, plan_line_scan, plan_propagate
 from support import LAYOUTS, laid_out
 
 
@@ -116,3 +116,46 @@ def test_constants_do_not_follow_sizes() -> None:
 def test_large_tensors_are_addressed_in_64_bits() -> None:
     assert not planned((1, 8, 1024, 1024), 8, "down").constants["WIDE"]
     assert planned((1, 64, 300, 40_000_000), 64, "right", layout="contiguous").constants["WIDE"]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("states", [2, 8, 64])
+def test_the_lanes_of_propagate_hold_whole_rows(direction, layout, states) -> None:
+    axes = scan_axes(direction)
+    for cross, channels, row in itertools.product((1, 2, 7, 56, 74, 147, 512, 1000, 5000), (1, 5, 96), (None, 64)):
+        shape = (2, channels, 3, cross) if axes.line == -2 else (2, channels, cross, 3)
+        x = laid_out(torch.empty(shape, device="meta"), layout)
+        strides = Strides(x.stride(0), x.stride(1), x.stride(axes.cross), x.stride(axes.line))
+        chosen = plan_propagate(
+            Sizes(2, channels, channels, cross, 3), (("in", strides), ("out", strides)), 4, states,
+            reverse=axes.reverse, segment=None, limits=Limits(row=row),
+        )  # fmt: skip
+        c, i = chosen.constants, chosen.integers
+        lanes, group, pixels, halo = c["LANES"], c["GROUP"], c["PIXELS"], c["HALO"]
+        assert lanes == 32 * chosen.num_warps
+        assert group in (32, lanes)
+        assert (i["n_chunks"] - 1) * pixels < cross <= i["n_chunks"] * pixels
+        assert c["PITCH"] >= i["n_chunks"]
+        assert c["WHOLE"] <= (cross % pixels == 0)
+        assert (pixels if c["FAST"] != LINE else c["LINES"]) % c["WIDTH"] == 0
+        if halo:
+            assert halo % pixels == halo % c["LINES"] == 0
+            assert lanes * pixels > 2 * halo
+            assert chosen.states == (*chosen.grid, 2, 1, cross)
+            rows = 1
+        else:
+            assert i["n_rows"] * i["n_chunks"] <= group
+            rows = lanes // group * i["n_rows"]
+        assert chosen.grid == (2 * math.ceil(channels / rows),)
+
+
+def test_few_lanes_of_propagate_are_idle() -> None:
+    for cross, most in ((74, 0.08), (147, 0.1), (56, 0.0), (28, 0.0), (14, 0.0), (512, 0.0), (1024, 0.0)):
+        size = Strides(4608 * cross * cross, cross * cross, 1, cross)
+        sizes = Sizes(32, 4608, 4608, cross, cross)
+        how = dict(reverse=False, segment=None, limits=Limits())
+        chosen = plan_propagate(sizes, (("in", size), ("out", size)), 4, 8, **how)
+        c = chosen.constants
+        useful = c["LANES"] // c["GROUP"] * chosen.integers["n_rows"] * cross
+        assert 1 - useful / (c["LANES"] * c["PIXELS"]) <= most, cross

@@ -1,8 +1,9 @@
-"""``gspn bench``: times, refused where the check before them fails."""
+"""``gspn bench``: times, refused where the check before them fails; and what GPU kernels execute, counted."""
 
 from __future__ import annotations
 
 from ..app import App
+from .gpu_counts import bench_gpu_counts
 from .line_scan import bench_line_scan
 from .mixer import bench_mixer
 from .models import bench_models
@@ -16,3 +17,4 @@ app.command("line-scan")(bench_line_scan)
 app.command("mixer")(bench_mixer)
 app.command("models")(bench_models)
 app.command("unet")(bench_unet)
+app.command("gpu-counts")(bench_gpu_counts)

@@ -55,9 +55,10 @@ def sample(
     skip_power: Annotated[float, typer.Option(metavar="A", help="Exponent of its decay.")] = 3.0,
     dilated: Annotated[bool, typer.Option("--dilated", help="Blend in predictions for strided sub-maps.")] = False,
     dilated_power: Annotated[float, typer.Option(metavar="A", help="Exponent of its decay.")] = 1.0,
-    segment_scans: Annotated[
-        bool, typer.Option(help="Beyond the first stage, restart the adapter's scans after as many lines as it has.")
-    ] = True,
+    segment_scans: Annotated[bool | None, typer.Option(
+        "--segment-scans/--no-segment-scans", show_default="where the adapter has no reference lines",
+        help="Beyond the first stage, restart the adapter's scans after as many lines as it has.",
+    )] = None,
     upscale_space: Annotated[Space, typer.Option(help="Where a finished stage is enlarged.")] = Space.latents,
     tiling: Annotated[Tiling, typer.Option(help="Tiles for the VAE; auto: above 1536x1536.")] = Tiling.auto,
     offload: Annotated[

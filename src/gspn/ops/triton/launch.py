@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,15 +29,38 @@ class Launch:
 
     def run(self) -> None:
         """Launch it on the device of its tensors, whichever is current."""
+        if _recorded is not None:
+            _recorded.append(self)
+            return
         device = next(t.device for t in self.tensors.values() if t is not None)
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            # Fusion is explicit because Triton is about to change its default.
-            arguments = {**self.tensors, **self.plan.integers, **self.plan.constants, "enable_fp_fusion": True}
-            self.kernel[self.plan.grid](**arguments, num_warps=self.plan.num_warps)
+            self.kernel[self.plan.grid](**self.arguments())
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that the kernel is called with, and the compiler's options."""
+        # Fusion is explicit because Triton is about to change its default.
+        options = {"num_warps": self.plan.num_warps, "enable_fp_fusion": True}
+        return {**self.tensors, **self.plan.integers, **self.plan.constants, **options}
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Within it nothing is launched: launches are put into a list instead, which is what tensors on meta are for."""
+    global _recorded
+    _recorded = launches = []
+    try:
+        yield launches
+    finally:
+        _recorded = None
 
 
 @functools.cache
 def _shared_memory(device: int) -> int:
+    if torch.version.hip is not None:
+        return 64 * 1024
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)
 
 

@@ -42,25 +42,25 @@ def join_lines(lines, LINES: tl.constexpr):
 
 
 @triton.jit
-def _shift(flat):
-    """A flat tensor's first half moved one place to the right, its second half one place to the left.
+def _shift(flat, n_away):
+    """A flat tensor's first half moved ``n_away`` places to the right, its second half as many to the left.
 
     The gather runs over a flat tensor: for one of higher rank the compiler arranges whole rows inside each warp, and
     moves them by hundreds of shuffles. Places that no value is moved to hold any value.
     """
     SLOTS: tl.constexpr = flat.shape[0]
     slot = tl.arange(0, SLOTS)
-    source = tl.where(slot < SLOTS // 2, slot - 1, slot + 1)
+    source = tl.where(slot < SLOTS // 2, slot - n_away, slot + n_away)
     source = tl.minimum(tl.maximum(source, 0), SLOTS - 1)
     return tl.gather(flat, source, axis=0)
 
 
 @triton.jit
-def _from_neighbours(to_right, to_left):
-    """``to_right`` moved one column to the right and ``to_left`` moved one to the left."""
+def _from_neighbours(to_right, to_left, n_away):
+    """``to_right`` moved ``n_away`` columns to the right and ``to_left`` as many to the left."""
     C: tl.constexpr = to_right.shape[0]
     N: tl.constexpr = to_right.shape[1]
-    moved = _shift(tl.reshape(tl.permute(tl.join(to_right, to_left), (2, 0, 1)), [2 * C * N]))
+    moved = _shift(tl.reshape(tl.permute(tl.join(to_right, to_left), (2, 0, 1)), [2 * C * N]), n_away)
     return tl.split(tl.permute(tl.reshape(moved, [2, C, N]), (1, 2, 0)))
 
 
@@ -70,7 +70,7 @@ def _pairs_from_neighbours(to_right, to_left, last, first):
     C: tl.constexpr = to_right.shape[0]
     N: tl.constexpr = to_right.shape[1]
     edges = tl.join(tl.join(to_right, to_left), tl.join(last, first))
-    moved = _shift(tl.reshape(tl.permute(edges, (2, 3, 0, 1)), [4 * C * N]))
+    moved = _shift(tl.reshape(tl.permute(edges, (2, 3, 0, 1)), [4 * C * N]), 1)
     ones, others = tl.split(tl.permute(tl.reshape(moved, [2, 2, C, N]), (2, 3, 0, 1)))
     from_left, from_right = tl.split(ones)
     first_left, first_right = tl.split(others)
@@ -98,10 +98,10 @@ def neighbours(to_right, to_left, VECTOR: tl.constexpr):
     leave them.
     """
     if VECTOR == 1:
-        return _from_neighbours(to_right, to_left)
+        return _from_neighbours(to_right, to_left, 1)
     else:
         rights, lefts = _columns(to_right, VECTOR), _columns(to_left, VECTOR)
-        from_left, from_right = _from_neighbours(rights[VECTOR - 1], lefts[0])
+        from_left, from_right = _from_neighbours(rights[VECTOR - 1], lefts[0], 1)
         b_left = _rows((from_left,) + rights[0 : VECTOR - 1], VECTOR)
         return b_left, _rows(lefts[1:VECTOR] + (from_right,), VECTOR)
 
@@ -119,3 +119,22 @@ def neighbour_pairs(to_right, to_left, both, VECTOR: tl.constexpr):
         a, b = _rows((from_left,) + rights[0 : VECTOR - 1], VECTOR), _rows(lefts[1:VECTOR] + (from_right,), VECTOR)
         c = _rows((both_left,) + columns[0 : VECTOR - 1], VECTOR)
         return a, b, c, _rows(columns[1:VECTOR] + (both_right,), VECTOR)
+
+
+@triton.jit
+def chunk_neighbours(to_right, to_left, n_away, GROUP: tl.constexpr):
+    """``[1, LANES]`` each: ``to_right`` moved ``n_away`` lanes up and ``to_left`` as many down, within groups of lanes.
+
+    A group of 32 is a warp, in which values move by shuffles; the only other group is that of all lanes, which exchange
+    them through shared memory. Where nothing is moved to is any value.
+    """
+    LANES: tl.constexpr = to_right.shape[1]
+    if GROUP == 32:
+        lane = tl.arange(0, LANES) % 32
+        from_left = tl.reshape(tl.maximum(lane - n_away, 0), [LANES // 32, 32])
+        from_right = tl.reshape(tl.minimum(lane + n_away, 31), [LANES // 32, 32])
+        left = tl.gather(tl.reshape(to_right, [LANES // 32, 32]), from_left, axis=1)
+        right = tl.gather(tl.reshape(to_left, [LANES // 32, 32]), from_right, axis=1)
+        return tl.reshape(left, [1, LANES]), tl.reshape(right, [1, LANES])
+    else:
+        return _from_neighbours(to_right, to_left, n_away)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 CHANNEL, CROSS, LINE, NONE = 0, 1, 2, 3
@@ -24,9 +24,6 @@ _IN_FLIGHT = 60 * 1024
 
 _ENOUGH_PROGRAMS = 256
 """Below about two programs for each multiprocessor, smaller programs are better than efficient ones."""
-
-_ENOUGH_WARPS = 2048
-"""Sixteen for each multiprocessor."""
 
 
 class Strides(NamedTuple):
@@ -186,8 +183,8 @@ class _Layout:
                 axis = {CHANNEL: "channel", CROSS: "cross", LINE: "line"}[self.own[name]]
                 integers[f"s_{name}_{axis}"] = None
         constants = dict(
-            FAST=self.fast, ALIGN=align, BLOCK_C=blocks.channels, BLOCK_N=blocks.row, HALO=blocks.halo,
-            LINES=blocks.lines, REVERSE=reverse, SEGMENTED=self.restart < run, STAGES=blocks.stages, **constants,
+            FAST=self.fast, ALIGN=align, HALO=blocks.halo, LINES=blocks.lines, REVERSE=reverse,
+            SEGMENTED=self.restart < run, **constants,
         )  # fmt: skip
         states = (programs, 2, blocks.channels, sizes.cross) if blocks.halo else None
         return Plan((programs,), num_warps, constants, integers, self.channel_blocks(blocks), states, shared_memory)
@@ -301,31 +298,74 @@ def plan_line_scan(
     vector = min(align, max(pixels // (32 * num_warps), 1)) if fast == CROSS else 1
     uniform = len({(s.channel, s.cross, s.line) for s in layout.images.values()}) == 1
     return layout.plan(
-        blocks, num_warps, reverse, memory.total(blocks), TAPS_ALIGN=layout.taps_align, UNIFORM=uniform,
-        WIDE=extent >= 2**31, GROUP=min(group, blocks.lines), VECTOR=vector, SHARED=layout.shared,
+        blocks, num_warps, reverse, memory.total(blocks), BLOCK_C=blocks.channels, BLOCK_N=blocks.row,
+        STAGES=blocks.stages, TAPS_ALIGN=layout.taps_align, UNIFORM=uniform, WIDE=extent >= 2**31,
+        GROUP=min(group, blocks.lines), VECTOR=vector, SHARED=layout.shared,
     )  # fmt: skip
 
 
 # --- propagate --------------------------------------------------------------------------------------------------------
 #
-# Its scans are bound by arithmetic, and their only inputs beside the proxy are two images.
+# Its scans are bound by arithmetic: the rules count instructions.
+
+_MANY_LANES = 132 * 4 * 2 * 32
+"""Two warps for each scheduler of a large card: with fewer lanes, latencies show."""
 
 
-def _propagate_blocks(layout: _Layout, proxy_channels: int, limits: Limits) -> _Blocks:
-    """The size of a tile of a scan of ``propagate``. A block of channels reads the rows of the proxy once."""
-    sizes, fast, itemsize = layout.sizes, layout.fast, layout.itemsize
-    # Rows are padded to a warp's breadth at most.
-    row = min(_power_of_two(sizes.cross), limits.row or {LINE: 512, CROSS: 1024, CHANNEL: 128}[fast])
+class _Chunks(NamedTuple):
+    """How rows are cut for the lanes of a program."""
+
+    lanes: int
+    group: int
+    """Lanes that whole rows share: a warp's, or all."""
+    pixels: int
+    """Pixels of a row that one lane takes."""
+    halo: int = 0
+
+    def rows(self, cross: int) -> int:
+        """How many rows a program takes."""
+        return 1 if self.halo else self.lanes // self.group * (self.group // math.ceil(cross / self.pixels))
+
+
+def _width(layout: _Layout, pixels: int, lines: int) -> int:
+    """How many elements of an image a lane takes together."""
+    return 1 if layout.fast == CHANNEL else math.gcd(layout.align, lines if layout.fast == LINE else pixels)
+
+
+def _instructions(layout: _Layout, chunks: _Chunks, proxy_channels: int) -> float:
+    """About how many a useful pixel costs, more where too few lanes or too narrow accesses let them wait."""
+    sizes, fast, rows = layout.sizes, layout.fast, chunks.rows(layout.sizes.cross)
+    width = _width(layout, chunks.pixels, 4)
+    each = 35 + 6 * proxy_channels + 3 / width + (0 if sizes.cross % chunks.pixels == 0 else 3)
+    a_line = 25 if chunks.group == 32 else 60
+    programs = sizes.batch * math.ceil(layout.channels / rows)
+    useful = sizes.batch * layout.channels * sizes.cross / (programs * chunks.lanes * chunks.pixels)
     if fast == CHANNEL:
-        block, least = max(min(64 // itemsize, 1024 // row), 16 // itemsize), 16 // itemsize
-    else:
-        block, least = max(256 // row, 1), max(64 // row, 1)
-    block = min(max(_smaller(block, 1, sizes.batch, sizes.channels), least), _power_of_two(sizes.channels))
-    lines, halo = min(8, _power_of_two(sizes.lines)) if fast == LINE else 1, 0
-    if sizes.cross > row:
-        lines = min(lines, row // 4)
-        halo = (2 * lines if row > 4 * lines else lines) if lines > 1 else 8
-    return _Blocks(block, row, halo, lines, 2 if proxy_channels * lines <= 64 and proxy_channels <= 16 else 1)
+        # The channels of a group of lanes lie side by side; less than a sector of memory is read again and again.
+        together = rows if chunks.group > 32 else rows * 32 // chunks.lanes
+        each += 3 * max(32 / (together * layout.itemsize) - 1, 0)
+    # Of programs of 256 lanes, a multiprocessor has registers for one alone: 8 warps, where smaller ones make 12.
+    alone = 1.25 if chunks.lanes > 128 and fast != CHANNEL else 1
+    return (each + a_line / chunks.pixels) / useful * alone * max(_MANY_LANES / (programs * chunks.lanes), 1)
+
+
+def _chunks(layout: _Layout, proxy_channels: int, limits: Limits) -> _Chunks:
+    """The chunks that cost least; a longer row is taken in blocks."""
+    cross, fast = layout.sizes.cross, layout.fast
+    # What a lane holds for each pixel, and the weights, have to leave registers for all the rest.
+    most = 4 if proxy_channels > 8 or fast == LINE else 8
+    longest = limits.row or 256 * most
+    if cross > longest:
+        pixels = longest // 32 if limits.row else most
+        return _Chunks(longest // pixels, longest // pixels, pixels, 16 if longest > 32 else 8)
+    choices = [
+        _Chunks(lanes, group, pixels)
+        for pixels in range(1, most + 1)
+        for lanes in (32, 64, 128, 256)
+        for group in (32, lanes)
+        if group * pixels >= cross
+    ]
+    return min(choices, key=lambda chunks: _instructions(layout, chunks, proxy_channels))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -335,15 +375,15 @@ def plan_propagate(
 ) -> Plan:  # fmt: skip
     """The launch of ``scan_kernel`` for images of these sizes and strides and a proxy of ``proxy_channels``."""
     # A block's channels may be of several groups: the layout of images knows no groups.
-    layout = _Layout(sizes._replace(groups=sizes.channels), tensors, itemsize, segment, min(4, 16 // itemsize))
-    blocks = _propagate_blocks(layout, proxy_channels, limits)
-    pixels, per_group = blocks.channels * blocks.row, sizes.channels // sizes.groups
-    # Four pixels a thread where that leaves every multiprocessor warps enough to hide latencies with; else as few as
-    # make the 4 bytes that can be read ahead.
-    vector = layout.align if layout.fast == CROSS else 1
-    while vector * itemsize > 4 and layout.programs(blocks) * pixels < _ENOUGH_WARPS * 32 * vector:
-        vector //= 2
-    num_warps = min(max(pixels // (32 * vector), 1), 16)
-    vector = min(vector, max(pixels // (32 * num_warps), 1))
-    shared = sizes.groups == 1 or per_group % blocks.channels == 0
-    return layout.plan(blocks, num_warps, reverse, VECTOR=vector, SHARED=shared, UNROLL=blocks.stages > 1)
+    layout = _Layout(sizes._replace(groups=sizes.channels), tensors, itemsize, segment, 4)
+    chunks = _chunks(layout, proxy_channels, limits)
+    lanes, group, pixels, halo = chunks
+    lines = min(4, _power_of_two(sizes.lines)) if layout.fast == LINE else 1
+    blocks = _Blocks(chunks.rows(sizes.cross), lanes * pixels, halo, lines)
+    whole = not halo and sizes.cross % pixels == 0
+    n_chunks = math.ceil(sizes.cross / pixels)
+    plan = layout.plan(
+        blocks, lanes // 32, reverse, LANES=lanes, GROUP=group, PIXELS=pixels, WIDTH=_width(layout, pixels, lines),
+        WHOLE=whole, PITCH=_power_of_two(n_chunks), UNROLL=proxy_channels <= 16, S=proxy_channels,
+    )  # fmt: skip
+    return replace(plan, integers={**plan.integers, "n_chunks": n_chunks, "n_rows": max(group // n_chunks, 1)})

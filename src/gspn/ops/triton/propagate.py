@@ -2,14 +2,13 @@ r"""``propagate`` and its gradients by the Triton kernels: plans and launches on
 
 What a call must do, with N the pixels of ``x``, S the channels of the proxy and D directions: it reads ``x`` and the
 proxy and writes ``y``, 2 N and N S / C numbers; it takes (5 S + 4) D N multiply-adds, those of three logits and two
-gates and of the scan (plus S + 1 with a skip), and 6 D N exponentials and D N divisions. Logits and exponentials count
-once for each group, not channel. At 16 special functions a cycle and multiprocessor, taps for each channel take some
-three times as long as the memory does; with shared taps the multiply-adds are the floor from S = 8 on.
+gates and of the scan (plus S + 1 with a skip), 3 D N exponentials and 4 D N reciprocals. All instructions count, not
+these alone: some 90 a pixel and direction with S = 8, more than the time in which memory moves what it has to.
 
 **Forward**, D launches. The directions follow each other and add to ``y`` in place, so that the order of the sum is
 fixed: D reads of ``x``, 2 D - 1 of and to ``y``. For bfloat16 and float16 what is added to is a float32 tensor of the
-size of ``x``, and the last direction writes ``y``. Nothing else is kept but copies of the proxy: one with lines across
-for ``"right"`` and ``"left"``, and one in rows if it is not contiguous.
+size of ``x``, and the last direction writes ``y``. Nothing else is kept but copies of the proxy in float32: one with
+rows along the width, one with rows along the height for ``"right"`` and ``"left"``.
 
 **Backward**, three launches a direction: the states again, the adjoint states, and then the gradients of all pixels
 side by side. Memory beside the results, in numbers of 4 bytes: the states and the adjoint states, 2 N; for half types
@@ -20,6 +19,7 @@ programs. These are added up in a fixed order, so that results are the same bits
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -27,9 +27,11 @@ import torch
 from torch import Tensor
 
 from ..directions import scan_axes
+from . import interpreted
+from .gradients_kernels import gradients_kernel
 from .launch import Launch, limits_of, scratch, sizes_of, strides_of
 from .planner import Limits, Plan, plan_propagate
-from .propagate_kernels import gradients_kernel, scan_kernel
+from .scan_kernels import scan_kernel
 
 _PROGRAMS = 512
 """Programs of the gradients' kernel, four for each of 130 multiprocessors; constant, for the order of the sums."""
@@ -37,7 +39,7 @@ _PROGRAMS = 512
 
 @dataclass(frozen=True)
 class Projections:
-    """Those of one direction, contiguous."""
+    """Those of one direction, contiguous. For the scans they are packed; with ``S'`` the next multiple of 4."""
 
     taps: Tensor
     """``[G, 3, S]``"""
@@ -47,34 +49,92 @@ class Projections:
     """``[C, S]``"""
     skip: Tensor | None
     """``[C, S]``, for the one direction that takes care of it."""
+    maps: Tensor
+    """``[C, 5, S']``: the three taps, lam and u."""
+    skip_map: Tensor | None
+    """``[C, S']``"""
+
+
+def projections(
+    tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: Tensor | None, count: int
+) -> list[Projections]:
+    """The projections of each direction; the first has the skip."""
+    taps, lam, u = (t.contiguous() for t in (tap_proj, lam_proj, u_proj))
+    maps = _in_fours(torch.cat((_of_channels(taps, lam.shape[1]), lam.unsqueeze(2), u.unsqueeze(2)), dim=2))
+    skip = None if skip_proj is None else skip_proj.contiguous()
+    skip_map = None if skip is None else _in_fours(skip)
+    first = [Projections(taps[0], lam[0], u[0], skip, maps[0], skip_map)] if count else []
+    return first + [Projections(taps[d], lam[d], u[d], None, maps[d], None) for d in range(1, count)]
+
+
+def _in_fours(t: Tensor) -> Tensor:
+    """The last axis filled up with zeros to a multiple of 4."""
+    return torch.nn.functional.pad(t, (0, -t.shape[-1] % 4)) if t.shape[-1] % 4 else t
+
+
+def _of_channels(taps: Tensor, channels: int) -> Tensor:
+    """``[.., G, 3, S]`` to ``[.., C, 3, S]``."""
+    groups, _, states = taps.shape[-3:]
+    return taps.unsqueeze(-3).expand(*taps.shape[:-3], groups, channels // groups, 3, states).flatten(-4, -3)
+
+
+class Proxy:
+    """The proxy ``[B, S, H, W]`` and its copies, which are made when the first scan wants them."""
+
+    def __init__(self, proxy: Tensor) -> None:
+        self._proxy = proxy
+        self._packed: dict[tuple[int, int], Tensor] = {}
+
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        """The proxy, contiguous."""
+        return self._proxy.contiguous()
+
+    @functools.cached_property
+    def largest(self) -> Tensor:
+        """``[S']``: the largest absolute value of each channel."""
+        return _in_fours(torch.linalg.vector_norm(self._proxy, math.inf, (0, 2, 3), dtype=torch.float32))
+
+    def packed(self, line: int, pixels: int, pitch: int) -> Tensor:
+        """For scans with lines along axis ``line``: float32 ``[B, lines, pixels, S' / 4, pitch, 4]``.
+
+        A row is cut into chunks of so many pixels, the last one filled up with zeros; chunks up to ``pitch`` are room.
+        """
+        if (line, pixels) not in self._packed:
+            p = self._proxy if line == -2 else self._proxy.mT
+            batch, states, lines, cross = p.shape
+            if states % 4 or cross % pixels:
+                p = torch.nn.functional.pad(p, (0, -cross % pixels, 0, 0, 0, -states % 4))
+            parts = p.unflatten(1, (-1, 4)).unflatten(4, (-1, pixels))  # [B, S' / 4, 4, lines, chunks, pixels]
+            shape = (batch, lines, pixels, parts.shape[1], pitch, 4)
+            packed = p.new_empty(shape, dtype=torch.float32)
+            packed[..., : parts.shape[4], :] = parts.permute(0, 3, 5, 1, 4, 2)
+            self._packed[line, pixels] = packed
+        return self._packed[line, pixels]
 
 
 def prepare_scan(
-    source: Tensor, before: Tensor | None, out: Tensor, rows: Tensor, weights: Projections, direction: str,
+    source: Tensor, before: Tensor | None, out: Tensor, proxy: Proxy, weights: Projections, direction: str,
     segment: int | None, limits: Limits, *, adjoint: bool = False, gated: bool = False,
 ) -> Launch:  # fmt: skip
     """The launch that writes the scan of ``source [B, C, H, W]`` to ``out``, added to ``before``.
 
-    ``rows [B, S, lines, cross]`` is the proxy. The gate of what goes in is lam, for an adjoint scan u; what comes out
-    is multiplied by u if ``gated``, and the skip added if there is one. The tensors may be on the meta device.
+    The gate of what goes in is lam, for an adjoint scan u; what comes out is multiplied by u if ``gated``, and the skip
+    added if there is one. The tensors may be on the meta device.
     """
     axes = scan_axes(direction)
-    channels, groups, proxy_channels = source.shape[1], weights.taps.shape[0], rows.shape[1]
     strides = (("in", strides_of(source, axes)), ("out", strides_of(out, axes)))
     plan = plan_propagate(
-        sizes_of(source, groups, axes), strides, source.element_size(), proxy_channels,
+        sizes_of(source, weights.taps.shape[0], axes), strides, source.element_size(), weights.taps.shape[2],
         reverse=axes.reverse, segment=segment, limits=limits,
     )  # fmt: skip
-    plan = replace(
-        plan,
-        constants={**plan.constants, "S": proxy_channels, "ADJOINT": adjoint},
-        integers={**plan.integers, "n_per_group": channels // groups},
-    )
+    ptx = torch.version.hip is None and not interpreted()
+    plan = replace(plan, constants={**plan.constants, "ADJOINT": adjoint, "GATED": gated, "PTX": ptx})
     tensors = {
-        "p_in": source, "p_out": out, "p_before": before, "p_proxy": rows,
-        "p_taps": weights.taps, "p_gate": weights.u if adjoint else weights.lam,
-        "p_out_gate": weights.u if gated else None, "p_skip": weights.skip if gated else None,
-        "p_states": scratch(plan, rows),
+        "p_in": source, "p_out": out, "p_before": before,
+        "p_proxy": proxy.packed(axes.line, plan.constants["PIXELS"], plan.constants["PITCH"]),
+        "p_largest": proxy.largest, "p_maps": weights.maps, "p_skip": weights.skip_map if gated else None,
+        "p_states": scratch(plan, weights.maps),
     }  # fmt: skip
     return Launch(scan_kernel, plan, tensors)
 
@@ -89,11 +149,6 @@ def _strides(name: str, image: Tensor) -> dict[str, int | None]:
     elif (width == 1 or column == 1) and (height == 1 or row == width):
         strides["row"] = strides["column"] = None
     return {f"s_{name}_{axis}": stride for axis, stride in strides.items()}
-
-
-def _of_channels(taps: Tensor, channels: int) -> Tensor:
-    """``[G, 3, S]`` to ``[3, C, S]``."""
-    return taps.repeat_interleave(channels // taps.shape[0], dim=0, output_size=channels).transpose(0, 1)
 
 
 def prepare_gradients(
@@ -117,7 +172,7 @@ def prepare_gradients(
     add_proxy = dproxy is not None
     if dproxy is None:
         dproxy = rows.new_empty((spans, *rows.shape), dtype=torch.float32)
-    maps = [_of_channels(weights.taps, channels), weights.lam[None], weights.u[None]]
+    maps = [_of_channels(weights.taps, channels).transpose(0, 1), weights.lam[None], weights.u[None]]
     packed = torch.cat(maps if weights.skip is None else [*maps, weights.skip[None]])
     sums = packed.new_empty((programs, *packed.shape))
     tensors = {
@@ -139,23 +194,6 @@ def prepare_gradients(
     return Launch(gradients_kernel, plan, tensors), dproxy, sums
 
 
-def _each(
-    tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: Tensor | None, count: int
-) -> list[Projections]:
-    """The projections of each direction; the first has the skip."""
-    taps, lam, u = (t.contiguous() for t in (tap_proj, lam_proj, u_proj))
-    of_directions = [Projections(taps[d], lam[d], u[d], None) for d in range(count)]
-    if skip_proj is not None:
-        of_directions[0] = replace(of_directions[0], skip=skip_proj.contiguous())
-    return of_directions
-
-
-def _proxies(proxy: Tensor, directions: tuple[str, ...]) -> dict[int, Tensor]:
-    """The proxy with its lines contiguous, ``[B, S, lines, cross]`` by the axis of the lines; always in rows."""
-    across = {} if all(scan_axes(d).line == -2 for d in directions) else {-1: proxy.mT.contiguous()}
-    return {-2: proxy.contiguous(), **across}
-
-
 def propagate(
     x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: Tensor | None,
     directions: tuple[str, ...], segment: int | None, limits: Limits | None = None,
@@ -165,13 +203,12 @@ def propagate(
     if x.numel() == 0:
         return y
     limits = limits or limits_of(x.device)
-    proxies = _proxies(proxy, directions)
-    weights = _each(tap_proj, lam_proj, u_proj, skip_proj, len(directions))
+    proxies = Proxy(proxy)
+    weights = projections(tap_proj, lam_proj, u_proj, skip_proj, len(directions))
     total = y if y.dtype == torch.float32 or len(directions) == 1 else torch.empty_like(y, dtype=torch.float32)
     for d, direction in enumerate(directions):
-        rows = proxies[scan_axes(direction).line]
         before, out = None if d == 0 else total, y if d == len(directions) - 1 else total
-        prepare_scan(x, before, out, rows, weights[d], direction, segment, limits, gated=True).run()
+        prepare_scan(x, before, out, proxies, weights[d], direction, segment, limits, gated=True).run()
     return y
 
 
@@ -186,20 +223,19 @@ def propagate_backward(
         zeros = (torch.zeros_like(t) if t is proxy else t.new_zeros(t.shape) for t in present)
         return (dx, *zeros, None if skip_proj is None else skip_proj.new_zeros(skip_proj.shape))  # type: ignore[return-value]
     limits = limits or limits_of(x.device)
-    proxies = _proxies(proxy, directions)
-    weights = _each(tap_proj, lam_proj, u_proj, skip_proj, len(directions))
+    proxies = Proxy(proxy)
+    weights = projections(tap_proj, lam_proj, u_proj, skip_proj, len(directions))
     h, g = (torch.empty_like(dx, dtype=torch.float32) for _ in range(2))
     total = dx if dx.dtype == torch.float32 or len(directions) == 1 else torch.empty_like(dx, dtype=torch.float32)
     dtap, dlam, du = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (tap_proj, lam_proj, u_proj))
     dskip = None
     dproxy = None
     for d, direction in enumerate(directions):
-        rows = proxies[scan_axes(direction).line]
-        prepare_scan(x, None, h, rows, weights[d], direction, segment, limits).run()
-        prepare_scan(grad, None, g, rows, weights[d], direction, segment, limits, adjoint=True).run()
+        prepare_scan(x, None, h, proxies, weights[d], direction, segment, limits).run()
+        prepare_scan(grad, None, g, proxies, weights[d], direction, segment, limits, adjoint=True).run()
         before, out = None if d == 0 else total, dx if d == len(directions) - 1 else total
         launch, dproxy, sums = prepare_gradients(
-            x, grad, h, g, before, out, proxies[-2], weights[d], dproxy, direction, segment
+            x, grad, h, g, before, out, proxies.rows, weights[d], dproxy, direction, segment
         )
         launch.run()
         groups, _, states = weights[d].taps.shape

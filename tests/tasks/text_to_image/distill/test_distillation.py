@@ -130,11 +130,12 @@ def test_two_processes_share_the_work(place, tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        ["model.initialize=copy", "model.proxy_bias=false", "model.groups=1"],
+        ["model.initialize=copy", "model.proxy_bias=false", "model.groups=1", "model.proxy_dim=3"],
         ["data.sizes=[32, 40, 64]", "distillation.relative=true"],
         ["model.initialize=random", "model.segments={down: 2, up: 4}", "model.layers=[down, up]"],
         ["model.grad_checkpointing=true", "optim.accumulate=2", "data.batch_size=2", "data.workers=1"],
         ["model.weights=bf16", "run.precision=bf16", "distillation.block_epochs=1"],
+        ["model.normalize_scans=false"],
     ],
 )
 def test_options(place, tmp_path, settings):
@@ -143,8 +144,25 @@ def test_options(place, tmp_path, settings):
     assert 0 < result.last.eval_loss < 10
     adapter = GSPNAdapter.from_pretrained(tmp_path / "run" / "last")
     assert all(parameter.dtype == torch.float32 for parameter in adapter.parameters())
+    scans = {name: mixer.scan for name, mixer in adapter.mixers.items()}
     if "model.layers=[down, up]" in settings:
-        assert {mixer.scan.segment for mixer in adapter.mixers.values()} == {2, 4}
+        assert {scan.segment for scan in scans.values()} == {2, 4}
+        # Of the segment where it is shorter, so that lam is as it is in training.
+        assert all(scan.reference_lines == scan.segment for scan in scans.values())
+    elif "model.normalize_scans=false" in settings:
+        assert {scan.reference_lines for scan in scans.values()} == {None}
+    else:  # images of 32 pixels, latents of 8; the middle block has half of them
+        assert {n: scan.reference_lines for n, scan in scans.items()} == {n: 4 if "mid" in n else 8 for n in scans}
+    if "model.proxy_dim=3" in settings:
+        assert {scan.proxy_dim for scan in scans.values()} == {3}
+
+
+def test_normalized_scans_train_as_the_papers(place, whole, tmp_path):
+    """The training size is that of the reference, where lam is as it is."""
+    settings = [*BLOCKS_FIRST, "model.normalize_scans=false"]
+    other = distill(tiny_distill(place / "teacher", place / "images", tmp_path / "run", *settings)).output
+    name = "last/diffusion_pytorch_model.safetensors"
+    assert_same(load_file(other / name), load_file(whole / name))
 
 
 def test_stable_diffusion_xl(place, tmp_path):

@@ -22,9 +22,9 @@ from gspn.tasks.text_to_image.sample.progressive_upscaling import (
     DilatedSampling,
     UpscalingConfig,
     gaussian_blur,
-    map_lengths,
     plan_stages,
     segmented_scans,
+    segments_beyond,
     skip_residual,
     sub_map_groups,
 )
@@ -353,15 +353,20 @@ def test_damaged_settings(sd, tmp_path):
         sample(sd, "cat", **options)
 
 
-def test_map_lengths_are_the_longer_sides(sd):
+def test_segments_are_the_longer_sides_of_the_first_stage(sd):
     text = encode_prompts(sd, ["red"])
-    assert map_lengths(sd.unet, text, height=64, width=96, factor=8) == {}
+
+    def segments(wanted=None):
+        return segments_beyond(sd.unet, text, height=64, width=96, factor=8, segment_scans=wanted)
+
+    assert segments() == segments(True) == {}
     adapter = make_adapter(sd)
     with adapter.mounted(sd.unet):
-        found = map_lengths(sd.unet, text, height=64, width=96, factor=8)
-    assert set(found) == set(adapter.mixers)
-    for name, lines in found.items():
-        assert lines == (6 if name.startswith("mid") else 12)
+        assert segments() == segments(True) == {n: 6 if n.startswith("mid") else 12 for n in adapter.mixers}
+        assert segments(False) == {}
+        adapter.set_reference_lines({"mid": 4})
+        assert segments() == {name: 12 for name in adapter.mixers if not name.startswith("mid")}
+        assert segments(True).keys() == adapter.mixers.keys()
     assert all(not mixer._forward_pre_hooks for mixer in adapter.mixers.values())
 
 
@@ -409,5 +414,20 @@ def test_scans_are_segmented_beyond_the_first_stage(sd, tmp_path, monkeypatch):
     seen.clear()
     sample(sd, "red", output=tmp_path / "without", upscale=UpscalingConfig(segment_scans=False), **options)
     assert set(seen) == {(8, None), (4, None), (16, None)}
-    first, second = ((tmp_path / one / "00000.png").read_bytes() for one in ("with", "without"))
+    first, second = (Image.open(tmp_path / one / "00000.png").tobytes() for one in ("with", "without"))
     assert first != second
+
+
+def test_an_adapter_over_a_normalized_axis_needs_no_restarts(sd, tmp_path):
+    adapter = make_adapter(sd, reference_lines={"down": 8, "mid": 4, "up": 8})
+    options = {"adapter": adapter, "height": 128, "width": 128, "steps": 4, "device": "cpu", "check": False}
+
+    def drawn(name, segment_scans=None):
+        sample(sd, "red", output=tmp_path / name, upscale=UpscalingConfig(segment_scans=segment_scans), **options)
+        return Image.open(tmp_path / name / "00000.png").tobytes()
+
+    alone, restarted = drawn("alone"), drawn("with", True)
+    assert alone == drawn("without", False) != restarted
+    # Where they restart after as many lines as in training, lam is as it is.
+    adapter.set_reference_lines(None)
+    assert drawn("paper") == restarted

@@ -27,6 +27,9 @@ class AdapterConfig(ModelExecution):
     """null: global scans."""
     segments: dict[str, int | None] = field(default_factory=dict, metadata={"range": (1,)})
     """Segments by level, instead of ``segment``."""
+    normalize_scans: bool = True
+    """Record each layer's number of lines at ``data.size`` as its ``reference_lines``, so that its states are as large
+    at any other size; false: the paper's operator."""
     skip: bool = True
     proxy_bias: bool = True
     """Give taps and gates a constant part, which `fit` needs."""

@@ -116,6 +116,9 @@ class Distillation(CaptionTask[DistillConfig, DistillRow]):
         adapter = build_adapter(config, teacher)
         self.distiller = Distiller(teacher, adapter, self.data.pixels, relative=config.distillation.relative)
         self.distiller.move_to(device, channels_last=config.model.channels_last)
+        if config.model.normalize_scans and config.model.init_from is None:
+            with context.accelerator.autocast():  # the teacher may be in half precision, the adapter is not
+                self._record_lines(device)
         notes = []
         if config.model.initialize == "fit" and config.model.init_from is None:
             batches = list(self._first_batches(context))  # before autocast, which reading files does not need
@@ -126,6 +129,18 @@ class Distillation(CaptionTask[DistillConfig, DistillRow]):
         if config.model.grad_checkpointing:
             self.distiller.student.enable_gradient_checkpointing()
         return self.distiller, f"adapter of {len(adapter.mixers)} layers for {config.teacher}", notes
+
+    def _record_lines(self, device: torch.device) -> None:
+        """Give the adapter the lines of each layer's map at the training size, at which lam is as it is."""
+        distiller, dtype = self.distiller, self.distiller.teacher.dtype
+        t = torch.zeros(1, dtype=torch.long, device=device)
+        text = read_text(self.data.train.text, t.cpu(), device).to(dtype)
+        latents = torch.zeros(1, *self.data.shape, device=device, dtype=dtype)
+        sizes = distiller.map_sizes(latents, t, distiller.arguments(latents, text))
+        scans: dict[str, Any] = {name: mixer.scan for name, mixer in distiller.adapter.mixers.items()}
+        distiller.adapter.set_reference_lines(
+            {name: min(max(size), scans[name].segment or max(size)) for name, size in sizes.items()}
+        )
 
     def _first_batches(self, context: Context) -> Iterator[tuple[Tensor, Tensor, Conditioning]]:
         """Some training images with noise, the same in every process and whenever the run is resumed."""

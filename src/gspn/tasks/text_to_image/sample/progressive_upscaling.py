@@ -1,8 +1,9 @@
 """Progressive upscaling: an image larger than the training size is drawn in stages, each starting from the one before.
 
 The options follow DemoFusion (Du et al., arXiv 2311.16973), with one addition for GSPN: beyond the first stage, the
-adapter's scans restart after as many lines as the first stage's maps have. Taps sum to one and the input is added line
-after line, so over more lines the states grow beyond the range that the gates after them were trained on.
+scans of an adapter without ``reference_lines`` restart after as many lines as the first stage's maps have. Taps sum to
+one and the input is added line after line, so over more lines the states grow beyond the range that the gates after
+them were trained on.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class UpscalingConfig:
         blur: Width, in latent pixels, of the Gaussian blur before the latents are strided, at a stage's first step.
         blur_power: Exponent with which that width decays to 0.01.
         segment_scans: Beyond the first stage, restart an adapter's scans after as many lines as the first stage's
-            maps have.
+            maps have; None for those alone that have no ``reference_lines``, whose states would grow.
         space: Where a finished stage is enlarged: ``"latents"``, bicubic on the latents, or ``"pixels"``, decoded,
             bicubic, and encoded again.
 
@@ -67,7 +68,7 @@ class UpscalingConfig:
     dilated_power: float = 1.0
     blur: float = 1.0
     blur_power: float = 1.0
-    segment_scans: bool = True
+    segment_scans: bool | None = None
     space: str = "latents"
 
     def __post_init__(self) -> None:
@@ -290,12 +291,19 @@ def gaussian_blur(x: Tensor, width: float, taps: int) -> Tensor:
     return (y - y.mean((-2, -1), keepdim=True)) * (deviation(x) / deviation(y).clamp(min=1e-8)) + mean
 
 
-def map_lengths(unet: Any, text: Conditioning, *, height: int, width: int, factor: int) -> dict[str, int]:
-    """The longer side of the map that each GSPN mixer of a UNet scans, by the mixer's name; counted on fake tensors.
+def segments_beyond(
+    unet: Any, text: Conditioning, *, height: int, width: int, factor: int, segment_scans: bool | None
+) -> dict[str, int]:
+    """The lines after which each GSPN mixer's scans restart beyond the first stage, by the mixer's name.
 
-    Height and width are those of the image in pixels. Without an adapter mounted, the result is empty.
+    They are the longer side of the mixer's map at the first stage, whose height and width are given in pixels; counted
+    on fake tensors. ``segment_scans`` is that of :class:`UpscalingConfig`. Mixers that do not restart are left out.
     """
     mixers = {name: module for name, module in unet.named_modules() if isinstance(module, GSPNTokenMixer)}
+    if segment_scans is None:
+        mixers = {name: mixer for name, mixer in mixers.items() if mixer.scan.reference_lines is None}
+    elif not segment_scans:
+        mixers = {}
     with recorded_map_sizes(mixers) as sizes:
         if mixers:
             unet_cost(unet, text, height=height, width=width, factor=factor, batch=1, device=torch.device("cpu"))

@@ -41,7 +41,7 @@ from .estimate import (
     model_bytes,
 )
 from .offload import MODELS, OFFLOADS, SKIPS, offloaded_skips
-from .progressive_upscaling import Stage, UpscalingConfig, map_lengths, plan_stages, stage_sizes, trained_size
+from .progressive_upscaling import Stage, UpscalingConfig, plan_stages, segments_beyond, stage_sizes, trained_size
 from .stage_runner import RunProgress, StageCache, StageRunner, read_settings
 
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -332,9 +332,11 @@ def resolve(request: SampleRequest, stack: contextlib.ExitStack) -> RunPlan:
         prompt = request.negative
         negative = encode_nothing(pipeline) if prompt is None else encode_prompts(pipeline, [prompt])
     segments = {}
-    if request.upscale is not None and request.upscale.segment_scans and len(stages) > 1:
-        first = stages[0]
-        segments = map_lengths(pipeline.unet, text, height=first.height, width=first.width, factor=factor)
+    if request.upscale is not None and len(stages) > 1:
+        segments = segments_beyond(
+            pipeline.unet, text, height=stages[0].height, width=stages[0].width, factor=factor,
+            segment_scans=request.upscale.segment_scans,
+        )  # fmt: skip
     # A run that continues keeps what it decided, however much memory is free now.
     split = before.get("split_guidance") if request.split_guidance is None else request.split_guidance
     return RunPlan(

@@ -1,0 +1,459 @@
+"""The scan of ``propagate``, forward and adjoint, which computes its maps in registers.
+
+**Lanes.** A row is cut into chunks of PIXELS pixels, and a lane, one thread, takes one chunk of one channel through a
+run of lines: the weights of its channel, its states and all maps stay in its registers. Lanes go in groups of GROUP: a
+warp, which then holds as many whole rows as fit and needs neither shared memory nor barriers, or all LANES of the
+program for longer rows. Only the states at both ends of a chunk leave a lane, once a line.
+
+**Maps.** For every line a lane reads the proxy at its pixels, and from it come logits, taps and gates by ``5 S``
+multiply-adds a pixel, four exponentials or reciprocals more for the taps than they are many. The proxy has been packed
+for this: float32, by lines in the direction of the scan, in fours of channels that one load takes. The images are
+walked as they are, in pieces of WIDTH elements along their contiguous axis.
+
+The prefixes of names, tiles and views are explained in :mod:`.addressing`; the constexpr arguments are what
+:mod:`.planner` chooses. A line's neighbours are named by where they are on it: before, here and after. What is there
+for each pixel of a chunk is a tuple of ``[1, LANES]``; for each line as well, pixel by pixel.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .addressing import States, in_elements, integers, load_state, move, share, states, store_state, tile, view
+from .neighbour_shuffle import chunk_neighbours, join_lines, split_lines
+
+
+@triton.jit
+def _exp2(b, PTX: tl.constexpr):
+    """``2^b``, 0 below the normal numbers where PTX can be written."""
+    if PTX:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [b], tl.float32, True, 1)
+    else:
+        return tl.math.exp2(b)
+
+
+@triton.jit
+def _inverse(b, PTX: tl.constexpr):
+    """``1 / b``, 0 below the normal numbers where PTX can be written."""
+    if PTX:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], tl.float32, True, 1)
+    else:
+        return 1.0 / b
+
+
+@triton.jit
+def _stochastic(b_before, b_here, b_after, PTX: tl.constexpr):
+    """Logits times ``-log2(e)`` to sigmoids that sum to one; those of neighbours that do not exist are infinite.
+
+    ``sigmoid(a) = 1 / (1 + 2^t)``, and one ``t`` at least has to be below 121.
+    """
+    b_before = _inverse(1.0 + _exp2(b_before, PTX), PTX)
+    b_here = _inverse(1.0 + _exp2(b_here, PTX), PTX)
+    b_after = _inverse(1.0 + _exp2(b_after, PTX), PTX)
+    # Divided before they meet the states, whose sum may be beyond the largest number.
+    b_inverse = _inverse(b_before + b_here + b_after, PTX)
+    return b_before * b_inverse, b_here * b_inverse, b_after * b_inverse
+
+
+@triton.jit
+def _within_reach(logits, i_cross, n_cross, PIXELS: tl.constexpr):
+    """Logits of any size, times ``-log2(e)``, as :func:`_stochastic` can take them.
+
+    Where no ``t`` is below 30 the one in ``1 + 2^t`` makes no difference and only differences of the ``t`` count: the
+    least is then moved to 30. Those beyond 120 are moved there, so that all are equal if all are infinite.
+    """
+    MOST: tl.constexpr = 3.4028234663852886e38
+    moved = ()
+    for p in tl.static_range(PIXELS):
+        b_least = tl.minimum(tl.minimum(logits[3 * p], logits[3 * p + 1]), logits[3 * p + 2])
+        b_excess = tl.minimum(tl.maximum(b_least - 30.0, 0.0), MOST)
+        # A NaN stays one.
+        b_before = tl.minimum(logits[3 * p] - b_excess, 120.0, tl.PropagateNan.ALL)
+        b_here = tl.minimum(logits[3 * p + 1] - b_excess, 120.0, tl.PropagateNan.ALL)
+        b_after = tl.minimum(logits[3 * p + 2] - b_excess, 120.0, tl.PropagateNan.ALL)
+        b_before = tl.where(i_cross + p > 0, b_before, float("inf"))
+        b_after = tl.where(i_cross + p < n_cross - 1, b_after, float("inf"))
+        moved = moved + (b_before, b_here, b_after)
+    return moved
+
+
+@triton.jit
+def _four(p, o):
+    """Four consecutive numbers for each lane."""
+    return split_lines(tl.load(p + o), 4)
+
+
+@triton.jit
+def _weights(p_maps, o_maps, p_skip, o_skip, i_four, FOURS: tl.constexpr, ADJOINT: tl.constexpr, GATED: tl.constexpr):
+    """The weights of four channels of the proxy for each map, each map's four after the other's.
+
+    Three taps times ``-log2(e)``, the gate of what goes in, and what there is of the gate of what comes out and of the
+    skip.
+    """
+    weights = ()
+    for k in tl.static_range(3):
+        taps = _four(p_maps + (k * FOURS + i_four) * 4, o_maps)
+        for s in tl.static_range(4):
+            weights = weights + (taps[s] * -1.4426950408889634,)
+    weights = weights + _four(p_maps + ((4 if ADJOINT else 3) * FOURS + i_four) * 4, o_maps)
+    if GATED:
+        weights = weights + _four(p_maps + (4 * FOURS + i_four) * 4, o_maps)
+    if p_skip is not None:
+        weights = weights + _four(p_skip + i_four * 4, o_skip)
+    return weights
+
+
+@triton.jit
+def _add_bounds(bounds, weights, p_largest, i_four):
+    """Adds what four channels of the proxy may at most add to each of the three logits."""
+    sums = ()
+    for k in tl.static_range(3):
+        b = bounds[k]
+        for s in tl.static_range(4):
+            b += tl.abs(weights[4 * k + s]) * tl.load(p_largest + i_four * 4 + s)
+        sums = sums + (b,)
+    return sums
+
+
+@triton.jit
+def _add_products(maps, weights, proxy, MAPS: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """``maps``, one after the other, plus the products of COUNT of four channels; the FIRST ones begin the sums."""
+    sums = ()
+    for m in tl.static_range(MAPS):
+        if FIRST:
+            b = weights[4 * m] * proxy[0]
+        else:
+            b = maps[m] + weights[4 * m] * proxy[0]
+        for s in tl.static_range(1, COUNT):
+            b += weights[4 * m + s] * proxy[s]
+        sums = sums + (b,)
+    return sums
+
+
+@triton.jit
+def _maps(
+    p_line, o_proxy, weights, p_maps, o_maps, p_skip, o_skip,
+    S: tl.constexpr, PIXELS: tl.constexpr, PITCH: tl.constexpr, MAPS: tl.constexpr, UNROLL: tl.constexpr,
+    ADJOINT: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """The maps of a lane's pixels, those of a pixel after those of the other.
+
+    With UNROLL ``weights`` are those of all fours of channels; else they are loaded again.
+    """
+    FOURS: tl.constexpr = (S + 3) // 4
+    maps = ()
+    if UNROLL:
+        for p in tl.static_range(PIXELS):
+            of_pixel = ()
+            for i in tl.static_range(FOURS):
+                proxy = _four(p_line + (p * FOURS + i) * 4 * PITCH, o_proxy)
+                some = weights[i * 4 * MAPS : (i + 1) * 4 * MAPS]
+                of_pixel = _add_products(of_pixel, some, proxy, MAPS, i == 0, 4 if S - 4 * i > 4 else S - 4 * i)
+            maps = maps + of_pixel
+    else:
+        zero = tl.zeros([1, o_proxy.shape[1]], tl.float32)
+        for _ in tl.static_range(PIXELS * MAPS):
+            maps = maps + (zero,)
+        for i in tl.range(0, FOURS):
+            some = _weights(p_maps, o_maps, p_skip, o_skip, i, FOURS, ADJOINT, GATED)
+            sums = ()
+            for p in tl.static_range(PIXELS):
+                proxy = _four(p_line + (p * FOURS + i) * 4 * PITCH, o_proxy)
+                sums = sums + _add_products(maps[p * MAPS : (p + 1) * MAPS], some, proxy, MAPS, False, 4)
+            maps = sums
+    return maps
+
+
+@triton.jit
+def _piece(
+    v, i_line, i_low, i_high, m_lane, i_cross, n_cross, i,
+    FAST: tl.constexpr, WIDTH: tl.constexpr, LINES: tl.constexpr, WHOLE: tl.constexpr, MAY_OVERRUN: tl.constexpr,
+):  # fmt: skip
+    """Where piece ``i`` of a lane's tile is, and whether it exists. A piece has no end in the middle."""
+    if FAST == 2:
+        PER_PIXEL: tl.constexpr = LINES // WIDTH
+        i_pixel, i_first = i // PER_PIXEL, i % PER_PIXEL * WIDTH
+        p = v.p + v.o + (i_pixel * v.s_cross + i_first * v.s_line)
+    else:
+        i_pixel, i_first = i * WIDTH, 0
+        p = v.p + v.o + i_pixel * v.s_cross
+    m = m_lane
+    if MAY_OVERRUN:
+        # So may a block of a long row, at its beginning.
+        n_there = tl.where(i_line + i_first >= i_low, tl.where(i_line + i_first < i_high, n_cross, 0), 0)
+        m = m & (i_cross + i_pixel >= 0) & (i_cross + i_pixel < n_there)
+    elif not WHOLE:
+        m = m & (i_cross + i_pixel < n_cross)
+    return p, tl.expand_dims(m, 2)
+
+
+@triton.jit
+def _load(
+    v, mine, i_line, i_first, m_lane, i_cross, n_cross,
+    FAST: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, LINES: tl.constexpr, WHOLE: tl.constexpr,
+    MAY_OVERRUN: tl.constexpr,
+):  # fmt: skip
+    """A tuple of all pixels of a lane's tile, the lines of a pixel in memory order. Missing ones have any value."""
+    v = move(v, i_line, i_first)
+    pixels = ()
+    for i in tl.static_range(PIXELS * LINES // WIDTH):
+        p, m = _piece(
+            v, i_line, mine.i_low, mine.i_high, m_lane, i_cross, n_cross, i, FAST, WIDTH, LINES, WHOLE, MAY_OVERRUN
+        )
+        pixels = pixels + split_lines(tl.load(p, mask=m), WIDTH)
+    return pixels
+
+
+@triton.jit
+def _store(
+    v, mine, i_line, i_first, pixels, m_lane, i_cross, n_cross,
+    FAST: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, LINES: tl.constexpr, WHOLE: tl.constexpr,
+    MAY_OVERRUN: tl.constexpr,
+):  # fmt: skip
+    """Store what :func:`_load` would load."""
+    v = move(v, i_line, i_first)
+    for i in tl.static_range(PIXELS * LINES // WIDTH):
+        p, m = _piece(
+            v, i_line, mine.i_low, mine.i_high, m_lane, i_cross, n_cross, i, FAST, WIDTH, LINES, WHOLE, MAY_OVERRUN
+        )
+        b = join_lines(pixels[i * WIDTH : (i + 1) * WIDTH], WIDTH)
+        tl.store(p, b.to(v.p.dtype.element_ty), mask=m)
+
+
+@triton.jit(do_not_specialize=[*integers("in", "out"), "n_chunks", "n_rows"])
+def scan_kernel(
+    p_in, s_in_batch, s_in_channel, s_in_cross, s_in_line,
+    p_out, s_out_batch, s_out_channel, s_out_cross, s_out_line,
+    p_before, p_proxy, p_largest, p_maps, p_skip, p_states,
+    n_groups, n_channels, n_cross, n_lines, n_run, n_runs, n_segment, n_chunks, n_rows,
+    FAST: tl.constexpr, ALIGN: tl.constexpr,
+    LANES: tl.constexpr, GROUP: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
+    HALO: tl.constexpr, LINES: tl.constexpr, REVERSE: tl.constexpr, SEGMENTED: tl.constexpr,
+    S: tl.constexpr, PITCH: tl.constexpr, UNROLL: tl.constexpr, ADJOINT: tl.constexpr, GATED: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """A scan of ``gate * in``: its states, or ``out gate * state`` if it is GATED, plus ``skip * in``.
+
+    The sum is added to ``before``, which has the strides of ``out``, if there is one. With ADJOINT the scan runs
+    against its direction by the transposed taps, and the gate of what goes in is the other one.
+
+    ``largest [4 FOURS]``: the largest absolute value of each channel of the proxy; most logits are known to be small.
+    ``maps [C, 5, 4 FOURS]``: the weights of the three logits and of both gates. ``skip [C, 4 FOURS]``.
+    ``proxy [B, lines, PIXELS, FOURS, PITCH, 4]``: pixel of a chunk, four channels, chunk, channel of the four.
+    A row has ``n_chunks`` chunks, WHOLE if none of them is longer than the row; a group of lanes has ``n_rows`` rows.
+    """
+    FOURS: tl.constexpr = (S + 3) // 4
+    MAPS: tl.constexpr = 4 + (1 if GATED else 0) + (0 if p_skip is None else 1)
+    n_channels, n_cross, n_lines, n_run = in_elements(n_channels, n_cross, n_lines, n_run, FAST, ALIGN)
+    n_block = LANES // GROUP * n_rows
+    mine = share(tl.cdiv(n_channels, n_block), n_groups, n_lines, n_run, n_runs, REVERSE)
+
+    lane = tl.arange(0, LANES)[None, :]
+    i_lane = lane % GROUP
+    if FAST == 0:
+        i_chunk, i_row, n_away = i_lane // n_rows, i_lane % n_rows, n_rows
+        m_lane = i_chunk < n_chunks
+    else:
+        i_chunk, i_row, n_away = i_lane % n_chunks, i_lane // n_chunks, 1
+        m_lane = i_row < n_rows
+    if HALO > 0:
+        # A row has more chunks than the program lanes: it takes one block of them after the other.
+        i_chunk, i_row, n_away = lane, lane * 0, 1
+        m_lane = lane >= 0
+    i_channel = mine.i_block * n_block + lane // GROUP * n_rows + i_row
+    m_lane = m_lane & (i_channel < n_channels)
+    # Lanes without work take the last channel's maps.
+    i_channel = tl.minimum(i_channel, n_channels - 1)
+    i_pixel = i_chunk * PIXELS
+    m_kept = m_lane & (lane >= HALO // PIXELS) & (lane < LANES - HALO // PIXELS) if HALO > 0 else m_lane
+
+    w = tl.arange(0, WIDTH)[None, None, :].to(tl.int64)
+    zero = tl.full([], 0, tl.int64)
+    o_channel, o_pixel = tl.expand_dims(i_channel, 2).to(tl.int64), tl.expand_dims(i_pixel, 2).to(tl.int64)
+    o_tile = (o_channel, o_pixel + w if FAST == 1 else o_pixel, w if FAST == 2 else zero)
+    s_out = (s_out_batch, s_out_channel, s_out_cross, s_out_line)
+    x = view(p_in, mine.i_batch, zero, o_tile, (s_in_batch, s_in_channel, s_in_cross, s_in_line), ALIGN)
+    out = view(p_out, mine.i_batch, zero, o_tile, s_out, ALIGN)
+    before = out
+    if p_before is not None:
+        before = view(p_before, mine.i_batch, zero, o_tile, s_out, ALIGN)
+
+    four = tl.arange(0, 4)[None, None, :]
+    s_line = PIXELS * FOURS * PITCH * 4
+    p_proxy += mine.i_batch * n_lines * s_line
+    o_maps, o_skip = o_channel * (20 * FOURS) + four, o_channel * (4 * FOURS) + four
+    weights = ()
+    if UNROLL:
+        for i_four in tl.static_range(FOURS):
+            weights = weights + _weights(p_maps, o_maps, p_skip, o_skip, i_four, FOURS, ADJOINT, GATED)
+    b_bound = tl.zeros([1, LANES], tl.float32)
+    bounds = (b_bound, b_bound, b_bound)
+    if UNROLL:
+        for i_four in tl.static_range(FOURS):
+            bounds = _add_bounds(bounds, weights[i_four * 4 * MAPS : (i_four + 1) * 4 * MAPS], p_largest, i_four)
+    else:
+        for i_more in tl.range(0, FOURS):
+            bounds = _add_bounds(
+                bounds, _weights(p_maps, o_maps, p_skip, o_skip, i_more, FOURS, ADJOINT, GATED), p_largest, i_more
+            )
+    # Hardly ever: a bound that is a NaN is not below 100 either.
+    n_large = tl.sum(tl.where((bounds[0] < 100.0) & (bounds[1] < 100.0) & (bounds[2] < 100.0), 0, 1))
+
+    b_states = ()
+    for _ in tl.static_range(PIXELS):
+        b_states = b_states + (tl.zeros([1, LANES], tl.float32),)
+    BLOCK: tl.constexpr = LANES * PIXELS
+    TILES: tl.constexpr = HALO // LINES if HALO > 0 else 1
+    MAY_OVERRUN: tl.constexpr = TILES * LINES > 1
+    n_visits = tl.cdiv(n_cross, BLOCK - 2 * HALO) * TILES if HALO > 0 else TILES
+    between = states(p_states, 0, i_pixel, n_cross, 1, FAST)
+    n_rounds = tl.cdiv(mine.i_high - mine.i_low, TILES * LINES)
+
+    for i_round in tl.range(0, n_rounds, num_stages=1):
+        for i_visit in tl.range(0, n_visits, num_stages=1):
+            i_step, i_line, i_first = tile(
+                i_round, i_visit, n_rounds, mine, n_lines, BLOCK, HALO, LINES, TILES, ADJOINT, REVERSE
+            )
+            i_cross = i_first + i_pixel if HALO > 0 else i_pixel
+            b_in = _load(
+                x, mine, i_line, i_first, m_lane, i_cross, n_cross, FAST, PIXELS, WIDTH, LINES, WHOLE, MAY_OVERRUN
+            )
+            b_added = b_in
+            if p_before is not None:
+                b_added = _load(
+                    before,
+                    mine,
+                    i_line,
+                    i_first,
+                    m_kept,
+                    i_cross,
+                    n_cross,
+                    FAST,
+                    PIXELS,
+                    WIDTH,
+                    LINES,
+                    WHOLE,
+                    MAY_OVERRUN,
+                )
+            i_proxy = i_chunk
+            if HALO > 0:
+                # Beyond the ends of a row there is no proxy; any will do.
+                i_proxy = tl.minimum(tl.maximum(i_first // PIXELS + i_chunk, 0), n_chunks - 1)
+                b_left_there = b_states
+                b_states = ()
+                for p in tl.static_range(PIXELS):
+                    there = States(between.p + p, between.o)
+                    b_states = b_states + (
+                        load_state(
+                            b_left_there[p], there, i_round, i_visit, i_first, i_cross + p, n_cross, 1, TILES, FAST
+                        ),
+                    )
+            o_proxy = tl.expand_dims(tl.minimum(i_proxy, n_chunks - 1), 2) * 4 + four
+
+            b_out = ()
+            # Numbered in the order of the scan, which an adjoint takes backwards.
+            for i in tl.static_range(LINES - 1 if ADJOINT else 0, -1 if ADJOINT else LINES, -1 if ADJOINT else 1):
+                i_here = i_line + (LINES - 1 - i if REVERSE else i)
+                m_follows = (i_step + i) % n_segment != 0 if SEGMENTED else i_step + i != 0
+                if MAY_OVERRUN:
+                    # Lines beyond the program's, which are the first of an adjoint, carry nothing on.
+                    m_follows = m_follows & (i_here >= mine.i_low) & (i_here < mine.i_high)
+                    i_here = tl.minimum(tl.maximum(i_here, 0), n_lines - 1)
+                maps = _maps(
+                    p_proxy + i_here.to(tl.int64) * s_line, o_proxy, weights, p_maps, o_maps, p_skip, o_skip,
+                    S, PIXELS, PITCH, MAPS, UNROLL, ADJOINT, GATED,
+                )  # fmt: skip
+                logits = ()
+                for p in tl.static_range(PIXELS):
+                    b_before, b_after = maps[p * MAPS], maps[p * MAPS + 2]
+                    if p == 0:
+                        b_before = tl.where(i_cross > 0, b_before, float("inf"))
+                    if not WHOLE or p == PIXELS - 1:
+                        b_after = tl.where(i_cross + p < n_cross - 1, b_after, float("inf"))
+                    logits = logits + (b_before, maps[p * MAPS + 1], b_after)
+                if n_large > 0:
+                    logits = _within_reach(logits, i_cross, n_cross, PIXELS)
+                taps = ()
+                for p in tl.static_range(PIXELS):
+                    taps = taps + _stochastic(logits[3 * p], logits[3 * p + 1], logits[3 * p + 2], PTX)
+                # From where no neighbour is, values are left out by a select: they may be anything.
+                b_new, b_carries = (), ()
+                if ADJOINT:
+                    b_here = ()
+                    for p in tl.static_range(PIXELS):
+                        b_here = b_here + (
+                            maps[p * MAPS + 3] * b_in[p * LINES + (LINES - 1 - i if REVERSE else i)].to(tl.float32)
+                            + b_states[p],
+                        )
+                    b_left, b_right = chunk_neighbours(
+                        taps[3 * PIXELS - 1] * b_here[PIXELS - 1], taps[0] * b_here[0], n_away, GROUP
+                    )
+                    for p in tl.static_range(PIXELS):
+                        b = taps[3 * p + 1] * b_here[p]
+                        if p == 0:
+                            b += tl.where(i_cross > 0, b_left, 0.0)
+                        else:
+                            b += taps[3 * p - 1] * b_here[p - 1]
+                        if p == PIXELS - 1:
+                            b += tl.where(i_cross + p < n_cross - 1, b_right, 0.0)
+                        elif WHOLE:
+                            b += taps[3 * p + 3] * b_here[p + 1]
+                        else:
+                            b += tl.where(i_cross + p < n_cross - 1, taps[3 * p + 3] * b_here[p + 1], 0.0)
+                        b_carries = b_carries + (tl.where(m_follows, b, 0.0),)
+                    b_new, b_states = b_here, b_carries
+                else:
+                    b_left, b_right = chunk_neighbours(b_states[PIXELS - 1], b_states[0], n_away, GROUP)
+                    for p in tl.static_range(PIXELS):
+                        b = taps[3 * p + 1] * b_states[p]
+                        if p == 0:
+                            b += taps[0] * tl.where(i_cross > 0, b_left, 0.0)
+                        else:
+                            b += taps[3 * p] * b_states[p - 1]
+                        if p == PIXELS - 1:
+                            b += taps[3 * p + 2] * tl.where(i_cross + p < n_cross - 1, b_right, 0.0)
+                        elif WHOLE:
+                            b += taps[3 * p + 2] * b_states[p + 1]
+                        else:
+                            b += taps[3 * p + 2] * tl.where(i_cross + p < n_cross - 1, b_states[p + 1], 0.0)
+                        b = tl.where(m_follows, b, 0.0)
+                        b_new = b_new + (
+                            maps[p * MAPS + 3] * b_in[p * LINES + (LINES - 1 - i if REVERSE else i)].to(tl.float32) + b,
+                        )
+                    b_states = b_new
+                b_line = ()
+                for p in tl.static_range(PIXELS):
+                    b = b_new[p]
+                    if GATED:
+                        b = maps[p * MAPS + 4] * b
+                    if p_skip is not None:
+                        b += maps[p * MAPS + MAPS - 1] * b_in[p * LINES + (LINES - 1 - i if REVERSE else i)].to(
+                            tl.float32
+                        )
+                    if p_before is not None:
+                        b += b_added[p * LINES + (LINES - 1 - i if REVERSE else i)].to(tl.float32)
+                    b_line = b_line + (b,)
+                # By pixel, and within each by line in memory.
+                b_so_far, b_out = b_out, ()
+                for p in tl.static_range(PIXELS):
+                    earlier = b_so_far[
+                        p * (LINES - 1 - i if ADJOINT else i) : (p + 1) * (LINES - 1 - i if ADJOINT else i)
+                    ]
+                    if ADJOINT != REVERSE:
+                        b_out = b_out + (b_line[p],) + earlier
+                    else:
+                        b_out = b_out + earlier + (b_line[p],)
+            _store(
+                out, mine, i_line, i_first, b_out, m_kept, i_cross, n_cross,
+                FAST, PIXELS, WIDTH, LINES, WHOLE, MAY_OVERRUN,
+            )  # fmt: skip
+            if HALO > 0:
+                for p in tl.static_range(PIXELS):
+                    there = States(between.p + p, between.o)
+                    store_state(
+                        b_states[p], there, i_round, i_visit, i_first, i_cross + p, n_cross, m_kept, 1, TILES, FAST
+                    )
+        if HALO > 0:
+            # The next round's states come from other threads.
+            tl.debug_barrier()
