@@ -40,6 +40,8 @@ from gspn.data import EmojiCaptions, EmojiRecord
 SIZE = 128
 SPLITS = ("train", "val")
 DEFAULT_STYLE = "noto"
+MOST = 4
+"""Captions without a style that are used: the name, and the name with three keywords each."""
 
 
 @dataclass(frozen=True)
@@ -276,13 +278,16 @@ def spellings(name: str) -> list[str]:
 
 
 def captions(style: str, name: str, plain_captions: Sequence[str]) -> list[str]:
-    """The captions of a drawing, from the emoji's name and its captions without a style.
+    """The captions of a drawing, from the captions of its emoji, of which the first is the name.
 
-    The style is named after the emoji's name and after its name with keywords, and before its name. Captions without a
-    style belong to Noto alone: so a name without a style has one answer.
+    Those without a style belong to Noto alone: so a name without a style has one answer. The style is named early, as
+    text encoders cut long captions.
     """
-    with_style = [f"a {style} drawing of {name}", *(f"{text}, {style} style" for text in plain_captions)]
-    return [*plain_captions, *with_style[:2]] if style == DEFAULT_STYLE else with_style
+    named = f"{name}, {style} style"
+    drawn = f"a {style} drawing of {name}"
+    if style == DEFAULT_STYLE:
+        return [*plain_captions[:MOST], drawn, named]
+    return [drawn, named, *(named + text.removeprefix(name) for text in plain_captions[1:MOST])]
 
 
 def notice() -> str:
