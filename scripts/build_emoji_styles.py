@@ -3,9 +3,9 @@
     python scripts/build_emoji_styles.py runs/emoji_styles
 
 This needs network access, and ``pip install resvg_py``. The folder receives ``train/STYLE/CODE.png`` and
-``val/STYLE/CODE.png``, 128 x 128 on white, a ``metadata.jsonl`` beside each set of styles, and a NOTICE with the sources
-and their licences. A stopped call continues where it was. The drawings come from the npm packages below, pinned by
-their hashes; with the versions of ``constraints.txt`` the files are the same byte for byte.
+``val/STYLE/CODE.png``, 128 x 128 on white, the captions in ``train/metadata.jsonl`` and ``val/metadata.jsonl``, and a
+NOTICE with the sources and their licences. A stopped call continues where it was. The drawings come from the npm
+packages below, pinned by their hashes; with the versions of ``constraints.txt`` the files are the same byte for byte.
 
 A drawing belongs to an emoji of ``gspn.data.Emoji``, by its code points or by its name, and is on the side of that
 emoji: what is held out there is held out in every style. Drawings that belong to none, such as those of skin tones, are
@@ -26,7 +26,7 @@ import unicodedata
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,7 @@ def fetch(source: Source, folder: Path) -> bytes:
     file = folder / source.url.rsplit("/", 1)[1]
     if not file.is_file():
         try:
-            with urllib.request.urlopen(source.url, timeout=60) as response:
+            with urllib.request.urlopen(source.url, timeout=60) as response:  # noqa: S310  # https, from above
                 data = response.read()
         except (urllib.error.URLError, OSError) as error:
             sys.exit(f"{source.url} cannot be read ({error}); get it where there is a network, and put it at {file}")
@@ -232,7 +232,7 @@ def render(icons: IconSet, name: str) -> Image.Image:
 # Which emoji a drawing is.
 
 
-def match(icons: IconSet, records: Iterable[EmojiRecord], sets: Iterable[IconSet]) -> dict[str, list[str]]:
+def match(icons: IconSet, records: Sequence[EmojiRecord], sets: Iterable[IconSet]) -> dict[str, list[str]]:
     """The names of the drawings of each emoji, by the emoji's code points.
 
     Code points that the package states decide. Otherwise a name does: that of the emoji, or one that another package of
@@ -244,13 +244,15 @@ def match(icons: IconSet, records: Iterable[EmojiRecord], sets: Iterable[IconSet
         for name, code in one.codes.items():
             if plain(code) in by_code:
                 by_name[name] = by_code[plain(code)]
-    by_name |= {slug(record.name): record.unified for record in records}
+    slugs = [slug(record.name) for record in records]
+    by_name |= {name: record.unified for name, record in zip(slugs, records, strict=True) if slugs.count(name) == 1}
     matched: dict[str, list[str]] = defaultdict(list)
     for name in icons.icons:
         if name in icons.codes:
             found = by_code.get(plain(icons.codes[name]))
         else:
-            known = (by_name.get(key) for one in (name, *icons.aliases.get(name, ())) for key in spellings(one))
+            names = (key for one in (name, *icons.aliases.get(name, ())) for key in spellings(one, icons.icons))
+            known = (by_name.get(key) for key in names)
             found = next(filter(None, known), None)
         if found is not None:
             matched[found].append(name)
@@ -268,10 +270,14 @@ def slug(name: str) -> str:
     return "-".join(re.findall(r"[a-z0-9]+", ascii_only.replace("&", "and")))
 
 
-def spellings(name: str) -> list[str]:
-    """A name, then without the number of a second drawing, and without the word face: ``bear-face-2``, ``bear``."""
+def spellings(name: str, others: Container[str]) -> list[str]:
+    """A name, then without the number of a second drawing, and without the word face: ``bear-face-2``, ``bear``.
+
+    Where ``others``, the names of the package, have both ``dizzy-face`` and ``dizzy``, the word makes a difference.
+    """
     unnumbered = re.sub(r"-\d$", "", name)
-    return [name, unnumbered, unnumbered.removesuffix("-face")]
+    faceless = unnumbered.removesuffix("-face")
+    return [name, unnumbered, *([] if faceless in others else [faceless])]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -284,7 +290,7 @@ def captions(style: str, name: str, plain_captions: Sequence[str]) -> list[str]:
     text encoders cut long captions.
     """
     named = f"{name}, {style} style"
-    drawn = f"a {style} drawing of {name}"
+    drawn = f"{'an' if style[0] in 'aeiou' else 'a'} {style} drawing of {name}"
     if style == DEFAULT_STYLE:
         return [*plain_captions[:MOST], drawn, named]
     return [drawn, named, *(named + text.removeprefix(name) for text in plain_captions[1:MOST])]
@@ -300,7 +306,7 @@ def notice() -> str:
     return (
         "The drawings of each style, rendered on white. CC-BY-4.0 is https://creativecommons.org/licenses/by/4.0/.\n\n"
         + "".join(sources)
-        + "\nNames and keywords: Unicode CLDR, Unicode-3.0. Flags of the style noto: Noto Emoji, Apache-2.0, from gspn.\n"
+        + "\nNames and keywords: Unicode CLDR, Unicode-3.0. Flags of the style noto: Noto Emoji, Apache-2.0.\n"
     )
 
 
