@@ -126,7 +126,7 @@ class UNetTraining(CaptionTask[TextToImageConfig, CaptionRow]):
     def losses(self, model: Any, start: Tensor, text: Conditioning, *, epoch: int | None = None) -> dict[str, Tensor]:
         """The denoising loss of each image."""
         del epoch
-        arguments = unet_arguments(self.pipeline.unet, text, *self.image_size)
+        arguments = unet_arguments(self.pipeline.unet, text, *self.data.image_size(start))
         # A tuple: what gathers outputs over processes and precisions does not know diffusers' classes.
         labels = torch.zeros(0)  # there are none
         loss = self.denoising.each(lambda x, t, _: model(x, t, **arguments, return_dict=False)[0], start, labels)
