@@ -1,9 +1,9 @@
 """Render emoji in six drawing styles, with captions, into a folder that ``open_captions("folder", ...)`` opens.
 
-    python scripts/build_emoji_styles.py runs/emoji_styles
+    python scripts/build_emoji_styles.py runs/emoji_styles [--size 128] [--style noto]
 
 This needs network access, and ``pip install resvg_py``. The folder receives ``train/STYLE/CODE.png`` and
-``val/STYLE/CODE.png``, 128 x 128 on white, the captions in ``train/metadata.jsonl`` and ``val/metadata.jsonl``, and a
+``val/STYLE/CODE.png``, square on white, the captions in ``train/metadata.jsonl`` and ``val/metadata.jsonl``, and a
 NOTICE with the sources and their licences. A stopped call continues where it was. The drawings come from the npm
 packages below, pinned by their hashes; with the versions of ``constraints.txt`` the files are the same byte for byte.
 
@@ -37,7 +37,6 @@ from rich.progress import track
 from gspn._files import replaced
 from gspn.data import EmojiCaptions, EmojiRecord
 
-SIZE = 128
 SPLITS = ("train", "val")
 DEFAULT_STYLE = "noto"
 MOST = 4
@@ -117,6 +116,8 @@ def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("--size", type=int, default=128, help="height and width in pixels; default: 128")
+    parser.add_argument("--style", choices=SOURCES, action="append", help="repeatable; default: all of them")
     parser.add_argument("--packages", type=Path, help="folder of the packages; default: OUTPUT.packages")
     arguments = parser.parse_args()
     try:
@@ -125,29 +126,31 @@ def main() -> int:
         sys.exit("resvg_py is not installed; pip install resvg_py")
     output: Path = arguments.output
     packages = arguments.packages or output.with_name(output.name + ".packages")
-    build(output, {style: read(fetch(source, packages)) for style, source in SOURCES.items()})
+    sets = {style: read(fetch(source, packages)) for style, source in SOURCES.items()}
+    build(output, sets, arguments.style or list(sets), arguments.size)
     return 0
 
 
-def build(output: Path, sets: Mapping[str, IconSet]) -> None:
-    """Write the images that are missing, then the captions and the NOTICE."""
+def build(output: Path, sets: Mapping[str, IconSet], styles: Iterable[str], size: int) -> None:
+    """Write the images of some styles that are missing, then the captions and the NOTICE."""
     every = EmojiCaptions("all")
     records = every.emoji.records
     held_out = {record.unified for record in EmojiCaptions("val").emoji.records}
-    drawings = {style: match(icons, records, sets.values()) for style, icons in sets.items()}
     rows: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for style, icons in sets.items():
+    for style in styles:
+        icons = sets[style]
+        drawings = match(icons, records, sets.values())
         for i, record in track(list(enumerate(records)), f"{style:10}"):
             split = "val" if record.unified in held_out else "train"
-            names: list[str | None] = [*drawings[style].get(record.unified, [])]
+            names: list[str | None] = [*drawings.get(record.unified, [])]
             if not names and style == DEFAULT_STYLE and not record.misdrawn:
                 names = [None]
             for number, name in enumerate(names):
                 file = f"{style}/{record.unified.lower()}{f'_{number + 1}' if number else ''}.png"
                 path = output / split / file
                 if not path.is_file():
-                    image = every.image(i) if name is None else render(icons, name)
-                    save(image.resize((SIZE, SIZE), Image.Resampling.LANCZOS), path)
+                    image = every.image(i) if name is None else render(icons, name, size)
+                    save(image.resize((size, size), Image.Resampling.LANCZOS), path)
                 row = {"file_name": file, "text": captions(style, record.name, every.captions(i))}
                 rows[split].append(json.dumps(row, ensure_ascii=False))
     for split, lines in rows.items():
@@ -211,8 +214,8 @@ def _file(tar: tarfile.TarFile, name: str) -> bytes:
     return opened.read()
 
 
-def render(icons: IconSet, name: str) -> Image.Image:
-    """A drawing on white, 128 x 128, RGB."""
+def render(icons: IconSet, name: str, size: int) -> Image.Image:
+    """A drawing in the middle of a white square, RGB."""
     import resvg_py
 
     icon = icons.icons[name]
@@ -222,7 +225,7 @@ def render(icons: IconSet, name: str) -> Image.Image:
     )
     svg = (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'width="{SIZE}" height="{SIZE}" viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
+        f'width="{size}" height="{size}" viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
     )
     png = resvg_py.svg_to_bytes(svg_string=svg, background="white", skip_system_fonts=True)
     return Image.open(io.BytesIO(bytes(png))).convert("RGB")

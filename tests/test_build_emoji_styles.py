@@ -86,9 +86,9 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[st
     known = [*known[:2], *known[-2:]]
     names = [styles.slug(record.name) for record in known]
     monkeypatch.setattr(styles, "EmojiCaptions", lambda split: _first(split, known))
-    monkeypatch.setattr(styles, "render", lambda icons, name: styles.Image.new("RGB", (128, 128), "red"))
+    monkeypatch.setattr(styles, "render", lambda icons, name, size: styles.Image.new("RGB", (size, size), "red"))
     sets = {"noto": icon_set(*names[1:]), "flat": icon_set(*names, f"{names[0]}-2", "unknown")}
-    styles.build(tmp_path / "out", sets)
+    styles.build(tmp_path / "out", sets, sets, 32)
     return tmp_path / "out", sets
 
 
@@ -115,7 +115,7 @@ def test_what_is_held_out_is_held_out_in_every_style(made: Any) -> None:
         assert drawn
         assert drawn <= names[split]
         assert not drawn & names[other]
-        assert {image.size for image, _ in (images[i] for i in range(len(images)))} == {(128, 128)}
+        assert {image.size for image, _ in (images[i] for i in range(len(images)))} == {(32, 32)}
 
 
 def test_the_folder_has_both_styles_every_drawing_and_the_licences(made: Any) -> None:
@@ -136,8 +136,8 @@ def test_a_second_call_renders_what_is_missing(made: Any, monkeypatch: pytest.Mo
     missing.unlink()
     rendered: list[str] = []
     render = styles.render
-    monkeypatch.setattr(styles, "render", lambda icons, name: rendered.append(name) or render(icons, name))
-    styles.build(folder, sets)
+    monkeypatch.setattr(styles, "render", lambda icons, name, size: rendered.append(name) or render(icons, name, size))
+    styles.build(folder, sets, sets, 32)
     assert len(rendered) == 1
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
@@ -194,7 +194,7 @@ def test_without_network_it_ends_with_one_line(tmp_path: Path, monkeypatch: pyte
 def test_drawings_are_centred_on_white() -> None:
     pytest.importorskip("resvg_py")
     wide = {**SQUARE, "width": 8, "height": 16}  # its lower half is empty
-    image = styles.render(styles.IconSet({"wide": wide}, {}, {}, (8, 8)), "wide")
+    image = styles.render(styles.IconSet({"wide": wide}, {}, {}, (8, 8)), "wide", 128)
     assert image.size == (128, 128)
     assert image.mode == "RGB"
     assert [image.getpixel(at) for at in ((16, 64), (64, 32), (64, 96))] == [
