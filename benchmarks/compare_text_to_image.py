@@ -62,7 +62,7 @@ class Cell:
         return root / f"{self.label.replace(' ', '-')}-{self.split}-{self.size}{direct}-seed{self.seed}"
 
     def figures(self, root: Path) -> dict[str, Any] | None:
-        """What was measured; None if nothing was."""
+        """The figures of the images; None before they are measured."""
         file = self.directory(root) / "figures.json"
         return json.loads(file.read_text()) if file.is_file() else None
 

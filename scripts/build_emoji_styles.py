@@ -50,7 +50,7 @@ class Source:
     package: str
     version: str
     sha512: str
-    """Of the package's archive, in base64, as npm states it."""
+    """Digest of the archive, in base64, as npm states it."""
     title: str
     author: str
     licence: str

@@ -180,7 +180,7 @@ def test_a_package_is_read_once_and_checked(tmp_path: Path, monkeypatch: pytest.
         styles.fetch(source, tmp_path)
 
 
-def test_without_network_it_ends_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_connection_it_ends_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args: Any, **_options: Any) -> None:
         raise urllib.error.URLError("no network")
 
