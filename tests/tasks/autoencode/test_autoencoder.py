@@ -104,12 +104,15 @@ def test_what_cannot_be_met(tmp_path, override, message):
 
 
 def test_a_decoder_is_trained_further_for_the_same_latents(trained, tmp_path):
-    source = trained.output / "last"
+    source = tmp_path / "source"
+    before = load_autoencoder(trained.output / "last")
+    before.register_to_config(scaling_factor=0.5)
+    before.save_pretrained(source)
     result = train(tiny(tmp_path / "run", "schedule.epochs=2", "optim.lr=1e-3", **{"model.decoder_of": str(source)}))
-    before, after = load_autoencoder(source), load_autoencoder(result.output / "last")
+    after = load_autoencoder(result.output / "last")
     assert_same(after.encoder.state_dict(), before.encoder.state_dict())
     assert_same(after.quant_conv.state_dict(), before.quant_conv.state_dict())
-    assert after.config.scaling_factor == before.config.scaling_factor
+    assert after.config.scaling_factor == 0.5
     assert float(rows(result.output)[-1]["eval_psnr"]) > float(rows(trained.output)[-1]["eval_psnr"])
 
 
