@@ -1,11 +1,12 @@
 """Turn runs of ``gspn t2i train`` and ``gspn t2i distill`` into a pipeline and an adapter of the package.
 
-    python scripts/ship_text_to_image.py weights --train runs/t2i_emoji_styles_further \
+    python scripts/ship_text_to_image.py weights --train runs/t2i_emoji_styles_sizes \
         --vae runs/autoencoder_emoji_styles_decoder --distill runs/distill_emoji_styles
     python benchmarks/compare_text_to_image.py run && python benchmarks/compare_text_to_image.py table --output T.csv
     python scripts/ship_text_to_image.py cards T.csv --commit ... --pipeline-run runs/autoencoder_emoji_styles \
         --pipeline-run runs/autoencoder_emoji_styles_decoder --pipeline-run runs/t2i_emoji_styles \
-        --pipeline-run runs/t2i_emoji_styles_further --adapter-run runs/distill_emoji_styles
+        --pipeline-run runs/t2i_emoji_styles_further --pipeline-run runs/t2i_emoji_styles_sizes \
+        --adapter-run runs/distill_emoji_styles
 
 ``weights`` writes them in float16, with a NOTICE of the drawings. ``cards`` states how they were trained, by the runs
 in their order, and what the shipped weights, not the runs', draw. The directory of a run is named after its command and
