@@ -49,6 +49,74 @@ def test_update_batches_split_each_update_over_processes():
     assert order(1, 12, 1, epoch=1) != whole
 
 
+def sized_batches(process=0, epoch=0, update=0, sizes=None):
+    sizes = {8: 6, 12: 2, 16: 1} if sizes is None else sizes
+    batches = UpdateBatches(
+        200, batch_size=6, accumulate=2, processes=2, process=process, seed=3, sizes=sizes
+    )  # fmt: skip
+    batches.start(epoch, update)
+    return batches
+
+
+def test_each_update_has_one_size_the_same_in_all_processes():
+    whole, plain = list(sized_batches()), list(sized_batches(sizes={}))
+    assert len(whole) == len(plain) == len(sized_batches()) == 16
+    sizes = [{size for _, size in batch} for batch in whole]
+    assert all(len(one) == 1 for one in sizes) and set.union(*sizes) == {8, 12, 16}
+    assert sizes == [{size for _, size in batch} for batch in sized_batches(process=1)]
+    assert sizes[::2] == sizes[1::2] != [{size for _, size in batch} for batch in sized_batches(epoch=1)][::2]
+    # The images are those of a run without sizes, and the rest of them is left out.
+    for batch, without in zip(whole, plain, strict=True):
+        assert [index for index, _ in batch] == without[: {8: 6, 12: 2, 16: 1}[batch[0][1]]]
+    assert list(sized_batches(update=5)) == whole[10:]
+    first = sum(len(batch) for process in range(2) for batch in list(sized_batches(process))[:10])
+    assert sized_batches().images_in(0, 5) == first and sized_batches(sizes={}).images_in(0, 5) == 5 * 24
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_a_batch_of_any_size_has_no_more_pixels(batch_size):
+    data = ImageData(size=64, sizes=[16, 64, 96, 128, 256], batch_size=batch_size)
+    for size, images in data.images_by_size.items():
+        assert 1 <= images <= batch_size and (images == 1 or images * size**2 <= batch_size * 64**2)
+        assert images == batch_size or (images + 1) * size**2 > batch_size * 64**2
+    assert ImageData().images_by_size == {}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([], r"data\.sizes is \[\]; name each size once"),
+        ([64, 96, 96], r"\[64, 96, 96\]; name each size once"),
+        ([32, 96], r"with data\.size 64 among them"),
+        ([64, 0], r"data\.sizes\[1\] is 0; it has to be between 1 and 65536"),
+        ([64, 9.5], r"data\.sizes\[1\]"),
+        (96, r"data\.sizes"),
+    ],
+)
+def test_sizes_that_cannot_be_met(sizes, message):
+    with pytest.raises(UsageError, match=message):
+        Configuration.from_values({"data": {"sizes": sizes}})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_are_read_at_the_size_of_their_update(workers, tmp_path):
+    from gspn.tasks.diffusion.transforms import image_transform
+
+    root = written(tmp_path, *(f"train/a/{i}.png" for i in range(8)))
+    (root / "train/a/3.png").write_bytes(b"damaged")
+    options = {"name": "folder", "root": str(root), "size": 8, "sizes": [8, 12], "batch_size": 4, "workers": workers}
+    config = Configuration.from_values({"data": options, "run": {"device": "cpu"}})
+    train, _ = open_splits(config.data)
+    loader = context(config).train_loader(train, {size: image_transform(size, hflip=0.5) for size in (8, 12)})
+    batches = [images for epoch in range(4) for images, _ in loader.batches(epoch)]
+    assert {tuple(images.shape) for images in batches} == {(4, 3, 8, 8), (1, 3, 12, 12)}
+    sizes = [loader.order.size(epoch, update) for epoch in range(4) for update in range(2)]
+    assert [images.shape[2] for images in batches] == sizes
+    assert list(loader.broken.names.values()) == ["a/3.png"]
+    again = [images for images, _ in loader.batches(2, 1)]
+    assert len(again) == 1 and torch.equal(again[0], batches[5])
+
+
 @pytest.mark.parametrize(("images", "processes", "batch"), [(11, 2, 4), (12, 3, 5), (2, 4, 3), (7, 1, 7)])
 def test_share_batches_cover_each_image_once(images, processes, batch):
     real, batches = [], set()

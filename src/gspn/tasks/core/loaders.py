@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +23,16 @@ _AGAIN = "start again; a training continues with --resume"
 
 
 @dataclass(eq=False)
-class UpdateBatches(torch_data.Sampler[list[int]]):
+class UpdateBatches(torch_data.Sampler[list[Any]]):
     """The batches of one process in the order of the updates, from any update of any epoch on.
 
     Each epoch is a permutation that depends on the seed and the epoch alone. An update takes the next
     ``batch_size * accumulate * processes`` images of it, whichever process they go to. The remainder at the end of an
     epoch is skipped; other epochs see those images.
+
+    A batch is a list of indices. With ``sizes``, which maps a size to the number of images in a batch of it, a batch is
+    a list of (index, size). Each update has one size, which depends on the seed, the epoch and the update alone, so it
+    is the same in all processes. Its batches take the first of their images.
 
     Raises:
         UsageError: there are fewer images than one update takes.
@@ -46,6 +51,7 @@ class UpdateBatches(torch_data.Sampler[list[int]]):
     processes: int
     process: int
     seed: int
+    sizes: Mapping[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.images_per_update = self.batch_size * self.accumulate * self.processes
@@ -61,16 +67,43 @@ class UpdateBatches(torch_data.Sampler[list[int]]):
         """Start at an update of an epoch; no image before it is loaded."""
         self._epoch, self._first = epoch, update
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def size(self, epoch: int, update: int) -> int:
+        """The size of an update's images, where there are ``sizes``."""
+        return list(self.sizes)[derived_seed(self.seed, "size", epoch, update) % len(self.sizes)]
+
+    def images_in(self, epoch: int, updates: int) -> int:
+        """The images of the first updates of an epoch, over all processes."""
+        if not self.sizes:
+            return updates * self.images_per_update
+        batches = self.accumulate * self.processes
+        return batches * sum(self.sizes[self.size(epoch, update)] for update in range(updates))
+
+    def __iter__(self) -> Iterator[list[Any]]:
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", self._epoch))
         order = torch.randperm(self.images, generator=generator)
         for update in range(self._first, self.updates):
             for batch in range(self.accumulate):
                 begin = update * self.images_per_update + (batch * self.processes + self.process) * self.batch_size
-                yield order[begin : begin + self.batch_size].tolist()
+                indices = order[begin : begin + self.batch_size].tolist()
+                if self.sizes:
+                    size = self.size(self._epoch, update)
+                    indices = [(index, size) for index in indices[: self.sizes[size]]]
+                yield indices
 
     def __len__(self) -> int:
         return (self.updates - self._first) * self.accumulate
+
+
+class AtSize(torch_data.Dataset[Any]):
+    """The samples of a data set by (index, size); ``set_size`` prepares the data set for a sample of that size."""
+
+    def __init__(self, dataset: Any, set_size: Callable[[int], object]) -> None:
+        self.dataset, self.set_size = dataset, set_size
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        index, size = key
+        self.set_size(size)
+        return self.dataset[index]
 
 
 @dataclass(eq=False)
@@ -144,20 +177,31 @@ class EvalLoader:
 
 
 def seeded_loader(
-    dataset: Any, *, batch_size: int, accumulate: int, seed: int, workers: int, processes: int, process: int, pin: bool
-) -> TrainLoader:
+    dataset: Any, *, batch_size: int, accumulate: int, seed: int, workers: int, processes: int, process: int, pin: bool,
+    sizes: Mapping[int, int] | None = None, transforms: Mapping[int, Any] | None = None,
+) -> TrainLoader:  # fmt: skip
     """The training batches of a process, by :class:`UpdateBatches`, from a data set of (input, target).
 
     The random numbers of the data set's transform depend on seed, epoch and index alone. Another image takes the place
-    of one that cannot be read.
+    of one that cannot be read. With ``sizes``, images have a transform for each size; other data sets have a method
+    ``set_size``, which says at what size they are read.
     """
     data = require("gspn.data")
     seeded = data.DeterministicAugmentation(data.SkipCorrupt(dataset, training=True), derived_seed(seed, "augment"))
     order = UpdateBatches(
-        len(dataset), batch_size=batch_size, accumulate=accumulate, processes=processes, process=process, seed=seed
-    )
-    loader = make_loader(seeded, order, workers, pin)
+        len(dataset), batch_size=batch_size, accumulate=accumulate, processes=processes, process=process, seed=seed,
+        sizes=sizes or {},
+    )  # fmt: skip
+    source: torch_data.Dataset[Any] = seeded
+    if sizes:
+        set_size = dataset.set_size if transforms is None else partial(_set_transform, dataset, transforms)
+        source = AtSize(seeded, set_size)
+    loader = make_loader(source, order, workers, pin)
     return TrainLoader(loader, order, seeded, data.CorruptImages(seeded), facts_of(dataset))
+
+
+def _set_transform(dataset: Any, transforms: Mapping[int, Any], size: int) -> None:
+    dataset.transform = transforms[size]
 
 
 def share_loader(
@@ -296,7 +340,7 @@ def class_names(dataset: Any) -> list[str]:
 
 
 def make_loader(
-    dataset: torch_data.Dataset[Any], batches: torch_data.Sampler[list[int]], workers: int, pin: bool
+    dataset: torch_data.Dataset[Any], batches: torch_data.Sampler[list[Any]], workers: int, pin: bool
 ) -> torch_data.DataLoader[Any]:
     """Batches of (images, targets, broken images), in the order of ``batches``."""
     return torch_data.DataLoader(

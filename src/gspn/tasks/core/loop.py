@@ -292,7 +292,8 @@ class _Run(Generic[Row]):
     def run(self) -> TrainingResult[Row]:
         self._announce()
         try:
-            with self._trackers(), self.reporter.running(self.updates, self.resolved.images_per_update, self._step):
+            images = self.setup.train.order.images_in(0, self.updates) / self.updates
+            with self._trackers(), self.reporter.running(self.updates, images, self._step):
                 saved = time.monotonic()
                 if self.config.run.stop_after_s is not None:
                     self.stop_at = saved + self.config.run.stop_after_s
@@ -392,7 +393,7 @@ class _Run(Generic[Row]):
             lr=self.lr,
             train_loss=loss,
             seconds=position.seconds,
-            images_per_second=position.update * self.resolved.images_per_update / max(position.seconds, 1e-9),
+            images_per_second=self.setup.train.order.images_in(epoch, position.update) / max(position.seconds, 1e-9),
             peak_memory_mib=peak_memory_mib(self.accelerator.device),
             broken_images=position.broken,
             **metrics,
@@ -432,13 +433,16 @@ class _Run(Generic[Row]):
         config, resolved, device = self.config, self.resolved, self.accelerator.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         processes = f"{resolved.processes} process{'es' if resolved.processes > 1 else ''}"
+        sizes = ", ".join(f"{size} ({count} a batch)" for size, count in self.setup.train.order.sizes.items())
         self.reporter.say(
             f"{self.setup.model_title}, {resolved.parameters / 1e6:.2f} M parameters, on {name} ({processes}, "
             f"{config.run.precision})",
             self.setup.data_title,
             *self.setup.notes,
+            *([f"images of {sizes} pixels, one size an update, at random"] if sizes else []),
             f"{config.schedule.epochs} epochs of {resolved.updates_per_epoch:,} updates, each of "
-            f"{resolved.images_per_update} images; {config.optim.name}, lr {resolved.lr:.3g}; writes {self.output}",
+            f"{'at most ' if sizes else ''}{resolved.images_per_update} images; {config.optim.name}, lr "
+            f"{resolved.lr:.3g}; writes {self.output}",
         )
         if self._step:
             update = f", update {self.position.update}" if self.position.update else ""

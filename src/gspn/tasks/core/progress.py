@@ -84,11 +84,11 @@ class Reporter:
         self._updates, self._done = 1, 0
 
     @contextmanager
-    def running(self, updates: int, images: int, done: int) -> Iterator[None]:
+    def running(self, updates: int, images: float, done: int) -> Iterator[None]:
         """Show the bar during the block.
 
-        An epoch has so many ``updates``, an update so many ``images`` over all processes; ``done`` updates were made
-        before.
+        An epoch has so many ``updates``, an update so many ``images`` over all processes, on average; ``done`` updates
+        were made before.
         """
         self._updates, self._images, self._first, self._done = updates, images, done, done
         self._started = time.monotonic()

@@ -41,10 +41,25 @@ class ImageData:
     """Further arguments of the function of :mod:`gspn.data` that opens the data."""
     size: int = setting(64, 1, 65536)
     """Height and width of an image in pixels; smaller images are enlarged, others cropped at the centre."""
+    sizes: list[int] | None = setting(None, 1, 65536)
+    """The sizes to train at, `size` among them, which stays that of evaluations and samples; null: `size` alone. Each
+    update draws one at random. At size s its batches take `batch_size` x (`size` / s)^2 images, rounded down, at most
+    `batch_size` and at least one, so that larger images take no more pixels than a batch at `size`. The epoch passes
+    over the rest of the batch's images unread, so it has as many updates as without."""
     batch_size: int = setting(64, 1, free=True)  # its product with optim.accumulate and the processes is compared
     """Images per forward pass of one process."""
     workers: int = setting(4, 0, 1024, free=True)
     """Processes that load images, for each training process; 0 loads in the training process."""
+
+    @property
+    def images_by_size(self) -> dict[int, int]:
+        """The number of images in a batch at each of ``sizes``; empty without.
+
+        Example:
+            >>> ImageData(size=64, sizes=[32, 64, 96, 128], batch_size=8).images_by_size
+            {32: 8, 64: 8, 96: 3, 128: 2}
+        """
+        return {s: max(1, min(self.batch_size, self.batch_size * self.size**2 // s**2)) for s in self.sizes or ()}
 
 
 @dataclass(frozen=True)
@@ -178,7 +193,12 @@ class Configuration:
         for key_path, one, value in settings(self):
             if "range" in one.metadata:
                 check_range(key_path, value, *one.metadata["range"])
-        schedule, ema, run = self.schedule, self.ema, self.run
+        data, schedule, ema, run = self.data, self.schedule, self.ema, self.run
+        if data.sizes is not None and (len(set(data.sizes)) < len(data.sizes) or data.size not in data.sizes):
+            raise UsageError(
+                f"data.sizes is {data.sizes}; name each size once, with data.size {data.size} among them, or leave it "
+                "out to train at that size alone."
+            )
         if schedule.warmup_epochs + schedule.cooldown_epochs > schedule.epochs:
             raise UsageError(
                 f"schedule.epochs is {schedule.epochs}, and warm-up and cool-down alone take "

@@ -104,11 +104,17 @@ class Context:
         """The arguments of data loaders that depend on the process."""
         return process_info(self.accelerator)
 
-    def train_loader(self, dataset: Any) -> TrainLoader:
-        """The training batches of this process, from a data set of (input, target)."""
+    def train_loader(self, dataset: Any, transforms: Mapping[int, Any] | None = None) -> TrainLoader:
+        """The training batches of this process, from a data set of (input, target).
+
+        Where the configuration has ``data.sizes``, ``transforms`` are those of images, by size.
+        """
         data, optim, run = self.config.data, self.config.optim, self.config.run
         loading = {"batch_size": data.batch_size, "workers": data.workers, **self.process_info}
-        return seeded_loader(dataset, accumulate=optim.accumulate, seed=run.seed, **loading)
+        return seeded_loader(
+            dataset, accumulate=optim.accumulate, seed=run.seed, sizes=data.images_by_size, transforms=transforms,
+            **loading,
+        )  # fmt: skip
 
     def eval_loader(self, dataset: Any, batch_size: int | None = None, workers: int | None = None) -> EvalLoader:
         """The evaluation batches of this process; batch size and workers are those of the training by default."""

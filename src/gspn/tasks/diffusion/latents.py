@@ -94,6 +94,9 @@ class LatentSet(ShardReader[LatentIndex], Dataset):
     ``dataset[i]`` is ``(posterior, label)``: ``[2 C, h, w]`` float32, the mean and then the standard deviation, and an
     int. Where mirrored images were encoded, one replaces its image with probability ``hflip``, by Python's generator.
     ``hflip`` is 0 unless it is set. ``digest`` is that of the index, which holds the digests of all files.
+
+    It can hold the same images encoded at other sizes (:meth:`add_sizes`), one of which is read at a time
+    (:meth:`set_size`).
     """
 
     def __init__(self, directory: Path, index: LatentIndex, remedy: str = REMEDY) -> None:
@@ -102,10 +105,49 @@ class LatentSet(ShardReader[LatentIndex], Dataset):
         self.classes = list(index.data.classes)
         self.hflip = 0.0
         self.digest = file_digest(directory / INDEX)
+        self.by_size: dict[int, LatentSet] = {index.data.size: self}
+        self._read = self
+
+    def add_sizes(self, *others: LatentSet) -> None:
+        """Hold the same images at other sizes, too.
+
+        Raises:
+            UsageError: One is not of the same images, or of another autoencoder.
+        """
+        for one in others:
+            for what, own in self._origin.items():
+                if one._origin[what] != own:
+                    raise UsageError(
+                        f"{str(one.directory)!r} does not have the {what} of {str(self.directory)!r}; encode both "
+                        "alike."
+                    )
+            self.by_size[one.index.data.size] = one
+
+    @property
+    def _origin(self) -> dict[str, Any]:
+        """The facts that are the same at all sizes."""
+        index, unread = self.index, [name for shard in self.index.shards for name in shard.broken]
+        return {
+            "autoencoder": index.vae.weights, "autoencoder's configuration": index.vae.config, "classes": self.classes,
+            "images": index.data.names, "unread images": unread, "mirrored images": index.hflip,
+        }  # fmt: skip
+
+    def set_size(self, size: int) -> None:
+        """Read the images at this size from here on."""
+        self._read = self.by_size[size]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digest, as ``latents``, and those of other sizes, as ``latents_SIZE``."""
+        others = {f"latents_{size}": one.digest for size, one in self.by_size.items() if one is not self}
+        return {"latents": self.digest, **others}
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        number, row = self.locate(i)
         view = 1 if self.index.hflip and self.hflip and random.random() < self.hflip else 0  # noqa: S311
+        return self._read._posterior(i, view)
+
+    def _posterior(self, i: int, view: int) -> tuple[Tensor, int]:
+        number, row = self.locate(i)
         shard = self.opened(number)
         parts = [shard.get_slice(part)[row, view] for part in ("mean", "std")]  # [C, h, w] each
         return self.finite(number, torch.cat(parts)).float(), int(shard.get_slice("label")[row])
@@ -160,6 +202,16 @@ def open_latents(directory: str | Path, *, verify: bool = False, remedy: str = R
         if ((labels < 0) | ((labels >= len(latents.classes)) & bool(latents.classes))).any():
             raise latents.damaged(number)
     return latents
+
+
+def at_size(directory: Path, size: int) -> Path:
+    """The directory of the same images at another size, beside that of the first one.
+
+    Example:
+        >>> at_size(Path("latents/train"), 512).name
+        'train-512'
+    """
+    return directory.with_name(f"{directory.name}-{size}")
 
 
 def sample_posterior(posterior: Tensor, *, shift: float, factor: float) -> Tensor:

@@ -121,7 +121,7 @@ class CaptionTask(Task[Config, Row]):
             resolved={
                 "captions": text.rows - 1,
                 "latent_shape": shape,
-                "latents": self.data.train.latents.digest,
+                **self.data.train.latents.digests,
                 "text": text.encoders,
                 "unet": self.unet_fingerprint,  # of the weights that existed before: the teacher's, or the pipeline's
             },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..._errors import require
+from ..._errors import UsageError, require
 from ..core.loaders import EvalLoader, TrainLoader, open_data, seeded_loader, share_loader
 from ..diffusion.latent_cache import cache_latents
-from ..diffusion.latents import LatentSet, open_latents, sample_posterior
+from ..diffusion.latents import LatentSet, at_size, open_latents, sample_posterior
 from .conditioning import Conditioning
 from .config import DataConfig
 from .decoding import shift_and_scale
@@ -54,6 +55,11 @@ class EncodedData:
         """C, h and w of a latent."""
         return self.train.latents.index.shape
 
+    def image_size(self, latents: Tensor) -> tuple[int, int]:
+        """Height and width in pixels of images with these latents, ``[B, C, h, w]``."""
+        height, width = latents.shape[-2:]
+        return height * self.pixels, width * self.pixels
+
     def start(self, posterior: Tensor) -> Tensor:
         """Clean latents ``[B, C, h, w]``, sampled by PyTorch's generator from posteriors ``[B, 2 C, h, w]``."""
         shift, scale = (one.to(posterior) if isinstance(one, Tensor) else one for one in (self.shift, self.scale))
@@ -65,7 +71,8 @@ class EncodedData:
         """Batches of (posterior, index in the data set)."""
         self.train.latents.hflip = data.hflip
         loading = {"batch_size": data.batch_size, "workers": data.workers, **process_info}
-        train = seeded_loader(self.train.latents, accumulate=accumulate, seed=seed, **loading)
+        sizes = data.images_by_size
+        train = seeded_loader(self.train.latents, accumulate=accumulate, seed=seed, sizes=sizes, **loading)
         return train, None if self.held_out is None else share_loader(self.held_out.latents, **loading)
 
 
@@ -74,38 +81,54 @@ def encode_data(
 ) -> EncodedData:
     """Encode the data of a run with a pipeline's autoencoder and text encoders, unless its directory has them.
 
-    The directory receives ``train/latents``, ``train/text``, ``eval/latents`` and ``eval/text``.
+    The directory receives ``train/latents``, ``train/text``, ``eval/latents`` and ``eval/text``, and for each further
+    one of ``data.sizes`` a ``train/latents-SIZE``.
 
     Raises:
         UsageError: The data cannot be opened or encoded, or the directory has other data.
     """
     require("accelerate", "timm", "torchvision", "safetensors")
+    factor = pipeline.vae_scale_factor
+    for size in data.sizes or ():  # before any of them is encoded
+        if size % factor:
+            raise UsageError(
+                f"data.sizes has {size}, which is not a multiple of {factor}, the pixels of the autoencoder's latent; "
+                f"use {max(round(size / factor), 1) * factor}."
+            )
     splits = [
-        _encode_split(data, split, pipeline, directory / name, device, console)
-        for name, split in (("train", data.train_split), ("eval", data.eval_split))
+        _encode_split(data, split, pipeline, directory / name, device, console, sizes)
+        for name, split, sizes in (("train", data.train_split, data.sizes), ("eval", data.eval_split, None))
         if split is not None
     ]
     shift, scale = shift_and_scale(pipeline, torch.zeros(()))
     return EncodedData(
         name=f"{data.name} {data.train_split}", train=splits[0], held_out=splits[1] if len(splits) > 1 else None,
-        shift=shift, scale=scale, pixels=pipeline.vae_scale_factor,
+        shift=shift, scale=scale, pixels=factor,
     )  # fmt: skip
 
 
 def _encode_split(
-    data: DataConfig, split: str, pipeline: Any, directory: Path, device: str, console: Console | None
-) -> EncodedSplit:
+    data: DataConfig, split: str, pipeline: Any, directory: Path, device: str, console: Console | None,
+    sizes: Sequence[int] | None,
+) -> EncodedSplit:  # fmt: skip
     images = open_data(data.name, split, data.root, captions=True, **data.options)
-    cache_latents(
-        pipeline.vae, data=data.name, split=split, images=images, output=directory / "latents", size=data.size,
-        hflip=data.hflip > 0, batch_size=data.encode_batch_size, device=device, workers=data.workers, console=console,
-        option="data.cache", **data.options,
-    )  # fmt: skip
+
+    def encoded(size: int, output: Path) -> LatentSet:
+        cache_latents(
+            pipeline.vae, data=data.name, split=split, images=images, output=output, size=size, hflip=data.hflip > 0,
+            batch_size=data.encode_batch_size, device=device, workers=data.workers, console=console,
+            option="data.cache", **data.options,
+        )  # fmt: skip
+        return open_latents(output, remedy=_REMEDY)
+
+    path = directory / "latents"
+    latents = encoded(data.size, path)
+    latents.add_sizes(*(encoded(size, at_size(path, size)) for size in sizes or () if size != data.size))
     captions = [images.captions(i) for i in range(len(images))]
     text = cache_text(pipeline, captions, directory / "text", device=device, console=console)
     # Frees the memory of the device.
     pipeline.vae.to("cpu")
-    return EncodedSplit(open_latents(directory / "latents", remedy=_REMEDY), text, [some[0] for some in captions])
+    return EncodedSplit(latents, text, [some[0] for some in captions])
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from gspn._errors import UsageError
 from gspn.tasks.text_to_image.pipelines import load_pipeline
 from gspn.tasks.text_to_image.sample import sample
 from gspn.tasks.text_to_image.train import TextToImageConfig, train
-from tasks.runs import assert_same, newest_state, rows
+from gspn.tasks.text_to_image.train.training import UNetTraining
+from tasks.runs import assert_same, newest_state, rows, stopped_before
 from tasks.text_to_image.t2i_runs import make_folder, tiny_train
 from tasks.text_to_image.t2i_support import make_sd, make_vae
 
@@ -64,6 +65,63 @@ def test_further_training_resumes_and_keeps_the_rest(trained, place, tmp_path):
     assert again.last == first.last
     with pytest.raises(UsageError, match=r"noise\.objective"):
         train(config.changed("noise.objective=epsilon", **{"run.output": tmp_path / "other"}))
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("fp32", True), ("bf16", False)])
+def test_training_in_bfloat16_on_a_cpu_attends_plainly(precision, fused, place, tmp_path, monkeypatch):
+    """The backward pass of fused attention is slow there. The UNet also pools its text by itself."""
+    trained_with, plain = [], torch.nn.functional.scaled_dot_product_attention
+
+    def attend(query, *args, **options):
+        if query.requires_grad:
+            trained_with.append(query.dtype)
+        return plain(query, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    settings = [f"run.precision={precision}", "schedule.epochs=1"]
+    text = ["model.options.addition_embed_type=text", "model.options.addition_embed_type_num_heads=2"]
+    output = train(
+        tiny_train(place / "vae", place / "text", place / "images", tmp_path / "run", *settings, *text)
+    ).output
+    assert bool(trained_with) == fused
+    pipeline = load_pipeline(output)
+    assert "AttnProcessor2_0" in {type(one).__name__ for one in pipeline.unet.attn_processors.values()}
+    assert sample(pipeline, ["red"], output=tmp_path / "drawn", steps=2, device="cpu").drawn == 1
+
+
+def test_several_sizes(place, tmp_path, monkeypatch):
+    """Each size has latents of its own, and a run that is stopped within an epoch draws the same sizes again."""
+    settings = ["run.checkpoint_every_s=0", "samples.every=2", "data.hflip=0.5", f"data.cache={tmp_path / 'cache'}"]
+    sources, sizes = (place / "vae", place / "text", place / "images"), "data.sizes=[32, 48, 64]"
+    train(tiny_train(*sources, tmp_path / "one", *settings, "schedule.epochs=1"))
+    before = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+
+    seen, plain = [], UNetTraining.losses
+
+    def losses(self, model, start, text, *, epoch=None):
+        if epoch is not None:
+            seen.append((start.shape[0], *start.shape[2:]))
+        return plain(self, model, start, text, epoch=epoch)
+
+    monkeypatch.setattr(UNetTraining, "losses", losses)
+    whole = train(tiny_train(*sources, tmp_path / "whole", *settings, sizes)).output
+    assert len(seen) == 8 and set(seen) == {(4, 8, 8), (1, 12, 12), (1, 16, 16)}
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert {path.name for path in (tmp_path / "cache" / "train").iterdir()} == {
+        "latents", "latents-48", "latents-64", "text",
+    }  # fmt: skip
+
+    config = tiny_train(*sources, tmp_path / "stopped", *settings, sizes)
+    with stopped_before(7):
+        train(config)
+    train(config, resume=True)
+    assert seen[8:] == seen[:8]
+    assert_same(newest_state(config.run.output), newest_state(whole))
+    assert rows(config.run.output) == rows(whole)
+    with pytest.raises(UsageError, match=r"data\.sizes\[2\] is 40, and the run .* has 64"):
+        train(config.changed("data.sizes=[32, 48, 40]"), resume=True)
+    with pytest.raises(UsageError, match=r"data\.sizes has 50, which is not a multiple of 4, .*; use 48"):
+        train(tiny_train(*sources, tmp_path / "other", *settings, "data.sizes=[32, 50]"))
 
 
 @pytest.mark.parametrize("kind", ["shift_factor", "latents_mean"])
