@@ -63,9 +63,6 @@ class _Command(TyperCommand):
                     raise UsageError(f"{parameter.opts[0]} is {one}; it has to be a finite number.")
                 if isinstance(one, int) and abs(one) >= 2**63:
                     raise UsageError(f"{parameter.opts[0]} is {one}; it has to be less than 2^63.")
-        from gspn.tasks.core.devices import keep_freed_memory
-
-        keep_freed_memory()
         return super().invoke(ctx)
 
 
