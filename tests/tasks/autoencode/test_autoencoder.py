@@ -72,7 +72,7 @@ def test_the_loss_is_the_error_and_the_divergence(tmp_path):
 
 def test_without_a_convolution_of_the_moments(tmp_path):
     options = "model.options={use_quant_conv: false, use_post_quant_conv: false}"
-    result = train(tiny(tmp_path / "run", options, "schedule.epochs=1"))
+    result = train(tiny(tmp_path / "run", options, "schedule.epochs=1", "data.sizes=[8, 12]"))
     assert 0 < result.last.train_loss < 2
 
 
@@ -91,6 +91,8 @@ def test_stopped_and_resumed_is_the_same_run(tmp_path):
     [
         ("data.size=9", "multiples of 2"),
         ("data.crop=16", "cannot exceed its image"),
+        ("data={sizes: [8, 12], size: 8, crop: 4}", "gives all images one size; leave one out"),
+        ("data.sizes=[8, 13]", r"data\.sizes is 13, and 2 levels need multiples of 2"),
         ("model.block_out_channels=[]", "width of each level"),
         ("model.norm_num_groups=3", "model"),
         ("loss.kl=-1", r"loss\.kl"),

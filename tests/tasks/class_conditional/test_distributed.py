@@ -13,7 +13,7 @@ from gspn.tasks.class_conditional import sample, train
 from tasks.class_conditional.class_conditional_runs import tiny
 from tasks.processes import start_many
 
-SETTINGS = ["schedule.epochs=1", "samples.every=0", "data.eval_split=val", "ema.decay=null"]
+SETTINGS = ["schedule.epochs=1", "samples.every=0", "data.eval_split=val", "ema.decay=null", "data.sizes=[8, 16]"]
 
 
 def train_share(output):

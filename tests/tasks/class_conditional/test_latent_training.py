@@ -21,6 +21,7 @@ from gspn.tasks.core.config import read_yaml
 from gspn.tasks.core.devices import make_accelerator
 from gspn.tasks.core.progress import Reporter
 from gspn.tasks.core.task import Context
+from gspn.tasks.diffusion.latents import open_latents
 from tasks.class_conditional.latent_runs import autoencoder, cached, latent_run
 from tasks.runs import assert_same, newest_state, rows, stopped_before
 
@@ -36,6 +37,7 @@ def latents(tmp_path_factory):
     root = tmp_path_factory.mktemp("latents")
     autoencoder().save_pretrained(root / "vae")
     cached(root / "vae", root / "train", hflip=True)
+    cached(root / "vae", root / "train-12", hflip=True, size=12)
     cached(root / "vae", root / "val", split="val")
     return root
 
@@ -80,7 +82,9 @@ def test_it_learns_and_its_pipeline_decodes(latents, trained, tmp_path):
     assert Image.open(tmp_path / "00001.png").size == (8, 8)
 
 
-@pytest.mark.parametrize("settings", [["diffusion.objective=flow", "diffusion.learned_sigma=false"], []])
+@pytest.mark.parametrize(
+    "settings", [["diffusion.objective=flow", "diffusion.learned_sigma=false"], ["data.size=8", "data.sizes=[8, 12]"]]
+)
 def test_stopped_and_resumed_is_the_same_run(latents, tmp_path, settings):
     settings = [*settings, "data.hflip=0.5", "run.checkpoint_every_s=0", f"data.eval_split={latents / 'val'}"]
     settings += ["data.workers=0", "model.options.drop_path=0.2"]
@@ -90,22 +94,48 @@ def test_stopped_and_resumed_is_the_same_run(latents, tmp_path, settings):
         train(latent_run(tmp_path / "stopped", latents / "train", *settings))
     # The latents may have been moved in the meantime, but not changed.
     moved = shutil.copytree(latents / "train", tmp_path / "moved")
+    shutil.copytree(latents / "train-12", tmp_path / "moved-12")
     train(latent_run(tmp_path / "stopped", moved, *settings), resume=True)
     assert_same(newest_state(tmp_path / "stopped"), newest_state(tmp_path / "whole"))
     assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
     name = "last/transformer/diffusion_pytorch_model.safetensors"
     assert_same(load_file(tmp_path / "stopped" / name), load_file(tmp_path / "whole" / name))
-    cached(latents / "vae", tmp_path / "other", hflip=True, shard_size=300)
-    with pytest.raises(UsageError, match=r"resolved\.latents"):
-        train(latent_run(tmp_path / "stopped", tmp_path / "other", *settings), resume=True)
+    # Of one size, or of the last of several.
+    other, size, key = ("moved-12", 12, "latents_12") if "data.size=8" in settings else ("moved", 8, "latents")
+    shutil.rmtree(tmp_path / other)
+    cached(latents / "vae", tmp_path / other, hflip=True, shard_size=300, size=size)
+    with pytest.raises(UsageError, match=rf"resolved\.{key} is"):
+        train(latent_run(tmp_path / "stopped", moved, *settings), resume=True)
 
 
 def test_workers_load_the_same(latents, tmp_path):
     found = []
     for workers in (0, 2):
-        config = latent_run(tmp_path, latents / "train", "data.hflip=0.5", f"data.workers={workers}")
+        settings = ["data.hflip=0.5", f"data.workers={workers}", "data.size=8", "data.sizes=[12, 8]"]
+        config = latent_run(tmp_path, latents / "train", *settings)
         found.append([posterior for posterior, _ in opened(config).train.batches(epoch=1)])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert {tuple(posterior.shape) for posterior in found[0]} == {(64, 8, 4, 4), (28, 8, 6, 6)}
+
+
+def test_each_size_has_the_latents_of_the_same_images(latents, tmp_path):
+    train = open_latents(latents / "train")
+    other = open_latents(latents / "train-12")
+    train.add_sizes(other)
+    plain = open_latents(latents / "train")
+    for i in (3, 700):
+        train.set_size(12)
+        assert torch.equal(train[i][0], other[i][0]) and train[i][1] == plain[i][1]
+        train.set_size(8)
+        assert torch.equal(train[i][0], plain[i][0])
+    assert train.digests == {"latents": plain.digest, "latents_12": other.digest}
+    cached(latents / "vae", tmp_path / "val-12", split="val", size=12, hflip=True)
+    with pytest.raises(UsageError, match=r"val-12' does not have the images of .*train'; encode both alike"):
+        plain.add_sizes(open_latents(tmp_path / "val-12"))
+    shutil.copytree(latents / "train", tmp_path / "train")
+    shutil.copytree(latents / "train", tmp_path / "train-12")
+    with pytest.raises(UsageError, match=r"train-12' has latents of images of 8 pixels.*--size 12"):
+        opened(latent_run(tmp_path, tmp_path / "train", "data.size=8", "data.sizes=[8, 12]"))
 
 
 @pytest.mark.parametrize(
@@ -116,6 +146,8 @@ def test_workers_load_the_same(latents, tmp_path):
         (["data.name=emoji"], r"data\.name is 'emoji'.*'digits'"),
         (["data.train_split=val"], r"data\.train_split is 'val'.*'train'"),
         (["data.size=64"], r"data\.size is 64.*8"),
+        (["data.sizes=[32, 64]"], r"data\.size is 32.*8"),
+        (["data.size=8", "data.sizes=[8, 16]"], r"data\.sizes has 16, .*train-16'.*latents --size 16"),
         (["data.channels=1"], r"data\.channels is 1"),
         (["data.root=images"], r"data\.root is 'images'"),
         (["data.options={download: true}"], r"data\.options"),

@@ -89,8 +89,10 @@ def test_labels_are_dropped_in_the_loop(tmp_path, monkeypatch):
     assert len({tuple((one == 10).tolist()) for one in seen}) == len(seen)
 
 
-def test_stopped_and_resumed_is_the_same_run(tmp_path):
+@pytest.mark.parametrize("sizes", ["null", "[8, 12]"])
+def test_stopped_and_resumed_is_the_same_run(tmp_path, sizes):
     settings = ["run.checkpoint_every_s=0", "data.hflip=0.5", "model.options.drop_path=0.2", "data.batch_size=128"]
+    settings.append(f"data.sizes={sizes}")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(tiny(whole, *settings))
     with stopped_before(16):
@@ -119,6 +121,7 @@ def test_another_configuration_does_not_resume(trained):
         ("diffusion.objective=flow", "learned_sigma"),
         ("model.size=Q/2", "use one of T, S"),
         ("model.size=T/3", "do not divide the side 8"),
+        ("data.sizes=[8, 9]", r"do not divide the side 9; choose another patch or data\.sizes"),
         ("model.options.colour=red", "colour"),
         ("data.name=nothing", "nothing"),
         ("samples.steps=0", "samples.steps"),

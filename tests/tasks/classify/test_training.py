@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from rich.console import Console
 from safetensors import safe_open
 
 from gspn._errors import UsageError
 from gspn.tasks.classify import TrainConfig, train
+from gspn.tasks.classify.training import Classification
+from gspn.tasks.core.devices import make_accelerator
+from gspn.tasks.core.progress import Reporter
+from gspn.tasks.core.task import Context
 from tasks.classify.runs import RANDOM, tiny
 from tasks.runs import assert_same, newest_state, rows, stopped_before
 
@@ -125,7 +130,7 @@ def test_errors_name_the_value_and_the_remedy(tmp_path, override, message):
 
 
 def test_stopped_and_resumed_is_the_same_run(tmp_path):
-    settings = [*RANDOM, "optim.accumulate=2", "run.checkpoint_every_s=0"]
+    settings = [*RANDOM, "optim.accumulate=2", "run.checkpoint_every_s=0", "data.sizes=[32, 48]"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(tiny(whole, *settings))
     with stopped_before(14):
@@ -136,6 +141,19 @@ def test_stopped_and_resumed_is_the_same_run(tmp_path):
     for name in ("best", "last"):
         path = Path(name, "model.safetensors")
         assert (stopped / path).read_bytes() == (whole / path).read_bytes()
+
+
+def test_several_sizes(tmp_path):
+    config = tiny(tmp_path, "data.batch_size=62", "data.sizes=[32, 48]", "augment.mixup=0.4")
+    context = Context(config, make_accelerator(device="cpu"), Reporter(Console(quiet=True), 1, quiet=True))
+    setup = Classification(config).setup(context)
+    # Mixing takes pairs: 26 of the 27 images that have no more pixels.
+    assert {tuple(images.shape) for images, _ in setup.train.batches(0)} == {(62, 3, 32, 32), (26, 3, 48, 48)}
+    assert {tuple(images.shape[1:]) for images, _ in setup.evaluation} == {(3, 32, 32)}
+    vit = ["model.name=test_vit", "data.sizes=[32, 64]"]
+    with pytest.raises(UsageError, match=r"images of 64 x 64 pixels: .*leave 64 out of data\.sizes.*dynamic_img_size"):
+        Classification(tiny(tmp_path, *vit, "model.kwargs.dynamic_img_size=false")).setup(context)
+    Classification(tiny(tmp_path, *vit)).setup(context)
 
 
 def test_presets_are_complete_and_name_registered_models():

@@ -63,11 +63,14 @@ def test_each_update_has_one_size_the_same_in_all_processes():
     assert len(whole) == len(plain) == len(sized_batches()) == 16
     sizes = [{size for _, size in batch} for batch in whole]
     assert all(len(one) == 1 for one in sizes) and set.union(*sizes) == {8, 12, 16}
-    assert sizes == [{size for _, size in batch} for batch in sized_batches(process=1)]
+    assert sizes == [{size for _, size in batch} for batch in sized_batches(1)]
     assert sizes[::2] == sizes[1::2] != [{size for _, size in batch} for batch in sized_batches(epoch=1)][::2]
-    # The images are those of a run without sizes, and the rest of them is left out.
-    for batch, without in zip(whole, plain, strict=True):
-        assert [index for index, _ in batch] == without[: {8: 6, 12: 2, 16: 1}[batch[0][1]]]
+    # An update takes the first images of what it takes without sizes, each in one batch, and skips the rest.
+    both, others = list(sized_batches(process=1)), list(sized_batches(process=1, sizes={}))
+    for i in range(0, 16, 2):
+        taken = [index for batch in (whole[i], both[i], whole[i + 1], both[i + 1]) for index, _ in batch]
+        assert len(taken) == 4 * {8: 6, 12: 2, 16: 1}[whole[i][0][1]]
+        assert taken == [*plain[i], *others[i], *plain[i + 1], *others[i + 1]][: len(taken)]
     assert list(sized_batches(update=5)) == whole[10:]
     first = sum(len(batch) for process in range(2) for batch in list(sized_batches(process))[:10])
     assert sized_batches().images_in(0, 5) == first and sized_batches(sizes={}).images_in(0, 5) == 5 * 24

@@ -86,7 +86,12 @@ class AutoencodeConfig(Configuration):
         data, model = self.data, self.model
         if not model.block_out_channels:
             raise UsageError("model.block_out_channels is []; give the width of each level, as [32, 64, 64].")
-        for key_path, side in (("data.size", data.size), ("data.crop", data.crop)):
+        if data.sizes is not None and data.crop is not None:
+            raise UsageError(
+                f"data.sizes is {data.sizes} and data.crop {data.crop}, which gives all images one size; leave one out."
+            )
+        sides = [("data.size", data.size), ("data.crop", data.crop), *(("data.sizes", one) for one in data.sizes or ())]
+        for key_path, side in sides:
             if side is not None and side % model.factor:
                 raise UsageError(
                     f"{key_path} is {side}, and {len(model.block_out_channels)} levels need multiples of "

@@ -79,6 +79,7 @@ class Autoencoding(Task[AutoencodeConfig, AutoencoderRow]):
         data, model = self.config.data, self.config.model
         images = open_data(data.name, data.train_split, data.root, **data.options)
         images.transform = image_transform(data.size, channels=data.channels, crop=data.crop, hflip=data.hflip)
+        transforms = {size: image_transform(size, data.channels, hflip=data.hflip) for size in data.sizes or ()}
         self.held_out = None if data.eval_split is None else self._whole_images(data.eval_split, context)
         self.measured = self._whole_images(data.train_split, context)
         side = data.size // model.factor
@@ -88,7 +89,7 @@ class Autoencoding(Task[AutoencodeConfig, AutoencoderRow]):
             self.scaling_factor = _start_from(vae, model.decoder_of)
         return Setup(
             model=vae,
-            train=context.train_loader(images),
+            train=context.train_loader(images, transforms),
             evaluation=self.held_out,
             model_title="AutoencoderKL",
             data_title=f"{data.name} {data.train_split}: {len(images):,} images, {data.size} pixels to latents of "

@@ -24,7 +24,8 @@ class DataConfig(ImageData):
     """Height and width of an image in pixels; smaller images are enlarged, others cropped at the centre."""
     latents: Path | None = setting(None, free=True)  # a digest of them is compared, under `resolved`
     """A directory written by `gspn class-conditional latents`: the model then learns latents, not pixels. It determines
-    `name`, `train_split` and `size`, which are left out or equal to it; `eval_split` is a directory of latents, too."""
+    `name`, `train_split` and `size`, which are left out or equal to it; `eval_split` is a directory of latents, too.
+    Those of other `sizes` are in directories beside it, called like it with `-SIZE` at the end."""
     channels: Literal[1, 3] = 3
     """1: convert images to grey."""
     hflip: float = setting(0.0, 0, 1)

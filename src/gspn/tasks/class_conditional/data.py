@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..._errors import UsageError
 from ..core.loaders import EvalLoader, TrainLoader, class_names, open_splits
 from ..core.task import Context
-from ..diffusion.latents import LatentSet, open_latents, sample_posterior
+from ..diffusion.latents import LatentSet, at_size, open_latents, sample_posterior
 from ..diffusion.transforms import image_transform
 from .config import ClassConditionalConfig, DataConfig
 
@@ -33,23 +33,24 @@ class RunData:
     """From a batch's input to what the denoiser learns; samples latents by PyTorch's generators."""
     vae: Any = None
     """The autoencoder of latents; None for images."""
-    latents: str | None = None
-    """A digest of the latents; None for images."""
+    digests: dict[str, str | None] = field(default_factory=lambda: {"latents": None})
+    """Digests of the latents, of each size; None for images."""
 
 
 def open_data_of(config: ClassConditionalConfig, context: Context) -> RunData:
     """Open the data of a configuration."""
-    data, held_out = config.data, None
+    data, held_out, transforms = config.data, None, None
     if data.latents is not None:
         train, held_out, facts = _open_latents_of(config, data.latents)
     else:
         train, held_out = open_splits(data)
         train.transform = image_transform(data.size, data.channels, hflip=data.hflip)
+        transforms = {size: image_transform(size, data.channels, hflip=data.hflip) for size in data.sizes or ()}
         if held_out is not None:
             held_out.transform = image_transform(data.size, data.channels)
         facts = {"name": data.name, "classes": class_names(train), "channels": data.channels, "sample_size": data.size}
     measured = None if held_out is None else context.eval_loader(held_out)
-    return RunData(train=context.train_loader(train), held_out=measured, **facts)
+    return RunData(train=context.train_loader(train, transforms), held_out=measured, **facts)
 
 
 def _open_latents_of(
@@ -64,6 +65,7 @@ def _open_latents_of(
         )
     _check_keys(data, train)
     train.hflip = data.hflip
+    train.add_sizes(*(_open_size(directory, size) for size in data.sizes or () if size != data.size))
     held_out = None if data.eval_split is None else open_latents(data.eval_split, verify=True)
     if held_out is not None:
         _check_matching(held_out, train)
@@ -74,9 +76,26 @@ def _open_latents_of(
     facts = {
         "name": f"{train.name} {train.index.data.split}", "classes": train.classes, "channels": channels,
         "sample_size": side, "prepared": partial(sample_posterior, shift=shift, factor=factor), "vae": vae,
-        "latents": train.digest,
+        "digests": train.digests,
     }  # fmt: skip
     return train, held_out, facts
+
+
+def _open_size(directory: Path, size: int) -> LatentSet:
+    """The latents of the same images at another size."""
+    path = at_size(directory, size)
+    if not path.is_dir():
+        raise UsageError(
+            f"data.sizes has {size}, and there are no latents in {str(path)!r}; encode the images with `gspn "
+            f"class-conditional latents --size {size} --output {path}`, or leave {size} out."
+        )
+    latents = open_latents(path, verify=True)
+    if latents.index.data.size != size:
+        raise UsageError(
+            f"{str(path)!r} has latents of images of {latents.index.data.size} pixels; encode the images with "
+            f"--size {size} in their place."
+        )
+    return latents
 
 
 def _check_keys(data: DataConfig, latents: LatentSet) -> None:
@@ -85,7 +104,9 @@ def _check_keys(data: DataConfig, latents: LatentSet) -> None:
     facts = {"name": index.data.name, "train_split": index.data.split, "size": index.data.size}
     for key, fact in facts.items():
         value = getattr(data, key)
-        if value not in (fact, getattr(default, key)):
+        # With other sizes beside it, the size counts.
+        passes = (fact,) if key == "size" and data.sizes else (fact, getattr(default, key))
+        if value not in passes:
             raise UsageError(
                 f"data.{key} is {value!r}, and the latents in {str(latents.directory)!r} are of {fact!r}; set "
                 f"data.{key}={fact}, or name other latents."

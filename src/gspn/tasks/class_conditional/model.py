@@ -52,11 +52,13 @@ def build_denoiser(config: ClassConditionalConfig, *, num_classes: int, channels
     except (ValueError, TypeError) as error:
         raise UsageError(f"model {model.name} {model.size!r} with {model.options}: {error}") from None
     patch = denoiser.config["patch_size"]
-    if sample_size % patch:
-        raise UsageError(
-            f"model.size {model.size!r} has patches of {patch}, which do not divide the side {sample_size}; choose "
-            "another patch or data.size."
-        )
+    data = config.data
+    for side in (sample_size, *(size * sample_size // data.size for size in data.sizes or ())):
+        if side % patch:
+            raise UsageError(
+                f"model.size {model.size!r} has patches of {patch}, which do not divide the side {side}; choose "
+                f"another patch or {'data.size' if side == sample_size else 'data.sizes'}."
+            )
     if model.grad_checkpointing:
         denoiser.enable_gradient_checkpointing()
     return denoiser

@@ -93,7 +93,7 @@ class ClassConditionalDenoising(Task[ClassConditionalConfig, GeneratorRow]):
                 "in_channels": self.data.channels,
                 "out_channels": model.config.out_channels,
                 "sample_size": side,
-                "latents": self.data.latents,
+                **self.data.digests,
             },
         )
 

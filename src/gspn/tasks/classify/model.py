@@ -47,11 +47,11 @@ class Preprocessing:
         return composed
 
 
-def build_model(config: ModelConfig, *, num_classes: int, size: int) -> nn.Module:
-    """The model of a configuration, on the CPU.
+def build_model(config: ModelConfig, *, num_classes: int, size: int, sizes: Sequence[int] = ()) -> nn.Module:
+    """The model of a configuration, on the CPU, for images of one size, or of several with that among them.
 
     Raises:
-        UsageError: unknown model name, or arguments that the model does not take.
+        UsageError: unknown model name, or arguments or sizes that the model does not take.
     """
     timm = import_timm()
     from ...models.saved import check_model_name
@@ -64,16 +64,23 @@ def build_model(config: ModelConfig, *, num_classes: int, size: int) -> nn.Modul
         kwargs["drop_path_rate"] = config.drop_path
     if config.drop is not None:
         kwargs["drop_rate"] = config.drop
+    side, remedy = size, "."
     try:
         model = timm.create_model(name, pretrained=config.pretrained, num_classes=num_classes, **kwargs)
         with torch.inference_mode():
-            model.eval()(torch.zeros(1, 3, size, size))
+            for side in sizes or [size]:
+                model.eval()(torch.zeros(1, 3, side, side))
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
         # Of a model of ours with its own arguments they are bugs.
         if not config.kwargs and name.startswith("gspn") and "unexpected keyword argument" not in str(error):
             raise
-        what = f"the arguments of section model, or images of {size} x {size} pixels"
-        raise UsageError(f"{name} does not take {what}: {str(error).rstrip('.')}.") from error
+        what = f"the arguments of section model, or images of {side} x {side} pixels"
+        if side != size:
+            remedy = (
+                f"; leave {side} out of data.sizes, or make the model take it, as timm's vision transformers do with "
+                "model.kwargs={dynamic_img_size: true}."
+            )
+        raise UsageError(f"{name} does not take {what}: {str(error).rstrip('.')}{remedy}") from error
     model.train()
     if config.grad_checkpointing:
         if not hasattr(model, "set_grad_checkpointing"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,14 @@ class Classification(Task[TrainConfig, ClassifierRow]):
         config, data = self.config, self.config.data
         train_data, eval_data = open_splits(data)
         self.classes = class_names(train_data)
-        self.model = build_model(config.model, num_classes=len(self.classes), size=data.size)
+        sizes = data.sizes or ()
+        self.model = build_model(config.model, num_classes=len(self.classes), size=data.size, sizes=sizes)
         self.preprocessing = resolve_preprocessing(self.model, data)
         train_data.transform = train_transform(config.augment, self.preprocessing)
+        transforms = {
+            size: train_transform(config.augment, replace(self.preprocessing, input_size=(3, size, size)))
+            for size in sizes
+        }
         eval_data.transform = self.preprocessing.transform()
         self.eval_loader = context.eval_loader(eval_data, data.eval_batch_size)
         self.mixup = None
@@ -88,7 +93,7 @@ class Classification(Task[TrainConfig, ClassifierRow]):
         images = f"{len(train_data):,} + {len(eval_data):,} images, {len(self.classes)} classes"
         return Setup(
             model=self.model,
-            train=context.train_loader(train_data),
+            train=context.train_loader(train_data, transforms, multiple=2 if config.mixes else 1),
             evaluation=self.eval_loader,
             model_title=config.model.name,
             data_title=f"{data.name}: {images}, {data.size} pixels",

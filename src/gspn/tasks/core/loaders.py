@@ -32,7 +32,7 @@ class UpdateBatches(torch_data.Sampler[list[Any]]):
 
     A batch is a list of indices. With ``sizes``, which maps a size to the number of images in a batch of it, a batch is
     a list of (index, size). Each update has one size, which depends on the seed, the epoch and the update alone, so it
-    is the same in all processes. Its batches take the first of their images.
+    is the same in all processes. It takes the first of its images and skips the others.
 
     Raises:
         UsageError: there are fewer images than one update takes.
@@ -82,13 +82,12 @@ class UpdateBatches(torch_data.Sampler[list[Any]]):
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", self._epoch))
         order = torch.randperm(self.images, generator=generator)
         for update in range(self._first, self.updates):
+            size = self.size(self._epoch, update) if self.sizes else 0
+            images = self.sizes.get(size, self.batch_size)
             for batch in range(self.accumulate):
-                begin = update * self.images_per_update + (batch * self.processes + self.process) * self.batch_size
-                indices = order[begin : begin + self.batch_size].tolist()
-                if self.sizes:
-                    size = self.size(self._epoch, update)
-                    indices = [(index, size) for index in indices[: self.sizes[size]]]
-                yield indices
+                begin = update * self.images_per_update + (batch * self.processes + self.process) * images
+                indices = order[begin : begin + images].tolist()
+                yield [(index, size) for index in indices] if self.sizes else indices
 
     def __len__(self) -> int:
         return (self.updates - self._first) * self.accumulate

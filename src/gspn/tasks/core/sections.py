@@ -45,7 +45,7 @@ class ImageData:
     """The sizes to train at, `size` among them, which stays that of evaluations and samples; null: `size` alone. Each
     update draws one at random. At size s its batches take `batch_size` x (`size` / s)^2 images, rounded down, at most
     `batch_size` and at least one, so that larger images take no more pixels than a batch at `size`. The epoch passes
-    over the rest of the batch's images unread, so it has as many updates as without."""
+    over the rest of the update's images unread, so it has as many updates as without."""
     batch_size: int = setting(64, 1, free=True)  # its product with optim.accumulate and the processes is compared
     """Images per forward pass of one process."""
     workers: int = setting(4, 0, 1024, free=True)

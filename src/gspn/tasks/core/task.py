@@ -104,17 +104,20 @@ class Context:
         """The arguments of data loaders that depend on the process."""
         return process_info(self.accelerator)
 
-    def train_loader(self, dataset: Any, transforms: Mapping[int, Any] | None = None) -> TrainLoader:
+    def train_loader(
+        self, dataset: Any, transforms: Mapping[int, Any] | None = None, *, multiple: int = 1
+    ) -> TrainLoader:
         """The training batches of this process, from a data set of (input, target).
 
-        Where the configuration has ``data.sizes``, ``transforms`` are those of images, by size.
+        Where the configuration has ``data.sizes``, ``transforms`` are those of images, by size, and ``multiple``
+        divides the number of images in each batch.
         """
         data, optim, run = self.config.data, self.config.optim, self.config.run
+        sizes = {size: max(images // multiple, 1) * multiple for size, images in data.images_by_size.items()}
         loading = {"batch_size": data.batch_size, "workers": data.workers, **self.process_info}
         return seeded_loader(
-            dataset, accumulate=optim.accumulate, seed=run.seed, sizes=data.images_by_size, transforms=transforms,
-            **loading,
-        )  # fmt: skip
+            dataset, accumulate=optim.accumulate, seed=run.seed, sizes=sizes, transforms=transforms, **loading
+        )
 
     def eval_loader(self, dataset: Any, batch_size: int | None = None, workers: int | None = None) -> EvalLoader:
         """The evaluation batches of this process; batch size and workers are those of the training by default."""

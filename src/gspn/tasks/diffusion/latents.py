@@ -211,7 +211,7 @@ def at_size(directory: Path, size: int) -> Path:
         >>> at_size(Path("latents/train"), 512).name
         'train-512'
     """
-    return directory.with_name(f"{directory.name}-{size}")
+    return directory.parent / f"{directory.name}-{size}"
 
 
 def sample_posterior(posterior: Tensor, *, shift: float, factor: float) -> Tensor:

@@ -15,28 +15,39 @@ from gspn.tasks.text_to_image.distill.initialization import fit_gates
 from tasks.text_to_image.t2i_support import make_adapter
 
 
+def _flat(some):
+    noisy, t, text = some
+    return noisy, t, text.states, text.pooled
+
+
 def batch(pipeline, height=8, width=12):
     generator = torch.Generator().manual_seed(5)
     noisy = torch.randn(2, 4, height, width, generator=generator)
     return noisy, torch.tensor([7, 500]), encode_prompts(pipeline, ["red", "blue"])
 
 
-def make(pipeline, height=8, width=12, **options):
+def make(pipeline, **options):
     relative = options.pop("relative", False)
-    pixels = pipeline.vae_scale_factor
     adapter = make_adapter(pipeline, **options)
-    return Distiller(copy.deepcopy(pipeline.unet), adapter, height * pixels, width * pixels, relative=relative)
+    return Distiller(copy.deepcopy(pipeline.unet), adapter, pipeline.vae_scale_factor, relative=relative)
+
+
+def arguments(pipeline, text, height=8, width=12):
+    """Those of a UNet for latents of this size."""
+    return unet_arguments(pipeline.unet, text, height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor)
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
-@pytest.mark.parametrize("relative", [False, True])
-def test_the_loss_is_that_of_both_run_by_hand(name, relative, request):
+@pytest.mark.parametrize(("relative", "height"), [(False, 8), (True, 8), (False, 10)])
+def test_the_loss_is_that_of_both_run_by_hand(name, relative, height, request):
     pipeline = request.getfixturevalue(name)
     distiller = make(pipeline, relative=relative)
-    noisy, t, text = batch(pipeline)
+    if height != 8:
+        distiller(*_flat(batch(pipeline)))  # a size before leaves nothing behind
+    noisy, t, text = batch(pipeline, height)
     prediction, guess, apart = distiller(noisy, t, text.states, text.pooled)
 
-    given = unet_arguments(pipeline.unet, text, distiller.height, distiller.width)
+    given = arguments(pipeline, text, *noisy.shape[2:])
     seen = {"teacher": [], "student": []}
     unet, other = copy.deepcopy(pipeline.unet), copy.deepcopy(pipeline.unet)
     adapter = copy.deepcopy(distiller.adapter)
@@ -124,7 +135,7 @@ def test_layer_by_layer_runs_no_student(sd):
     distiller.student.register_forward_hook(lambda *_: calls.append(1))
     (again,) = distiller(noisy, t, text.states, blocks=True)
     assert torch.equal(apart, again) and not calls
-    given = unet_arguments(sd.unet, text, distiller.height, distiller.width)
+    given = arguments(sd, text)
     with torch.no_grad(), recorded(distiller.attentions()) as wanted:
         distiller.teacher(noisy, t, **given)
     sizes = {"down_blocks.0": (8, 12), "mid_block": (4, 6), "up_blocks.1": (8, 12)}
@@ -144,7 +155,7 @@ def test_fitted_gates_are_the_least_squares(sd, options):
     explained = fit_gates(distiller, [(noisy, t, text), (-noisy, t, text)])
     assert set(explained) == set(distiller.adapter.mixers)
 
-    given = unet_arguments(sd.unet, Conditioning(torch.cat([text.states] * 2)), distiller.height, distiller.width)
+    given = arguments(sd, Conditioning(torch.cat([text.states] * 2)))
     both = torch.cat([noisy, -noisy])
     aims = {name: one.to_out[0] for name, one in distiller.attentions().items()}
     with torch.no_grad(), recorded(distiller.attentions()) as seen, recorded(aims) as made:

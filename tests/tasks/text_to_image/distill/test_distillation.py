@@ -112,6 +112,7 @@ def share(teacher, root, output, *settings):
 
 def test_two_processes_share_the_work(place, tmp_path):
     settings = ["schedule.epochs=3", "samples.every=0", "ema.decay=null", "model.initialize=copy"]
+    settings.append("data.sizes=[32, 24]")
     sources = (place / "teacher", place / "images")
     start_many(2, tmp_path / "printed", share, *sources, tmp_path / "two", *settings, "data.batch_size=2")
     distill(tiny_distill(*sources, tmp_path / "one", *settings))
@@ -130,6 +131,7 @@ def test_two_processes_share_the_work(place, tmp_path):
     "settings",
     [
         ["model.initialize=copy", "model.proxy_bias=false", "model.groups=1", "model.proxy_dim=3"],
+        ["data.sizes=[32, 40, 64]", "distillation.relative=true"],
         ["model.initialize=random", "model.segments={down: 2, up: 4}", "model.layers=[down, up]"],
         ["model.grad_checkpointing=true", "optim.accumulate=2", "data.batch_size=2", "data.workers=1"],
         ["model.weights=bf16", "run.precision=bf16", "distillation.block_epochs=1"],
@@ -165,7 +167,7 @@ def test_normalized_scans_train_as_the_papers(place, whole, tmp_path):
 
 def test_stable_diffusion_xl(place, tmp_path):
     make_sdxl(tmp_path).save_pretrained(tmp_path / "teacher")
-    settings = ["schedule.epochs=1", "samples.prompts=[red]"]
+    settings = ["schedule.epochs=1", "samples.prompts=[red]", "data.sizes=[32, 64]"]
     result = distill(tiny_distill(tmp_path / "teacher", place / "images", tmp_path / "run", *settings))
     assert 0 < result.last.eval_loss < 10
 
@@ -194,6 +196,7 @@ def test_it_continues_from_an_adapter(place, trained, tmp_path):
         ("distillation.attention=-1", "distillation.attention"),
         ("data.name=nothing", "nothing"),
         ("data.size=33", "33 is not a multiple of 4"),
+        ("data.sizes=[32, 34]", "data.sizes has 34, which is not a multiple of 4"),
         ("run.fsdp=true", r"FSDP is not supported.*run\.fsdp=false"),
         ("model.weights=bf16", "need autocast"),
     ],
@@ -239,7 +242,7 @@ def test_reading_in_half_precision_loses_nothing_of_an_adapter(place):
     pipeline = load_pipeline(place / "teacher", dtype=torch.bfloat16)
     adapter = GSPNAdapter.from_model(pipeline.unet).float()
     before = {name: value.clone() for name, value in adapter.state_dict().items()}
-    Distiller(pipeline.unet, adapter, 32, 32)
+    Distiller(pipeline.unet, adapter, 4)
     assert_same(adapter.state_dict(), before)
 
 

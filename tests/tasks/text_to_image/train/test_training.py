@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from gspn._errors import UsageError
 from gspn.tasks.text_to_image.pipelines import load_pipeline
 from gspn.tasks.text_to_image.sample import sample
-from gspn.tasks.text_to_image.train import TextToImageConfig, train
+from gspn.tasks.text_to_image.train import TextToImageConfig, train, training
 from gspn.tasks.text_to_image.train.training import UNetTraining
 from tasks.runs import assert_same, newest_state, rows, stopped_before
 from tasks.text_to_image.t2i_runs import make_folder, tiny_train
@@ -103,7 +103,13 @@ def test_several_sizes(place, tmp_path, monkeypatch):
             seen.append((start.shape[0], *start.shape[2:]))
         return plain(self, model, start, text, epoch=epoch)
 
+    def unet_arguments(unet, text, height, width):
+        assert (height, width) == (32, 32) or (height, width) == tuple(4 * side for side in seen[-1][1:])
+        return plain_arguments(unet, text, height, width)
+
+    plain_arguments = training.unet_arguments
     monkeypatch.setattr(UNetTraining, "losses", losses)
+    monkeypatch.setattr(training, "unet_arguments", unet_arguments)
     whole = train(tiny_train(*sources, tmp_path / "whole", *settings, sizes)).output
     assert len(seen) == 8 and set(seen) == {(4, 8, 8), (1, 12, 12), (1, 16, 16)}
     assert all(path.read_bytes() == content for path, content in before.items())

@@ -43,13 +43,13 @@ class Distiller(nn.Module):
 
     An optimizer, an average, a checkpoint and DDP therefore see the adapter alone. A copy has its own adapter and
     student, and shares the teacher and all frozen weights. The teacher is frozen, and the adapter in float32 and not
-    mounted; height and width are those of an image in pixels. ``relative`` divides each layer's error by the mean
-    square of the attention's output.
+    mounted; ``pixels`` of an image, along a side, are one of its latent. ``relative`` divides each layer's error by the
+    mean square of the attention's output.
     """
 
-    def __init__(self, teacher: Any, adapter: GSPNAdapter, height: int, width: int, *, relative: bool = False) -> None:
+    def __init__(self, teacher: Any, adapter: GSPNAdapter, pixels: int, *, relative: bool = False) -> None:
         super().__init__()
-        self.adapter, self.height, self.width, self.relative = adapter, height, width, relative
+        self.adapter, self.pixels, self.relative = adapter, pixels, relative
         teacher.requires_grad_(False).eval()
         # Another tree of modules over the same weights.
         student = copy.deepcopy(teacher, {id(p): p for p in (*teacher.parameters(), *teacher.buffers())})
@@ -64,7 +64,7 @@ class Distiller(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         adapter = copy.deepcopy(self.adapter, memo)
-        return type(self)(self.teacher, adapter, self.height, self.width, relative=self.relative)
+        return type(self)(self.teacher, adapter, self.pixels, relative=self.relative)
 
     @property
     def teacher(self) -> Any:
@@ -93,6 +93,11 @@ class Distiller(nn.Module):
         """The teacher's attentions that the adapter replaces in the student."""
         return {name: self.teacher.get_submodule(name) for name in self.adapter.mixers}
 
+    def arguments(self, noisy: Tensor, text: Conditioning) -> dict[str, Any]:
+        """The arguments of both UNets for noisy latents ``[B, C, h, w]`` and their captions."""
+        height, width = noisy.shape[-2:]
+        return unet_arguments(self.teacher, text, height * self.pixels, width * self.pixels)
+
     def forward(
         self, noisy: Tensor, t: Tensor, states: Tensor, pooled: Tensor | None = None, *, blocks: bool = False
     ) -> tuple[Tensor, ...]:
@@ -101,7 +106,7 @@ class Distiller(nn.Module):
         The error is the mean over the layers of the squared error against the attentions' outputs. With ``blocks`` no
         student runs, only each mixer on the input of the teacher's attention, and the error is returned alone.
         """
-        arguments = unet_arguments(self.teacher, Conditioning(states, pooled), self.height, self.width)
+        arguments = self.arguments(noisy, Conditioning(states, pooled))
         with torch.no_grad(), recorded(self.attentions()) as attentions:
             target = self.teacher(noisy, t, **arguments, return_dict=False)[0]
         if blocks:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gspn.diffusers import GSPNTokenMixer
 
-from ..conditioning import Conditioning, unet_arguments
+from ..conditioning import Conditioning
 from .attention_matching import Distiller, recorded
 
 # Scale of the gates' random parts relative to the constant ones.
@@ -40,7 +40,7 @@ def fit_gates(distiller: Distiller, batches: Iterable[tuple[Tensor, Tensor, Cond
     sums: dict[str, dict[str, Tensor]] = {}
     before_out: dict[str, Any] = {name: module.to_out[0] for name, module in distiller.attentions().items()}  # type: ignore[index]
     for noisy, t, text in batches:
-        arguments = unet_arguments(distiller.teacher, text, distiller.height, distiller.width)
+        arguments = distiller.arguments(noisy, text)
         with recorded(distiller.attentions()) as attentions, recorded(before_out) as outputs:
             distiller.teacher(noisy, t, **arguments, return_dict=False)
         sizes = distiller.map_sizes(noisy, t, arguments)

@@ -22,7 +22,7 @@ from ...core.metrics_table import metric
 from ...core.seeding import derived_seed, random_state_kept, seed_everything
 from ...core.task import Context, TrainingResult
 from ..caption_trainer import CaptionRow, CaptionTask
-from ..conditioning import Conditioning, unet_arguments
+from ..conditioning import Conditioning
 from ..data import read_text
 from ..pipelines import load_adapter, load_pipeline
 from .attention_matching import Distiller
@@ -114,7 +114,7 @@ class Distillation(CaptionTask[DistillConfig, DistillRow]):
         self.scheduler: Any = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         teacher = nn.Module.to(self.pipeline.unet, _DTYPES[config.model.weights])
         adapter = build_adapter(config, teacher)
-        self.distiller = Distiller(teacher, adapter, *self.image_size, relative=config.distillation.relative)
+        self.distiller = Distiller(teacher, adapter, self.data.pixels, relative=config.distillation.relative)
         self.distiller.move_to(device, channels_last=config.model.channels_last)
         if config.model.normalize_scans and config.model.init_from is None:
             with context.accelerator.autocast():  # the teacher may be in half precision, the adapter is not
@@ -135,8 +135,8 @@ class Distillation(CaptionTask[DistillConfig, DistillRow]):
         distiller, dtype = self.distiller, self.distiller.teacher.dtype
         t = torch.zeros(1, dtype=torch.long, device=device)
         text = read_text(self.data.train.text, t.cpu(), device).to(dtype)
-        arguments = unet_arguments(distiller.teacher, text, *self.image_size)
-        sizes = distiller.map_sizes(torch.zeros(1, *self.data.shape, device=device, dtype=dtype), t, arguments)
+        latents = torch.zeros(1, *self.data.shape, device=device, dtype=dtype)
+        sizes = distiller.map_sizes(latents, t, distiller.arguments(latents, text))
         scans: dict[str, Any] = {name: mixer.scan for name, mixer in distiller.adapter.mixers.items()}
         distiller.adapter.set_reference_lines(
             {name: min(max(size), scans[name].segment or max(size)) for name, size in sizes.items()}
