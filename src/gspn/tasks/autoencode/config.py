@@ -36,6 +36,9 @@ class ModelConfig(ModelExecution):
     norm_num_groups: int = setting(32, 1)
     attention: bool = True
     """Use self-attention in the middle block of encoder and decoder."""
+    decoder_of: str | None = None
+    """An ``AutoencoderKL`` of this architecture, by path or hub id, whose decoder is trained further. Its encoder stays
+    as it is, so that models of its latents need no training."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of ``AutoencoderKL``."""
 

@@ -19,6 +19,7 @@ from ..core.loop import fit
 from ..core.metrics_table import EpochRow, metric
 from ..core.seeding import random_state_kept
 from ..core.task import Context, Models, Setup, Task, TrainingResult, Weights
+from ..diffusion.autoencoder import load_autoencoder
 from ..diffusion.transforms import image_transform
 from .config import AutoencodeConfig
 
@@ -50,6 +51,8 @@ def train(
     mean divergence of the posterior from a unit Gaussian. It has no perceptual and no adversarial term: for
     photographs, published autoencoders are better.
 
+    With ``model.decoder_of`` the decoder alone is trained, from the weights of another autoencoder.
+
     The output directory receives ``config.yaml``, ``metrics.csv`` (an :class:`AutoencoderRow` per epoch),
     ``samples/`` (held-out images above their reconstructions) and in ``last/`` the autoencoder, whose
     ``scaling_factor`` gives its latents a standard deviation of one.
@@ -80,8 +83,12 @@ class Autoencoding(Task[AutoencodeConfig, AutoencoderRow]):
         self.held_out = None if data.eval_split is None else self._whole_images(data.eval_split, context)
         self.measured = self._whole_images(data.train_split, context)
         side = data.size // model.factor
+        self.scaling_factor: float | None = None
+        vae = build_autoencoder(self.config)
+        if model.decoder_of is not None:
+            self.scaling_factor = _start_from(vae, model.decoder_of)
         return Setup(
-            model=build_autoencoder(self.config),
+            model=vae,
             train=context.train_loader(images, transforms),
             evaluation=self.held_out,
             model_title="AutoencoderKL",
@@ -158,7 +165,8 @@ class Autoencoding(Task[AutoencodeConfig, AutoencoderRow]):
         with random_state_kept():
             vae = build_autoencoder(self.config)
         vae.load_state_dict(weights.averaged)
-        vae.register_to_config(scaling_factor=1 / row.latent_std, sample_size=self.config.data.size)
+        scaling_factor = self.scaling_factor or 1 / row.latent_std
+        vae.register_to_config(scaling_factor=scaling_factor, sample_size=self.config.data.size)
         with replaced_directory(output / "last") as part:
             vae.eval().save_pretrained(part, safe_serialization=True)
         images = next(iter(self.held_out or self.measured))[0][:12]
@@ -176,6 +184,22 @@ def _errors(model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tens
     errors = (reconstructed.float().clamp(-1, 1) - images).cpu().double().flatten(1)
     psnr = 10 * (4 / errors.square().mean(1).clamp(min=1e-12)).log10()
     return {"eval_psnr": psnr, "eval_l1": errors.abs().mean(1)}
+
+
+def _start_from(vae: Any, source: str) -> float:
+    """Give an autoencoder the weights of another, and fix the encoder's. Returns the other's ``scaling_factor``."""
+    other = load_autoencoder(source)
+    try:
+        vae.load_state_dict(other.state_dict())
+    except RuntimeError:
+        raise UsageError(
+            f"model.decoder_of is {source!r}, which has another architecture; give the model section its widths, "
+            f"{list(other.config.block_out_channels)}, and its other arguments."
+        ) from None
+    for part in (vae.encoder, vae.quant_conv):
+        if part is not None:
+            part.requires_grad_(False)
+    return other.config.scaling_factor
 
 
 def build_autoencoder(config: AutoencodeConfig) -> Any:

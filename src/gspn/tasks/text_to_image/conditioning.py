@@ -126,7 +126,8 @@ def unet_arguments(unet: Any, text: Conditioning, height: int, width: int) -> di
     config = unet.config
     unsupported = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
     unmet = [key for key in unsupported if config.get(key) is not None]
-    if unmet or config.addition_embed_type not in (None, _TEXT_TIME):
+    # "text" adds what it pools from the hidden states to the embedding of the time, and takes no further condition.
+    if unmet or config.addition_embed_type not in (None, "text", _TEXT_TIME):
         name = unmet[0] if unmet else "addition_embed_type"
         raise UsageError(
             f"this UNet has {name}={config.get(name)!r}, but only the conditions of Stable Diffusion 1.5, 2.1 and XL "

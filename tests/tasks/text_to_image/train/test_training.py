@@ -67,6 +67,28 @@ def test_further_training_resumes_and_keeps_the_rest(trained, place, tmp_path):
         train(config.changed("noise.objective=epsilon", **{"run.output": tmp_path / "other"}))
 
 
+@pytest.mark.parametrize(("precision", "fused"), [("fp32", True), ("bf16", False)])
+def test_training_in_bfloat16_on_a_cpu_attends_plainly(precision, fused, place, tmp_path, monkeypatch):
+    """The backward pass of fused attention is slow there. The UNet also pools its text by itself."""
+    trained_with, plain = [], torch.nn.functional.scaled_dot_product_attention
+
+    def attend(query, *args, **options):
+        if query.requires_grad:
+            trained_with.append(query.dtype)
+        return plain(query, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    settings = [f"run.precision={precision}", "schedule.epochs=1"]
+    text = ["model.options.addition_embed_type=text", "model.options.addition_embed_type_num_heads=2"]
+    output = train(
+        tiny_train(place / "vae", place / "text", place / "images", tmp_path / "run", *settings, *text)
+    ).output
+    assert bool(trained_with) == fused
+    pipeline = load_pipeline(output)
+    assert "AttnProcessor2_0" in {type(one).__name__ for one in pipeline.unet.attn_processors.values()}
+    assert sample(pipeline, ["red"], output=tmp_path / "drawn", steps=2, device="cpu").drawn == 1
+
+
 def test_several_sizes(place, tmp_path, monkeypatch):
     """Each size has latents of its own, and a run that is stopped within an epoch draws the same sizes again."""
     settings = ["run.checkpoint_every_s=0", "samples.every=2", "data.hflip=0.5", f"data.cache={tmp_path / 'cache'}"]
