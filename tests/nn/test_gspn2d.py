@@ -263,13 +263,19 @@ def test_segments_bound_the_reach() -> None:
         assert bool(sees[i, j, a, b]) == cone, (i, j, a, b)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_compile_once_for_two_sizes_forward_and_backward(layout) -> None:
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ("contiguous", {"segment": 4}), ("channels_last", {"segment": 4}),
+        ("contiguous", {"reference_lines": 7}), ("channels_last", {"reference_lines": 7, "segment": 8}),
+    ],
+)  # fmt: skip
+def test_compile_once_for_all_sizes_forward_and_backward(layout, options) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    module = make(4, segment=4)
+    module = make(4, **options)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
-    for height, width in [(6, 7), (9, 5)]:
+    for height, width in [(6, 7), (9, 5), (20, 16)]:  # on both sides of the segment
         x = laid_out(torch.randn(2, 4, height, width), layout).requires_grad_()
         y, expected = compiled(x), module(x)
         torch.testing.assert_close(y, expected)

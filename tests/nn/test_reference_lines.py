@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import gspn
 from gspn.analysis.scans import scans_of
 from gspn.nn import GSPN2d
 from gspn.nn.gspn2d import over_normalized_axis
-from support import DTYPES, every_pair, laid_out
+from support import DTYPES, every_pair
 
 
 def make(channels: int = 4, **options) -> GSPN2d:
@@ -121,23 +121,6 @@ def test_functional_transforms() -> None:
     torch.testing.assert_close(together[1], loss({name: value[1] for name, value in many.items()}, x[0]))
 
 
-@pytest.mark.parametrize(("layout", "segment"), [("contiguous", None), ("channels_last", 8)])
-def test_compiled_once_for_all_sizes(layout, segment) -> None:
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    module = make(reference_lines=7, segment=segment)
-    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
-    for height, width in [(6, 7), (9, 5), (20, 16)]:  # on both sides of the segment
-        x = laid_out(torch.randn(2, 4, height, width), layout).requires_grad_()
-        y, expected = compiled(x), module(x)
-        torch.testing.assert_close(y, expected)
-        inputs = (x, *module.parameters())
-        actual = torch.autograd.grad(y.square().mean(), inputs)
-        for one, other in zip(actual, torch.autograd.grad(expected.square().mean(), inputs), strict=True):
-            torch.testing.assert_close(one, other)
-    assert counter.frame_count == 1
-
-
 @pytest.mark.parametrize("segment", [None, 8])
 def test_exported_with_dynamic_sizes(segment) -> None:
     module = make(reference_lines=7, segment=segment).eval()
@@ -146,6 +129,15 @@ def test_exported_with_dynamic_sizes(segment) -> None:
     for size in [(9, 11), (3, 60)]:
         x = torch.randn(2, 4, *size)
         torch.testing.assert_close(program.module()(x), module(x))
+
+
+def test_a_traced_graph_takes_sizes_on_both_sides_of_the_segment() -> None:
+    def scaled(lam_proj: Tensor, x: Tensor) -> Tensor:
+        return over_normalized_axis(lam_proj, x, gspn.DIRECTIONS, segment=8, reference_lines=7)
+
+    lam_proj, x = torch.ones(4, 2, 3), torch.ones(2, 2, 20, 16)
+    graph = make_fx(scaled, tracing_mode="symbolic")(lam_proj, torch.ones(2, 2, 5, 6))
+    torch.testing.assert_close(graph(lam_proj, x), scaled(lam_proj, x))
 
 
 def smooth(size: int) -> Tensor:

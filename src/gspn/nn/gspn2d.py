@@ -162,7 +162,7 @@ def over_normalized_axis(
         return lam_proj
     wide = lam_proj.to(torch.promote_types(lam_proj.dtype, torch.float32))
     # Multiplied by numbers: a tensor of factors would be copied to the device in every call. The minimum is symbolic,
-    # because a comparison would bind torch.export to the sizes on one side of the segment.
+    # because a comparison would bind a traced graph to the sizes on one side of the segment.
     scaled = []
     for own, direction in zip(wide, directions, strict=True):
         lines: Any = x.shape[scan_axes(direction).line]

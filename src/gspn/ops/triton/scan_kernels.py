@@ -5,10 +5,10 @@ run of lines: the weights of its channel, its states and all maps stay in its re
 warp, which then holds as many whole rows as fit and needs neither shared memory nor barriers, or all LANES of the
 program for longer rows. Only the states at both ends of a chunk leave a lane, once a line.
 
-**Maps.** For every line a lane reads the proxy at its pixels, and from it come logits, taps and gates by ``5 S``
-multiply-adds a pixel, four exponentials or reciprocals more for the taps than they are many. The proxy has been packed
-for this: float32, by lines in the direction of the scan, in fours of channels that one load takes. The images are
-walked as they are, in pieces of WIDTH elements along their contiguous axis.
+**Maps.** For every line a lane reads the proxy at its pixels. From it come three logits and two gates by ``5 S``
+multiply-adds a pixel, and the taps by three exponentials and four reciprocals. The proxy has been packed for this:
+float32, by lines in the direction of the scan, in fours of channels that one load takes. The images are walked as they
+are, in pieces of WIDTH elements along their contiguous axis.
 
 The prefixes of names, tiles and views are explained in :mod:`.addressing`; the constexpr arguments are what
 :mod:`.planner` chooses. A line's neighbours are named by where they are on it: before, here and after. What is there
