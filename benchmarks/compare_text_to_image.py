@@ -34,8 +34,8 @@ from rich.console import Console
 
 TEACHER, ADAPTER = "gspn_text_to_image.emoji64", "gspn_adapter.emoji64"
 BEFORE = ("gspn_text_to_image.emoji64", "gspn_adapter.emoji64")
-TRAINED, STEPS, GUIDANCE = 64, 25, 4.0
-IMAGES = {64: 240, 128: 60, 256: 24, 512: 8}
+TRAINED, SCHEDULER, STEPS, GUIDANCE = 64, "dpm++", 12, 4.0
+IMAGES = {64: 120, 128: 40, 256: 16, 512: 4}
 """The number of images of a size for the captions of each split, with each seed."""
 LARGEST_REFERENCE = 256  # the features are computed at 224 pixels
 SPLITS = ("train", "val")
@@ -128,7 +128,7 @@ def run(
     direct: Annotated[bool, typer.Option("--direct", help="Sample larger images in a single stage.")] = False,
 ) -> None:
     """Sample with each, and measure the samples."""
-    from gspn.tasks.text_to_image.evaluate import evaluate
+    from gspn.tasks.text_to_image.evaluate import Reference, evaluate
     from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
     from gspn.tasks.text_to_image.sample import sample
 
@@ -139,6 +139,7 @@ def run(
     labels = [label for label in models if label in (entries or models)]
     pipelines: dict[str, Any] = {}
     adapters: dict[str, Any] = {}
+    references: dict[int, Reference] = {}
     for cell in _cells(sizes, splits, seeds, labels, [direct]):
         scale, directory = cell.size // TRAINED, cell.directory(root)
         prompts = _prompts(cell.split, max(4, number * IMAGES.get(cell.size, IMAGES[512]) // IMAGES[TRAINED]))
@@ -161,6 +162,7 @@ def run(
             width=cell.size,
             steps=STEPS,
             guidance=GUIDANCE,
+            scheduler=SCHEDULER,
             seed=cell.seed,
             upscale=scale > 1 and not direct,
             batch_size=max(1, 16 // scale**2),
@@ -170,10 +172,12 @@ def run(
         if samples.drawn == len(prompts):
             times = {"seconds_per_image": samples.seconds / len(prompts), "threads": torch.get_num_threads()}
             (directory / "time.json").write_text(json.dumps(times))
+        size = min(cell.size, LARGEST_REFERENCE) if large else TRAINED
+        if size not in references:
+            references[size] = Reference(against["reference"], size, size, root=reference if large else None)
         evaluate(
-            directory, against["reference"], root=reference if large else None,
-            size=min(cell.size, LARGEST_REFERENCE) if large else TRAINED, features="lite0", device="cpu",
-            cache=root / "features", console=console,
+            directory, references[size], size=size, features="lite0", device="cpu", cache=root / "features",
+            console=console,
         ).write_json(directory / "figures.json")  # fmt: skip
 
 
@@ -199,6 +203,7 @@ def table(root: Root = _ROOT, output: Csv = None) -> None:
                 **(json.loads(times.read_text()) if times.is_file() else {}),
                 "features": figures["features"],
                 "reference": figures["reference"],
+                "scheduler": SCHEDULER,
                 "steps": STEPS,
                 "guidance": GUIDANCE,
             }
@@ -273,11 +278,11 @@ def solvers(
     output: Csv = None,
 ) -> None:
     """Sample held-out captions with each scheduler, number of steps and guidance, and measure the samples."""
-    from gspn.tasks.text_to_image.evaluate import evaluate
+    from gspn.tasks.text_to_image.evaluate import Reference, evaluate
     from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
     from gspn.tasks.text_to_image.sample import sample
 
-    console, prompts, rows = Console(), _prompts("val", number), []
+    console, prompts, rows, real = Console(), _prompts("val", number), [], Reference("emoji:train", TRAINED, TRAINED)
     pipeline, mounted = load_pipeline(teacher), {"self-attention": None, "GSPN": adapter}
     for label, scheduler, count, guidance in itertools.product(
         entries or mounted, schedulers or SOLVERS, steps or (4, 6, 8, 12, 25), guidances or (GUIDANCE,)
@@ -291,7 +296,7 @@ def solvers(
                 console=console,
             )  # fmt: skip
             evaluate(
-                directory, "emoji:train", features="lite0", device="cpu", cache=root / "features", console=console
+                directory, real, features="lite0", device="cpu", cache=root / "features", console=console
             ).write_json(file)
         figures = json.loads(file.read_text())
         rows.append(
