@@ -32,7 +32,7 @@ import typer
 from common import Csv, Root, measure_calls, print_table, read_csv, spread, write_csv
 from rich.console import Console
 
-TEACHER, ADAPTER = "gspn_text_to_image.emoji64", "gspn_adapter.emoji64"
+TEACHER, ADAPTER = "gspn_text_to_image.emoji", "gspn_adapter.emoji"
 BEFORE = ("gspn_text_to_image.emoji64", "gspn_adapter.emoji64")
 TRAINED, SCHEDULER, STEPS, GUIDANCE = 64, "dpm++", 12, 4.0
 IMAGES = {64: 120, 128: 40, 256: 16, 512: 4}

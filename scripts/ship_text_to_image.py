@@ -149,8 +149,9 @@ class _Card:
             "score is the cosine between an image's features and those that its prompt, a name, predicts, by a ridge "
             "regression from all-MiniLM-L6-v2 sentences that is fitted on the same images; it therefore knows "
             "training captions better than held-out ones. Rank is the median rank of an image's own prompt among all "
-            f"prompts of the set. Sampled with {first['steps']} steps, guidance {float(first['guidance']):g} and the "
-            "same noise for all; larger than 64 pixels by progressive upscaling."
+            f"prompts of the set. Sampled with the scheduler {first['scheduler']}, {first['steps']} steps, guidance "
+            f"{float(first['guidance']):g} and the same noise for all; larger than 64 pixels by progressive upscaling. "
+            "GSPN before is the adapter of version 0.1.0 on its own model, which had learnt Noto emoji alone."
         )
         return "\n".join(lines) + "\n\n" + _filled(note)
 
@@ -177,7 +178,8 @@ is `self-attention`.
 The styles are {names}; a name alone is drawn in the first.
 
 ```
-gspn t2i sample "grinning cat" "an outlined drawing of grinning cat" "red heart, flat style" --model {PIPELINE} --guidance 4
+gspn t2i sample "grinning cat" "an outlined drawing of grinning cat" "red heart, flat style" --model {PIPELINE} \\
+    --scheduler dpm++ --steps 12 --guidance 4
 ```
 
 Trained from scratch with
@@ -217,7 +219,8 @@ Made with {self.made}.
 Use:
 
 ```
-gspn t2i sample "grinning cat" --model {PIPELINE} --adapter {ADAPTER} --steps 25 --guidance 4
+gspn t2i sample "grinning cat" --model {PIPELINE} --adapter {ADAPTER} \\
+    --scheduler dpm++ --steps 12 --guidance 4
 ```
 
 ```python
