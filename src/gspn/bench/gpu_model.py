@@ -138,16 +138,14 @@ def _kind(kind: str, launch: Launch) -> str:
 
 
 def _gradients(launch: Launch) -> Work:
-    """Work of a kernel that takes tiles of all pixels for blocks of channels, perhaps of D directions at once."""
-    plan = launch.plan
-    c: Any = plan.constants
-    i: Any = plan.integers
-    programs, spans, _ = plan.grid
-    blocks, tiles = math.ceil(i["n_channels"] / c["BLOCK_C"]) / spans, i["n_tiles"] / programs
-    directions = c.get("D", 1)
-    slots = max(directions * c["BLOCK_C"] * c["BLOCK_N"], 32 * plan.num_warps)
+    """Work of a kernel that takes tiles of all pixels for blocks of channels, one direction after the other."""
+    i: Any = launch.plan.integers
+    programs, spans, parts = launch.plan.grid
+    directions, tile = i["n_directions"], 16
+    blocks, tiles = math.ceil(i["n_channels"] / tile) / spans, i["n_tiles"] / programs
     pixels = directions * _elements(launch, "p_x")
-    return Work("gradients", pixels, blocks * tiles, slots, (Repeat(blocks, (Repeat(tiles),)),))
+    loops = (Repeat(blocks, (Repeat(directions, (Repeat(tiles),)),)),)
+    return Work("gradients", pixels, blocks * directions * tiles, tile * tile, loops)
 
 
 def _elements(launch: Launch, name: str) -> int:

@@ -92,14 +92,16 @@ def _rough_inverse(b, PTX: tl.constexpr):
 
 def approximate_instructions() -> None:
     # The errors that PTX states for ex2.approx.ftz and rcp.approx.ftz, and a little more.
-    from gspn.ops.triton import scan_kernels
+    from gspn.ops.triton import gradients_kernels, taps
 
-    exact = scan_kernels._exp2, scan_kernels._inverse
-    scan_kernels._exp2, scan_kernels._inverse = _rough_exp2, _rough_inverse
+    exact = taps.exp2, taps.inverse
+    for module in (taps, gradients_kernels):
+        module.exp2, module.inverse = _rough_exp2, _rough_inverse
     for scale, sign in ((1.0, 0), (1e2, 0), (1e4, -1)):
         check(*make_arguments(1, 2, 6, 7, 2, 2, logits=scale, sign=sign))
     check(*make_arguments(1, 4, 4, 9, 8, 1, torch.float16, layout="channels_last"))
-    scan_kernels._exp2, scan_kernels._inverse = exact
+    for module in (taps, gradients_kernels):
+        module.exp2, module.inverse = exact
 
 
 def _long(count: int, cross: int, direction: str) -> tuple[int, int]:

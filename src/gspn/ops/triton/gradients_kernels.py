@@ -1,9 +1,19 @@
 """The gradients of ``propagate``, of all pixels side by side.
 
-Once both scans are known nothing is sequential any more. A program takes a block of channels and every so many tiles of
-pixels, so that the gradients of the projections, sums over all pixels, are sums in its registers; that of the proxy, a
-sum over all channels, is one in its tile. Both are products of small matrices, in three products of TF32 numbers, which
-is as exact as float32. No sum is atomic: each program writes its own, and the order of all additions is fixed.
+Once both scans are known nothing is sequential any more. A program is one warp. It takes 16 channels, one direction
+after the other, and with each of them a run of tiles of 16 pixels, so that the gradients of the projections, sums over
+pixels, stay in its registers; that of the proxy, a sum over channels, is one in its tile. The maps are products of the
+projections with the proxy, and both sums are products with the gradients of the maps. No sum is atomic: each program
+writes its own, and the order of all additions is fixed.
+
+**Layout.** Tensor cores hold a product ``[16, 16]`` with two neighbouring columns in a thread, and read a factor with
+columns four apart. The proxy's pixels are therefore brought in the order in which a product's columns become a factor's:
+a thread holds the same channels and pixels from the load to both sums, and only what is summed over channels moves.
+Images are loaded four columns at a time, which are 8 x 4 threads: for channels in the fastest axis as for pixels in it,
+every sector of memory that is read is used.
+
+**Precision.** A float32 is two TF32 numbers: the first takes the highest 11 bits, the second what is left, and three of
+the four products of such pairs are as exact as float32.
 
 The prefixes of names are explained in :mod:`.addressing`. A line's neighbours are named by where they are on it:
 before, here and after.
@@ -14,239 +24,332 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _weights(p_taps, p_gate, p_out_gate, p_skip, o_taps, o_gates, m_taps, m_channels, i_s, S: tl.constexpr):
-    """The weights of proxy channel ``i_s`` for each map: three taps, the gates before and after the scan, the skip."""
-    b_before = tl.load(p_taps + o_taps + i_s, mask=m_taps, other=0.0)
-    b_here = tl.load(p_taps + o_taps + S + i_s, mask=m_taps, other=0.0)
-    b_after = tl.load(p_taps + o_taps + 2 * S + i_s, mask=m_taps, other=0.0)
-    b_gate = tl.load(p_gate + o_gates + i_s, mask=m_channels, other=0.0)
-    b_out_gate, b_skip = b_gate, b_gate
-    if p_out_gate is not None:
-        b_out_gate = tl.load(p_out_gate + o_gates + i_s, mask=m_channels, other=0.0)
-    if p_skip is not None:
-        b_skip = tl.load(p_skip + o_gates + i_s, mask=m_channels, other=0.0)
-    return b_before, b_here, b_after, b_gate, b_out_gate, b_skip
+from .taps import exp2, inverse, within_reach
 
 
 @triton.jit
-def _maps(
-    p_pixels, s_plane, m_pixels, weights, p_taps, p_gate, p_out_gate, p_skip, o_taps, o_gates, m_taps, m_channels,
-    S: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    """The maps ``[C, N]`` (taps ``[1, N]`` where shared) at pixels whose proxy begins at ``p_pixels [1, N]``.
-
-    With UNROLL ``weights`` are a tuple of six for each channel of the proxy; else they are loaded again.
-    """
-    b_before = tl.zeros([o_taps.shape[0], p_pixels.shape[1]], tl.float32)
-    b_here, b_after = b_before, b_before
-    b_gate = tl.zeros([o_gates.shape[0], p_pixels.shape[1]], tl.float32)
-    b_out_gate, b_skip = b_gate, b_gate
-    if UNROLL:
-        for s in tl.static_range(S):
-            b_p = tl.load(p_pixels + s * s_plane, mask=m_pixels, other=0.0).to(tl.float32)
-            b_before += weights[6 * s] * b_p
-            b_here += weights[6 * s + 1] * b_p
-            b_after += weights[6 * s + 2] * b_p
-            b_gate += weights[6 * s + 3] * b_p
-            if p_out_gate is not None:
-                b_out_gate += weights[6 * s + 4] * b_p
-            if p_skip is not None:
-                b_skip += weights[6 * s + 5] * b_p
+def _pair(b, TF32: tl.constexpr):
+    """The two numbers whose sum is ``b``, of which a tensor core ignores nothing that counts."""
+    if TF32:
+        b_high = (b.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        return b_high, b - b_high
     else:
-        for s in tl.range(0, S):
-            b_p = tl.load(p_pixels + s * s_plane, mask=m_pixels, other=0.0).to(tl.float32)
-            w = _weights(p_taps, p_gate, p_out_gate, p_skip, o_taps, o_gates, m_taps, m_channels, s, S)
-            b_before += w[0] * b_p
-            b_here += w[1] * b_p
-            b_after += w[2] * b_p
-            b_gate += w[3] * b_p
-            if p_out_gate is not None:
-                b_out_gate += w[4] * b_p
-            if p_skip is not None:
-                b_skip += w[5] * b_p
-    return b_before, b_here, b_after, b_gate, b_out_gate, b_skip
+        return b, b
 
 
 @triton.jit
-def _stochastic(b_before, b_here, b_after, m_has_left, m_has_right):
-    """Logits to sigmoids that sum to one over the neighbours that exist; 0 for the others.
-
-    ``sigmoid(a) = exp(min(a, 0)) / (1 + exp(-|a|))``, and what is largest under the exponentials of the numerators is
-    taken out of all three: finite for logits of any size, and equal where all of them are ``-inf``.
-    """
-    LOWEST: tl.constexpr = -3.4028234663852886e38
-    b_low_before = tl.where(m_has_left, tl.maximum(tl.minimum(b_before, 0.0), LOWEST), float("-inf"))
-    b_low_here = tl.maximum(tl.minimum(b_here, 0.0), LOWEST)
-    b_low_after = tl.where(m_has_right, tl.maximum(tl.minimum(b_after, 0.0), LOWEST), float("-inf"))
-    b_largest = tl.maximum(b_low_here, tl.maximum(b_low_before, b_low_after))
-    # Over a common denominator, whose factors are between 1 and 2: one division for all.
-    b_of_before = tl.where(m_has_left, 1.0 + tl.exp(-tl.abs(b_before)), 1.0)
-    b_of_here = 1.0 + tl.exp(-tl.abs(b_here))
-    b_of_after = tl.where(m_has_right, 1.0 + tl.exp(-tl.abs(b_after)), 1.0)
-    b_before = tl.exp(b_low_before - b_largest) * b_of_here * b_of_after
-    b_here = tl.exp(b_low_here - b_largest) * b_of_before * b_of_after
-    b_after = tl.exp(b_low_after - b_largest) * b_of_before * b_of_here
-    b_inverse = 1.0 / (b_before + b_here + b_after)
-    return b_before * b_inverse, b_here * b_inverse, b_after * b_inverse
+def _add_product(b_sum, a, b, TF32: tl.constexpr):
+    """``b_sum`` plus the matrix product of two pairs."""
+    if TF32:
+        b_sum = tl.dot(a[1], b[0], b_sum, input_precision="tf32")
+        b_sum = tl.dot(a[0], b[1], b_sum, input_precision="tf32")
+        return tl.dot(a[0], b[0], b_sum, input_precision="tf32")
+    else:
+        return tl.dot(a[0], b[0], b_sum, input_precision="ieee")
 
 
 @triton.jit
-def _pixels(i_channel, i_flat, i_row, i_column, s_channel, s_row, s_column):
-    """Offsets of pixels. ``s_channel`` None: channels are contiguous; ``s_row`` None: the pixels of a channel are."""
-    o_channel = i_channel if s_channel is None else i_channel * s_channel
-    o_pixel = i_flat if s_row is None else i_row * s_row + i_column * s_column
-    return o_channel + o_pixel
+def _fours(b):
+    """``[.., 16]`` to its four ``[.., 4]``, in order."""
+    even, odd = tl.split(tl.permute(tl.reshape(b, [b.shape[0], 2, 2, 4]), (0, 3, 1, 2)))
+    b_0, b_2 = tl.split(even)
+    b_1, b_3 = tl.split(odd)
+    return b_0, b_1, b_2, b_3
 
 
 @triton.jit
-def _rows_of_eight(a, b, c, d, e, f):
-    """``[C, N]`` each to ``[8 C, N]``, the last two of eight zero."""
-    C: tl.constexpr = a.shape[0]
-    N: tl.constexpr = a.shape[1]
-    zero = tl.zeros_like(a)
-    # Joined along the last axes, the first of them the halves of the eight.
-    low = tl.join(tl.join(a, c), tl.join(b, d))
-    high = tl.join(tl.join(e, zero), tl.join(f, zero))
-    return tl.reshape(tl.permute(tl.join(low, high), (4, 2, 3, 0, 1)), [8 * C, N])
+def _load(p, o_channel, o_pixel, m):
+    """``[16, 16]`` in float32, from offsets of channels ``[16, 1]`` and of pixels ``[1, 16]``; 0 where ``m`` is not."""
+    o, masks = _fours(o_pixel), _fours(m)
+    b_0 = tl.load(p + (o_channel + o[0]), mask=masks[0], other=0.0)
+    b_1 = tl.load(p + (o_channel + o[1]), mask=masks[1], other=0.0)
+    b_2 = tl.load(p + (o_channel + o[2]), mask=masks[2], other=0.0)
+    b_3 = tl.load(p + (o_channel + o[3]), mask=masks[3], other=0.0)
+    b = tl.permute(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), (0, 2, 3, 1))
+    return tl.reshape(b, [16, 16]).to(tl.float32)
 
 
 @triton.jit
-def _logit_gradient(b_logit, b_tap, b_half_difference, b_g):
-    """``sigmoid(-logit) tap difference g``."""
-    b_small = tl.exp(-tl.abs(b_logit))
-    return tl.where(b_logit >= 0, b_small, 1.0) / (0.5 + 0.5 * b_small) * b_tap * b_half_difference * b_g
+def _store(p, o_channel, o_pixel, b, m_channels, m):
+    """Store what :func:`_load` would load."""
+    o, masks, parts = _fours(o_pixel), _fours(m), _fours(b)
+    for i in tl.static_range(4):
+        tl.store(p + (o_channel + o[i]), parts[i].to(p.dtype.element_ty), mask=m_channels & masks[i])
+
+
+@triton.jit
+def _by_column(n):
+    """The pixel whose proxy the column ``n`` of a product is made with."""
+    return (n & 8) + (n & 1) * 4 + ((n >> 1) & 3)
+
+
+@triton.jit
+def _by_pixel(b):
+    """A product with columns in the order of :func:`_by_column` to one by pixels."""
+    return tl.reshape(tl.permute(tl.reshape(b, [16, 2, 4, 2]), (0, 1, 3, 2)), [16, 16])
+
+
+@triton.jit
+def _weights(p_taps, p_lam, p_u, o_taps, o_gates, i_s, m_channels, S: tl.constexpr):
+    """``[16, WIDTH]`` for each map: the weights of proxy channels ``i_s`` for three taps, lam and u."""
+    m = m_channels & (i_s < S)
+    b_before = tl.load(p_taps + (o_taps + i_s), mask=m, other=0.0)
+    b_here = tl.load(p_taps + (o_taps + (S + i_s)), mask=m, other=0.0)
+    b_after = tl.load(p_taps + (o_taps + (2 * S + i_s)), mask=m, other=0.0)
+    b_lam = tl.load(p_lam + (o_gates + i_s), mask=m, other=0.0)
+    b_u = tl.load(p_u + (o_gates + i_s), mask=m, other=0.0)
+    return b_before, b_here, b_after, b_lam, b_u
+
+
+@triton.jit
+def _factors(weights, TF32: tl.constexpr):
+    """Pairs of what three logits times ``-log2(e)`` and lam are products of."""
+    a_before, a_here = weights[0] * -1.4426950408889634, weights[1] * -1.4426950408889634
+    a_after = weights[2] * -1.4426950408889634
+    return _pair(a_before, TF32), _pair(a_here, TF32), _pair(a_after, TF32), _pair(weights[3], TF32)
+
+
+@triton.jit
+def _add_products(maps, factors, b_p, TF32: tl.constexpr):
+    """Each of four maps plus its factor's product with the proxy."""
+    p = _pair(b_p, TF32)
+    b_before = _add_product(maps[0], factors[0], p, TF32)
+    b_here = _add_product(maps[1], factors[1], p, TF32)
+    b_after = _add_product(maps[2], factors[2], p, TF32)
+    return b_before, b_here, b_after, _add_product(maps[3], factors[3], p, TF32)
+
+
+@triton.jit
+def _add_gradient(b_sum, b_dproxy, b_d, p, weight, TF32: tl.constexpr):
+    """Adds a map's gradient to that of its projection, ``[16, WIDTH]``, and to that of the proxy."""
+    b_sum = _add_product(b_sum, _pair(b_d, TF32), p, TF32)
+    return b_sum, _add_product(b_dproxy, _pair(tl.trans(b_d), TF32), weight, TF32)
 
 
 @triton.jit(
     do_not_specialize=[
         "s_x_batch", "s_x_channel", "s_x_row", "s_x_column",
         "s_grad_batch", "s_grad_channel", "s_grad_row", "s_grad_column",
-        "s_dx_batch", "s_dx_channel", "s_dx_row", "s_dx_column",
-        "n_channels", "n_per_group", "n_rows", "n_columns", "n_segment", "n_image_tiles", "n_tiles", "n_span_blocks",
+        "s_dx_batch", "s_dx_channel", "s_dx_row", "s_dx_column", "s_direction",
+        "n_channels", "n_groups", "n_rows", "n_columns", "n_segment", "n_image_tiles", "n_tiles", "n_run",
+        "n_span_blocks", "n_directions", "n_all", "i_first_direction", "i_axes",
     ]
 )  # fmt: skip
 def gradients_kernel(
     p_x, s_x_batch, s_x_channel, s_x_row, s_x_column,
     p_grad, s_grad_batch, s_grad_channel, s_grad_row, s_grad_column,
     p_dx, s_dx_batch, s_dx_channel, s_dx_row, s_dx_column,
-    p_h, p_g, p_before, p_proxy, p_dproxy, p_taps, p_gate, p_skip, p_packed, p_sums,
-    n_channels, n_per_group, n_rows, n_columns, n_segment, n_image_tiles, n_tiles, n_span_blocks,
-    WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, VERTICAL: tl.constexpr, REVERSE: tl.constexpr,
-    S: tl.constexpr, ADD_PROXY: tl.constexpr,
+    p_total, p_h, p_g, s_direction, p_proxy, p_largest, p_dproxy, p_taps, p_lam, p_u, p_skip, p_sums,
+    n_channels, n_groups, n_rows, n_columns, n_segment, n_image_tiles, n_tiles, n_run, n_span_blocks,
+    n_directions, n_all, i_first_direction, i_axes,
+    WIDE: tl.constexpr, NARROW: tl.constexpr, SEGMENTED: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr,
+    TF32: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Adds one direction to ``dx`` and ``dproxy``, and writes its sums for the projections.
+    """Adds ``n_directions`` of all ``n_all`` directions to ``dx`` and ``dproxy``, and writes their sums.
 
-    ``h``, ``g``, ``before`` and ``dx`` have one set of strides; ``before``, if there is one, is added to ``dx``.
+    ``h``, ``g [n_directions, ..]`` are the states and adjoint states; they and ``total`` have the strides of ``dx``.
+    ``total``, if there is one, is the sum until the last direction of all, which writes ``dx``. ``i_axes`` has two bits
+    for each direction: on for one along columns, and for one that runs backwards.
     ``dproxy [spans, B, S, H, W]``: one for each ``n_span_blocks`` blocks of channels, the program's second number.
-    ``packed [5 or 6, C, S]``: the projections, three taps for each channel, both gates and, if there is one, the skip.
-    ``sums [programs, 5 or 6, C, S]``: their gradients, program by program.
-    The third number of a program is that of its 16 channels of the proxy: more would not leave registers for the rest.
+    ``taps [n_all, G, 3, S]``, ``lam`` and ``u [n_all, C, S]``, ``skip [C, S]``. ``largest [>= S]``: the largest absolute
+    value of each channel of the proxy; most logits are known to be small.
+    ``sums [programs, ..]``: program by program the gradients of taps (for each channel, three taps after its other), lam,
+    u and skip, one after the other.
+    The third number of a program is that of its WIDTH channels of the proxy: more would not leave registers for the rest.
     """
-    MAPS: tl.constexpr = 5 if p_skip is None else 6
-    i_program, i_span = tl.program_id(0), tl.program_id(1)
-    n_programs = tl.num_programs(0)
-    c, n = tl.arange(0, BLOCK_C)[:, None], tl.arange(0, BLOCK_N)[None, :]
-    r = tl.arange(0, 8 * BLOCK_C)[:, None]
-    i_first = tl.program_id(2) * 16
-    i_s_row, i_s_column = i_first + tl.arange(0, 16)[None, :], i_first + tl.arange(0, 16)[:, None]
-    m_s = i_s_column < S
-    s_plane = n_rows.to(tl.int64) * n_columns
-    p_dproxy += i_span.to(tl.int64) * (n_tiles // n_image_tiles) * S * s_plane
-    p_sums += i_program.to(tl.int64) * MAPS * n_channels * S
-    o_proxy = i_s_column * s_plane
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
-    n_cross = n_columns if VERTICAL else n_rows
-    n_lines = n_rows if VERTICAL else n_columns
-    if s_dx_row is None:
-        s_line = n_columns.to(tl.int64) if VERTICAL else tl.full([], 1, tl.int64)
-        s_cross = tl.full([], 1, tl.int64) if VERTICAL else n_columns.to(tl.int64)
-    else:
-        s_line = s_dx_row.to(tl.int64) if VERTICAL else s_dx_column.to(tl.int64)
-        s_cross = s_dx_column.to(tl.int64) if VERTICAL else s_dx_row.to(tl.int64)
-    o_previous = s_line if REVERSE else -s_line
+    i_program, i_span, i_part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    c, n = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    s = tl.arange(0, WIDTH)
+    i_s = i_part * WIDTH + s
+    zero = tl.full([], 0, tl.int64)
+    n_pixels = n_rows.to(OFFSET) * n_columns
+    p_dproxy += i_span.to(tl.int64) * (n_tiles // n_image_tiles) * S * n_pixels
+    n_gates = n_all.to(tl.int64) * n_channels * S
+    p_sums += i_program * (5 * n_gates if p_skip is None else 5 * n_gates + n_channels * S)
+    i_first_tile = i_program * n_run
+    i_last_tile = tl.minimum(i_first_tile + n_run, n_tiles)
 
-    i_last_block = tl.minimum((i_span + 1) * n_span_blocks, tl.cdiv(n_channels, BLOCK_C))
-    for i_block in tl.range(i_span * n_span_blocks, i_last_block, num_stages=1):
-        i_channel = i_block * BLOCK_C + c
-        m_channels = i_channel < n_channels
-        i_channel64 = i_channel.to(tl.int64)
+    i_first_block = i_span * n_span_blocks
+    i_last_block = tl.minimum(i_first_block + n_span_blocks, tl.cdiv(n_channels, 16))
+    for i_block in tl.range(i_first_block, i_last_block, num_stages=1):
+        i_lowest = (zero + i_block) * 16
+        # Beyond the last channel the last one is computed again, with weights of zero.
+        i_channel = tl.minimum(c, n_channels - 1 - i_block * 16)
+        m_channels = i_block * 16 + c < n_channels
+        # Programs for other channels of the proxy compute the same dx.
+        m_writes = c < tl.where(i_part == 0, n_channels - i_block * 16, 0)
+        o_x, o_grad = i_channel.to(OFFSET) * s_x_channel, i_channel.to(OFFSET) * s_grad_channel
+        o_dx = i_channel.to(OFFSET) * s_dx_channel
         o_gates = i_channel * S
-        o_taps = i_channel // n_per_group * (3 * S)
-        # All maps of the block, one after the other, are the rows of one small matrix.
-        i_row_channel = i_block * BLOCK_C + r % BLOCK_C
-        o_packed = (r // BLOCK_C * n_channels + i_row_channel) * S + i_s_row
-        m_packed = (i_row_channel < n_channels) & (i_s_row < S) & (r < MAPS * BLOCK_C)
-        b_packed = tl.load(p_packed + o_packed, mask=m_packed, other=0.0)
-        b_sums = tl.zeros([8 * BLOCK_C, 16], tl.float32)
+        i_group = (i_lowest + i_channel) // (n_channels // n_groups)
 
-        for i_tile in tl.range(i_program, n_tiles, n_programs, num_stages=1):
-            i_batch = (i_tile // n_image_tiles).to(tl.int64)
-            i_pixel = (i_tile % n_image_tiles).to(OFFSET) * BLOCK_N + n
-            m_pixels = i_pixel < s_plane
-            i_row, i_column = (i_pixel // n_columns).to(tl.int64), (i_pixel % n_columns).to(tl.int64)
-            i_flat = i_pixel.to(tl.int64)
-            m = m_channels & m_pixels
-            # Programs for other channels of the proxy compute the same pixels.
-            m_writes = n < tl.where(i_first == 0, BLOCK_N, 0)
-            i_line = i_row if VERTICAL else i_column
-            i_cross = i_column if VERTICAL else i_row
-            i_step = n_lines - 1 - i_line if REVERSE else i_line
-            m_carries = m & (i_step % n_segment != 0)
-            m_has_left, m_has_right = i_cross > 0, i_cross < n_cross - 1
-
-            o_x = i_batch * s_x_batch + _pixels(i_channel64, i_flat, i_row, i_column, s_x_channel, s_x_row, s_x_column)
-            b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(tl.float32)
-            o_grad = i_batch * s_grad_batch + _pixels(
-                i_channel64, i_flat, i_row, i_column, s_grad_channel, s_grad_row, s_grad_column
-            )
-            b_grad = tl.load(p_grad + o_grad, mask=m, other=0.0).to(tl.float32)
-            o_dx = i_batch * s_dx_batch + _pixels(
-                i_channel64, i_flat, i_row, i_column, s_dx_channel, s_dx_row, s_dx_column
-            )
-            b_h = tl.load(p_h + o_dx, mask=m, other=0.0)
-            b_g = tl.load(p_g + o_dx, mask=m, other=0.0)
-            b_h_before = tl.load(p_h + o_dx + (o_previous - s_cross), mask=m_carries & m_has_left, other=0.0)
-            b_h_here = tl.load(p_h + o_dx + o_previous, mask=m_carries, other=0.0)
-            b_h_after = tl.load(p_h + o_dx + (o_previous + s_cross), mask=m_carries & m_has_right, other=0.0)
-
-            p_pixels = p_proxy + i_batch * S * s_plane + i_flat
-            b_a_before, b_a_here, b_a_after, b_gate, _, b_skip = _maps(
-                p_pixels, s_plane, m_pixels, (), p_taps, p_gate, None, p_skip,
-                o_taps, o_gates, m_channels, m_channels, S, False,
+        for i_each in tl.range(0, n_directions, num_stages=1):
+            i_direction = i_first_direction + i_each
+            i_axis = i_axes >> 2 * i_each
+            horizontal, reverse = i_axis & 1 != 0, i_axis & 2 != 0
+            s_line = tl.where(horizontal, s_dx_column, s_dx_row).to(OFFSET)
+            s_cross = tl.where(horizontal, s_dx_row, s_dx_column).to(OFFSET)
+            n_lines = tl.where(horizontal, n_columns, n_rows)
+            n_cross = tl.where(horizontal, n_rows, n_columns)
+            o_previous = tl.where(reverse, s_line, -s_line)
+            i_gates = (i_direction * n_channels.to(tl.int64) + i_lowest) * S
+            o_taps = (i_direction * n_groups + i_group) * (3 * S)
+            weights = _weights(
+                p_taps, p_lam + i_gates, p_u + i_gates, o_taps, o_gates, i_s[None, :], m_channels, S
             )  # fmt: skip
-            b_before, b_here, b_after = _stochastic(b_a_before, b_a_here, b_a_after, m_has_left, m_has_right)
-
-            b_dx = b_gate * b_g
+            # Gradients of logits are halves, as their states' differences are.
+            w_before, w_here = _pair(2.0 * weights[0], TF32), _pair(2.0 * weights[1], TF32)
+            w_after, w_lam, w_u = _pair(2.0 * weights[2], TF32), _pair(weights[3], TF32), _pair(weights[4], TF32)
+            w_skip = w_u
             if p_skip is not None:
-                b_dx += b_skip * b_grad
-            if p_before is not None:
-                b_dx += tl.load(p_before + o_dx, mask=m & m_writes, other=0.0).to(tl.float32)
-            tl.store(p_dx + o_dx, b_dx.to(p_dx.dtype.element_ty), mask=m & m_writes)
+                m_skip = m_channels & (i_s[None, :] < S)
+                w_skip = _pair(tl.load(p_skip + (i_lowest * S + o_gates + i_s[None, :]), mask=m_skip, other=0.0), TF32)
+            factors = _factors(weights, TF32)
 
-            # Differences of states first: where they are alike, nothing large cancels. Half of them, since the
-            # difference of two large states may overflow.
-            b_half_mean = 0.5 * (b_before * b_h_before + b_here * b_h_here + b_after * b_h_after)
-            b_carried = tl.where(m_carries, b_g, 0.0)
-            b_d_before = _logit_gradient(b_a_before, b_before, 0.5 * b_h_before - b_half_mean, b_carried)
-            b_d_here = _logit_gradient(b_a_here, b_here, 0.5 * b_h_here - b_half_mean, b_carried)
-            b_d_after = _logit_gradient(b_a_after, b_after, 0.5 * b_h_after - b_half_mean, b_carried)
-            b_d_gate = b_x * b_g
-            b_d_skip = tl.zeros_like(b_d_gate)
+            # Hardly ever: a bound that is a NaN is not below 100 either.
+            b_bound = tl.zeros([16, 1], tl.float32)
+            for i in tl.range(0, S):
+                b_before, b_here = tl.abs(tl.load(p_taps + (o_taps + i))), tl.abs(tl.load(p_taps + (o_taps + (S + i))))
+                b_after = tl.abs(tl.load(p_taps + (o_taps + (2 * S + i))))
+                b_most = tl.maximum(b_before, b_here, tl.PropagateNan.ALL)
+                b_bound += tl.maximum(b_most, b_after, tl.PropagateNan.ALL) * tl.load(p_largest + i)
+            n_large = tl.sum(tl.where(b_bound < 69.0, 0, 1))
+
+            b_zero = tl.zeros([16, WIDTH], tl.float32)
+            b_sum_before, b_sum_here, b_sum_after, b_sum_lam, b_sum_u = b_zero, b_zero, b_zero, b_zero, b_zero
+            b_sum_skip = b_zero
+            for i_tile in tl.range(i_first_tile, i_last_tile, num_stages=1):
+                i_batch = i_tile // n_image_tiles
+                i_first = (i_tile - i_batch * n_image_tiles).to(OFFSET) * 16
+                i_first_row = i_first // n_columns
+                i_column = i_first - i_first_row * n_columns + n
+                if NARROW:
+                    i_wraps = i_column // n_columns
+                else:
+                    i_wraps = (i_column >= n_columns).to(OFFSET)
+                # Beyond the last pixel are pixels of the last row, and nothing is added.
+                i_row, i_column = tl.minimum(i_first_row + i_wraps, n_rows - 1), i_column - i_wraps * n_columns
+                m_pixels = i_first + n < n_pixels
+                i_line, i_cross = tl.where(horizontal, i_column, i_row), tl.where(horizontal, i_row, i_column)
+                i_step = tl.where(reverse, n_lines - 1 - i_line, i_line)
+                m_carries = i_step % n_segment != 0 if SEGMENTED else i_step != 0
+                m_has_before, m_has_after = i_cross > 0, i_cross < n_cross - 1
+
+                i_batch = i_batch.to(tl.int64)
+                m_all = n >= 0
+                b_x = _load(
+                    p_x + (i_batch * s_x_batch + i_lowest * s_x_channel), o_x,
+                    i_row * s_x_row + i_column * s_x_column, m_all,
+                )  # fmt: skip
+                b_grad = _load(
+                    p_grad + (i_batch * s_grad_batch + i_lowest * s_grad_channel), o_grad,
+                    i_row * s_grad_row + i_column * s_grad_column, m_pixels,
+                )  # fmt: skip
+                o_image = i_batch * s_dx_batch + i_lowest * s_dx_channel
+                o_states = (zero + i_each) * s_direction + o_image
+                o_pixel = i_row * s_dx_row + i_column * s_dx_column
+                b_g = _load(p_g + o_states, o_dx, o_pixel, m_pixels)
+                p_previous = p_h + o_states + o_previous
+                b_h_before = _load(p_previous - s_cross, o_dx, o_pixel, m_carries & m_has_before)
+                b_h_here = _load(p_previous, o_dx, o_pixel, m_carries)
+                b_h_after = _load(p_previous + s_cross, o_dx, o_pixel, m_carries & m_has_after)
+
+                p_pixels = p_proxy + (i_batch * S * n_pixels + i_first)
+                i_mixed = _by_column(n)
+                m_mixed = i_first + i_mixed < n_pixels
+                b_zero_map = tl.zeros([16, 16], tl.float32)
+                maps = (b_zero_map, b_zero_map, b_zero_map, b_zero_map)
+                if S <= WIDTH:
+                    m = (s[:, None] < S) & m_mixed
+                    b_p = tl.load(p_pixels + (s[:, None] * n_pixels + i_mixed), mask=m, other=0.0)
+                    maps = _add_products(maps, factors, b_p.to(tl.float32), TF32)
+                else:
+                    for i in tl.range(0, S, WIDTH):
+                        m = (i + s[:, None] < S) & m_mixed
+                        b_p = tl.load(p_pixels + ((i + s[:, None]) * n_pixels + i_mixed), mask=m, other=0.0)
+                        more = _factors(
+                            _weights(
+                                p_taps, p_lam + i_gates, p_u + i_gates, o_taps, o_gates, i + s[None, :], m_channels, S
+                            ),
+                            TF32,
+                        )
+                        maps = _add_products(maps, more, b_p.to(tl.float32), TF32)
+                b_before, b_here = _by_pixel(maps[0]), _by_pixel(maps[1])
+                b_after, b_lam = _by_pixel(maps[2]), _by_pixel(maps[3])
+                if n_large > 0:
+                    b_before = tl.where(m_has_before, b_before, float("inf"))
+                    b_after = tl.where(m_has_after, b_after, float("inf"))
+                    b_before, b_here, b_after = within_reach((b_before, b_here, b_after), i_cross, n_cross, 1)
+                    b_before, b_after = tl.minimum(b_before, 120.0), tl.minimum(b_after, 120.0)
+
+                # sigmoid(-a) = 2^t sigmoid(a), where t = -a log2(e).
+                b_before, b_here, b_after = exp2(b_before, PTX), exp2(b_here, PTX), exp2(b_after, PTX)
+                b_w_before = tl.where(m_has_before, inverse(1.0 + b_before, PTX), 0.0)
+                b_w_here = inverse(1.0 + b_here, PTX)
+                b_w_after = tl.where(m_has_after, inverse(1.0 + b_after, PTX), 0.0)
+                b_inverse = inverse(b_w_before + b_w_here + b_w_after, PTX)
+                b_before, b_here, b_after = b_before * b_w_before, b_here * b_w_here, b_after * b_w_after
+                b_w_before, b_w_here, b_w_after = b_w_before * b_inverse, b_w_here * b_inverse, b_w_after * b_inverse
+
+                # Differences of states first: where they are alike, nothing large cancels. Half of them, since the
+                # difference of two large states may overflow.
+                b_h_before, b_h_here, b_h_after = 0.5 * b_h_before, 0.5 * b_h_here, 0.5 * b_h_after
+                b_mean = b_w_before * b_h_before + b_w_here * b_h_here + b_w_after * b_h_after
+                b_carried = tl.where(m_carries, b_g, 0.0)
+                b_before = b_before * b_w_before * (b_h_before - b_mean) * b_carried
+                b_here = b_here * b_w_here * (b_h_here - b_mean) * b_carried
+                b_after = b_after * b_w_after * (b_h_after - b_mean) * b_carried
+                b_h = b_lam * b_x + (b_mean + b_mean)
+
+                m = (i_s[None, :] < S) & (tl.trans(i_first + n) < n_pixels)
+                o_proxy = i_s[None, :] * n_pixels + tl.trans(n)
+                p = _pair(tl.load(p_pixels + o_proxy, mask=m, other=0.0).to(tl.float32), TF32)
+                # An earlier block of the same program, or an earlier direction, has left the sum so far.
+                n_summed = tl.where((i_block > i_first_block) | (i_direction > 0), S, 0)
+                p_so_far = p_dproxy + (i_batch * S * n_pixels + i_first)
+                b_dproxy = tl.load(p_so_far + o_proxy, mask=m & (i_s[None, :] < n_summed), other=0.0)
+                b_sum_before, b_dproxy = _add_gradient(b_sum_before, b_dproxy, b_before, p, w_before, TF32)
+                b_sum_here, b_dproxy = _add_gradient(b_sum_here, b_dproxy, b_here, p, w_here, TF32)
+                b_sum_after, b_dproxy = _add_gradient(b_sum_after, b_dproxy, b_after, p, w_after, TF32)
+                b_sum_lam, b_dproxy = _add_gradient(b_sum_lam, b_dproxy, b_x * b_g, p, w_lam, TF32)
+                b_sum_u, b_dproxy = _add_gradient(b_sum_u, b_dproxy, b_grad * b_h, p, w_u, TF32)
+                b_dx = b_lam * b_g
+                if i_direction == 0:
+                    if p_skip is not None:
+                        b_sum_skip, b_dproxy = _add_gradient(b_sum_skip, b_dproxy, b_grad * b_x, p, w_skip, TF32)
+                        b_skip = tl.zeros([16, 16], tl.float32)
+                        for i in tl.range(0, S, WIDTH):
+                            m_more = (i + s[:, None] < S) & m_mixed
+                            b_p = tl.load(p_pixels + ((i + s[:, None]) * n_pixels + i_mixed), mask=m_more, other=0.0)
+                            m_more = m_channels & (i + s[None, :] < S)
+                            b_more = tl.load(p_skip + (i_lowest * S + o_gates + (i + s[None, :])), mask=m_more, other=0.0)
+                            b_skip = _add_product(b_skip, _pair(b_more, TF32), _pair(b_p.to(tl.float32), TF32), TF32)
+                        b_dx += _by_pixel(b_skip) * b_grad
+                tl.store(p_so_far + o_proxy, b_dproxy, mask=m)
+
+                m_so_far = i_first + n < tl.where(i_direction > 0, n_pixels, 0)
+                if p_total is None:
+                    b_dx += _load(p_dx + o_image, o_dx, o_pixel, m_so_far)
+                    _store(p_dx + o_image, o_dx, o_pixel, b_dx, m_writes, m_pixels)
+                else:
+                    b_dx += _load(p_total + o_image, o_dx, o_pixel, m_so_far)
+                    n_last = tl.where(i_direction == n_all - 1, n_pixels, 0)
+                    _store(p_total + o_image, o_dx, o_pixel, b_dx, m_writes, i_first + n < n_pixels - n_last)
+                    _store(p_dx + o_image, o_dx, o_pixel, b_dx, m_writes, i_first + n < n_last)
+
+            m = m_channels & (i_s[None, :] < S)
+            p_out = p_sums + 3 * i_gates
+            o_out = 3 * o_gates + i_s[None, :]
+            tl.store(p_out + o_out, 2.0 * b_sum_before, mask=m)
+            tl.store(p_out + (o_out + S), 2.0 * b_sum_here, mask=m)
+            tl.store(p_out + (o_out + 2 * S), 2.0 * b_sum_after, mask=m)
+            p_out = p_sums + (3 * n_gates + i_gates)
+            tl.store(p_out + (o_gates + i_s[None, :]), b_sum_lam, mask=m)
+            tl.store(p_out + (n_gates + o_gates + i_s[None, :]), b_sum_u, mask=m)
             if p_skip is not None:
-                b_d_skip = b_grad * b_x
-            b_d = _rows_of_eight(b_d_before, b_d_here, b_d_after, b_d_gate, b_grad * b_h, b_d_skip)
-
-            b_p = tl.load(p_pixels + o_proxy, mask=m_s & m_pixels, other=0.0)
-            b_sums = tl.dot(b_d, tl.trans(b_p.to(tl.float32)), b_sums, input_precision="tf32x3")
-            b_dproxy = tl.trans(tl.dot(tl.trans(b_d), b_packed, input_precision="tf32x3"))
-            # An earlier block of the same program, or an earlier direction, has left the sum so far.
-            n_summed = tl.where(i_block > i_span * n_span_blocks, S, S if ADD_PROXY else 0)
-            p_so_far = p_dproxy + i_batch * S * s_plane + i_flat + o_proxy
-            b_dproxy += tl.load(p_so_far, mask=(i_s_column < n_summed) & m_s & m_pixels, other=0.0)
-            tl.store(p_so_far, b_dproxy, mask=m_s & m_pixels)
-
-        tl.store(p_sums + o_packed, b_sums, mask=m_packed)
-        # The next block adds to what other threads may have stored.
-        tl.debug_barrier()
+                p_out = p_sums + (5 * n_gates + i_lowest * S)
+                m = m_channels & (i_s[None, :] < tl.where(i_direction == 0, S, 0))
+                tl.store(p_out + (o_gates + i_s[None, :]), b_sum_skip, mask=m)
+            # The next direction adds to what other threads may have stored.
+            tl.debug_barrier()

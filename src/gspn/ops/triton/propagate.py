@@ -28,14 +28,10 @@ from torch import Tensor
 
 from ..directions import scan_axes
 from . import interpreted
-from .gradients_kernels import gradients_kernel
+from .gradients import Gradients
 from .launch import Launch, limits_of, scratch, sizes_of, strides_of
-from .planner import Limits, Plan, plan_propagate
+from .planner import Limits, plan_propagate
 from .scan_kernels import scan_kernel
-
-_PROGRAMS = 512
-"""Programs of the gradients' kernel, four for each of 130 multiprocessors; constant, for the order of the sums."""
-
 
 @dataclass(frozen=True)
 class Projections:
@@ -139,61 +135,6 @@ def prepare_scan(
     return Launch(scan_kernel, plan, tensors)
 
 
-def _strides(name: str, image: Tensor) -> dict[str, int | None]:
-    """How ``gradients_kernel`` walks an image: along the channels, along all pixels, or as strides say."""
-    batch, channel, row, column = image.stride()
-    _, channels, height, width = image.shape
-    strides: dict[str, int | None] = {"batch": batch, "channel": channel, "row": row, "column": column}
-    if channel == 1 and channels > 1:
-        strides["channel"] = None
-    elif (width == 1 or column == 1) and (height == 1 or row == width):
-        strides["row"] = strides["column"] = None
-    return {f"s_{name}_{axis}": stride for axis, stride in strides.items()}
-
-
-def prepare_gradients(
-    x: Tensor, grad: Tensor, h: Tensor, g: Tensor, before: Tensor | None, dx: Tensor, rows: Tensor,
-    weights: Projections, dproxy: Tensor | None, direction: str, segment: int | None,
-) -> tuple[Launch, Tensor, Tensor]:  # fmt: skip
-    """The launch that adds a direction's gradients to ``dx`` and ``dproxy``; and ``dproxy`` and the sums it writes.
-
-    ``rows`` is the proxy in rows, whatever the direction. ``dproxy [spans, B, S, H, W]`` is None for the first one.
-    """
-    axes = scan_axes(direction)
-    batch, channels, height, width = x.shape
-    proxy_channels = rows.shape[1]
-    block_c, block_n = 16, 32
-    # As many sums for the proxy as take half the memory of an image.
-    blocks = math.ceil(channels / block_c)
-    span_blocks = math.ceil(blocks / max(min(blocks, channels // (2 * proxy_channels)), 1))
-    spans = math.ceil(blocks / span_blocks)
-    image_tiles = math.ceil(height * width / block_n)
-    programs = min(batch * image_tiles, max(_PROGRAMS // spans, 1))
-    add_proxy = dproxy is not None
-    if dproxy is None:
-        dproxy = rows.new_empty((spans, *rows.shape), dtype=torch.float32)
-    maps = [_of_channels(weights.taps, channels).transpose(0, 1), weights.lam[None], weights.u[None]]
-    packed = torch.cat(maps if weights.skip is None else [*maps, weights.skip[None]])
-    sums = packed.new_empty((programs, *packed.shape))
-    tensors = {
-        "p_x": x, "p_grad": grad, "p_dx": dx, "p_h": h, "p_g": g, "p_before": before, "p_proxy": rows,
-        "p_dproxy": dproxy, "p_taps": weights.taps, "p_gate": weights.lam, "p_skip": weights.skip,
-        "p_packed": packed, "p_sums": sums,
-    }  # fmt: skip
-    integers = {
-        **_strides("x", x), **_strides("grad", grad), **_strides("dx", dx),
-        "n_channels": channels, "n_per_group": channels // weights.taps.shape[0], "n_rows": height, "n_columns": width,
-        "n_segment": x.shape[axes.line] if segment is None else min(segment, x.shape[axes.line]),
-        "n_image_tiles": image_tiles, "n_tiles": batch * image_tiles, "n_span_blocks": span_blocks,
-    }  # fmt: skip
-    constants = dict(
-        WIDE=height * width + block_n >= 2**31, BLOCK_C=block_c, BLOCK_N=block_n, VERTICAL=axes.line == -2,
-        REVERSE=axes.reverse, S=proxy_channels, ADD_PROXY=add_proxy,
-    )  # fmt: skip
-    plan = Plan((programs, spans, math.ceil(proxy_channels / 16)), 8, constants, integers)
-    return Launch(gradients_kernel, plan, tensors), dproxy, sums
-
-
 def propagate(
     x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: Tensor | None,
     directions: tuple[str, ...], segment: int | None, limits: Limits | None = None,
@@ -217,34 +158,18 @@ def propagate_backward(
     skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None, limits: Limits | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """``dx, dproxy, dtap_proj, dlam_proj, du_proj, dskip_proj``. ``limits`` is for tests."""
-    dx = torch.empty_like(x)
     if x.numel() == 0:
         present = (proxy, tap_proj, lam_proj, u_proj)
         zeros = (torch.zeros_like(t) if t is proxy else t.new_zeros(t.shape) for t in present)
-        return (dx, *zeros, None if skip_proj is None else skip_proj.new_zeros(skip_proj.shape))  # type: ignore[return-value]
+        return (torch.empty_like(x), *zeros, None if skip_proj is None else skip_proj.new_zeros(skip_proj.shape))  # type: ignore[return-value]
     limits = limits or limits_of(x.device)
     proxies = Proxy(proxy)
     weights = projections(tap_proj, lam_proj, u_proj, skip_proj, len(directions))
-    h, g = (torch.empty_like(dx, dtype=torch.float32) for _ in range(2))
-    total = dx if dx.dtype == torch.float32 or len(directions) == 1 else torch.empty_like(dx, dtype=torch.float32)
-    dtap, dlam, du = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (tap_proj, lam_proj, u_proj))
-    dskip = None
-    dproxy = None
-    for d, direction in enumerate(directions):
-        prepare_scan(x, None, h, proxies, weights[d], direction, segment, limits).run()
-        prepare_scan(grad, None, g, proxies, weights[d], direction, segment, limits, adjoint=True).run()
-        before, out = None if d == 0 else total, dx if d == len(directions) - 1 else total
-        launch, dproxy, sums = prepare_gradients(
-            x, grad, h, g, before, out, proxies.rows, weights[d], dproxy, direction, segment
-        )
+    projected = (t if t is None else t.contiguous() for t in (tap_proj, lam_proj, u_proj, skip_proj))
+    gradients = Gradients(x, grad, proxies.rows, proxies.largest, *projected, directions, segment)
+    for scans, launch in gradients:
+        for d, h, g in scans:
+            prepare_scan(x, None, h, proxies, weights[d], directions[d], segment, limits).run()
+            prepare_scan(grad, None, g, proxies, weights[d], directions[d], segment, limits, adjoint=True).run()
         launch.run()
-        groups, _, states = weights[d].taps.shape
-        of_maps = sums.sum(0)  # [5 or 6, C, S]
-        dtap[d] = of_maps[:3].view(3, groups, -1, states).sum(2).transpose(0, 1)
-        dlam[d], du[d] = of_maps[3], of_maps[4]
-        if weights[d].skip is not None:
-            dskip = of_maps[5].clone()
-    of_proxy = torch.empty_like(proxy)
-    if dproxy is not None:
-        of_proxy.copy_(dproxy.sum(0))
-    return dx, of_proxy, dtap, dlam, du, dskip
+    return gradients.results(proxy)
