@@ -28,22 +28,36 @@ from .taps import exp2, inverse, within_reach
 
 
 @triton.jit
+def _high(b):
+    """The sign, the exponent and the highest 11 bits: what tensor cores read of a number as TF32."""
+    return (b.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _pair(b, TF32: tl.constexpr):
-    """The two numbers whose sum is ``b``, of which a tensor core ignores nothing that counts."""
+    """A number, of which a tensor core reads the highest bits, and what is left."""
     if TF32:
-        b_high = (b.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        return b_high, b - b_high
+        return b, b - _high(b)
     else:
         return b, b
 
 
 @triton.jit
-def _add_product(b_sum, a, b, TF32: tl.constexpr):
-    """``b_sum`` plus the matrix product of two pairs."""
+def _dot(a, b, b_sum, PTX: tl.constexpr):
+    """``b_sum`` plus the product of two matrices, by tensor cores or as they compute it."""
+    if PTX:
+        return tl.dot(a, b, b_sum, input_precision="tf32")
+    else:
+        return tl.dot(_high(a), _high(b), b_sum, input_precision="ieee")
+
+
+@triton.jit
+def _add_product(b_sum, a, b, TF32: tl.constexpr, PTX: tl.constexpr):
+    """``b_sum`` plus the product of two matrices that are pairs."""
     if TF32:
-        b_sum = tl.dot(a[1], b[0], b_sum, input_precision="tf32")
-        b_sum = tl.dot(a[0], b[1], b_sum, input_precision="tf32")
-        return tl.dot(a[0], b[0], b_sum, input_precision="tf32")
+        b_sum = _dot(a[0], b[0], b_sum, PTX)
+        b_sum = _dot(a[0], b[1], b_sum, PTX)
+        return _dot(a[1], b[0], b_sum, PTX)
     else:
         return tl.dot(a[0], b[0], b_sum, input_precision="ieee")
 
@@ -110,20 +124,20 @@ def _factors(weights, TF32: tl.constexpr):
 
 
 @triton.jit
-def _add_products(maps, factors, b_p, TF32: tl.constexpr):
+def _add_products(maps, factors, b_p, TF32: tl.constexpr, PTX: tl.constexpr):
     """Each of four maps plus its factor's product with the proxy."""
     p = _pair(b_p, TF32)
-    b_before = _add_product(maps[0], factors[0], p, TF32)
-    b_here = _add_product(maps[1], factors[1], p, TF32)
-    b_after = _add_product(maps[2], factors[2], p, TF32)
-    return b_before, b_here, b_after, _add_product(maps[3], factors[3], p, TF32)
+    b_before = _add_product(maps[0], factors[0], p, TF32, PTX)
+    b_here = _add_product(maps[1], factors[1], p, TF32, PTX)
+    b_after = _add_product(maps[2], factors[2], p, TF32, PTX)
+    return b_before, b_here, b_after, _add_product(maps[3], factors[3], p, TF32, PTX)
 
 
 @triton.jit
-def _add_gradient(b_sum, b_dproxy, b_d, p, weight, TF32: tl.constexpr):
+def _add_gradient(b_sum, b_dproxy, b_d, p, weight, TF32: tl.constexpr, PTX: tl.constexpr):
     """Adds a map's gradient to that of its projection, ``[16, WIDTH]``, and to that of the proxy."""
-    b_sum = _add_product(b_sum, _pair(b_d, TF32), p, TF32)
-    return b_sum, _add_product(b_dproxy, _pair(tl.trans(b_d), TF32), weight, TF32)
+    b_sum = _add_product(b_sum, _pair(b_d, TF32), p, TF32, PTX)
+    return b_sum, _add_product(b_dproxy, _pair(tl.trans(b_d), TF32), weight, TF32, PTX)
 
 
 @triton.jit(
@@ -246,6 +260,28 @@ def gradients_kernel(
                     p_grad + (i_batch * s_grad_batch + i_lowest * s_grad_channel), o_grad,
                     i_row * s_grad_row + i_column * s_grad_column, m_pixels,
                 )  # fmt: skip
+                p_pixels = p_proxy + (i_batch * S * n_pixels + i_first)
+                i_mixed = _by_column(n)
+                m_mixed = i_first + i_mixed < n_pixels
+                m_proxy = (i_s[None, :] < S) & (tl.trans(i_first + n) < n_pixels)
+                o_proxy = i_s[None, :] * n_pixels + tl.trans(n)
+                p = _pair(tl.load(p_pixels + o_proxy, mask=m_proxy, other=0.0).to(tl.float32), TF32)
+                # An earlier block of the same program, or an earlier direction, has left the sum so far.
+                n_summed = tl.where((i_block > i_first_block) | (i_direction > 0), S, 0)
+                p_so_far = p_dproxy + (i_batch * S * n_pixels + i_first)
+                b_dproxy = tl.load(p_so_far + o_proxy, mask=m_proxy & (i_s[None, :] < n_summed), other=0.0)
+                b_dx = tl.zeros([16, 16], tl.float32)
+                if i_direction == 0:
+                    if p_skip is not None:
+                        b_sum_skip, b_dproxy = _add_gradient(b_sum_skip, b_dproxy, b_grad * b_x, p, w_skip, TF32, PTX)
+                        b_skip = tl.zeros([16, 16], tl.float32)
+                        for i in tl.range(0, S, WIDTH):
+                            m_more = (i + s[:, None] < S) & m_mixed
+                            b_p = tl.load(p_pixels + ((i + s[:, None]) * n_pixels + i_mixed), mask=m_more, other=0.0)
+                            m_more = m_channels & (i + s[None, :] < S)
+                            b_more = tl.load(p_skip + (i_lowest * S + o_gates + (i + s[None, :])), mask=m_more, other=0.0)
+                            b_skip = _add_product(b_skip, _pair(b_more, TF32), _pair(b_p.to(tl.float32), TF32), TF32, PTX)
+                        b_dx = _by_pixel(b_skip) * b_grad
                 o_image = i_batch * s_dx_batch + i_lowest * s_dx_channel
                 o_states = (zero + i_each) * s_direction + o_image
                 o_pixel = i_row * s_dx_row + i_column * s_dx_column
@@ -255,15 +291,12 @@ def gradients_kernel(
                 b_h_here = _load(p_previous, o_dx, o_pixel, m_carries)
                 b_h_after = _load(p_previous + s_cross, o_dx, o_pixel, m_carries & m_has_after)
 
-                p_pixels = p_proxy + (i_batch * S * n_pixels + i_first)
-                i_mixed = _by_column(n)
-                m_mixed = i_first + i_mixed < n_pixels
                 b_zero_map = tl.zeros([16, 16], tl.float32)
                 maps = (b_zero_map, b_zero_map, b_zero_map, b_zero_map)
                 if S <= WIDTH:
                     m = (s[:, None] < S) & m_mixed
                     b_p = tl.load(p_pixels + (s[:, None] * n_pixels + i_mixed), mask=m, other=0.0)
-                    maps = _add_products(maps, factors, b_p.to(tl.float32), TF32)
+                    maps = _add_products(maps, factors, b_p.to(tl.float32), TF32, PTX)
                 else:
                     for i in tl.range(0, S, WIDTH):
                         m = (i + s[:, None] < S) & m_mixed
@@ -274,7 +307,7 @@ def gradients_kernel(
                             ),
                             TF32,
                         )
-                        maps = _add_products(maps, more, b_p.to(tl.float32), TF32)
+                        maps = _add_products(maps, more, b_p.to(tl.float32), TF32, PTX)
                 b_before, b_here = _by_pixel(maps[0]), _by_pixel(maps[1])
                 b_after, b_lam = _by_pixel(maps[2]), _by_pixel(maps[3])
                 if n_large > 0:
@@ -302,31 +335,13 @@ def gradients_kernel(
                 b_after = b_after * b_w_after * (b_h_after - b_mean) * b_carried
                 b_h = b_lam * b_x + (b_mean + b_mean)
 
-                m = (i_s[None, :] < S) & (tl.trans(i_first + n) < n_pixels)
-                o_proxy = i_s[None, :] * n_pixels + tl.trans(n)
-                p = _pair(tl.load(p_pixels + o_proxy, mask=m, other=0.0).to(tl.float32), TF32)
-                # An earlier block of the same program, or an earlier direction, has left the sum so far.
-                n_summed = tl.where((i_block > i_first_block) | (i_direction > 0), S, 0)
-                p_so_far = p_dproxy + (i_batch * S * n_pixels + i_first)
-                b_dproxy = tl.load(p_so_far + o_proxy, mask=m & (i_s[None, :] < n_summed), other=0.0)
-                b_sum_before, b_dproxy = _add_gradient(b_sum_before, b_dproxy, b_before, p, w_before, TF32)
-                b_sum_here, b_dproxy = _add_gradient(b_sum_here, b_dproxy, b_here, p, w_here, TF32)
-                b_sum_after, b_dproxy = _add_gradient(b_sum_after, b_dproxy, b_after, p, w_after, TF32)
-                b_sum_lam, b_dproxy = _add_gradient(b_sum_lam, b_dproxy, b_x * b_g, p, w_lam, TF32)
-                b_sum_u, b_dproxy = _add_gradient(b_sum_u, b_dproxy, b_grad * b_h, p, w_u, TF32)
-                b_dx = b_lam * b_g
-                if i_direction == 0:
-                    if p_skip is not None:
-                        b_sum_skip, b_dproxy = _add_gradient(b_sum_skip, b_dproxy, b_grad * b_x, p, w_skip, TF32)
-                        b_skip = tl.zeros([16, 16], tl.float32)
-                        for i in tl.range(0, S, WIDTH):
-                            m_more = (i + s[:, None] < S) & m_mixed
-                            b_p = tl.load(p_pixels + ((i + s[:, None]) * n_pixels + i_mixed), mask=m_more, other=0.0)
-                            m_more = m_channels & (i + s[None, :] < S)
-                            b_more = tl.load(p_skip + (i_lowest * S + o_gates + (i + s[None, :])), mask=m_more, other=0.0)
-                            b_skip = _add_product(b_skip, _pair(b_more, TF32), _pair(b_p.to(tl.float32), TF32), TF32)
-                        b_dx += _by_pixel(b_skip) * b_grad
-                tl.store(p_so_far + o_proxy, b_dproxy, mask=m)
+                b_sum_before, b_dproxy = _add_gradient(b_sum_before, b_dproxy, b_before, p, w_before, TF32, PTX)
+                b_sum_here, b_dproxy = _add_gradient(b_sum_here, b_dproxy, b_here, p, w_here, TF32, PTX)
+                b_sum_after, b_dproxy = _add_gradient(b_sum_after, b_dproxy, b_after, p, w_after, TF32, PTX)
+                b_sum_lam, b_dproxy = _add_gradient(b_sum_lam, b_dproxy, b_x * b_g, p, w_lam, TF32, PTX)
+                b_sum_u, b_dproxy = _add_gradient(b_sum_u, b_dproxy, b_grad * b_h, p, w_u, TF32, PTX)
+                b_dx += b_lam * b_g
+                tl.store(p_so_far + o_proxy, b_dproxy, mask=m_proxy)
 
                 m_so_far = i_first + n < tl.where(i_direction > 0, n_pixels, 0)
                 if p_total is None:
