@@ -82,8 +82,9 @@ class Gradients:
             *(_TILE * abs(c) + height * abs(i) + width * abs(j) for _, c, i, j in (t.stride() for t in (x, grad, dx))),
         )
         cuda = torch.version.hip is None
+        uniform = len({t.stride() for t in (x, grad, dx)}) == 1
         constants = dict(
-            WIDE=extent >= 2**31, NARROW=width < _TILE, SEGMENTED=segment is not None, S=states, WIDTH=proxy_channels,
+            UNIFORM=uniform, WIDE=extent >= 2**31, NARROW=width < _TILE, SEGMENTED=segment is not None, S=states, WIDTH=proxy_channels,
             TF32=cuda, PTX=cuda and not interpreted(),
         )  # fmt: skip
         self._plan = Plan(grid, 1, constants, integers)

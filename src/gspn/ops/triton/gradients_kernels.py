@@ -34,10 +34,17 @@ def _high(b):
 
 
 @triton.jit
+def _rounded(b):
+    """The nearest TF32 number."""
+    return ((b.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _pair(b, TF32: tl.constexpr):
-    """A number, of which a tensor core reads the highest bits, and what is left."""
+    """A number as the sum of two, the first of which is a TF32 number."""
     if TF32:
-        return b, b - _high(b)
+        b_high = _rounded(b)
+        return b_high, b - b_high
     else:
         return b, b
 
@@ -64,23 +71,31 @@ def _add_product(b_sum, a, b, TF32: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def _fours(b):
-    """``[.., 16]`` to its four ``[.., 4]``, in order."""
-    even, odd = tl.split(tl.permute(tl.reshape(b, [b.shape[0], 2, 2, 4]), (0, 3, 1, 2)))
-    b_0, b_2 = tl.split(even)
-    b_1, b_3 = tl.split(odd)
-    return b_0, b_1, b_2, b_3
+    """``[.., 8]`` or ``[.., 16]`` to its two or four ``[.., 4]``, in order."""
+    R: tl.constexpr = b.shape[0]
+    if b.shape[1] == 8:
+        return tl.split(tl.permute(tl.reshape(b, [R, 2, 4]), (0, 2, 1)))
+    else:
+        even, odd = tl.split(tl.permute(tl.reshape(b, [R, 2, 2, 4]), (0, 3, 1, 2)))
+        b_0, b_2 = tl.split(even)
+        b_1, b_3 = tl.split(odd)
+        return b_0, b_1, b_2, b_3
 
 
 @triton.jit
-def _load(p, o_channel, o_pixel, m):
-    """``[16, 16]`` in float32, from offsets of channels ``[16, 1]`` and of pixels ``[1, 16]``; 0 where ``m`` is not."""
-    o, masks = _fours(o_pixel), _fours(m)
-    b_0 = tl.load(p + (o_channel + o[0]), mask=masks[0], other=0.0)
-    b_1 = tl.load(p + (o_channel + o[1]), mask=masks[1], other=0.0)
-    b_2 = tl.load(p + (o_channel + o[2]), mask=masks[2], other=0.0)
-    b_3 = tl.load(p + (o_channel + o[3]), mask=masks[3], other=0.0)
-    b = tl.permute(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), (0, 2, 3, 1))
-    return tl.reshape(b, [16, 16]).to(tl.float32)
+def _load(p, o_row, o_column, m):
+    """A tile in float32 from offsets of its rows ``[.., 1]`` and of its columns ``[1, ..]``; 0 where ``m`` is not."""
+    C: tl.constexpr = o_column.shape[1]
+    o, masks = _fours(o_column), _fours(m)
+    b_0 = tl.load(p + (o_row + o[0]), mask=masks[0], other=0.0)
+    b_1 = tl.load(p + (o_row + o[1]), mask=masks[1], other=0.0)
+    if C == 8:
+        b = tl.permute(tl.join(b_0, b_1), (0, 2, 1))
+    else:
+        b_2 = tl.load(p + (o_row + o[2]), mask=masks[2], other=0.0)
+        b_3 = tl.load(p + (o_row + o[3]), mask=masks[3], other=0.0)
+        b = tl.permute(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), (0, 2, 3, 1))
+    return tl.reshape(b, [o_row.shape[0], C]).to(tl.float32)
 
 
 @triton.jit
@@ -92,9 +107,9 @@ def _store(p, o_channel, o_pixel, b, m_channels, m):
 
 
 @triton.jit
-def _by_column(n):
-    """The pixel whose proxy the column ``n`` of a product is made with."""
-    return (n & 8) + (n & 1) * 4 + ((n >> 1) & 3)
+def _by_column(i):
+    """The pixel whose proxy the column ``i`` of a product is made with."""
+    return (i & 8) + (i & 1) * 4 + ((i >> 1) & 3)
 
 
 @triton.jit
@@ -156,7 +171,7 @@ def gradients_kernel(
     p_total, p_h, p_g, s_direction, p_proxy, p_largest, p_dproxy, p_taps, p_lam, p_u, p_skip, p_sums,
     n_channels, n_groups, n_rows, n_columns, n_segment, n_image_tiles, n_tiles, n_run, n_span_blocks,
     n_directions, n_all, i_first_direction, i_axes,
-    WIDE: tl.constexpr, NARROW: tl.constexpr, SEGMENTED: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr,
+    UNIFORM: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr, SEGMENTED: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr,
     TF32: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Adds ``n_directions`` of all ``n_all`` directions to ``dx`` and ``dproxy``, and writes their sums.
@@ -193,7 +208,6 @@ def gradients_kernel(
         m_channels = i_block * 16 + c < n_channels
         # Programs for other channels of the proxy compute the same dx.
         m_writes = c < tl.where(i_part == 0, n_channels - i_block * 16, 0)
-        o_x, o_grad = i_channel.to(OFFSET) * s_x_channel, i_channel.to(OFFSET) * s_grad_channel
         o_dx = i_channel.to(OFFSET) * s_dx_channel
         o_gates = i_channel * S
         i_group = (i_lowest + i_channel) // (n_channels // n_groups)
@@ -252,20 +266,27 @@ def gradients_kernel(
 
                 i_batch = i_batch.to(tl.int64)
                 m_all = n >= 0
-                b_x = _load(
-                    p_x + (i_batch * s_x_batch + i_lowest * s_x_channel), o_x,
-                    i_row * s_x_row + i_column * s_x_column, m_all,
-                )  # fmt: skip
-                b_grad = _load(
-                    p_grad + (i_batch * s_grad_batch + i_lowest * s_grad_channel), o_grad,
-                    i_row * s_grad_row + i_column * s_grad_column, m_pixels,
-                )  # fmt: skip
+                o_image = i_batch * s_dx_batch + i_lowest * s_dx_channel
+                o_pixel = i_row * s_dx_row + i_column * s_dx_column
+                if UNIFORM:
+                    b_x = _load(p_x + o_image, o_dx, o_pixel, m_all)
+                    b_grad = _load(p_grad + o_image, o_dx, o_pixel, m_pixels)
+                else:
+                    b_x = _load(
+                        p_x + (i_batch * s_x_batch + i_lowest * s_x_channel), i_channel.to(OFFSET) * s_x_channel,
+                        i_row * s_x_row + i_column * s_x_column, m_all,
+                    )  # fmt: skip
+                    b_grad = _load(
+                        p_grad + (i_batch * s_grad_batch + i_lowest * s_grad_channel),
+                        i_channel.to(OFFSET) * s_grad_channel, i_row * s_grad_row + i_column * s_grad_column, m_pixels,
+                    )  # fmt: skip
                 p_pixels = p_proxy + (i_batch * S * n_pixels + i_first)
-                i_mixed = _by_column(n)
+                i_mixed = _by_column(c)
                 m_mixed = i_first + i_mixed < n_pixels
-                m_proxy = (i_s[None, :] < S) & (tl.trans(i_first + n) < n_pixels)
-                o_proxy = i_s[None, :] * n_pixels + tl.trans(n)
-                p = _pair(tl.load(p_pixels + o_proxy, mask=m_proxy, other=0.0).to(tl.float32), TF32)
+                b_own = _load(p_pixels, i_s[:, None] * n_pixels, n.to(OFFSET), (i_s[:, None] < S) & m_pixels)
+                p = _pair(tl.trans(b_own), TF32)
+                m_proxy = (i_s[None, :] < S) & (i_first + c < n_pixels)
+                o_proxy = i_s[None, :] * n_pixels + c
                 # An earlier block of the same program, or an earlier direction, has left the sum so far.
                 n_summed = tl.where((i_block > i_first_block) | (i_direction > 0), S, 0)
                 p_so_far = p_dproxy + (i_batch * S * n_pixels + i_first)
@@ -276,40 +297,47 @@ def gradients_kernel(
                         b_sum_skip, b_dproxy = _add_gradient(b_sum_skip, b_dproxy, b_grad * b_x, p, w_skip, TF32, PTX)
                         b_skip = tl.zeros([16, 16], tl.float32)
                         for i in tl.range(0, S, WIDTH):
-                            m_more = (i + s[:, None] < S) & m_mixed
-                            b_p = tl.load(p_pixels + ((i + s[:, None]) * n_pixels + i_mixed), mask=m_more, other=0.0)
+                            b_p = _load(p_pixels, i_mixed, (i + s[None, :]) * n_pixels, (i + s[None, :] < S) & m_mixed)
                             m_more = m_channels & (i + s[None, :] < S)
                             b_more = tl.load(p_skip + (i_lowest * S + o_gates + (i + s[None, :])), mask=m_more, other=0.0)
-                            b_skip = _add_product(b_skip, _pair(b_more, TF32), _pair(b_p.to(tl.float32), TF32), TF32, PTX)
+                            b_skip = _add_product(b_skip, _pair(b_more, TF32), _pair(tl.trans(b_p), TF32), TF32, PTX)
                         b_dx = _by_pixel(b_skip) * b_grad
-                o_image = i_batch * s_dx_batch + i_lowest * s_dx_channel
                 o_states = (zero + i_each) * s_direction + o_image
-                o_pixel = i_row * s_dx_row + i_column * s_dx_column
                 b_g = _load(p_g + o_states, o_dx, o_pixel, m_pixels)
-                p_previous = p_h + o_states + o_previous
-                b_h_before = _load(p_previous - s_cross, o_dx, o_pixel, m_carries & m_has_before)
-                b_h_here = _load(p_previous, o_dx, o_pixel, m_carries)
-                b_h_after = _load(p_previous + s_cross, o_dx, o_pixel, m_carries & m_has_after)
-
                 b_zero_map = tl.zeros([16, 16], tl.float32)
                 maps = (b_zero_map, b_zero_map, b_zero_map, b_zero_map)
                 if S <= WIDTH:
-                    m = (s[:, None] < S) & m_mixed
-                    b_p = tl.load(p_pixels + (s[:, None] * n_pixels + i_mixed), mask=m, other=0.0)
-                    maps = _add_products(maps, factors, b_p.to(tl.float32), TF32, PTX)
+                    b_p = _load(p_pixels, i_mixed, s[None, :] * n_pixels, (s[None, :] < S) & m_mixed)
+                    maps = _add_products(maps, factors, tl.trans(b_p), TF32, PTX)
                 else:
                     for i in tl.range(0, S, WIDTH):
-                        m = (i + s[:, None] < S) & m_mixed
-                        b_p = tl.load(p_pixels + ((i + s[:, None]) * n_pixels + i_mixed), mask=m, other=0.0)
+                        b_p = _load(p_pixels, i_mixed, (i + s[None, :]) * n_pixels, (i + s[None, :] < S) & m_mixed)
                         more = _factors(
                             _weights(
                                 p_taps, p_lam + i_gates, p_u + i_gates, o_taps, o_gates, i + s[None, :], m_channels, S
                             ),
                             TF32,
                         )
-                        maps = _add_products(maps, more, b_p.to(tl.float32), TF32, PTX)
+                        maps = _add_products(maps, more, tl.trans(b_p), TF32, PTX)
                 b_before, b_here = _by_pixel(maps[0]), _by_pixel(maps[1])
                 b_after, b_lam = _by_pixel(maps[2]), _by_pixel(maps[3])
+                b_dx += b_lam * b_g
+                m_so_far = i_first + n < tl.where(i_direction > 0, n_pixels, 0)
+                if p_total is None:
+                    b_dx += _load(p_dx + o_image, o_dx, o_pixel, m_so_far)
+                    _store(p_dx + o_image, o_dx, o_pixel, b_dx, m_writes, m_pixels)
+                else:
+                    b_dx += _load(p_total + o_image, o_dx, o_pixel, m_so_far)
+                    n_last = tl.where(i_direction == n_all - 1, n_pixels, 0)
+                    _store(p_total + o_image, o_dx, o_pixel, b_dx, m_writes, i_first + n < n_pixels - n_last)
+                    _store(p_dx + o_image, o_dx, o_pixel, b_dx, m_writes, i_first + n < n_last)
+                b_sum_lam, b_dproxy = _add_gradient(b_sum_lam, b_dproxy, b_x * b_g, p, w_lam, TF32, PTX)
+                b_h = b_lam * b_x
+                p_previous = p_h + o_states + o_previous
+                b_h_before = _load(p_previous - s_cross, o_dx, o_pixel, m_carries & m_has_before)
+                b_h_here = _load(p_previous, o_dx, o_pixel, m_carries)
+                b_h_after = _load(p_previous + s_cross, o_dx, o_pixel, m_carries & m_has_after)
+
                 if n_large > 0:
                     b_before = tl.where(m_has_before, b_before, float("inf"))
                     b_after = tl.where(m_has_after, b_after, float("inf"))
@@ -333,25 +361,13 @@ def gradients_kernel(
                 b_before = b_before * b_w_before * (b_h_before - b_mean) * b_carried
                 b_here = b_here * b_w_here * (b_h_here - b_mean) * b_carried
                 b_after = b_after * b_w_after * (b_h_after - b_mean) * b_carried
-                b_h = b_lam * b_x + (b_mean + b_mean)
+                b_h += b_mean + b_mean
 
                 b_sum_before, b_dproxy = _add_gradient(b_sum_before, b_dproxy, b_before, p, w_before, TF32, PTX)
                 b_sum_here, b_dproxy = _add_gradient(b_sum_here, b_dproxy, b_here, p, w_here, TF32, PTX)
                 b_sum_after, b_dproxy = _add_gradient(b_sum_after, b_dproxy, b_after, p, w_after, TF32, PTX)
-                b_sum_lam, b_dproxy = _add_gradient(b_sum_lam, b_dproxy, b_x * b_g, p, w_lam, TF32, PTX)
                 b_sum_u, b_dproxy = _add_gradient(b_sum_u, b_dproxy, b_grad * b_h, p, w_u, TF32, PTX)
-                b_dx += b_lam * b_g
                 tl.store(p_so_far + o_proxy, b_dproxy, mask=m_proxy)
-
-                m_so_far = i_first + n < tl.where(i_direction > 0, n_pixels, 0)
-                if p_total is None:
-                    b_dx += _load(p_dx + o_image, o_dx, o_pixel, m_so_far)
-                    _store(p_dx + o_image, o_dx, o_pixel, b_dx, m_writes, m_pixels)
-                else:
-                    b_dx += _load(p_total + o_image, o_dx, o_pixel, m_so_far)
-                    n_last = tl.where(i_direction == n_all - 1, n_pixels, 0)
-                    _store(p_total + o_image, o_dx, o_pixel, b_dx, m_writes, i_first + n < n_pixels - n_last)
-                    _store(p_dx + o_image, o_dx, o_pixel, b_dx, m_writes, i_first + n < n_last)
 
             m = m_channels & (i_s[None, :] < S)
             p_out = p_sums + 3 * i_gates
