@@ -87,15 +87,15 @@ def _load(p, o_row, o_column, m):
     """A tile in float32 from offsets of its rows ``[.., 1]`` and of its columns ``[1, ..]``; 0 where ``m`` is not."""
     C: tl.constexpr = o_column.shape[1]
     o, masks = _fours(o_column), _fours(m)
-    b_0 = tl.load(p + (o_row + o[0]), mask=masks[0], other=0.0)
-    b_1 = tl.load(p + (o_row + o[1]), mask=masks[1], other=0.0)
+    b_0 = tl.load(p + (o_row + o[0]), mask=masks[0], other=0.0).to(tl.float32)
+    b_1 = tl.load(p + (o_row + o[1]), mask=masks[1], other=0.0).to(tl.float32)
     if C == 8:
         b = tl.permute(tl.join(b_0, b_1), (0, 2, 1))
     else:
-        b_2 = tl.load(p + (o_row + o[2]), mask=masks[2], other=0.0)
-        b_3 = tl.load(p + (o_row + o[3]), mask=masks[3], other=0.0)
+        b_2 = tl.load(p + (o_row + o[2]), mask=masks[2], other=0.0).to(tl.float32)
+        b_3 = tl.load(p + (o_row + o[3]), mask=masks[3], other=0.0).to(tl.float32)
         b = tl.permute(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), (0, 2, 3, 1))
-    return tl.reshape(b, [o_row.shape[0], C]).to(tl.float32)
+    return tl.reshape(b, [o_row.shape[0], C])
 
 
 @triton.jit
@@ -332,7 +332,9 @@ def gradients_kernel(
                     _store(p_total + o_image, o_dx, o_pixel, b_dx, m_writes, i_first + n < n_pixels - n_last)
                     _store(p_dx + o_image, o_dx, o_pixel, b_dx, m_writes, i_first + n < n_last)
                 b_sum_lam, b_dproxy = _add_gradient(b_sum_lam, b_dproxy, b_x * b_g, p, w_lam, TF32, PTX)
-                b_h = b_lam * b_x
+                b_h = _load(p_h + o_states, o_dx, o_pixel, m_all)
+                b_sum_u, b_dproxy = _add_gradient(b_sum_u, b_dproxy, b_grad * b_h, p, w_u, TF32, PTX)
+
                 p_previous = p_h + o_states + o_previous
                 b_h_before = _load(p_previous - s_cross, o_dx, o_pixel, m_carries & m_has_before)
                 b_h_here = _load(p_previous, o_dx, o_pixel, m_carries)
@@ -361,12 +363,10 @@ def gradients_kernel(
                 b_before = b_before * b_w_before * (b_h_before - b_mean) * b_carried
                 b_here = b_here * b_w_here * (b_h_here - b_mean) * b_carried
                 b_after = b_after * b_w_after * (b_h_after - b_mean) * b_carried
-                b_h += b_mean + b_mean
 
                 b_sum_before, b_dproxy = _add_gradient(b_sum_before, b_dproxy, b_before, p, w_before, TF32, PTX)
                 b_sum_here, b_dproxy = _add_gradient(b_sum_here, b_dproxy, b_here, p, w_here, TF32, PTX)
                 b_sum_after, b_dproxy = _add_gradient(b_sum_after, b_dproxy, b_after, p, w_after, TF32, PTX)
-                b_sum_u, b_dproxy = _add_gradient(b_sum_u, b_dproxy, b_grad * b_h, p, w_u, TF32, PTX)
                 tl.store(p_so_far + o_proxy, b_dproxy, mask=m_proxy)
 
             m = m_channels & (i_s[None, :] < S)
