@@ -95,7 +95,12 @@ def _load(p, o_row, o_column, m):
         b_2 = tl.load(p + (o_row + o[2]), mask=masks[2], other=0.0).to(tl.float32)
         b_3 = tl.load(p + (o_row + o[3]), mask=masks[3], other=0.0).to(tl.float32)
         b = tl.permute(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), (0, 2, 3, 1))
-    return tl.reshape(b, [o_row.shape[0], C])
+    b = tl.reshape(b, [o_row.shape[0], C])
+    if p.dtype.element_ty == tl.float32:
+        return b
+    else:
+        # The compiler lays out a factor by the width of the number that was loaded, as far as it sees where it is from.
+        return tl.sum(tl.expand_dims(b, 2), axis=2)
 
 
 @triton.jit
@@ -119,40 +124,27 @@ def _by_pixel(b):
 
 
 @triton.jit
-def _weights(p_taps, p_lam, p_u, o_taps, o_gates, i_s, m_channels, S: tl.constexpr):
-    """``[16, WIDTH]`` for each map: the weights of proxy channels ``i_s`` for three taps, lam and u."""
-    m = m_channels & (i_s < S)
-    b_before = tl.load(p_taps + (o_taps + i_s), mask=m, other=0.0)
-    b_here = tl.load(p_taps + (o_taps + (S + i_s)), mask=m, other=0.0)
-    b_after = tl.load(p_taps + (o_taps + (2 * S + i_s)), mask=m, other=0.0)
-    b_lam = tl.load(p_lam + (o_gates + i_s), mask=m, other=0.0)
-    b_u = tl.load(p_u + (o_gates + i_s), mask=m, other=0.0)
-    return b_before, b_here, b_after, b_lam, b_u
+def _map(p_weight, o_channel, p_pixels, s_plane, n_pixels, SCALE: tl.constexpr, S: tl.constexpr, TF32: tl.constexpr, PTX: tl.constexpr):
+    """A map ``[16, 16]``: SCALE times the products of channels' weights with the proxy of pixels."""
+    i, s = tl.arange(0, 16)[:, None], tl.arange(0, 8)[None, :]
+    i_pixel = _by_column(i)
+    b_map = tl.zeros([16, 16], tl.float32)
+    for i_first in tl.static_range(0, S, 8):
+        m = i_first + s < S
+        b_p = _load(p_pixels, i_pixel, (i_first + s) * s_plane, m & (i_pixel < n_pixels))
+        b_weight = SCALE * _load(p_weight, o_channel, i_first + s, m & (i >= 0))
+        b_map = _add_product(b_map, _pair(b_weight, TF32), _pair(tl.trans(b_p), TF32), TF32, PTX)
+    return _by_pixel(b_map)
 
 
 @triton.jit
-def _factors(weights, TF32: tl.constexpr):
-    """Pairs of what three logits times ``-log2(e)`` and lam are products of."""
-    a_before, a_here = weights[0] * -1.4426950408889634, weights[1] * -1.4426950408889634
-    a_after = weights[2] * -1.4426950408889634
-    return _pair(a_before, TF32), _pair(a_here, TF32), _pair(a_after, TF32), _pair(weights[3], TF32)
-
-
-@triton.jit
-def _add_products(maps, factors, b_p, TF32: tl.constexpr, PTX: tl.constexpr):
-    """Each of four maps plus its factor's product with the proxy."""
-    p = _pair(b_p, TF32)
-    b_before = _add_product(maps[0], factors[0], p, TF32, PTX)
-    b_here = _add_product(maps[1], factors[1], p, TF32, PTX)
-    b_after = _add_product(maps[2], factors[2], p, TF32, PTX)
-    return b_before, b_here, b_after, _add_product(maps[3], factors[3], p, TF32, PTX)
-
-
-@triton.jit
-def _add_gradient(b_sum, b_dproxy, b_d, p, weight, TF32: tl.constexpr, PTX: tl.constexpr):
-    """Adds a map's gradient to that of its projection, ``[16, WIDTH]``, and to that of the proxy."""
+def _add_gradient(
+    b_sum, b_dproxy, b_d, p, p_weight, i_s, o_channel, m, SCALE: tl.constexpr, TF32: tl.constexpr, PTX: tl.constexpr
+):
+    """Adds a map's gradient to that of its projection, ``[16, WIDTH]``, and SCALE times it to that of the proxy."""
     b_sum = _add_product(b_sum, _pair(b_d, TF32), p, TF32, PTX)
-    return b_sum, _add_product(b_dproxy, _pair(tl.trans(b_d), TF32), weight, TF32, PTX)
+    b_weight = SCALE * tl.trans(_load(p_weight, i_s, o_channel, m))
+    return b_sum, _add_product(b_dproxy, _pair(tl.trans(b_d), TF32), _pair(b_weight, TF32), TF32, PTX)
 
 
 @triton.jit(
@@ -223,17 +215,8 @@ def gradients_kernel(
             o_previous = tl.where(reverse, s_line, -s_line)
             i_gates = (i_direction * n_channels.to(tl.int64) + i_lowest) * S
             o_taps = (i_direction * n_groups + i_group) * (3 * S)
-            weights = _weights(
-                p_taps, p_lam + i_gates, p_u + i_gates, o_taps, o_gates, i_s[None, :], m_channels, S
-            )  # fmt: skip
-            # Gradients of logits are halves, as their states' differences are.
-            w_before, w_here = _pair(2.0 * weights[0], TF32), _pair(2.0 * weights[1], TF32)
-            w_after, w_lam, w_u = _pair(2.0 * weights[2], TF32), _pair(weights[3], TF32), _pair(weights[4], TF32)
-            w_skip = w_u
-            if p_skip is not None:
-                m_skip = m_channels & (i_s[None, :] < S)
-                w_skip = _pair(tl.load(p_skip + (i_lowest * S + o_gates + i_s[None, :]), mask=m_skip, other=0.0), TF32)
-            factors = _factors(weights, TF32)
+            i_s_row, o_gates_row, o_taps_row = i_s[:, None], tl.trans(o_gates), tl.trans(o_taps)
+            m_weights = (i_s_row < S) & (i_lowest + n < n_channels)
 
             # Hardly ever: a bound that is a NaN is not below 100 either.
             b_bound = tl.zeros([16, 1], tl.float32)
@@ -281,8 +264,7 @@ def gradients_kernel(
                         i_channel.to(OFFSET) * s_grad_channel, i_row * s_grad_row + i_column * s_grad_column, m_pixels,
                     )  # fmt: skip
                 p_pixels = p_proxy + (i_batch * S * n_pixels + i_first)
-                i_mixed = _by_column(c)
-                m_mixed = i_first + i_mixed < n_pixels
+                n_left = n_pixels - i_first
                 b_own = _load(p_pixels, i_s[:, None] * n_pixels, n.to(OFFSET), (i_s[:, None] < S) & m_pixels)
                 p = _pair(tl.trans(b_own), TF32)
                 m_proxy = (i_s[None, :] < S) & (i_first + c < n_pixels)
@@ -294,33 +276,14 @@ def gradients_kernel(
                 b_dx = tl.zeros([16, 16], tl.float32)
                 if i_direction == 0:
                     if p_skip is not None:
-                        b_sum_skip, b_dproxy = _add_gradient(b_sum_skip, b_dproxy, b_grad * b_x, p, w_skip, TF32, PTX)
-                        b_skip = tl.zeros([16, 16], tl.float32)
-                        for i in tl.range(0, S, WIDTH):
-                            b_p = _load(p_pixels, i_mixed, (i + s[None, :]) * n_pixels, (i + s[None, :] < S) & m_mixed)
-                            m_more = m_channels & (i + s[None, :] < S)
-                            b_more = tl.load(p_skip + (i_lowest * S + o_gates + (i + s[None, :])), mask=m_more, other=0.0)
-                            b_skip = _add_product(b_skip, _pair(b_more, TF32), _pair(tl.trans(b_p), TF32), TF32, PTX)
-                        b_dx = _by_pixel(b_skip) * b_grad
+                        b_sum_skip, b_dproxy = _add_gradient(
+                            b_sum_skip, b_dproxy, b_grad * b_x, p, p_skip + i_lowest * S, i_s_row, o_gates_row, m_weights, 1.0, TF32, PTX
+                        )
+                        b_skip = _map(p_skip + i_lowest * S, o_gates, p_pixels, n_pixels, n_left, 1.0, S, TF32, PTX)
+                        b_dx = b_skip * b_grad
                 o_states = (zero + i_each) * s_direction + o_image
                 b_g = _load(p_g + o_states, o_dx, o_pixel, m_pixels)
-                b_zero_map = tl.zeros([16, 16], tl.float32)
-                maps = (b_zero_map, b_zero_map, b_zero_map, b_zero_map)
-                if S <= WIDTH:
-                    b_p = _load(p_pixels, i_mixed, s[None, :] * n_pixels, (s[None, :] < S) & m_mixed)
-                    maps = _add_products(maps, factors, tl.trans(b_p), TF32, PTX)
-                else:
-                    for i in tl.range(0, S, WIDTH):
-                        b_p = _load(p_pixels, i_mixed, (i + s[None, :]) * n_pixels, (i + s[None, :] < S) & m_mixed)
-                        more = _factors(
-                            _weights(
-                                p_taps, p_lam + i_gates, p_u + i_gates, o_taps, o_gates, i + s[None, :], m_channels, S
-                            ),
-                            TF32,
-                        )
-                        maps = _add_products(maps, more, tl.trans(b_p), TF32, PTX)
-                b_before, b_here = _by_pixel(maps[0]), _by_pixel(maps[1])
-                b_after, b_lam = _by_pixel(maps[2]), _by_pixel(maps[3])
+                b_lam = _map(p_lam + i_gates, o_gates, p_pixels, n_pixels, n_left, 1.0, S, TF32, PTX)
                 b_dx += b_lam * b_g
                 m_so_far = i_first + n < tl.where(i_direction > 0, n_pixels, 0)
                 if p_total is None:
@@ -331,15 +294,23 @@ def gradients_kernel(
                     n_last = tl.where(i_direction == n_all - 1, n_pixels, 0)
                     _store(p_total + o_image, o_dx, o_pixel, b_dx, m_writes, i_first + n < n_pixels - n_last)
                     _store(p_dx + o_image, o_dx, o_pixel, b_dx, m_writes, i_first + n < n_last)
-                b_sum_lam, b_dproxy = _add_gradient(b_sum_lam, b_dproxy, b_x * b_g, p, w_lam, TF32, PTX)
+                b_sum_lam, b_dproxy = _add_gradient(
+                    b_sum_lam, b_dproxy, b_x * b_g, p, p_lam + i_gates, i_s_row, o_gates_row, m_weights, 1.0, TF32, PTX
+                )
                 b_h = _load(p_h + o_states, o_dx, o_pixel, m_all)
-                b_sum_u, b_dproxy = _add_gradient(b_sum_u, b_dproxy, b_grad * b_h, p, w_u, TF32, PTX)
+                b_sum_u, b_dproxy = _add_gradient(
+                    b_sum_u, b_dproxy, b_grad * b_h, p, p_u + i_gates, i_s_row, o_gates_row, m_weights, 1.0, TF32, PTX
+                )
 
                 p_previous = p_h + o_states + o_previous
                 b_h_before = _load(p_previous - s_cross, o_dx, o_pixel, m_carries & m_has_before)
                 b_h_here = _load(p_previous, o_dx, o_pixel, m_carries)
                 b_h_after = _load(p_previous + s_cross, o_dx, o_pixel, m_carries & m_has_after)
 
+                LOG2: tl.constexpr = -1.4426950408889634
+                b_before = _map(p_taps, o_taps, p_pixels, n_pixels, n_left, LOG2, S, TF32, PTX)
+                b_here = _map(p_taps + S, o_taps, p_pixels, n_pixels, n_left, LOG2, S, TF32, PTX)
+                b_after = _map(p_taps + 2 * S, o_taps, p_pixels, n_pixels, n_left, LOG2, S, TF32, PTX)
                 if n_large > 0:
                     b_before = tl.where(m_has_before, b_before, float("inf"))
                     b_after = tl.where(m_has_after, b_after, float("inf"))
@@ -364,9 +335,15 @@ def gradients_kernel(
                 b_here = b_here * b_w_here * (b_h_here - b_mean) * b_carried
                 b_after = b_after * b_w_after * (b_h_after - b_mean) * b_carried
 
-                b_sum_before, b_dproxy = _add_gradient(b_sum_before, b_dproxy, b_before, p, w_before, TF32, PTX)
-                b_sum_here, b_dproxy = _add_gradient(b_sum_here, b_dproxy, b_here, p, w_here, TF32, PTX)
-                b_sum_after, b_dproxy = _add_gradient(b_sum_after, b_dproxy, b_after, p, w_after, TF32, PTX)
+                b_sum_before, b_dproxy = _add_gradient(
+                    b_sum_before, b_dproxy, b_before, p, p_taps, i_s_row, o_taps_row, m_weights, 2.0, TF32, PTX
+                )
+                b_sum_here, b_dproxy = _add_gradient(
+                    b_sum_here, b_dproxy, b_here, p, p_taps + S, i_s_row, o_taps_row, m_weights, 2.0, TF32, PTX
+                )
+                b_sum_after, b_dproxy = _add_gradient(
+                    b_sum_after, b_dproxy, b_after, p, p_taps + 2 * S, i_s_row, o_taps_row, m_weights, 2.0, TF32, PTX
+                )
                 tl.store(p_so_far + o_proxy, b_dproxy, mask=m_proxy)
 
             m = m_channels & (i_s[None, :] < S)
