@@ -144,7 +144,7 @@ def _gradients(launch: Launch) -> Work:
     directions, tile = i["n_directions"], 16
     blocks, tiles = math.ceil(i["n_channels"] / tile) / spans, i["n_tiles"] / programs
     pixels = directions * _elements(launch, "p_x")
-    loops = (Repeat(blocks, (Repeat(directions, (Repeat(tiles),)),)),)
+    loops = (Repeat(blocks, (Repeat(directions, (Repeat(tiles), Repeat(tiles))),)),)
     return Work("gradients", pixels, blocks * directions * tiles, tile * tile, loops)
 
 

@@ -83,24 +83,29 @@ def _fours(b):
 
 
 @triton.jit
+def _load_four(p, o, m):
+    """A tile of four columns in float32; 0 where ``m`` is not."""
+    b = tl.load(p + o, mask=m, other=0.0)
+    if p.dtype.element_ty == tl.float32:
+        return b
+    else:
+        # A sum of one number each: where the compiler sees that a factor was loaded from a half type, it arranges the
+        # columns of the factor in pairs.
+        return tl.sum(tl.expand_dims(b.to(tl.float32), 2), axis=2)
+
+
+@triton.jit
 def _load(p, o_row, o_column, m):
     """A tile in float32 from offsets of its rows ``[.., 1]`` and of its columns ``[1, ..]``; 0 where ``m`` is not."""
     C: tl.constexpr = o_column.shape[1]
     o, masks = _fours(o_column), _fours(m)
-    b_0 = tl.load(p + (o_row + o[0]), mask=masks[0], other=0.0).to(tl.float32)
-    b_1 = tl.load(p + (o_row + o[1]), mask=masks[1], other=0.0).to(tl.float32)
+    b_0, b_1 = _load_four(p, o_row + o[0], masks[0]), _load_four(p, o_row + o[1], masks[1])
     if C == 8:
         b = tl.permute(tl.join(b_0, b_1), (0, 2, 1))
     else:
-        b_2 = tl.load(p + (o_row + o[2]), mask=masks[2], other=0.0).to(tl.float32)
-        b_3 = tl.load(p + (o_row + o[3]), mask=masks[3], other=0.0).to(tl.float32)
+        b_2, b_3 = _load_four(p, o_row + o[2], masks[2]), _load_four(p, o_row + o[3], masks[3])
         b = tl.permute(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), (0, 2, 3, 1))
-    b = tl.reshape(b, [o_row.shape[0], C])
-    if p.dtype.element_ty == tl.float32:
-        return b
-    else:
-        # The compiler lays out a factor by the width of the number that was loaded, as far as it sees where it is from.
-        return tl.sum(tl.expand_dims(b, 2), axis=2)
+    return tl.reshape(b, [o_row.shape[0], C])
 
 
 @triton.jit
@@ -145,6 +150,25 @@ def _add_gradient(
     b_sum = _add_product(b_sum, _pair(b_d, TF32), p, TF32, PTX)
     b_weight = SCALE * tl.trans(_load(p_weight, i_s, o_channel, m))
     return b_sum, _add_product(b_dproxy, _pair(tl.trans(b_d), TF32), _pair(b_weight, TF32), TF32, PTX)
+
+
+@triton.jit
+def _place(i_tile, n_image_tiles, n_rows, n_columns, n_pixels, NARROW: tl.constexpr, OFFSET: tl.constexpr):
+    """Where a tile is: its batch entry, its first pixel, its rows and columns ``[1, 16]``, and which pixels exist.
+
+    Beyond the last pixel are pixels of the last row.
+    """
+    i_batch = i_tile // n_image_tiles
+    i_first = (i_tile - i_batch * n_image_tiles).to(OFFSET) * 16
+    n = tl.arange(0, 16)[None, :]
+    i_row = i_first // n_columns
+    i_column = i_first - i_row * n_columns + n
+    if NARROW:
+        i_wraps = i_column // n_columns
+    else:
+        i_wraps = (i_column >= n_columns).to(OFFSET)
+    i_row, i_column = tl.minimum(i_row + i_wraps, n_rows - 1), i_column - i_wraps * n_columns
+    return i_batch.to(tl.int64), i_first, i_row, i_column, i_first + n < n_pixels
 
 
 @triton.jit(
@@ -218,6 +242,9 @@ def gradients_kernel(
             i_s_row, o_gates_row, o_taps_row = i_s[:, None], tl.trans(o_gates), tl.trans(o_taps)
             m_weights = (i_s_row < S) & (i_lowest + n < n_channels)
 
+            o_proxy = i_s[None, :] * n_pixels + c
+            p_states, p_adjoint = p_h + (zero + i_each) * s_direction, p_g + (zero + i_each) * s_direction
+
             # Hardly ever: a bound that is a NaN is not below 100 either.
             b_bound = tl.zeros([16, 1], tl.float32)
             for i in tl.range(0, S):
@@ -227,90 +254,83 @@ def gradients_kernel(
                 b_bound += tl.maximum(b_most, b_after, tl.PropagateNan.ALL) * tl.load(p_largest + i)
             n_large = tl.sum(tl.where(b_bound < 69.0, 0, 1))
 
-            b_zero = tl.zeros([16, WIDTH], tl.float32)
-            b_sum_before, b_sum_here, b_sum_after, b_sum_lam, b_sum_u = b_zero, b_zero, b_zero, b_zero, b_zero
-            b_sum_skip = b_zero
+            # An earlier block of the same program, or an earlier direction, has left a sum of the proxy's gradient.
+            n_summed = tl.where((i_block > i_first_block) | (i_direction > 0), S, 0)
+            b_sum_before = tl.zeros([16, WIDTH], tl.float32)
+            b_sum_here, b_sum_after, b_sum_lam = b_sum_before, b_sum_before, b_sum_before
+            b_sum_u, b_sum_skip = b_sum_before, b_sum_before
             for i_tile in tl.range(i_first_tile, i_last_tile, num_stages=1):
-                i_batch = i_tile // n_image_tiles
-                i_first = (i_tile - i_batch * n_image_tiles).to(OFFSET) * 16
-                i_first_row = i_first // n_columns
-                i_column = i_first - i_first_row * n_columns + n
-                if NARROW:
-                    i_wraps = i_column // n_columns
-                else:
-                    i_wraps = (i_column >= n_columns).to(OFFSET)
-                # Beyond the last pixel are pixels of the last row, and nothing is added.
-                i_row, i_column = tl.minimum(i_first_row + i_wraps, n_rows - 1), i_column - i_wraps * n_columns
-                m_pixels = i_first + n < n_pixels
-                i_line, i_cross = tl.where(horizontal, i_column, i_row), tl.where(horizontal, i_row, i_column)
-                i_step = tl.where(reverse, n_lines - 1 - i_line, i_line)
-                m_carries = i_step % n_segment != 0 if SEGMENTED else i_step != 0
-                m_has_before, m_has_after = i_cross > 0, i_cross < n_cross - 1
+                i_batch, i_first, i_row, i_column, m_pixels = _place(
+                    i_tile, n_image_tiles, n_rows, n_columns, n_pixels, NARROW, OFFSET
+                )
+                p_image = p_proxy + (i_batch * S * n_pixels + i_first)
+                p_image_sum = p_dproxy + (i_batch * S * n_pixels + i_first)
+                m_proxy = (i_s[None, :] < S) & (i_first + c < n_pixels)
+                p = _pair(tl.trans(_load(p_image, i_s_row * n_pixels, n.to(OFFSET), (i_s_row < S) & m_pixels)), TF32)
+                b_dproxy = tl.load(p_image_sum + o_proxy, mask=m_proxy & (i_s[None, :] < n_summed), other=0.0)
 
-                i_batch = i_batch.to(tl.int64)
-                m_all = n >= 0
                 o_image = i_batch * s_dx_batch + i_lowest * s_dx_channel
                 o_pixel = i_row * s_dx_row + i_column * s_dx_column
                 if UNIFORM:
-                    b_x = _load(p_x + o_image, o_dx, o_pixel, m_all)
+                    b_x = _load(p_x + o_image, o_dx, o_pixel, n >= 0)
                     b_grad = _load(p_grad + o_image, o_dx, o_pixel, m_pixels)
                 else:
                     b_x = _load(
                         p_x + (i_batch * s_x_batch + i_lowest * s_x_channel), i_channel.to(OFFSET) * s_x_channel,
-                        i_row * s_x_row + i_column * s_x_column, m_all,
+                        i_row * s_x_row + i_column * s_x_column, n >= 0,
                     )  # fmt: skip
                     b_grad = _load(
                         p_grad + (i_batch * s_grad_batch + i_lowest * s_grad_channel),
                         i_channel.to(OFFSET) * s_grad_channel, i_row * s_grad_row + i_column * s_grad_column, m_pixels,
                     )  # fmt: skip
-                p_pixels = p_proxy + (i_batch * S * n_pixels + i_first)
+                b_h = _load(p_states + o_image, o_dx, o_pixel, n >= 0)
+                b_sum_u, b_dproxy = _add_gradient(
+                    b_sum_u, b_dproxy, b_grad * b_h, p, p_u + i_gates, i_s_row, o_gates_row, m_weights, 1.0, TF32, PTX
+                )
                 n_left = n_pixels - i_first
-                b_own = _load(p_pixels, i_s[:, None] * n_pixels, n.to(OFFSET), (i_s[:, None] < S) & m_pixels)
-                p = _pair(tl.trans(b_own), TF32)
-                m_proxy = (i_s[None, :] < S) & (i_first + c < n_pixels)
-                o_proxy = i_s[None, :] * n_pixels + c
-                # An earlier block of the same program, or an earlier direction, has left the sum so far.
-                n_summed = tl.where((i_block > i_first_block) | (i_direction > 0), S, 0)
-                p_so_far = p_dproxy + (i_batch * S * n_pixels + i_first)
-                b_dproxy = tl.load(p_so_far + o_proxy, mask=m_proxy & (i_s[None, :] < n_summed), other=0.0)
                 b_dx = tl.zeros([16, 16], tl.float32)
                 if i_direction == 0:
                     if p_skip is not None:
-                        b_sum_skip, b_dproxy = _add_gradient(
-                            b_sum_skip, b_dproxy, b_grad * b_x, p, p_skip + i_lowest * S, i_s_row, o_gates_row, m_weights, 1.0, TF32, PTX
-                        )
-                        b_skip = _map(p_skip + i_lowest * S, o_gates, p_pixels, n_pixels, n_left, 1.0, S, TF32, PTX)
+                        p_weight = p_skip + i_lowest * S
+                        b_skip = _map(p_weight, o_gates, p_image, n_pixels, n_left, 1.0, S, TF32, PTX)
                         b_dx = b_skip * b_grad
-                o_states = (zero + i_each) * s_direction + o_image
-                b_g = _load(p_g + o_states, o_dx, o_pixel, m_pixels)
-                b_lam = _map(p_lam + i_gates, o_gates, p_pixels, n_pixels, n_left, 1.0, S, TF32, PTX)
-                b_dx += b_lam * b_g
-                m_so_far = i_first + n < tl.where(i_direction > 0, n_pixels, 0)
+                        b_sum_skip, b_dproxy = _add_gradient(
+                            b_sum_skip, b_dproxy, b_grad * b_x, p, p_weight, i_s_row, o_gates_row, m_weights,
+                            1.0, TF32, PTX,
+                        )  # fmt: skip
+                b_g = _load(p_adjoint + o_image, o_dx, o_pixel, m_pixels)
+                b_dx += _map(p_lam + i_gates, o_gates, p_image, n_pixels, n_left, 1.0, S, TF32, PTX) * b_g
+                b_sum_lam, b_dproxy = _add_gradient(
+                    b_sum_lam, b_dproxy, b_x * b_g, p, p_lam + i_gates, i_s_row, o_gates_row, m_weights, 1.0, TF32, PTX
+                )
+                tl.store(p_image_sum + o_proxy, b_dproxy, mask=m_proxy)
+
+                m_so_far = n < tl.where(i_direction > 0, n_left, 0)
                 if p_total is None:
                     b_dx += _load(p_dx + o_image, o_dx, o_pixel, m_so_far)
                     _store(p_dx + o_image, o_dx, o_pixel, b_dx, m_writes, m_pixels)
                 else:
                     b_dx += _load(p_total + o_image, o_dx, o_pixel, m_so_far)
-                    n_last = tl.where(i_direction == n_all - 1, n_pixels, 0)
-                    _store(p_total + o_image, o_dx, o_pixel, b_dx, m_writes, i_first + n < n_pixels - n_last)
-                    _store(p_dx + o_image, o_dx, o_pixel, b_dx, m_writes, i_first + n < n_last)
-                b_sum_lam, b_dproxy = _add_gradient(
-                    b_sum_lam, b_dproxy, b_x * b_g, p, p_lam + i_gates, i_s_row, o_gates_row, m_weights, 1.0, TF32, PTX
-                )
-                b_h = _load(p_h + o_states, o_dx, o_pixel, m_all)
-                b_sum_u, b_dproxy = _add_gradient(
-                    b_sum_u, b_dproxy, b_grad * b_h, p, p_u + i_gates, i_s_row, o_gates_row, m_weights, 1.0, TF32, PTX
-                )
+                    n_last = tl.where(i_direction == n_all - 1, n_left, 0)
+                    _store(p_total + o_image, o_dx, o_pixel, b_dx, m_writes, n < n_left - n_last)
+                    _store(p_dx + o_image, o_dx, o_pixel, b_dx, m_writes, n < n_last)
 
-                p_previous = p_h + o_states + o_previous
-                b_h_before = _load(p_previous - s_cross, o_dx, o_pixel, m_carries & m_has_before)
-                b_h_here = _load(p_previous, o_dx, o_pixel, m_carries)
-                b_h_after = _load(p_previous + s_cross, o_dx, o_pixel, m_carries & m_has_after)
+            # What this loop adds to, other threads may have stored.
+            tl.debug_barrier()
+            for i_tile in tl.range(i_first_tile, i_last_tile, num_stages=1):
+                i_batch, i_first, i_row, i_column, m_pixels = _place(
+                    i_tile, n_image_tiles, n_rows, n_columns, n_pixels, NARROW, OFFSET
+                )
+                i_line, i_cross = tl.where(horizontal, i_column, i_row), tl.where(horizontal, i_row, i_column)
+                i_step = tl.where(reverse, n_lines - 1 - i_line, i_line)
+                m_carries = i_step % n_segment != 0 if SEGMENTED else i_step != 0
+                m_has_before, m_has_after = i_cross > 0, i_cross < n_cross - 1
 
-                LOG2: tl.constexpr = -1.4426950408889634
-                b_before = _map(p_taps, o_taps, p_pixels, n_pixels, n_left, LOG2, S, TF32, PTX)
-                b_here = _map(p_taps + S, o_taps, p_pixels, n_pixels, n_left, LOG2, S, TF32, PTX)
-                b_after = _map(p_taps + 2 * S, o_taps, p_pixels, n_pixels, n_left, LOG2, S, TF32, PTX)
+                p_image = p_proxy + (i_batch * S * n_pixels + i_first)
+                n_left = n_pixels - i_first
+                b_before = _map(p_taps, o_taps, p_image, n_pixels, n_left, -1.4426950408889634, S, TF32, PTX)
+                b_here = _map(p_taps + S, o_taps, p_image, n_pixels, n_left, -1.4426950408889634, S, TF32, PTX)
+                b_after = _map(p_taps + 2 * S, o_taps, p_image, n_pixels, n_left, -1.4426950408889634, S, TF32, PTX)
                 if n_large > 0:
                     b_before = tl.where(m_has_before, b_before, float("inf"))
                     b_after = tl.where(m_has_after, b_after, float("inf"))
@@ -328,13 +348,22 @@ def gradients_kernel(
 
                 # Differences of states first: where they are alike, nothing large cancels. Half of them, since the
                 # difference of two large states may overflow.
-                b_h_before, b_h_here, b_h_after = 0.5 * b_h_before, 0.5 * b_h_here, 0.5 * b_h_after
+                o_image = i_batch * s_dx_batch + i_lowest * s_dx_channel
+                o_pixel = i_row * s_dx_row + i_column * s_dx_column
+                p_previous = p_states + o_image + o_previous
+                b_h_before = 0.5 * _load(p_previous - s_cross, o_dx, o_pixel, m_carries & m_has_before)
+                b_h_here = 0.5 * _load(p_previous, o_dx, o_pixel, m_carries)
+                b_h_after = 0.5 * _load(p_previous + s_cross, o_dx, o_pixel, m_carries & m_has_after)
                 b_mean = b_w_before * b_h_before + b_w_here * b_h_here + b_w_after * b_h_after
-                b_carried = tl.where(m_carries, b_g, 0.0)
-                b_before = b_before * b_w_before * (b_h_before - b_mean) * b_carried
-                b_here = b_here * b_w_here * (b_h_here - b_mean) * b_carried
-                b_after = b_after * b_w_after * (b_h_after - b_mean) * b_carried
+                b_g = _load(p_adjoint + o_image, o_dx, o_pixel, m_pixels & m_carries)
+                b_before = b_before * b_w_before * (b_h_before - b_mean) * b_g
+                b_here = b_here * b_w_here * (b_h_here - b_mean) * b_g
+                b_after = b_after * b_w_after * (b_h_after - b_mean) * b_g
 
+                p_image_sum = p_dproxy + (i_batch * S * n_pixels + i_first)
+                m_proxy = (i_s[None, :] < S) & (i_first + c < n_pixels)
+                p = _pair(tl.trans(_load(p_image, i_s_row * n_pixels, n.to(OFFSET), (i_s_row < S) & m_pixels)), TF32)
+                b_dproxy = tl.load(p_image_sum + o_proxy, mask=m_proxy, other=0.0)
                 b_sum_before, b_dproxy = _add_gradient(
                     b_sum_before, b_dproxy, b_before, p, p_taps, i_s_row, o_taps_row, m_weights, 2.0, TF32, PTX
                 )
@@ -344,7 +373,7 @@ def gradients_kernel(
                 b_sum_after, b_dproxy = _add_gradient(
                     b_sum_after, b_dproxy, b_after, p, p_taps + 2 * S, i_s_row, o_taps_row, m_weights, 2.0, TF32, PTX
                 )
-                tl.store(p_so_far + o_proxy, b_dproxy, mask=m_proxy)
+                tl.store(p_image_sum + o_proxy, b_dproxy, mask=m_proxy)
 
             m = m_channels & (i_s[None, :] < S)
             p_out = p_sums + 3 * i_gates
