@@ -138,14 +138,17 @@ def _kind(kind: str, launch: Launch) -> str:
 
 
 def _gradients(launch: Launch) -> Work:
-    """Work of a kernel that takes tiles of all pixels for blocks of channels, one direction after the other."""
+    """Work of a kernel that takes tiles of all pixels for blocks of channels, one direction after the other.
+
+    A program goes through one of two loops; it is counted as half of both.
+    """
     i: Any = launch.plan.integers
-    programs, spans, parts = launch.plan.grid
+    programs, spans, _ = launch.plan.grid
     directions, tile = i["n_directions"], 16
     blocks, tiles = math.ceil(i["n_channels"] / tile) / spans, i["n_tiles"] / programs
+    half = Repeat(tiles / 2)
     pixels = directions * _elements(launch, "p_x")
-    loops = (Repeat(blocks, (Repeat(directions, (Repeat(tiles), Repeat(tiles))),)),)
-    return Work("gradients", pixels, blocks * directions * tiles, tile * tile, loops)
+    return Work("gradients", pixels, blocks * directions * tiles / 2, tile * tile, (Repeat(blocks * directions, (half, half)),))
 
 
 def _elements(launch: Launch, name: str) -> int:

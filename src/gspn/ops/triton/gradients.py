@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..directions import scan_axes
 from . import interpreted
-from .gradients_kernels import gradients_kernel
+from .gradients_kernels import factors_kernel, gradients_kernel
 from .launch import Launch
 from .planner import Plan
 
@@ -52,28 +52,38 @@ class Gradients:
 
         # As many sums for the proxy as take half the memory of an image.
         blocks = math.ceil(channels / _TILE)
-        span_blocks = math.ceil(blocks / max(min(blocks, channels // (2 * states)), 1))
+        span_blocks = math.ceil(blocks / max(min(blocks, channels // (4 * states)), 1))
         spans = math.ceil(blocks / span_blocks)
         image_tiles = math.ceil(height * width / _TILE)
         tiles = batch * image_tiles
-        run = math.ceil(tiles / max(_PROGRAMS // spans, 1))
+        run = math.ceil(tiles / max(_PROGRAMS // (2 * spans), 1))
         proxy_channels = 8 if states <= 8 else 16
-        grid = (math.ceil(tiles / run), spans, math.ceil(states / proxy_channels))
-        self._dproxy = rows.new_empty((spans, *rows.shape), dtype=torch.float32)
+        grid = (math.ceil(tiles / run), spans, 2 * math.ceil(states / proxy_channels))
+        self._dproxy = rows.new_empty((2 * spans, *rows.shape), dtype=torch.float32)
         self._lengths = [3 * lam_proj.numel(), lam_proj.numel(), u_proj.numel()]
         self._lengths += [] if skip_proj is None else [skip_proj.numel()]
         self._sums = rows.new_empty((grid[0], sum(self._lengths)), dtype=torch.float32)
         self._shapes = tap_proj.shape, lam_proj.shape, u_proj.shape
 
+        cuda = torch.version.hip is None
+        size_of_factors = 1536 * math.ceil(states / 8) + 96 * proxy_channels * grid[2]
+        shared = dict(S=states, WIDTH=proxy_channels, SIZE=size_of_factors, TF32=cuda)
+        written = {
+            "p_factors": rows.new_empty((count, blocks, size_of_factors), dtype=torch.float32),
+            "p_large": rows.new_empty((count, blocks), dtype=torch.float32),
+        }
+        projections = {"p_taps": tap_proj, "p_lam": lam_proj, "p_u": u_proj, "p_skip": skip_proj, "p_largest": largest}
+        integers = {"n_channels": channels, "n_groups": tap_proj.shape[1], "n_all": count}
+        self._factors = Launch(factors_kernel, Plan((blocks, count), 1, shared, integers), {**projections, **written})
+
         half = dx.dtype != torch.float32 and count > 1
         self._tensors = {
             "p_x": x, "p_grad": grad, "p_dx": dx, "p_total": torch.empty_like(dx, dtype=torch.float32) if half else None,
-            "p_h": self.h, "p_g": self.g, "p_proxy": rows, "p_largest": largest, "p_dproxy": self._dproxy,
-            "p_taps": tap_proj, "p_lam": lam_proj, "p_u": u_proj, "p_skip": skip_proj, "p_sums": self._sums,
+            "p_h": self.h, "p_g": self.g, "p_proxy": rows, "p_dproxy": self._dproxy, **written, "p_sums": self._sums,
         }  # fmt: skip
         integers = {
             **_strides("x", x), **_strides("grad", grad), **_strides("dx", dx), "s_direction": size,
-            "n_channels": channels, "n_groups": tap_proj.shape[1], "n_rows": height, "n_columns": width,
+            "n_channels": channels, "n_rows": height, "n_columns": width,
             "n_segment": segment, "n_image_tiles": image_tiles, "n_tiles": tiles, "n_run": run,
             "n_span_blocks": span_blocks, "n_all": count,
         }  # fmt: skip
@@ -81,16 +91,16 @@ class Gradients:
             states * (height * width + _TILE),
             *(_TILE * abs(c) + height * abs(i) + width * abs(j) for _, c, i, j in (t.stride() for t in (x, grad, dx))),
         )
-        cuda = torch.version.hip is None
         uniform = len({t.stride() for t in (x, grad, dx)}) == 1
         constants = dict(
-            UNIFORM=uniform, WIDE=extent >= 2**31, NARROW=width < _TILE, SEGMENTED=segment is not None, S=states, WIDTH=proxy_channels,
-            TF32=cuda, PTX=cuda and not interpreted(),
+            UNIFORM=uniform, WIDE=extent >= 2**31, NARROW=width < _TILE, SEGMENTED=segment is not None,
+            SKIP=skip_proj is not None, PTX=cuda and not interpreted(), **shared,
         )  # fmt: skip
         self._plan = Plan(grid, 1, constants, integers)
 
     def __iter__(self) -> Iterator[tuple[list[tuple[int, Tensor, Tensor]], Launch]]:
         """The launches, and for each the directions whose states it needs first: their number and where these go."""
+        self._factors.run()
         for first in range(0, len(self.directions), self.together):
             count = min(self.together, len(self.directions) - first)
             axes = [scan_axes(name) for name in self.directions[first : first + count]]

@@ -129,27 +129,95 @@ def _by_pixel(b):
 
 
 @triton.jit
-def _map(p_weight, o_channel, p_pixels, s_plane, n_pixels, SCALE: tl.constexpr, S: tl.constexpr, TF32: tl.constexpr, PTX: tl.constexpr):
-    """A map ``[16, 16]``: SCALE times the products of channels' weights with the proxy of pixels."""
+def _read_pair(p, R: tl.constexpr, C: tl.constexpr):
+    """The two numbers of each element of ``[R, C, 2]``."""
+    o = tl.arange(0, R)[:, None] * (2 * C) + tl.arange(0, 4)[None, :] * 2
+    pair = ()
+    for i in tl.static_range(2):
+        b_0, b_1 = tl.load(p + (o + i)), tl.load(p + (o + (8 + i)))
+        if C == 8:
+            b = tl.permute(tl.join(b_0, b_1), (0, 2, 1))
+        else:
+            b_2, b_3 = tl.load(p + (o + (16 + i))), tl.load(p + (o + (24 + i)))
+            b = tl.permute(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), (0, 2, 3, 1))
+        pair = pair + (tl.reshape(b, [R, C]),)
+    return pair
+
+
+@triton.jit
+def _map(p_factors, I: tl.constexpr, p_image, s_plane, n_left, S: tl.constexpr, TF32: tl.constexpr, PTX: tl.constexpr):
+    """Map I, ``[16, 16]``, at the pixels that a tile of the proxy begins with."""
     i, s = tl.arange(0, 16)[:, None], tl.arange(0, 8)[None, :]
     i_pixel = _by_column(i)
     b_map = tl.zeros([16, 16], tl.float32)
     for i_first in tl.static_range(0, S, 8):
-        m = i_first + s < S
-        b_p = _load(p_pixels, i_pixel, (i_first + s) * s_plane, m & (i_pixel < n_pixels))
-        b_weight = SCALE * _load(p_weight, o_channel, i_first + s, m & (i >= 0))
-        b_map = _add_product(b_map, _pair(b_weight, TF32), _pair(tl.trans(b_p), TF32), TF32, PTX)
+        b_p = _load(p_image, i_pixel, (i_first + s) * s_plane, (i_first + s < S) & (i_pixel < n_left))
+        factor = _read_pair(p_factors + (i_first // 8 * 6 + I) * 256, 16, 8)
+        b_map = _add_product(b_map, factor, _pair(tl.trans(b_p), TF32), TF32, PTX)
     return _by_pixel(b_map)
 
 
 @triton.jit
-def _add_gradient(
-    b_sum, b_dproxy, b_d, p, p_weight, i_s, o_channel, m, SCALE: tl.constexpr, TF32: tl.constexpr, PTX: tl.constexpr
-):
-    """Adds a map's gradient to that of its projection, ``[16, WIDTH]``, and SCALE times it to that of the proxy."""
+def _add_gradient(b_sum, b_dproxy, b_d, p, p_weights, I: tl.constexpr, TF32: tl.constexpr, PTX: tl.constexpr):
+    """Adds the gradient of map I to that of its projection, ``[16, WIDTH]``, and to that of the proxy."""
+    WIDTH: tl.constexpr = b_sum.shape[1]
     b_sum = _add_product(b_sum, _pair(b_d, TF32), p, TF32, PTX)
-    b_weight = SCALE * tl.trans(_load(p_weight, i_s, o_channel, m))
-    return b_sum, _add_product(b_dproxy, _pair(tl.trans(b_d), TF32), _pair(b_weight, TF32), TF32, PTX)
+    weight = _read_pair(p_weights + I * (32 * WIDTH), WIDTH, 16)
+    weight = (tl.trans(weight[0]), tl.trans(weight[1]))
+    return b_sum, _add_product(b_dproxy, _pair(tl.trans(b_d), TF32), weight, TF32, PTX)
+
+
+@triton.jit(do_not_specialize=["n_channels", "n_groups", "n_all"])
+def factors_kernel(
+    p_taps, p_lam, p_u, p_skip, p_largest, p_factors, p_large, n_channels, n_groups, n_all,
+    S: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, TF32: tl.constexpr,
+):  # fmt: skip
+    """Writes the projections as ``gradients_kernel`` reads them, for one direction and 16 channels.
+
+    ``taps [n_all, G, 3, S]``, ``lam`` and ``u [n_all, C, S]``, ``skip [C, S]``. ``largest [>= S]``: the largest absolute
+    value of each channel of the proxy; most logits are known to be small.
+    ``factors [n_all, blocks, SIZE]``, of pairs and filled up with zeros: ``[S / 8, 6, 16, 8, 2]``, three taps times
+    ``-log2(e)``, lam, u and skip; then ``[S / WIDTH, 6, WIDTH, 16, 2]``, the same with taps times two.
+    ``large [n_all, blocks]``: how many logits may be large.
+    """
+    i_block, i_direction = tl.program_id(0), tl.program_id(1)
+    c, s = tl.arange(0, 16)[:, None], tl.arange(0, 8)[None, :]
+    i_channel = i_block.to(tl.int64) * 16 + c
+    m_channels = i_channel < n_channels
+    o_gates = (i_direction * n_channels.to(tl.int64) + i_channel) * S
+    o_taps = (i_direction * n_groups + i_channel // (n_channels // n_groups)) * (3 * S)
+    i_output = i_direction * tl.num_programs(0) + i_block
+    p_factors += i_output.to(tl.int64) * SIZE
+    b_bound = tl.zeros([16, 8], tl.float32)
+    for i_first in tl.static_range(0, S, 8):
+        i_s = i_first + s
+        m = m_channels & (i_s < S)
+        b_largest = tl.load(p_largest + i_s, mask=i_s < S, other=0.0)
+        b_most = tl.zeros([16, 8], tl.float32)
+        for k in tl.static_range(6):
+            if k < 3:
+                b_weight = tl.load(p_taps + (o_taps + (k * S + i_s)), mask=m, other=0.0)
+                b_most = tl.maximum(b_most, tl.abs(b_weight), tl.PropagateNan.ALL)
+                b_factor, b_weight = b_weight * -1.4426950408889634, b_weight * 2.0
+            else:
+                if k == 3:
+                    b_weight = tl.load(p_lam + (o_gates + i_s), mask=m, other=0.0)
+                elif k == 4:
+                    b_weight = tl.load(p_u + (o_gates + i_s), mask=m, other=0.0)
+                elif p_skip is None:
+                    b_weight = tl.zeros([16, 8], tl.float32)
+                else:
+                    b_weight = tl.load(p_skip + (i_channel * S + i_s), mask=m, other=0.0)
+                b_factor = b_weight
+            factor, weight = _pair(b_factor, TF32), _pair(b_weight, TF32)
+            p_factor = p_factors + (i_first // 8 * 6 + k) * 256
+            p_weight = p_factors + (S + 7) // 8 * 1536 + (i_first // WIDTH * 6 + k) * (32 * WIDTH) + i_first % WIDTH * 32
+            for i in tl.static_range(2):
+                tl.store(p_factor + (c * 16 + s * 2 + i), factor[i])
+                tl.store(p_weight + (s * 32 + c * 2 + i), weight[i])
+        b_bound += b_most * b_largest
+    # A bound that is a NaN is not below 69, whose power of e is 2^100, either.
+    tl.store(p_large + i_output, tl.sum(tl.where(tl.sum(b_bound, axis=1) < 69.0, 0, 1)))
 
 
 @triton.jit
@@ -171,12 +239,19 @@ def _place(i_tile, n_image_tiles, n_rows, n_columns, n_pixels, NARROW: tl.conste
     return i_batch.to(tl.int64), i_first, i_row, i_column, i_first + n < n_pixels
 
 
+@triton.jit
+def _add_to_proxy(p_image_sum, o_proxy, b_dproxy, m, m_summed):
+    """Adds to the proxy's gradient what an earlier block of the program, or an earlier direction, has not begun."""
+    b_dproxy += tl.load(p_image_sum + o_proxy, mask=m_summed, other=0.0)
+    tl.store(p_image_sum + o_proxy, b_dproxy, mask=m)
+
+
 @triton.jit(
     do_not_specialize=[
         "s_x_batch", "s_x_channel", "s_x_row", "s_x_column",
         "s_grad_batch", "s_grad_channel", "s_grad_row", "s_grad_column",
         "s_dx_batch", "s_dx_channel", "s_dx_row", "s_dx_column", "s_direction",
-        "n_channels", "n_groups", "n_rows", "n_columns", "n_segment", "n_image_tiles", "n_tiles", "n_run",
+        "n_channels", "n_rows", "n_columns", "n_segment", "n_image_tiles", "n_tiles", "n_run",
         "n_span_blocks", "n_directions", "n_all", "i_first_direction", "i_axes",
     ]
 )  # fmt: skip
@@ -184,92 +259,74 @@ def gradients_kernel(
     p_x, s_x_batch, s_x_channel, s_x_row, s_x_column,
     p_grad, s_grad_batch, s_grad_channel, s_grad_row, s_grad_column,
     p_dx, s_dx_batch, s_dx_channel, s_dx_row, s_dx_column,
-    p_total, p_h, p_g, s_direction, p_proxy, p_largest, p_dproxy, p_taps, p_lam, p_u, p_skip, p_sums,
-    n_channels, n_groups, n_rows, n_columns, n_segment, n_image_tiles, n_tiles, n_run, n_span_blocks,
+    p_total, p_h, p_g, s_direction, p_proxy, p_dproxy, p_factors, p_large, p_sums,
+    n_channels, n_rows, n_columns, n_segment, n_image_tiles, n_tiles, n_run, n_span_blocks,
     n_directions, n_all, i_first_direction, i_axes,
-    UNIFORM: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr, SEGMENTED: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr,
-    TF32: tl.constexpr, PTX: tl.constexpr,
+    UNIFORM: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr, SEGMENTED: tl.constexpr, S: tl.constexpr,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, SKIP: tl.constexpr, TF32: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Adds ``n_directions`` of all ``n_all`` directions to ``dx`` and ``dproxy``, and writes their sums.
 
-    ``h``, ``g [n_directions, ..]`` are the states and adjoint states; they and ``total`` have the strides of ``dx``.
-    ``total``, if there is one, is the sum until the last direction of all, which writes ``dx``. ``i_axes`` has two bits
-    for each direction: on for one along columns, and for one that runs backwards.
-    ``dproxy [spans, B, S, H, W]``: one for each ``n_span_blocks`` blocks of channels, the program's second number.
-    ``taps [n_all, G, 3, S]``, ``lam`` and ``u [n_all, C, S]``, ``skip [C, S]``. ``largest [>= S]``: the largest absolute
-    value of each channel of the proxy; most logits are known to be small.
+    ``h``, ``g [n_directions, ..]`` are the states and adjoint states; they and ``total`` have the strides of ``dx``, and
+    if UNIFORM so have ``x`` and ``grad``. ``total``, if there is one, is the sum until the last direction of all, which
+    writes ``dx``. ``i_axes`` has two bits for each direction: on for one along columns, and for one that runs backwards.
+    ``dproxy [2, spans, B, S, H, W]``: one for each ``n_span_blocks`` blocks of channels, the program's second number.
+    ``factors`` and ``large`` are what :func:`factors_kernel` writes.
     ``sums [programs, ..]``: program by program the gradients of taps (for each channel, three taps after its other), lam,
     u and skip, one after the other.
-    The third number of a program is that of its WIDTH channels of the proxy: more would not leave registers for the rest.
+    The third number of a program says whether it takes taps or everything else, and which WIDTH channels of the proxy:
+    more would not leave registers for the rest.
     """
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
-    i_program, i_span, i_part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_program, i_span, i_part = tl.program_id(0), tl.program_id(1), tl.program_id(2) // 2
+    of_taps = tl.program_id(2) % 2
     c, n = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
-    s = tl.arange(0, WIDTH)
-    i_s = i_part * WIDTH + s
+    i_s = i_part * WIDTH + tl.arange(0, WIDTH)
     zero = tl.full([], 0, tl.int64)
     n_pixels = n_rows.to(OFFSET) * n_columns
-    p_dproxy += i_span.to(tl.int64) * (n_tiles // n_image_tiles) * S * n_pixels
+    o_proxy = i_s[None, :] * n_pixels + c
+    i_sum = of_taps * tl.num_programs(1) + i_span
+    p_dproxy += i_sum.to(tl.int64) * (n_tiles // n_image_tiles) * S * n_pixels
     n_gates = n_all.to(tl.int64) * n_channels * S
-    p_sums += i_program * (5 * n_gates if p_skip is None else 5 * n_gates + n_channels * S)
+    p_sums += i_program * (5 * n_gates + n_channels * S if SKIP else 5 * n_gates)
     i_first_tile = i_program * n_run
     i_last_tile = tl.minimum(i_first_tile + n_run, n_tiles)
 
     i_first_block = i_span * n_span_blocks
     i_last_block = tl.minimum(i_first_block + n_span_blocks, tl.cdiv(n_channels, 16))
-    for i_block in tl.range(i_first_block, i_last_block, num_stages=1):
+    for i_each in tl.range(0, n_directions * (i_last_block - i_first_block), num_stages=1):
+        i_block, i_of_launch = i_first_block + i_each // n_directions, i_each % n_directions
+        i_direction = i_first_direction + i_of_launch
         i_lowest = (zero + i_block) * 16
-        # Beyond the last channel the last one is computed again, with weights of zero.
+        # Beyond the last channel the last one is computed again, with factors of zero.
         i_channel = tl.minimum(c, n_channels - 1 - i_block * 16)
-        m_channels = i_block * 16 + c < n_channels
-        # Programs for other channels of the proxy compute the same dx.
-        m_writes = c < tl.where(i_part == 0, n_channels - i_block * 16, 0)
-        o_dx = i_channel.to(OFFSET) * s_dx_channel
-        o_gates = i_channel * S
-        i_group = (i_lowest + i_channel) // (n_channels // n_groups)
+        o_dx, o_block = i_channel.to(OFFSET) * s_dx_channel, i_lowest * s_dx_channel
+        i_factors = i_direction * tl.cdiv(n_channels, 16) + i_block
+        p_block = p_factors + (zero + i_factors) * SIZE
+        p_weights = p_block + ((S + 7) // 8 * 1536 + i_part * (192 * WIDTH))
+        p_states, p_adjoint = p_h + (zero + i_of_launch) * s_direction, p_g + (zero + i_of_launch) * s_direction
+        # An earlier block of the same program, or an earlier direction, has left a sum of the proxy's gradient.
+        n_summed = tl.where((i_block > i_first_block) | (i_direction > 0), S, 0)
+        i_gates = (i_direction * n_channels.to(tl.int64) + i_lowest) * S
+        o_gates = i_channel * S + i_s[None, :]
+        m_sums = (i_block * 16 + c < n_channels) & (i_s[None, :] < S)
+        b_zero = tl.zeros([16, WIDTH], tl.float32)
 
-        for i_each in tl.range(0, n_directions, num_stages=1):
-            i_direction = i_first_direction + i_each
-            i_axis = i_axes >> 2 * i_each
-            horizontal, reverse = i_axis & 1 != 0, i_axis & 2 != 0
-            s_line = tl.where(horizontal, s_dx_column, s_dx_row).to(OFFSET)
-            s_cross = tl.where(horizontal, s_dx_row, s_dx_column).to(OFFSET)
-            n_lines = tl.where(horizontal, n_columns, n_rows)
-            n_cross = tl.where(horizontal, n_rows, n_columns)
-            o_previous = tl.where(reverse, s_line, -s_line)
-            i_gates = (i_direction * n_channels.to(tl.int64) + i_lowest) * S
-            o_taps = (i_direction * n_groups + i_group) * (3 * S)
-            i_s_row, o_gates_row, o_taps_row = i_s[:, None], tl.trans(o_gates), tl.trans(o_taps)
-            m_weights = (i_s_row < S) & (i_lowest + n < n_channels)
-
-            o_proxy = i_s[None, :] * n_pixels + c
-            p_states, p_adjoint = p_h + (zero + i_each) * s_direction, p_g + (zero + i_each) * s_direction
-
-            # Hardly ever: a bound that is a NaN is not below 100 either.
-            b_bound = tl.zeros([16, 1], tl.float32)
-            for i in tl.range(0, S):
-                b_before, b_here = tl.abs(tl.load(p_taps + (o_taps + i))), tl.abs(tl.load(p_taps + (o_taps + (S + i))))
-                b_after = tl.abs(tl.load(p_taps + (o_taps + (2 * S + i))))
-                b_most = tl.maximum(b_before, b_here, tl.PropagateNan.ALL)
-                b_bound += tl.maximum(b_most, b_after, tl.PropagateNan.ALL) * tl.load(p_largest + i)
-            n_large = tl.sum(tl.where(b_bound < 69.0, 0, 1))
-
-            # An earlier block of the same program, or an earlier direction, has left a sum of the proxy's gradient.
-            n_summed = tl.where((i_block > i_first_block) | (i_direction > 0), S, 0)
-            b_sum_before = tl.zeros([16, WIDTH], tl.float32)
-            b_sum_here, b_sum_after, b_sum_lam = b_sum_before, b_sum_before, b_sum_before
-            b_sum_u, b_sum_skip = b_sum_before, b_sum_before
+        if of_taps == 0:
+            # Programs for other channels of the proxy compute the same dx.
+            m_writes = c < tl.where(i_part == 0, n_channels - i_block * 16, 0)
+            b_sum_lam, b_sum_u, b_sum_skip = b_zero, b_zero, b_zero
             for i_tile in tl.range(i_first_tile, i_last_tile, num_stages=1):
                 i_batch, i_first, i_row, i_column, m_pixels = _place(
                     i_tile, n_image_tiles, n_rows, n_columns, n_pixels, NARROW, OFFSET
                 )
+                n_left = n_pixels - i_first
                 p_image = p_proxy + (i_batch * S * n_pixels + i_first)
-                p_image_sum = p_dproxy + (i_batch * S * n_pixels + i_first)
-                m_proxy = (i_s[None, :] < S) & (i_first + c < n_pixels)
-                p = _pair(tl.trans(_load(p_image, i_s_row * n_pixels, n.to(OFFSET), (i_s_row < S) & m_pixels)), TF32)
-                b_dproxy = tl.load(p_image_sum + o_proxy, mask=m_proxy & (i_s[None, :] < n_summed), other=0.0)
+                b_p = _load(p_image, i_s[:, None] * n_pixels, n.to(OFFSET), (i_s[:, None] < S) & m_pixels)
+                p = _pair(tl.trans(b_p), TF32)
+                b_dproxy = tl.zeros([16, WIDTH], tl.float32)
 
-                o_image = i_batch * s_dx_batch + i_lowest * s_dx_channel
+                o_image = i_batch * s_dx_batch + o_block
                 o_pixel = i_row * s_dx_row + i_column * s_dx_column
                 if UNIFORM:
                     b_x = _load(p_x + o_image, o_dx, o_pixel, n >= 0)
@@ -284,26 +341,21 @@ def gradients_kernel(
                         i_channel.to(OFFSET) * s_grad_channel, i_row * s_grad_row + i_column * s_grad_column, m_pixels,
                     )  # fmt: skip
                 b_h = _load(p_states + o_image, o_dx, o_pixel, n >= 0)
-                b_sum_u, b_dproxy = _add_gradient(
-                    b_sum_u, b_dproxy, b_grad * b_h, p, p_u + i_gates, i_s_row, o_gates_row, m_weights, 1.0, TF32, PTX
-                )
-                n_left = n_pixels - i_first
+                b_sum_u, b_dproxy = _add_gradient(b_sum_u, b_dproxy, b_grad * b_h, p, p_weights, 4, TF32, PTX)
                 b_dx = tl.zeros([16, 16], tl.float32)
                 if i_direction == 0:
-                    if p_skip is not None:
-                        p_weight = p_skip + i_lowest * S
-                        b_skip = _map(p_weight, o_gates, p_image, n_pixels, n_left, 1.0, S, TF32, PTX)
-                        b_dx = b_skip * b_grad
+                    if SKIP:
+                        b_dx = _map(p_block, 5, p_image, n_pixels, n_left, S, TF32, PTX) * b_grad
                         b_sum_skip, b_dproxy = _add_gradient(
-                            b_sum_skip, b_dproxy, b_grad * b_x, p, p_weight, i_s_row, o_gates_row, m_weights,
-                            1.0, TF32, PTX,
-                        )  # fmt: skip
+                            b_sum_skip, b_dproxy, b_grad * b_x, p, p_weights, 5, TF32, PTX
+                        )
                 b_g = _load(p_adjoint + o_image, o_dx, o_pixel, m_pixels)
-                b_dx += _map(p_lam + i_gates, o_gates, p_image, n_pixels, n_left, 1.0, S, TF32, PTX) * b_g
-                b_sum_lam, b_dproxy = _add_gradient(
-                    b_sum_lam, b_dproxy, b_x * b_g, p, p_lam + i_gates, i_s_row, o_gates_row, m_weights, 1.0, TF32, PTX
-                )
-                tl.store(p_image_sum + o_proxy, b_dproxy, mask=m_proxy)
+                b_dx += _map(p_block, 3, p_image, n_pixels, n_left, S, TF32, PTX) * b_g
+                b_sum_lam, b_dproxy = _add_gradient(b_sum_lam, b_dproxy, b_x * b_g, p, p_weights, 3, TF32, PTX)
+                _add_to_proxy(
+                    p_dproxy + (i_batch * S * n_pixels + i_first), o_proxy, b_dproxy,
+                    (c < n_left) & (i_s[None, :] < S), (c < n_left) & (i_s[None, :] < n_summed),
+                )  # fmt: skip
 
                 m_so_far = n < tl.where(i_direction > 0, n_left, 0)
                 if p_total is None:
@@ -314,24 +366,37 @@ def gradients_kernel(
                     n_last = tl.where(i_direction == n_all - 1, n_left, 0)
                     _store(p_total + o_image, o_dx, o_pixel, b_dx, m_writes, n < n_left - n_last)
                     _store(p_dx + o_image, o_dx, o_pixel, b_dx, m_writes, n < n_last)
-
-            # What this loop adds to, other threads may have stored.
-            tl.debug_barrier()
+            p_out = p_sums + (3 * n_gates + i_gates)
+            tl.store(p_out + o_gates, b_sum_lam, mask=m_sums)
+            tl.store(p_out + n_gates + o_gates, b_sum_u, mask=m_sums)
+            if SKIP:
+                m_first = m_sums & (i_s[None, :] < tl.where(i_direction == 0, S, 0))
+                tl.store(p_sums + (5 * n_gates + i_lowest * S) + o_gates, b_sum_skip, mask=m_first)
+        else:
+            i_axis = i_axes >> 2 * i_of_launch
+            horizontal, reverse = i_axis & 1 != 0, i_axis & 2 != 0
+            s_line = tl.where(horizontal, s_dx_column, s_dx_row).to(OFFSET)
+            s_cross = tl.where(horizontal, s_dx_row, s_dx_column).to(OFFSET)
+            n_lines = tl.where(horizontal, n_columns, n_rows)
+            n_cross = tl.where(horizontal, n_rows, n_columns)
+            p_previous = p_states + (o_block + tl.where(reverse, s_line, -s_line))
+            large = tl.load(p_large + i_factors) > 0
+            b_sum_before, b_sum_here, b_sum_after = b_zero, b_zero, b_zero
             for i_tile in tl.range(i_first_tile, i_last_tile, num_stages=1):
                 i_batch, i_first, i_row, i_column, m_pixels = _place(
                     i_tile, n_image_tiles, n_rows, n_columns, n_pixels, NARROW, OFFSET
                 )
+                n_left = n_pixels - i_first
                 i_line, i_cross = tl.where(horizontal, i_column, i_row), tl.where(horizontal, i_row, i_column)
                 i_step = tl.where(reverse, n_lines - 1 - i_line, i_line)
                 m_carries = i_step % n_segment != 0 if SEGMENTED else i_step != 0
                 m_has_before, m_has_after = i_cross > 0, i_cross < n_cross - 1
 
                 p_image = p_proxy + (i_batch * S * n_pixels + i_first)
-                n_left = n_pixels - i_first
-                b_before = _map(p_taps, o_taps, p_image, n_pixels, n_left, -1.4426950408889634, S, TF32, PTX)
-                b_here = _map(p_taps + S, o_taps, p_image, n_pixels, n_left, -1.4426950408889634, S, TF32, PTX)
-                b_after = _map(p_taps + 2 * S, o_taps, p_image, n_pixels, n_left, -1.4426950408889634, S, TF32, PTX)
-                if n_large > 0:
+                b_before = _map(p_block, 0, p_image, n_pixels, n_left, S, TF32, PTX)
+                b_here = _map(p_block, 1, p_image, n_pixels, n_left, S, TF32, PTX)
+                b_after = _map(p_block, 2, p_image, n_pixels, n_left, S, TF32, PTX)
+                if large:
                     b_before = tl.where(m_has_before, b_before, float("inf"))
                     b_after = tl.where(m_has_after, b_after, float("inf"))
                     b_before, b_here, b_after = within_reach((b_before, b_here, b_after), i_cross, n_cross, 1)
@@ -347,46 +412,31 @@ def gradients_kernel(
                 b_w_before, b_w_here, b_w_after = b_w_before * b_inverse, b_w_here * b_inverse, b_w_after * b_inverse
 
                 # Differences of states first: where they are alike, nothing large cancels. Half of them, since the
-                # difference of two large states may overflow.
-                o_image = i_batch * s_dx_batch + i_lowest * s_dx_channel
+                # difference of two large states may overflow; weights are doubled for it.
+                o_image = i_batch * s_dx_batch
                 o_pixel = i_row * s_dx_row + i_column * s_dx_column
-                p_previous = p_states + o_image + o_previous
-                b_h_before = 0.5 * _load(p_previous - s_cross, o_dx, o_pixel, m_carries & m_has_before)
-                b_h_here = 0.5 * _load(p_previous, o_dx, o_pixel, m_carries)
-                b_h_after = 0.5 * _load(p_previous + s_cross, o_dx, o_pixel, m_carries & m_has_after)
+                b_h_before = 0.5 * _load(p_previous + (o_image - s_cross), o_dx, o_pixel, m_carries & m_has_before)
+                b_h_here = 0.5 * _load(p_previous + o_image, o_dx, o_pixel, m_carries)
+                b_h_after = 0.5 * _load(p_previous + (o_image + s_cross), o_dx, o_pixel, m_carries & m_has_after)
                 b_mean = b_w_before * b_h_before + b_w_here * b_h_here + b_w_after * b_h_after
-                b_g = _load(p_adjoint + o_image, o_dx, o_pixel, m_pixels & m_carries)
+                b_g = _load(p_adjoint + (o_image + o_block), o_dx, o_pixel, m_carries & m_pixels)
                 b_before = b_before * b_w_before * (b_h_before - b_mean) * b_g
                 b_here = b_here * b_w_here * (b_h_here - b_mean) * b_g
                 b_after = b_after * b_w_after * (b_h_after - b_mean) * b_g
 
-                p_image_sum = p_dproxy + (i_batch * S * n_pixels + i_first)
-                m_proxy = (i_s[None, :] < S) & (i_first + c < n_pixels)
-                p = _pair(tl.trans(_load(p_image, i_s_row * n_pixels, n.to(OFFSET), (i_s_row < S) & m_pixels)), TF32)
-                b_dproxy = tl.load(p_image_sum + o_proxy, mask=m_proxy, other=0.0)
-                b_sum_before, b_dproxy = _add_gradient(
-                    b_sum_before, b_dproxy, b_before, p, p_taps, i_s_row, o_taps_row, m_weights, 2.0, TF32, PTX
-                )
-                b_sum_here, b_dproxy = _add_gradient(
-                    b_sum_here, b_dproxy, b_here, p, p_taps + S, i_s_row, o_taps_row, m_weights, 2.0, TF32, PTX
-                )
-                b_sum_after, b_dproxy = _add_gradient(
-                    b_sum_after, b_dproxy, b_after, p, p_taps + 2 * S, i_s_row, o_taps_row, m_weights, 2.0, TF32, PTX
-                )
-                tl.store(p_image_sum + o_proxy, b_dproxy, mask=m_proxy)
-
-            m = m_channels & (i_s[None, :] < S)
-            p_out = p_sums + 3 * i_gates
-            o_out = 3 * o_gates + i_s[None, :]
-            tl.store(p_out + o_out, 2.0 * b_sum_before, mask=m)
-            tl.store(p_out + (o_out + S), 2.0 * b_sum_here, mask=m)
-            tl.store(p_out + (o_out + 2 * S), 2.0 * b_sum_after, mask=m)
-            p_out = p_sums + (3 * n_gates + i_gates)
-            tl.store(p_out + (o_gates + i_s[None, :]), b_sum_lam, mask=m)
-            tl.store(p_out + (n_gates + o_gates + i_s[None, :]), b_sum_u, mask=m)
-            if p_skip is not None:
-                p_out = p_sums + (5 * n_gates + i_lowest * S)
-                m = m_channels & (i_s[None, :] < tl.where(i_direction == 0, S, 0))
-                tl.store(p_out + (o_gates + i_s[None, :]), b_sum_skip, mask=m)
-            # The next direction adds to what other threads may have stored.
-            tl.debug_barrier()
+                b_p = _load(p_image, i_s[:, None] * n_pixels, n.to(OFFSET), (i_s[:, None] < S) & m_pixels)
+                p = _pair(tl.trans(b_p), TF32)
+                b_dproxy = tl.zeros([16, WIDTH], tl.float32)
+                b_sum_before, b_dproxy = _add_gradient(b_sum_before, b_dproxy, b_before, p, p_weights, 0, TF32, PTX)
+                b_sum_here, b_dproxy = _add_gradient(b_sum_here, b_dproxy, b_here, p, p_weights, 1, TF32, PTX)
+                b_sum_after, b_dproxy = _add_gradient(b_sum_after, b_dproxy, b_after, p, p_weights, 2, TF32, PTX)
+                _add_to_proxy(
+                    p_dproxy + (i_batch * S * n_pixels + i_first), o_proxy, b_dproxy,
+                    (c < n_left) & (i_s[None, :] < S), (c < n_left) & (i_s[None, :] < n_summed),
+                )  # fmt: skip
+            o_taps = i_channel * (3 * S) + i_s[None, :]
+            tl.store(p_sums + 3 * i_gates + o_taps, 2.0 * b_sum_before, mask=m_sums)
+            tl.store(p_sums + (3 * i_gates + S) + o_taps, 2.0 * b_sum_here, mask=m_sums)
+            tl.store(p_sums + (3 * i_gates + 2 * S) + o_taps, 2.0 * b_sum_after, mask=m_sums)
+        # The next direction adds to what other threads may have stored.
+        tl.debug_barrier()
