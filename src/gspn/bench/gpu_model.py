@@ -138,17 +138,15 @@ def _kind(kind: str, launch: Launch) -> str:
 
 
 def _gradients(launch: Launch) -> Work:
-    """Work of a kernel that takes tiles of all pixels for blocks of channels, one direction after the other.
-
-    A program goes through one of two loops; it is counted as half of both.
-    """
+    """Work of a kernel that takes tiles of all pixels for blocks of channels, one direction after the other."""
     i: Any = launch.plan.integers
     programs, spans, _ = launch.plan.grid
-    directions, tile = i["n_directions"], 16
+    tile = 16
     blocks, tiles = math.ceil(i["n_channels"] / tile) / spans, i["n_tiles"] / programs
-    half = Repeat(tiles / 2)
-    pixels = directions * _elements(launch, "p_x")
-    return Work("gradients", pixels, blocks * directions * tiles / 2, tile * tile, (Repeat(blocks * directions, (half, half)),))
+    times = blocks * i["n_directions"]
+    kind = "gradients of taps" if launch.plan.constants["OF_TAPS"] else "gradients of gates"
+    pixels = i["n_directions"] * _elements(launch, "p_x")
+    return Work(kind, pixels, times * tiles, tile * tile, (Repeat(times, (Repeat(tiles),)),))
 
 
 def _elements(launch: Launch, name: str) -> int:

@@ -52,21 +52,21 @@ class Gradients:
 
         # As many sums for the proxy as take half the memory of an image.
         blocks = math.ceil(channels / _TILE)
-        span_blocks = math.ceil(blocks / max(min(blocks, channels // (4 * states)), 1))
+        span_blocks = math.ceil(blocks / max(min(blocks, channels // (2 * states)), 1))
         spans = math.ceil(blocks / span_blocks)
         image_tiles = math.ceil(height * width / _TILE)
         tiles = batch * image_tiles
-        run = math.ceil(tiles / max(_PROGRAMS // (2 * spans), 1))
+        run = math.ceil(tiles / max(_PROGRAMS // spans, 1))
         proxy_channels = 8 if states <= 8 else 16
-        grid = (math.ceil(tiles / run), spans, 2 * math.ceil(states / proxy_channels))
-        self._dproxy = rows.new_empty((2 * spans, *rows.shape), dtype=torch.float32)
+        grid = (math.ceil(tiles / run), spans, math.ceil(states / proxy_channels))
+        self._dproxy = rows.new_empty((spans, *rows.shape), dtype=torch.float32)
         self._lengths = [3 * lam_proj.numel(), lam_proj.numel(), u_proj.numel()]
         self._lengths += [] if skip_proj is None else [skip_proj.numel()]
         self._sums = rows.new_empty((grid[0], sum(self._lengths)), dtype=torch.float32)
         self._shapes = tap_proj.shape, lam_proj.shape, u_proj.shape
 
         cuda = torch.version.hip is None
-        size_of_factors = 1536 * math.ceil(states / 8) + 96 * proxy_channels * grid[2]
+        size_of_factors = 1536 * math.ceil(states / 8) + 192 * proxy_channels * grid[2]
         shared = dict(S=states, WIDTH=proxy_channels, SIZE=size_of_factors, TF32=cuda)
         written = {
             "p_factors": rows.new_empty((count, blocks, size_of_factors), dtype=torch.float32),
@@ -98,16 +98,18 @@ class Gradients:
         )  # fmt: skip
         self._plan = Plan(grid, 1, constants, integers)
 
-    def __iter__(self) -> Iterator[tuple[list[tuple[int, Tensor, Tensor]], Launch]]:
-        """The launches, and for each the directions whose states it needs first: their number and where these go."""
+    def __iter__(self) -> Iterator[tuple[list[tuple[int, Tensor, Tensor]], list[Launch]]]:
+        """Launches, and the directions whose states they need first: their number and where these go."""
         self._factors.run()
         for first in range(0, len(self.directions), self.together):
             count = min(self.together, len(self.directions) - first)
             axes = [scan_axes(name) for name in self.directions[first : first + count]]
             bits = sum(((axis.line == -1) + 2 * axis.reverse) << 2 * i for i, axis in enumerate(axes))
             of_launch = {"n_directions": count, "i_first_direction": first, "i_axes": bits}
-            plan = Plan(self._plan.grid, 1, self._plan.constants, {**self._plan.integers, **of_launch})
-            yield [(first + i, self.h[i], self.g[i]) for i in range(count)], Launch(gradients_kernel, plan, self._tensors)
+            integers = {**self._plan.integers, **of_launch}
+            plans = [Plan(self._plan.grid, 1, {"OF_TAPS": each, **self._plan.constants}, integers) for each in (False, True)]
+            launches = [Launch(gradients_kernel, plan, self._tensors) for plan in plans]
+            yield [(first + i, self.h[i], self.g[i]) for i in range(count)], launches
 
     def results(self, proxy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """``dx, dproxy, dtap_proj, dlam_proj, du_proj, dskip_proj``, after all launches; ``dproxy`` like ``proxy``."""

@@ -262,31 +262,30 @@ def gradients_kernel(
     p_total, p_h, p_g, s_direction, p_proxy, p_dproxy, p_factors, p_large, p_sums,
     n_channels, n_rows, n_columns, n_segment, n_image_tiles, n_tiles, n_run, n_span_blocks,
     n_directions, n_all, i_first_direction, i_axes,
-    UNIFORM: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr, SEGMENTED: tl.constexpr, S: tl.constexpr,
-    WIDTH: tl.constexpr, SIZE: tl.constexpr, SKIP: tl.constexpr, TF32: tl.constexpr, PTX: tl.constexpr,
+    OF_TAPS: tl.constexpr, UNIFORM: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr, SEGMENTED: tl.constexpr,
+    S: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, SKIP: tl.constexpr, TF32: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Adds ``n_directions`` of all ``n_all`` directions to ``dx`` and ``dproxy``, and writes their sums.
+
+    That is for the gates, lam, u and skip; then, another launch, OF_TAPS. Both at once would need too many registers.
 
     ``h``, ``g [n_directions, ..]`` are the states and adjoint states; they and ``total`` have the strides of ``dx``, and
     if UNIFORM so have ``x`` and ``grad``. ``total``, if there is one, is the sum until the last direction of all, which
     writes ``dx``. ``i_axes`` has two bits for each direction: on for one along columns, and for one that runs backwards.
-    ``dproxy [2, spans, B, S, H, W]``: one for each ``n_span_blocks`` blocks of channels, the program's second number.
+    ``dproxy [spans, B, S, H, W]``: one for each ``n_span_blocks`` blocks of channels, the program's second number.
     ``factors`` and ``large`` are what :func:`factors_kernel` writes.
     ``sums [programs, ..]``: program by program the gradients of taps (for each channel, three taps after its other), lam,
     u and skip, one after the other.
-    The third number of a program says whether it takes taps or everything else, and which WIDTH channels of the proxy:
-    more would not leave registers for the rest.
+    The third number of a program is that of its WIDTH channels of the proxy: more would not leave registers for the rest.
     """
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
-    i_program, i_span, i_part = tl.program_id(0), tl.program_id(1), tl.program_id(2) // 2
-    of_taps = tl.program_id(2) % 2
+    i_program, i_span, i_part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     c, n = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
     i_s = i_part * WIDTH + tl.arange(0, WIDTH)
     zero = tl.full([], 0, tl.int64)
     n_pixels = n_rows.to(OFFSET) * n_columns
     o_proxy = i_s[None, :] * n_pixels + c
-    i_sum = of_taps * tl.num_programs(1) + i_span
-    p_dproxy += i_sum.to(tl.int64) * (n_tiles // n_image_tiles) * S * n_pixels
+    p_dproxy += i_span.to(tl.int64) * (n_tiles // n_image_tiles) * S * n_pixels
     n_gates = n_all.to(tl.int64) * n_channels * S
     p_sums += i_program * (5 * n_gates + n_channels * S if SKIP else 5 * n_gates)
     i_first_tile = i_program * n_run
@@ -306,13 +305,13 @@ def gradients_kernel(
         p_weights = p_block + ((S + 7) // 8 * 1536 + i_part * (192 * WIDTH))
         p_states, p_adjoint = p_h + (zero + i_of_launch) * s_direction, p_g + (zero + i_of_launch) * s_direction
         # An earlier block of the same program, or an earlier direction, has left a sum of the proxy's gradient.
-        n_summed = tl.where((i_block > i_first_block) | (i_direction > 0), S, 0)
+        n_summed = S if OF_TAPS else tl.where((i_block > i_first_block) | (i_direction > 0), S, 0)
         i_gates = (i_direction * n_channels.to(tl.int64) + i_lowest) * S
         o_gates = i_channel * S + i_s[None, :]
         m_sums = (i_block * 16 + c < n_channels) & (i_s[None, :] < S)
         b_zero = tl.zeros([16, WIDTH], tl.float32)
 
-        if of_taps == 0:
+        if not OF_TAPS:
             # Programs for other channels of the proxy compute the same dx.
             m_writes = c < tl.where(i_part == 0, n_channels - i_block * 16, 0)
             b_sum_lam, b_sum_u, b_sum_skip = b_zero, b_zero, b_zero

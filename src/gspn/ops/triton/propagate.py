@@ -167,9 +167,10 @@ def propagate_backward(
     weights = projections(tap_proj, lam_proj, u_proj, skip_proj, len(directions))
     projected = (t if t is None else t.contiguous() for t in (tap_proj, lam_proj, u_proj, skip_proj))
     gradients = Gradients(x, grad, proxies.rows, proxies.largest, *projected, directions, segment)
-    for scans, launch in gradients:
+    for scans, launches in gradients:
         for d, h, g in scans:
             prepare_scan(x, None, h, proxies, weights[d], directions[d], segment, limits).run()
             prepare_scan(grad, None, g, proxies, weights[d], directions[d], segment, limits, adjoint=True).run()
-        launch.run()
+        for launch in launches:
+            launch.run()
     return gradients.results(proxy)
