@@ -149,6 +149,12 @@ def _gradients(launch: Launch) -> Work:
     return Work(kind, pixels, times * tiles, tile * tile, (Repeat(times, (Repeat(tiles),)),))
 
 
+def _factors(launch: Launch) -> Work:
+    """Work of a kernel that takes 16 channels of a projection, which is small."""
+    channels = 8 * math.ceil(launch.plan.constants["S"] / 8)
+    return Work("factors", _elements(launch, "p_lam"), 1, 16 * channels, ())
+
+
 def _elements(launch: Launch, name: str) -> int:
     tensor = launch.tensors[name]
     return 0 if tensor is None else tensor.numel()
@@ -156,6 +162,7 @@ def _elements(launch: Launch, name: str) -> int:
 
 WORK: Mapping[str, Callable[[Launch], Work]] = {
     "scan_kernel": _scan("forward", "p_in"),
+    "factors_kernel": _factors,
     "gradients_kernel": _gradients,
     "forward_kernel": _scan("line_scan", "p_x"),
     "backward_kernel": _scan("line_scan_backward", "p_grad"),

@@ -25,7 +25,8 @@ _TILE = 16
 
 
 def _strides(name: str, image: Tensor) -> dict[str, int]:
-    return {f"s_{name}_{axis}": s for axis, s in zip(("batch", "channel", "row", "column"), image.stride(), strict=True)}
+    axes = zip(("batch", "channel", "row", "column"), image.stride(), strict=True)
+    return {f"s_{name}_{axis}": stride for axis, stride in axes}
 
 
 class Gradients:
@@ -113,8 +114,9 @@ class Gradients:
 
     def results(self, proxy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """``dx, dproxy, dtap_proj, dlam_proj, du_proj, dskip_proj``, after all launches; ``dproxy`` like ``proxy``."""
-        dproxy = torch.empty_like(proxy)
-        dproxy.copy_(self._dproxy.sum(0))
+        dproxy, like = self._dproxy.sum(0), torch.empty_like(proxy)
+        if (dproxy.dtype, dproxy.stride()) != (like.dtype, like.stride()):
+            dproxy = like.copy_(dproxy)
         of_taps, *of_gates = self._sums.split(self._lengths, dim=1)
         (count, groups, _, states), gates, _ = self._shapes
         dtap = of_taps.view(-1, count, groups, gates[1] // groups, 3, states).sum((0, 3))

@@ -10,11 +10,12 @@ fixed: D reads of ``x``, 2 D - 1 of and to ``y``. For bfloat16 and float16 what 
 size of ``x``, and the last direction writes ``y``. Nothing else is kept but copies of the proxy in float32: one with
 rows along the width, one with rows along the height for ``"right"`` and ``"left"``.
 
-**Backward**, three launches a direction: the states again, the adjoint states, and then the gradients of all pixels
-side by side. Memory beside the results, in numbers of 4 bytes: the states and the adjoint states, 2 N; for half types
-the sum of ``dx`` over the directions, N; for the proxy's gradient a sum per span of channel blocks, at most
-max(N / 2, that of one proxy); for the projections' a sum per program, ``[programs, 6, C, S]`` at most, with up to 512
-programs. These are added up in a fixed order, so that results are the same bits on every run.
+**Backward**: the states again and the adjoint states, a launch for each direction, and the gradients of all pixels side by
+side, two launches for all directions whose states fit memory at once; see :mod:`.gradients`. Memory beside the results, in
+numbers of 4 bytes: the states and the adjoint states, 2 N, or 2 D N up to 256 MB; for half types the sum of ``dx`` over
+the directions, N; for the proxy's gradient a sum per span of channel blocks, at most max(N / 2, that of one proxy); for
+the projections' a sum per program, ``[programs, 5 D + 1, C, S]``, with about 1000 programs over all blocks of channels.
+These are added up in a fixed order, so that results are the same bits on every run.
 """
 
 from __future__ import annotations
