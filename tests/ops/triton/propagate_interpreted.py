@@ -156,3 +156,16 @@ def many_spans() -> None:
     # Some blocks of channels have a sum for the proxy together, others one of their own.
     check(*make_arguments(1, 68, 2, 3, 16, 1, directions=("down", "right")))
     check(*make_arguments(2, 40, 2, 3, 1, 40, directions=("up",)))
+
+
+def few_programs() -> None:
+    # A program takes several tiles, the last of which is not full, of several batch entries and blocks of channels; and
+    # the gradients take one direction after the other.
+    from gspn.ops.triton import gradients
+
+    everything = gradients._PROGRAMS, gradients._STATES
+    gradients._PROGRAMS, gradients._STATES = 2, 0
+    check(*make_arguments(2, 18, 3, 19, 3, 9, directions=("up", "right")))
+    check(*make_arguments(1, 5, 5, 21, 9, 1, torch.bfloat16, directions=("left", "down"), layout="channels_last"))
+    check(*make_arguments(2, 3, 4, 4, 18, 3, directions=("down",), segment=2, layout="sliced", skip=False))
+    gradients._PROGRAMS, gradients._STATES = everything

@@ -69,8 +69,8 @@ def _run(call: str, cache: Path) -> str:
 def _counts(chosen: list, arch: int, cache: Path) -> list[tuple[str, dict[str, Any]]]:
     """Each launch in words, and its counts; none of them spills registers or asks for more than the card has.
 
-    The gradients' launches keep a few numbers in local memory that are not used in the loop over the tiles. With a proxy
-    of 64 channels some are.
+    The gradients' launches keep a few numbers in local memory that the loop over the tiles does not use. With a proxy
+    of 64 channels it does use some.
     """
     if _TRITON is None or not (Path(str(_TRITON.origin)).parent / "backends/nvidia/bin/nvdisasm").exists():
         pytest.skip("this triton comes without nvdisasm, which tells what a kernel is compiled to")

@@ -74,12 +74,13 @@ class Gradients:
             "p_large": rows.new_empty((count, blocks), dtype=torch.float32),
         }
         projections = {"p_taps": tap_proj, "p_lam": lam_proj, "p_u": u_proj, "p_skip": skip_proj, "p_largest": largest}
-        integers = {"n_channels": channels, "n_groups": tap_proj.shape[1], "n_all": count}
+        integers = {"n_channels": channels, "n_groups": tap_proj.shape[1]}
         self._factors = Launch(factors_kernel, Plan((blocks, count), 1, shared, integers), {**projections, **written})
 
         half = dx.dtype != torch.float32 and count > 1
+        total = torch.empty_like(dx, dtype=torch.float32) if half else None
         self._tensors = {
-            "p_x": x, "p_grad": grad, "p_dx": dx, "p_total": torch.empty_like(dx, dtype=torch.float32) if half else None,
+            "p_x": x, "p_grad": grad, "p_dx": dx, "p_total": total,
             "p_h": self.h, "p_g": self.g, "p_proxy": rows, "p_dproxy": self._dproxy, **written, "p_sums": self._sums,
         }  # fmt: skip
         integers = {
@@ -108,7 +109,8 @@ class Gradients:
             bits = sum(((axis.line == -1) + 2 * axis.reverse) << 2 * i for i, axis in enumerate(axes))
             of_launch = {"n_directions": count, "i_first_direction": first, "i_axes": bits}
             integers = {**self._plan.integers, **of_launch}
-            plans = [Plan(self._plan.grid, 1, {"OF_TAPS": each, **self._plan.constants}, integers) for each in (False, True)]
+            constants = [{"OF_TAPS": of_taps, **self._plan.constants} for of_taps in (False, True)]
+            plans = [Plan(self._plan.grid, 1, each, integers) for each in constants]
             launches = [Launch(gradients_kernel, plan, self._tensors) for plan in plans]
             yield [(first + i, self.h[i], self.g[i]) for i in range(count)], launches
 

@@ -7,13 +7,13 @@ projections with the proxy, and both sums are products with the gradients of the
 writes its own, and the order of all additions is fixed.
 
 **Layout.** Tensor cores hold a product ``[16, 16]`` with two neighbouring columns in a thread, and read a factor with
-columns four apart. The proxy's pixels are therefore brought in the order in which a product's columns become a factor's:
-a thread holds the same channels and pixels from the load to both sums, and only what is summed over channels moves.
-Images are loaded four columns at a time, which are 8 x 4 threads: for channels in the fastest axis as for pixels in it,
-every sector of memory that is read is used.
+columns four apart. The proxy's pixels are therefore put in the order in which a product's columns become a factor's: a
+thread holds the same channels and pixels from the load to the sum over pixels, and only what is summed over channels
+moves. Images are loaded four columns at a time, by 8 x 4 threads: whether channels or pixels are the fastest axis, each
+sector of memory that is read is used.
 
-**Precision.** A float32 is two TF32 numbers: the first takes the highest 11 bits, the second what is left, and three of
-the four products of such pairs are as exact as float32.
+**Precision.** A float32 is the sum of two TF32 numbers, the nearest one and what is left. Three of the four products of
+two such pairs are as exact as float32.
 
 The prefixes of names are explained in :mod:`.addressing`. A line's neighbours are named by where they are on it:
 before, here and after.
@@ -145,40 +145,42 @@ def _read_pair(p, R: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _map(p_factors, I: tl.constexpr, p_image, s_plane, n_left, S: tl.constexpr, TF32: tl.constexpr, PTX: tl.constexpr):
-    """Map I, ``[16, 16]``, at the pixels that a tile of the proxy begins with."""
+def _map(
+    p_factors, MAP: tl.constexpr, p_image, s_plane, n_left, S: tl.constexpr, TF32: tl.constexpr, PTX: tl.constexpr
+):  # fmt: skip
+    """Map number MAP, ``[16, 16]``, at the pixels that a tile of the proxy begins with."""
     i, s = tl.arange(0, 16)[:, None], tl.arange(0, 8)[None, :]
     i_pixel = _by_column(i)
     b_map = tl.zeros([16, 16], tl.float32)
     for i_first in tl.static_range(0, S, 8):
         b_p = _load(p_image, i_pixel, (i_first + s) * s_plane, (i_first + s < S) & (i_pixel < n_left))
-        factor = _read_pair(p_factors + (i_first // 8 * 6 + I) * 256, 16, 8)
+        factor = _read_pair(p_factors + (i_first // 8 * 6 + MAP) * 256, 16, 8)
         b_map = _add_product(b_map, factor, _pair(tl.trans(b_p), TF32), TF32, PTX)
     return _by_pixel(b_map)
 
 
 @triton.jit
-def _add_gradient(b_sum, b_dproxy, b_d, p, p_weights, I: tl.constexpr, TF32: tl.constexpr, PTX: tl.constexpr):
-    """Adds the gradient of map I to that of its projection, ``[16, WIDTH]``, and to that of the proxy."""
+def _add_gradient(b_sum, b_dproxy, b_d, p, p_weights, MAP: tl.constexpr, TF32: tl.constexpr, PTX: tl.constexpr):
+    """Adds the gradient of map number MAP to that of its projection, ``[16, WIDTH]``, and to that of the proxy."""
     WIDTH: tl.constexpr = b_sum.shape[1]
     b_sum = _add_product(b_sum, _pair(b_d, TF32), p, TF32, PTX)
-    weight = _read_pair(p_weights + I * (32 * WIDTH), WIDTH, 16)
+    weight = _read_pair(p_weights + MAP * (32 * WIDTH), WIDTH, 16)
     weight = (tl.trans(weight[0]), tl.trans(weight[1]))
     return b_sum, _add_product(b_dproxy, _pair(tl.trans(b_d), TF32), weight, TF32, PTX)
 
 
-@triton.jit(do_not_specialize=["n_channels", "n_groups", "n_all"])
+@triton.jit(do_not_specialize=["n_channels", "n_groups"])
 def factors_kernel(
-    p_taps, p_lam, p_u, p_skip, p_largest, p_factors, p_large, n_channels, n_groups, n_all,
+    p_taps, p_lam, p_u, p_skip, p_largest, p_factors, p_large, n_channels, n_groups,
     S: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
     """Writes the projections as ``gradients_kernel`` reads them, for one direction and 16 channels.
 
-    ``taps [n_all, G, 3, S]``, ``lam`` and ``u [n_all, C, S]``, ``skip [C, S]``. ``largest [>= S]``: the largest absolute
-    value of each channel of the proxy; most logits are known to be small.
-    ``factors [n_all, blocks, SIZE]``, of pairs and filled up with zeros: ``[S / 8, 6, 16, 8, 2]``, three taps times
+    ``taps [D, G, 3, S]``, ``lam`` and ``u [D, C, S]``, ``skip [C, S]``. ``largest [>= S]``: the largest absolute value
+    of each channel of the proxy; most logits are known to be small.
+    ``factors [D, blocks, SIZE]``, of pairs and filled up with zeros: ``[S / 8, 6, 16, 8, 2]``, three taps times
     ``-log2(e)``, lam, u and skip; then ``[S / WIDTH, 6, WIDTH, 16, 2]``, the same with taps times two.
-    ``large [n_all, blocks]``: how many logits may be large.
+    ``large [D, blocks]``: how many logits may be large.
     """
     i_block, i_direction = tl.program_id(0), tl.program_id(1)
     c, s = tl.arange(0, 16)[:, None], tl.arange(0, 8)[None, :]
@@ -211,7 +213,8 @@ def factors_kernel(
                 b_factor = b_weight
             factor, weight = _pair(b_factor, TF32), _pair(b_weight, TF32)
             p_factor = p_factors + (i_first // 8 * 6 + k) * 256
-            p_weight = p_factors + (S + 7) // 8 * 1536 + (i_first // WIDTH * 6 + k) * (32 * WIDTH) + i_first % WIDTH * 32
+            o_weights = (S + 7) // 8 * 1536 + i_first // WIDTH * (192 * WIDTH) + i_first % WIDTH * 32
+            p_weight = p_factors + (o_weights + k * (32 * WIDTH))
             for i in tl.static_range(2):
                 tl.store(p_factor + (c * 16 + s * 2 + i), factor[i])
                 tl.store(p_weight + (s * 32 + c * 2 + i), weight[i])
@@ -267,16 +270,18 @@ def gradients_kernel(
 ):  # fmt: skip
     """Adds ``n_directions`` of all ``n_all`` directions to ``dx`` and ``dproxy``, and writes their sums.
 
-    That is for the gates, lam, u and skip; then, another launch, OF_TAPS. Both at once would need too many registers.
+    That is for the gates, lam, u and skip; then, in another launch, OF_TAPS. Both at once would need too many
+    registers.
 
-    ``h``, ``g [n_directions, ..]`` are the states and adjoint states; they and ``total`` have the strides of ``dx``, and
-    if UNIFORM so have ``x`` and ``grad``. ``total``, if there is one, is the sum until the last direction of all, which
-    writes ``dx``. ``i_axes`` has two bits for each direction: on for one along columns, and for one that runs backwards.
+    ``h``, ``g [n_directions, ..]`` are the states and adjoint states; they and ``total`` have the strides of ``dx``,
+    and if UNIFORM so have ``x`` and ``grad``. ``total``, if there is one, is the sum until the last direction of all,
+    which writes ``dx``. ``i_axes`` has two bits for each direction: its lines are columns, and it runs backwards.
     ``dproxy [spans, B, S, H, W]``: one for each ``n_span_blocks`` blocks of channels, the program's second number.
     ``factors`` and ``large`` are what :func:`factors_kernel` writes.
-    ``sums [programs, ..]``: program by program the gradients of taps (for each channel, three taps after its other), lam,
-    u and skip, one after the other.
-    The third number of a program is that of its WIDTH channels of the proxy: more would not leave registers for the rest.
+    ``sums [programs, ..]``: program by program the gradients of taps (of each channel three taps, one after the other),
+    lam, u and skip, one after the other.
+    The third number of a program is that of its WIDTH channels of the proxy: more would not leave registers for the
+    rest.
     """
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     i_program, i_span, i_part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -342,7 +347,7 @@ def gradients_kernel(
                 b_h = _load(p_states + o_image, o_dx, o_pixel, n >= 0)
                 b_sum_u, b_dproxy = _add_gradient(b_sum_u, b_dproxy, b_grad * b_h, p, p_weights, 4, TF32, PTX)
                 b_dx = tl.zeros([16, 16], tl.float32)
-                if i_direction == 0:
+                if i_direction == 0:  # noqa: SIM102 (only the other is known to the compiler)
                     if SKIP:
                         b_dx = _map(p_block, 5, p_image, n_pixels, n_left, S, TF32, PTX) * b_grad
                         b_sum_skip, b_dproxy = _add_gradient(

@@ -10,12 +10,12 @@ fixed: D reads of ``x``, 2 D - 1 of and to ``y``. For bfloat16 and float16 what 
 size of ``x``, and the last direction writes ``y``. Nothing else is kept but copies of the proxy in float32: one with
 rows along the width, one with rows along the height for ``"right"`` and ``"left"``.
 
-**Backward**: the states again and the adjoint states, a launch for each direction, and the gradients of all pixels side by
-side, two launches for all directions whose states fit memory at once; see :mod:`.gradients`. Memory beside the results, in
-numbers of 4 bytes: the states and the adjoint states, 2 N, or 2 D N up to 256 MB; for half types the sum of ``dx`` over
-the directions, N; for the proxy's gradient a sum per span of channel blocks, at most max(N / 2, that of one proxy); for
-the projections' a sum per program, ``[programs, 5 D + 1, C, S]``, with about 1000 programs over all blocks of channels.
-These are added up in a fixed order, so that results are the same bits on every run.
+**Backward**: the states again and the adjoint states, a launch each for each direction, and the gradients of all pixels
+side by side, two launches for all directions whose states fit memory at once; see :mod:`.gradients`. Memory beside the
+results, in numbers of 4 bytes: the states and the adjoint states, 2 N, or 2 D N up to 256 MB; for half types the sum of
+``dx`` over the directions, N; for the proxy's gradient a sum per span of channel blocks, at most max(N / 2, that of one
+proxy); for the projections' a sum per program, ``[programs, 5 D + 1, C, S]``, with about 1000 programs over all blocks
+of channels. These are added up in a fixed order, so that results are the same bits on every run.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from .gradients import Gradients
 from .launch import Launch, limits_of, scratch, sizes_of, strides_of
 from .planner import Limits, plan_propagate
 from .scan_kernels import scan_kernel
+
 
 @dataclass(frozen=True)
 class Projections:
@@ -166,8 +167,10 @@ def propagate_backward(
     limits = limits or limits_of(x.device)
     proxies = Proxy(proxy)
     weights = projections(tap_proj, lam_proj, u_proj, skip_proj, len(directions))
-    projected = (t if t is None else t.contiguous() for t in (tap_proj, lam_proj, u_proj, skip_proj))
-    gradients = Gradients(x, grad, proxies.rows, proxies.largest, *projected, directions, segment)
+    gradients = Gradients(
+        x, grad, proxies.rows, proxies.largest, tap_proj.contiguous(), lam_proj.contiguous(), u_proj.contiguous(),
+        None if skip_proj is None else skip_proj.contiguous(), directions, segment,
+    )  # fmt: skip
     for scans, launches in gradients:
         for d, h, g in scans:
             prepare_scan(x, None, h, proxies, weights[d], directions[d], segment, limits).run()
