@@ -109,9 +109,11 @@ class Gradients:
             bits = sum(((axis.line == -1) + 2 * axis.reverse) << 2 * i for i, axis in enumerate(axes))
             of_launch = {"n_directions": count, "i_first_direction": first, "i_axes": bits}
             integers = {**self._plan.integers, **of_launch}
-            constants = [{"OF_TAPS": of_taps, **self._plan.constants} for of_taps in (False, True)]
-            plans = [Plan(self._plan.grid, 1, each, integers) for each in constants]
-            launches = [Launch(gradients_kernel, plan, self._tensors) for plan in plans]
+            launches = []
+            for of_taps in (False, True):
+                plan = Plan(self._plan.grid, 1, {"OF_TAPS": of_taps, **self._plan.constants}, integers)
+                unused = dict.fromkeys(("p_x", "p_grad", "p_dx", "p_total") if of_taps else ())
+                launches.append(Launch(gradients_kernel, plan, {**self._tensors, **unused}))
             yield [(first + i, self.h[i], self.g[i]) for i in range(count)], launches
 
     def results(self, proxy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
