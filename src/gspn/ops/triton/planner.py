@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 CHANNEL, CROSS, LINE, NONE = 0, 1, 2, 3
@@ -51,11 +51,13 @@ class Sizes(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Where a row is too long for one block; the tests lower it to reach the code for longer rows with short ones."""
+    """What a card allows. The tests lower the longest row, to reach the code for longer rows with short ones."""
 
     shared_memory: int = SHARED_MEMORY
     row: int | None = None
     """The longest row of one block, a power of two from 32 on; None for the rules' own choice."""
+    ptx: bool = True
+    """Whether kernels may have instructions of NVIDIA's cards."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Plan:
     """Shape of the float32 scratch that rows longer than a block need."""
     shared_memory: int = 0
     """Bytes of shared memory that the tiles under way take, an estimate."""
+    compiled: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What :class:`.launch.Launch` has compiled for this plan. Plans are kept, so it is looked up there alone."""
 
 
 class _Blocks(NamedTuple):
@@ -165,14 +169,18 @@ class _Layout:
         runs = math.ceil(self.sizes.lines / self.run(blocks))
         return self.sizes.batch * self.groups * runs * self.channel_blocks(blocks)
 
-    def plan(self, blocks: _Blocks, num_warps: int, reverse: bool, shared_memory: int = 0, **constants: Any) -> Plan:
-        """The plan with these blocks and threads, and the constants of one operator alone."""
+    def plan(
+        self, blocks: _Blocks, num_warps: int, reverse: bool, shared_memory: int = 0,
+        more: Mapping[str, int] | None = None,
+        **constants: Any,
+    ) -> Plan:  # fmt: skip
+        """The plan with these blocks and threads, and ``more`` integers and constants of one operator alone."""
         sizes, align, run, programs = self.sizes, self.align, self.run(blocks), self.programs(blocks)
         per_line, per_cross, per_channel = (align if self.fast == axis else 1 for axis in (LINE, CROSS, CHANNEL))
         integers: dict[str, int | None] = {
             "n_groups": self.groups if self.shared else None, "n_channels": self.channels // per_channel,
             "n_cross": sizes.cross // per_cross, "n_lines": sizes.lines // per_line, "n_run": run // per_line,
-            "n_runs": math.ceil(sizes.lines / run), "n_segment": self.restart,
+            "n_runs": math.ceil(sizes.lines / run), "n_segment": self.restart, **(more or {}),
         }  # fmt: skip
         for name, s in self.tensors.items():
             unit = self.taps_align if "taps" in name else align
@@ -370,10 +378,13 @@ def _chunks(layout: _Layout, proxy_channels: int, limits: Limits) -> _Chunks:
 
 @functools.lru_cache(maxsize=4096)
 def plan_propagate(
-    sizes: Sizes, tensors: _Tensors, itemsize: int, proxy_channels: int, *,
-    reverse: bool, segment: int | None, limits: Limits,
+    sizes: Sizes, tensors: _Tensors, itemsize: int, proxy_channels: int, *, reverse: bool, segment: int | None,
+    limits: Limits, direction: int = 0, adjoint: bool = False, gated: bool = True,
 ) -> Plan:  # fmt: skip
-    """The launch of ``scan_kernel`` for images of these sizes and strides and a proxy of ``proxy_channels``."""
+    """The launch of ``scan_kernel`` for images of these sizes and strides and a proxy of ``proxy_channels``.
+
+    ``direction`` is the number of its projections among those of all directions.
+    """
     # A block's channels may be of several groups: the layout of images knows no groups.
     layout = _Layout(sizes._replace(groups=sizes.channels), tensors, itemsize, segment, 4)
     chunks = _chunks(layout, proxy_channels, limits)
@@ -382,8 +393,12 @@ def plan_propagate(
     blocks = _Blocks(chunks.rows(sizes.cross), lanes * pixels, halo, lines)
     whole = not halo and sizes.cross % pixels == 0
     n_chunks = math.ceil(sizes.cross / pixels)
-    plan = layout.plan(
-        blocks, lanes // 32, reverse, LANES=lanes, GROUP=group, PIXELS=pixels, WIDTH=_width(layout, pixels, lines),
-        WHOLE=whole, PITCH=_power_of_two(n_chunks), UNROLL=proxy_channels <= 16, S=proxy_channels,
+    of_rows = {
+        "i_direction": direction, "n_per_group": sizes.channels // sizes.groups, "n_chunks": n_chunks,
+        "n_rows": max(group // n_chunks, 1),
+    }  # fmt: skip
+    return layout.plan(
+        blocks, lanes // 32, reverse, more=of_rows, LANES=lanes, GROUP=group, PIXELS=pixels,
+        WIDTH=_width(layout, pixels, lines), WHOLE=whole, PITCH=_power_of_two(n_chunks), UNROLL=proxy_channels <= 16,
+        S=proxy_channels, ADJOINT=adjoint, GATED=gated, PTX=limits.ptx,
     )  # fmt: skip
-    return replace(plan, integers={**plan.integers, "n_chunks": n_chunks, "n_rows": max(group // n_chunks, 1)})

@@ -17,6 +17,8 @@ for each pixel of a chunk is a tuple of ``[1, LANES]``; for each line as well, p
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -78,14 +80,30 @@ def _within_reach(logits, i_cross, n_cross, PIXELS: tl.constexpr):
     return moved
 
 
-@triton.jit
-def _four(p, o):
-    """Four consecutive numbers for each lane."""
-    return split_lines(tl.load(p + o), 4)
+class Projections(NamedTuple):
+    """Where the weights of each lane's channel are: S numbers in a row for each map."""
+
+    p_taps: Any
+    o_taps: Any
+    p_lam: Any
+    p_u: Any
+    o_gates: Any
+    p_skip: Any
+    o_skip: Any
 
 
 @triton.jit
-def _weights(p_maps, o_maps, p_skip, o_skip, i_four, FOURS: tl.constexpr, ADJOINT: tl.constexpr, GATED: tl.constexpr):
+def _four_weights(p, o, i_four, S: tl.constexpr):
+    """For each lane the ``i_four``-th four numbers of S; zeros beyond the last."""
+    four = tl.arange(0, 4)[None, None, :] + i_four * 4
+    if S % 4 == 0:
+        return split_lines(tl.load(p + (o + four)), 4)
+    else:
+        return split_lines(tl.load(p + (o + four), mask=four < S, other=0.0), 4)
+
+
+@triton.jit
+def _weights(of, i_four, S: tl.constexpr, ADJOINT: tl.constexpr, GATED: tl.constexpr):
     """The weights of four channels of the proxy for each map, each map's four after the other's.
 
     Three taps times ``-log2(e)``, the gate of what goes in, and what there is of the gate of what comes out and of the
@@ -93,14 +111,14 @@ def _weights(p_maps, o_maps, p_skip, o_skip, i_four, FOURS: tl.constexpr, ADJOIN
     """
     weights = ()
     for k in tl.static_range(3):
-        taps = _four(p_maps + (k * FOURS + i_four) * 4, o_maps)
+        taps = _four_weights(of.p_taps + k * S, of.o_taps, i_four, S)
         for s in tl.static_range(4):
             weights = weights + (taps[s] * -1.4426950408889634,)
-    weights = weights + _four(p_maps + ((4 if ADJOINT else 3) * FOURS + i_four) * 4, o_maps)
+    weights = weights + _four_weights(of.p_u if ADJOINT else of.p_lam, of.o_gates, i_four, S)
     if GATED:
-        weights = weights + _four(p_maps + (4 * FOURS + i_four) * 4, o_maps)
-    if p_skip is not None:
-        weights = weights + _four(p_skip + i_four * 4, o_skip)
+        weights = weights + _four_weights(of.p_u, of.o_gates, i_four, S)
+    if of.p_skip is not None:
+        weights = weights + _four_weights(of.p_skip, of.o_skip, i_four, S)
     return weights
 
 
@@ -133,9 +151,8 @@ def _add_products(maps, weights, proxy, MAPS: tl.constexpr, FIRST: tl.constexpr,
 
 @triton.jit
 def _maps(
-    p_line, o_proxy, weights, p_maps, o_maps, p_skip, o_skip,
-    S: tl.constexpr, PIXELS: tl.constexpr, PITCH: tl.constexpr, MAPS: tl.constexpr, UNROLL: tl.constexpr,
-    ADJOINT: tl.constexpr, GATED: tl.constexpr,
+    p_line, o_proxy, weights, of, S: tl.constexpr, PIXELS: tl.constexpr, PITCH: tl.constexpr, MAPS: tl.constexpr,
+    UNROLL: tl.constexpr, ADJOINT: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """The maps of a lane's pixels, those of a pixel after those of the other.
 
@@ -147,7 +164,7 @@ def _maps(
         for p in tl.static_range(PIXELS):
             of_pixel = ()
             for i in tl.static_range(FOURS):
-                proxy = _four(p_line + (p * FOURS + i) * 4 * PITCH, o_proxy)
+                proxy = split_lines(tl.load(p_line + (p * FOURS + i) * 4 * PITCH + o_proxy), 4)
                 some = weights[i * 4 * MAPS : (i + 1) * 4 * MAPS]
                 of_pixel = _add_products(of_pixel, some, proxy, MAPS, i == 0, 4 if S - 4 * i > 4 else S - 4 * i)
             maps = maps + of_pixel
@@ -156,10 +173,10 @@ def _maps(
         for _ in tl.static_range(PIXELS * MAPS):
             maps = maps + (zero,)
         for i in tl.range(0, FOURS):
-            some = _weights(p_maps, o_maps, p_skip, o_skip, i, FOURS, ADJOINT, GATED)
+            some = _weights(of, i, S, ADJOINT, GATED)
             sums = ()
             for p in tl.static_range(PIXELS):
-                proxy = _four(p_line + (p * FOURS + i) * 4 * PITCH, o_proxy)
+                proxy = split_lines(tl.load(p_line + (p * FOURS + i) * 4 * PITCH + o_proxy), 4)
                 sums = sums + _add_products(maps[p * MAPS : (p + 1) * MAPS], some, proxy, MAPS, False, 4)
             maps = sums
     return maps
@@ -221,11 +238,11 @@ def _store(
         tl.store(p, b.to(v.p.dtype.element_ty), mask=m)
 
 
-@triton.jit(do_not_specialize=[*integers("in", "out"), "n_chunks", "n_rows"])
+@triton.jit(do_not_specialize=[*integers("in", "out"), "i_direction", "n_per_group", "n_chunks", "n_rows"])
 def scan_kernel(
     p_in, s_in_batch, s_in_channel, s_in_cross, s_in_line,
     p_out, s_out_batch, s_out_channel, s_out_cross, s_out_line,
-    p_before, p_proxy, p_largest, p_maps, p_skip, p_states,
+    p_before, p_proxy, p_largest, p_taps, p_lam, p_u, p_skip, p_states, i_direction, n_per_group,
     n_groups, n_channels, n_cross, n_lines, n_run, n_runs, n_segment, n_chunks, n_rows,
     FAST: tl.constexpr, ALIGN: tl.constexpr,
     LANES: tl.constexpr, GROUP: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
@@ -238,8 +255,9 @@ def scan_kernel(
     The sum is added to ``before``, which has the strides of ``out``, if there is one. With ADJOINT the scan runs
     against its direction by the transposed taps, and the gate of what goes in is the other one.
 
-    ``largest [4 FOURS]``: the largest absolute value of each channel of the proxy; most logits are known to be small.
-    ``maps [C, 5, 4 FOURS]``: the weights of the three logits and of both gates. ``skip [C, 4 FOURS]``.
+    The projections are those of all directions: ``taps [D, G, 3, S]``, ``lam [D, C, S]``, ``u [D, C, S]``; and
+    ``skip [C, S]``. ``largest [4 FOURS]``: the largest absolute value of each channel of the proxy; most logits are
+    known to be small.
     ``proxy [B, lines, PIXELS, FOURS, PITCH, 4]``: pixel of a chunk, four channels, chunk, channel of the four.
     A row has ``n_chunks`` chunks, WHOLE if none of them is longer than the row; a group of lanes has ``n_rows`` rows.
     """
@@ -282,11 +300,13 @@ def scan_kernel(
     four = tl.arange(0, 4)[None, None, :]
     s_line = PIXELS * FOURS * PITCH * 4
     p_proxy += mine.i_batch * n_lines * s_line
-    o_maps, o_skip = o_channel * (20 * FOURS) + four, o_channel * (4 * FOURS) + four
+    # In 64 bits: rows of weights are counted over all directions.
+    o_row = o_channel + i_direction.to(tl.int64) * n_channels
+    of = Projections(p_taps, o_row // n_per_group * (3 * S), p_lam, p_u, o_row * S, p_skip, o_channel * S)
     weights = ()
     if UNROLL:
         for i_four in tl.static_range(FOURS):
-            weights = weights + _weights(p_maps, o_maps, p_skip, o_skip, i_four, FOURS, ADJOINT, GATED)
+            weights = weights + _weights(of, i_four, S, ADJOINT, GATED)
     b_bound = tl.zeros([1, LANES], tl.float32)
     bounds = (b_bound, b_bound, b_bound)
     if UNROLL:
@@ -294,9 +314,7 @@ def scan_kernel(
             bounds = _add_bounds(bounds, weights[i_four * 4 * MAPS : (i_four + 1) * 4 * MAPS], p_largest, i_four)
     else:
         for i_more in tl.range(0, FOURS):
-            bounds = _add_bounds(
-                bounds, _weights(p_maps, o_maps, p_skip, o_skip, i_more, FOURS, ADJOINT, GATED), p_largest, i_more
-            )
+            bounds = _add_bounds(bounds, _weights(of, i_more, S, ADJOINT, GATED), p_largest, i_more)
     # Hardly ever: a bound that is a NaN is not below 100 either.
     n_large = tl.sum(tl.where((bounds[0] < 100.0) & (bounds[1] < 100.0) & (bounds[2] < 100.0), 0, 1))
 
@@ -361,7 +379,7 @@ def scan_kernel(
                     m_follows = m_follows & (i_here >= mine.i_low) & (i_here < mine.i_high)
                     i_here = tl.minimum(tl.maximum(i_here, 0), n_lines - 1)
                 maps = _maps(
-                    p_proxy + i_here.to(tl.int64) * s_line, o_proxy, weights, p_maps, o_maps, p_skip, o_skip,
+                    p_proxy + i_here.to(tl.int64) * s_line, o_proxy, weights, of,
                     S, PIXELS, PITCH, MAPS, UNROLL, ADJOINT, GATED,
                 )  # fmt: skip
                 logits = ()
