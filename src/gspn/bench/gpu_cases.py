@@ -61,7 +61,7 @@ class Case:
 
         limits, backward = Limits(card.shared_memory), self.mode == "backward"
         x, batch, c, n = self._image(self.channels), self.batch, self.channels, self.size
-        with recorded() as launches, _OtherLaunches() as others:
+        with recorded() as launches, OtherLaunches() as others:
             if self.op == "line_scan":
                 taps = torch.empty(batch, self.groups, 3, n, n, dtype=x.dtype, device="meta")
                 if backward:
@@ -101,7 +101,7 @@ class Case:
         return multiply_adds * cycles / card.multiply_adds, special * cycles / 16
 
 
-class _OtherLaunches(TorchDispatchMode):
+class OtherLaunches(TorchDispatchMode):
     """Counts the operations of PyTorch that run a kernel: all but those that allocate or give a view."""
 
     def __init__(self) -> None:

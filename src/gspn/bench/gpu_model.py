@@ -150,6 +150,12 @@ def _gradients(launch: Launch) -> Work:
     return Work("gradients", pixels, blocks * tiles, slots, (Repeat(blocks, (Repeat(tiles),)),))
 
 
+def _pack(launch: Launch) -> Work:
+    """Work of a kernel that copies the proxy, once, without a loop."""
+    c: Any = launch.plan.constants
+    return Work("pack", _elements(launch, "p_proxy"), 1, 4 * c["BLOCK"], ())
+
+
 def _elements(launch: Launch, name: str) -> int:
     tensor = launch.tensors[name]
     return 0 if tensor is None else tensor.numel()
@@ -158,6 +164,7 @@ def _elements(launch: Launch, name: str) -> int:
 WORK: Mapping[str, Callable[[Launch], Work]] = {
     "scan_kernel": _scan("forward", "p_in"),
     "gradients_kernel": _gradients,
+    "pack_kernel": _pack,
     "forward_kernel": _scan("line_scan", "p_x"),
     "backward_kernel": _scan("line_scan_backward", "p_grad"),
 }

@@ -26,8 +26,8 @@ LINE_SCAN = {
 }  # fmt: skip
 
 SMALL, LARGE = {"batch": 8, "channels": 96, "size": 56}, {"batch": 16, "channels": 8, "size": 1024}
-# Calls of propagate, and which of their launches: a direction differs from its reverse in the order of lines alone.
-# The scan that only recomputes the states is the forward one with less to do.
+# Calls of propagate, and which of their launches, not counting those that pack the proxy: a direction differs from its
+# reverse in the order of lines alone. The scan that only recomputes the states is the forward one with less to do.
 PROPAGATE = {
     80: [
         (SMALL | {"taps": "shared", "mode": "forward"}, [0]),
@@ -103,6 +103,14 @@ def test_propagate_does_not_spill_and_is_no_longer(arch: int, triton_cache: Path
         if "/s64/" not in row["case"]:
             assert row["total"] <= MOST[row["kernel"]][0], what
             assert row["barriers_a_line"] <= MOST[row["kernel"]][1], what
+
+
+def test_little_is_done_on_the_host(triton_cache: Path) -> None:
+    # Launches, PyTorch's kernels, calls of functions. A processor of 2025 takes some 0.1 us for a call.
+    most = {"forward": (5, 1, 280), "backward": (14, 30, 1200)}
+    for name, (*counts, microseconds) in json.loads(_run("host_work()", triton_cache)).items():
+        assert all(count <= bound for count, bound in zip(counts, most[name], strict=True)), (name, counts)
+        assert microseconds < 10_000, (name, microseconds)
 
 
 def test_one_compilation_for_all_sizes(triton_cache: Path) -> None:

@@ -353,7 +353,7 @@ def _instructions(layout: _Layout, chunks: _Chunks, proxy_channels: int) -> floa
         together = rows if chunks.group > 32 else rows * 32 // chunks.lanes
         each += 3 * max(32 / (together * layout.itemsize) - 1, 0)
     # Of programs of 256 lanes, a multiprocessor has registers for one alone: 8 warps, where smaller ones make 12.
-    alone = 1.25 if chunks.lanes > 128 and fast != CHANNEL else 1
+    alone = 1.25 if chunks.lanes > 128 else 1
     return (each + a_line / chunks.pixels) / useful * alone * max(_MANY_LANES / (programs * chunks.lanes), 1)
 
 
@@ -376,7 +376,6 @@ def _chunks(layout: _Layout, proxy_channels: int, limits: Limits) -> _Chunks:
     return min(choices, key=lambda chunks: _instructions(layout, chunks, proxy_channels))
 
 
-@functools.lru_cache(maxsize=4096)
 def plan_propagate(
     sizes: Sizes, tensors: _Tensors, itemsize: int, proxy_channels: int, *, reverse: bool, segment: int | None,
     limits: Limits, direction: int = 0, adjoint: bool = False, gated: bool = True,

@@ -5,10 +5,11 @@ proxy and writes ``y``, 2 N and N S / C numbers; it takes (5 S + 4) D N multiply
 gates and of the scan (plus S + 1 with a skip), 3 D N exponentials and 4 D N reciprocals. All instructions count, not
 these alone: some 90 a pixel and direction with S = 8, more than the time in which memory moves what it has to.
 
-**Forward**, D launches. The directions follow each other and add to ``y`` in place, so that the order of the sum is
-fixed: D reads of ``x``, 2 D - 1 of and to ``y``. For bfloat16 and float16 what is added to is a float32 tensor of the
-size of ``x``, and the last direction writes ``y``. Nothing else is kept but copies of the proxy in float32: one with
-rows along the width, one with rows along the height for ``"right"`` and ``"left"``.
+**Forward**, D + 1 launches. The first packs the proxy. The directions follow each other and add to ``y`` in place, so
+that the order of the sum is fixed: D reads of ``x``, 2 D - 1 of and to ``y``. For bfloat16 and float16 what is added to
+is a float32 tensor of the size of ``x``, and the last direction writes ``y``. Nothing else is kept but copies of the
+proxy in float32: one with rows along the width, one with rows along the height for ``"right"`` and ``"left"``. The
+projections are read as they are. On the host a call looks its plans up and launches what was compiled for them.
 
 **Backward**, three launches a direction: the states again, the adjoint states, and then the gradients of all pixels
 side by side. Memory beside the results, in numbers of 4 bytes: the states and the adjoint states, 2 N; for half types
@@ -19,6 +20,7 @@ programs. These are added up in a fixed order, so that results are the same bits
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -27,8 +29,8 @@ from torch import Tensor
 
 from ..directions import scan_axes
 from .gradients_kernels import gradients_kernel
-from .launch import Launch, limits_of, scratch, sizes_of, strides_of
-from .planner import Limits, Plan, plan_propagate
+from .launch import Launch, limits_of, scratch
+from .planner import Limits, Plan, Sizes, Strides, plan_propagate
 from .proxy import Proxy
 from .scan_kernels import scan_kernel
 
@@ -68,10 +70,24 @@ def plan_scan(
     The gate of what goes in is lam, for an adjoint scan u; what comes out is multiplied by u if ``gated``, and the skip
     added by the first one. The tensors may be on the meta device.
     """
+    _, groups, _, states = weights.taps.shape
+    how = (source.element_size(), groups, states, d, direction, segment, limits, adjoint, gated)
+    return _plan_scan(source.shape, source.stride(), out.stride(), *how)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_scan(
+    shape: tuple[int, ...], source: tuple[int, ...], out: tuple[int, ...], itemsize: int, groups: int, states: int,
+    d: int, direction: str, segment: int | None, limits: Limits, adjoint: bool, gated: bool,
+) -> Plan:  # fmt: skip
+    batch, channels, *_ = shape
     axes = scan_axes(direction)
-    strides = (("in", strides_of(source, axes)), ("out", strides_of(out, axes)))
+    views = (
+        (name, Strides(strides[0], strides[1], strides[axes.cross], strides[axes.line]))
+        for name, strides in (("in", source), ("out", out))
+    )
     return plan_propagate(
-        sizes_of(source, weights.taps.shape[1], axes), strides, source.element_size(), weights.taps.shape[3],
+        Sizes(batch, channels, groups, shape[axes.cross], shape[axes.line]), tuple(views), itemsize, states,
         reverse=axes.reverse, segment=segment, limits=limits, direction=d, adjoint=adjoint, gated=gated,
     )  # fmt: skip
 
