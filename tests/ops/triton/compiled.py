@@ -21,7 +21,7 @@ from propagate_support import make_arguments
 from gspn.bench.gpu_cases import Case, OtherLaunches
 from gspn.bench.gpu_counts import compile_launch, launch_row, pretend
 from gspn.bench.gpu_model import CARDS
-from gspn.ops.triton.launch import Launch, recorded
+from gspn.ops.triton.launch import Launch, limits_of, recorded
 from gspn.ops.triton.line_scan import line_scan, line_scan_backward
 from gspn.ops.triton.planner import Limits
 from gspn.ops.triton.propagate import propagate, propagate_backward
@@ -79,10 +79,12 @@ def host_work() -> None:
     driver = triton.runtime.driver.active
     driver.utils, driver.launcher_cls = Utils(), lambda _src, _metadata: lambda *_arguments: launched.append(1)  # type: ignore[attr-defined]
     grad, *arguments = make_arguments(2, 32, 7, 7, 8, 32)
-    results = {}
+    in_turn, results = limits_of(grad.device)._replace(together=False), {}
     for name, call in (
-        ("forward", lambda: propagate(*arguments)), ("backward", lambda: propagate_backward(grad, *arguments))
-    ):  # fmt: skip
+        ("side by side", lambda: propagate(*arguments)),
+        ("in turn", lambda: propagate(*arguments, in_turn)),
+        ("backward", lambda: propagate_backward(grad, *arguments)),
+    ):
         call()
         launched.clear()
         with OtherLaunches() as others:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 CHANNEL, CROSS, LINE, NONE = 0, 1, 2, 3
@@ -51,13 +51,15 @@ class Sizes(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What a card allows. The tests lower the longest row, to reach the code for longer rows with short ones."""
+    """The limits of a card. The tests lower the longest row, to reach the code for longer rows with short ones."""
 
     shared_memory: int = SHARED_MEMORY
     row: int | None = None
     """The longest row of one block, a power of two from 32 on; None for the rules' own choice."""
     ptx: bool = True
     """Whether kernels may have instructions of NVIDIA's cards."""
+    together: bool = True
+    """Whether directions may run side by side where each has too few rows for a card."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Plan:
     shared_memory: int = 0
     """Bytes of shared memory that the tiles under way take, an estimate."""
     compiled: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What :class:`.launch.Launch` has compiled for this plan. Plans are kept, so it is looked up there alone."""
+    """The kernels that :class:`.launch.Launch` has had compiled for this plan. Plans are kept, and these with them."""
 
 
 class _Blocks(NamedTuple):
@@ -171,7 +173,7 @@ class _Layout:
 
     def plan(
         self, blocks: _Blocks, num_warps: int, reverse: bool, shared_memory: int = 0,
-        more: Mapping[str, int] | None = None,
+        more: Mapping[str, int | None] | None = None,
         **constants: Any,
     ) -> Plan:  # fmt: skip
         """The plan with these blocks and threads, and ``more`` integers and constants of one operator alone."""
@@ -320,6 +322,10 @@ _MANY_LANES = 132 * 4 * 2 * 32
 """Two warps for each scheduler of a large card: with fewer lanes, latencies show."""
 
 
+_MOST_TOGETHER = 3 * 2**20
+"""Elements of an image that directions side by side may write a float32 copy of each."""
+
+
 class _Chunks(NamedTuple):
     """How rows are cut for the lanes of a program."""
 
@@ -337,7 +343,7 @@ class _Chunks(NamedTuple):
 
 def _width(layout: _Layout, pixels: int, lines: int) -> int:
     """How many elements of an image a lane takes together."""
-    return 1 if layout.fast == CHANNEL else math.gcd(layout.align, lines if layout.fast == LINE else pixels)
+    return 1 if layout.fast in (CHANNEL, NONE) else math.gcd(layout.align, lines if layout.fast == LINE else pixels)
 
 
 def _instructions(layout: _Layout, chunks: _Chunks, proxy_channels: int) -> float:
@@ -387,17 +393,68 @@ def plan_propagate(
     # A block's channels may be of several groups: the layout of images knows no groups.
     layout = _Layout(sizes._replace(groups=sizes.channels), tensors, itemsize, segment, 4)
     chunks = _chunks(layout, proxy_channels, limits)
-    lanes, group, pixels, halo = chunks
-    lines = min(4, _power_of_two(sizes.lines)) if layout.fast == LINE else 1
-    blocks = _Blocks(chunks.rows(sizes.cross), lanes * pixels, halo, lines)
-    whole = not halo and sizes.cross % pixels == 0
-    n_chunks = math.ceil(sizes.cross / pixels)
+    n_chunks = math.ceil(sizes.cross / chunks.pixels)
     of_rows = {
         "i_direction": direction, "n_per_group": sizes.channels // sizes.groups, "n_chunks": n_chunks,
-        "n_rows": max(group // n_chunks, 1),
+        "n_rows": max(chunks.group // n_chunks, 1), "i_codes": None, "s_out_direction": None, "n_images": None,
     }  # fmt: skip
+    whole = not chunks.halo and sizes.cross % chunks.pixels == 0
+    return _plan_lanes(
+        layout, chunks, proxy_channels, reverse, of_rows, PITCH=_power_of_two(n_chunks), WHOLE=whole, ADJOINT=adjoint,
+        GATED=gated, PTX=limits.ptx, TOGETHER=False,
+    )  # fmt: skip
+
+
+def plan_together(
+    sizes: Sizes, tensors: _Tensors, itemsize: int, proxy_channels: int, codes: Sequence[int], *, segment: int | None,
+    limits: Limits,
+) -> Plan | None:  # fmt: skip
+    """The launch of ``scan_kernel`` for several directions side by side, None where each has rows enough for a card.
+
+    ``sizes`` and ``tensors`` are as ``"down"`` sees them; ``codes``: see the kernel.
+    """
+    longest = max(sizes.cross, sizes.lines)
+    rows, pixels = sizes.batch * sizes.channels, sizes.cross * sizes.lines
+    if len(codes) == 1 or not limits.together or rows * longest > 2 * _MANY_LANES or rows * pixels > _MOST_TOGETHER:
+        return None
+    together = Sizes(sizes.batch * len(codes), sizes.channels, sizes.channels, longest, longest)
+    layout, choice = (
+        _Layout(one, tensors, itemsize, segment, 4) for one in (sizes._replace(groups=sizes.channels), together)
+    )
+    for one in (layout, choice):
+        if {*one.own.values()} != {CHANNEL}:
+            # Both axes of the image are walked: it is contiguous along none of them.
+            one.fast, one.align, one.own = NONE, 1, dict.fromkeys(one.own, NONE)
+    chunks = _chunks(choice, proxy_channels, limits)
+    if chunks.halo:
+        return None
+    blocks = (math.ceil(sizes.channels / chunks.rows(cross)) for cross in (sizes.cross, sizes.lines))
+    of_rows = {
+        "i_direction": None, "n_per_group": sizes.channels // sizes.groups, "n_chunks": None, "n_rows": None,
+        "i_codes": sum(code << (2 * d) for d, code in enumerate(codes)), "s_out_direction": rows * pixels,
+        "n_images": sizes.batch,
+    }  # fmt: skip
+    plan = _plan_lanes(
+        layout, chunks, proxy_channels, False, of_rows, PITCH=_power_of_two(math.ceil(longest / chunks.pixels)),
+        WHOLE=sizes.cross % chunks.pixels == sizes.lines % chunks.pixels == 0, ADJOINT=False, GATED=True,
+        PTX=limits.ptx, TOGETHER=True,
+    )  # fmt: skip
+    segmented = segment is not None and segment < longest
+    return replace(
+        plan, grid=(sizes.batch * max(blocks), len(codes)), constants={**plan.constants, "SEGMENTED": segmented},
+        integers={**plan.integers, "n_runs": 1, "n_segment": segment if segmented else longest},
+    )  # fmt: skip
+
+
+def _plan_lanes(
+    layout: _Layout, chunks: _Chunks, proxy_channels: int, reverse: bool, integers: Mapping[str, int | None],
+    **constants: Any,
+) -> Plan:  # fmt: skip
+    """The part that plans of one direction and of several have in common."""
+    lanes, group, pixels, halo = chunks
+    lines = min(4, _power_of_two(layout.sizes.lines)) if layout.fast == LINE else 1
+    blocks = _Blocks(chunks.rows(layout.sizes.cross), lanes * pixels, halo, lines)
     return layout.plan(
-        blocks, lanes // 32, reverse, more=of_rows, LANES=lanes, GROUP=group, PIXELS=pixels,
-        WIDTH=_width(layout, pixels, lines), WHOLE=whole, PITCH=_power_of_two(n_chunks), UNROLL=proxy_channels <= 16,
-        S=proxy_channels, ADJOINT=adjoint, GATED=gated, PTX=limits.ptx,
+        blocks, lanes // 32, reverse, more=integers, LANES=lanes, GROUP=group, PIXELS=pixels,
+        WIDTH=_width(layout, pixels, lines), UNROLL=proxy_channels <= 16, S=proxy_channels, **constants,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-r"""``propagate`` and its gradients by the Triton kernels: plans and launches one direction after the other.
+r"""``propagate`` and its gradients by the Triton kernels: plans and launches.
 
 What a call must do, with N the pixels of ``x``, S the channels of the proxy and D directions: it reads ``x`` and the
 proxy and writes ``y``, 2 N and N S / C numbers; it takes (5 S + 4) D N multiply-adds, those of three logits and two
@@ -10,6 +10,9 @@ that the order of the sum is fixed: D reads of ``x``, 2 D - 1 of and to ``y``. F
 is a float32 tensor of the size of ``x``, and the last direction writes ``y``. Nothing else is kept but copies of the
 proxy in float32: one with rows along the width, one with rows along the height for ``"right"`` and ``"left"``. The
 projections are read as they are. On the host a call looks its plans up and launches what was compiled for them.
+
+Where there are too few rows to fill a card, three launches: all directions side by side, each to a float32 result of
+its own, and their sum in the same order. The time is then that of latencies, and more bytes do not matter.
 
 **Backward**, three launches a direction: the states again, the adjoint states, and then the gradients of all pixels
 side by side. Memory beside the results, in numbers of 4 bytes: the states and the adjoint states, 2 N; for half types
@@ -30,9 +33,9 @@ from torch import Tensor
 from ..directions import scan_axes
 from .gradients_kernels import gradients_kernel
 from .launch import Launch, limits_of, scratch
-from .planner import Limits, Plan, Sizes, Strides, plan_propagate
+from .planner import Limits, Plan, Sizes, Strides, plan_propagate, plan_together
 from .proxy import Proxy
-from .scan_kernels import scan_kernel
+from .scan_kernels import scan_kernel, sum_kernel
 
 _PROGRAMS = 512
 """Programs of the gradients' kernel, four for each of 130 multiprocessors; constant, for the order of the sums."""
@@ -92,15 +95,37 @@ def _plan_scan(
     )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=4096)
+def _plan_together(
+    shape: tuple[int, ...], source: tuple[int, ...], out: tuple[int, ...], itemsize: int, groups: int, states: int,
+    directions: tuple[str, ...], segment: int | None, limits: Limits,
+) -> Plan | None:  # fmt: skip
+    batch, channels, height, width = shape
+    codes = [scan_axes(name).reverse + 2 * (scan_axes(name).line == -1) for name in directions]
+    views = tuple((name, Strides(s[0], s[1], s[3], s[2])) for name, s in (("in", source), ("out", out)))
+    return plan_together(
+        Sizes(batch, channels, groups, width, height), views, itemsize, states, codes, segment=segment, limits=limits
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_sum(elements: int, count: int) -> Plan:
+    return Plan((math.ceil(elements / 1024),), 4, {"D": count, "BLOCK": 1024}, {"n": elements})
+
+
 def prepare_scan(
-    plan: Plan, direction: str, source: Tensor, before: Tensor | None, out: Tensor, proxy: Proxy, weights: Projections
-) -> Launch:
-    """The launch of :func:`plan_scan`, which writes to ``out`` its sum with ``before``."""
-    skips = plan.constants["GATED"] and plan.integers["i_direction"] == 0
+    plan: Plan, source: Tensor, before: Tensor | None, out: Tensor, proxy: Proxy, weights: Projections,
+    direction: str | None = None,
+) -> Launch:  # fmt: skip
+    """The launch of a plan, which writes to ``out`` its sum with ``before``; without a direction that of several."""
+    constants = plan.constants
+    line = -2 if direction is None else scan_axes(direction).line
+    skips = constants["GATED"] and not plan.integers["i_direction"]
     tensors = {
-        "p_in": source, "p_out": out, "p_before": before, "p_proxy": proxy.packed(scan_axes(direction).line, plan),
-        "p_largest": proxy.largest, "p_taps": weights.taps, "p_lam": weights.lam, "p_u": weights.u,
-        "p_skip": weights.skip if skips else None, "p_states": scratch(plan, weights.lam),
+        "p_in": source, "p_out": out, "p_before": before, "p_proxy": proxy.packed(line, plan),
+        "p_columns": proxy.packed(-1, plan) if direction is None else None, "p_largest": proxy.largest,
+        "p_taps": weights.taps, "p_lam": weights.lam, "p_u": weights.u, "p_skip": weights.skip if skips else None,
+        "p_states": scratch(plan, weights.lam),
     }  # fmt: skip
     return Launch(scan_kernel, plan, tensors)
 
@@ -172,12 +197,22 @@ def propagate(
     limits = limits or limits_of(x.device)
     proxies = Proxy(proxy)
     weights = projections(tap_proj, lam_proj, u_proj, skip_proj)
+    plan = _plan_together(
+        x.shape, x.stride(), y.stride(), x.element_size(), weights.taps.shape[1], proxy.shape[1], directions, segment,
+        limits,
+    )  # fmt: skip
+    if plan is not None:
+        proxies.pack({-2: plan, -1: plan})
+        parts = y.new_empty((len(directions), y.numel()), dtype=torch.float32)
+        prepare_scan(plan, x, None, parts, proxies, weights).run()
+        Launch(sum_kernel, _plan_sum(y.numel(), len(directions)), {"p_parts": parts, "p_out": y}).run()
+        return y
     total = y if y.dtype == torch.float32 or len(directions) == 1 else torch.empty_like(y, dtype=torch.float32)
     plans = [plan_scan(x, y, weights, d, name, segment, limits, gated=True) for d, name in enumerate(directions)]
     proxies.pack({scan_axes(name).line: plan for name, plan in zip(directions, plans, strict=True)})
     for d, (direction, plan) in enumerate(zip(directions, plans, strict=True)):
         before, out = None if d == 0 else total, y if d == len(directions) - 1 else total
-        prepare_scan(plan, direction, x, before, out, proxies, weights).run()
+        prepare_scan(plan, x, before, out, proxies, weights, direction).run()
     return y
 
 
@@ -202,7 +237,7 @@ def propagate_backward(
     for d, direction in enumerate(directions):
         for source, out, adjoint in ((x, h, False), (grad, g, True)):
             plan = plan_scan(source, out, all_weights, d, direction, segment, limits, adjoint=adjoint)
-            prepare_scan(plan, direction, source, None, out, proxies, all_weights).run()
+            prepare_scan(plan, source, None, out, proxies, all_weights, direction).run()
         weights = all_weights.of(d)
         before, out = None if d == 0 else total, dx if d == len(directions) - 1 else total
         launch, dproxy, sums = prepare_gradients(

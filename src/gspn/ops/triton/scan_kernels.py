@@ -45,6 +45,21 @@ def _inverse(b, PTX: tl.constexpr):
 
 
 @triton.jit
+def _add(a, b, PTX: tl.constexpr):
+    """``a + b``, and not in one rounding with the product that ``b`` is: the same bits as :func:`sum_kernel`."""
+    if PTX:
+        return tl.inline_asm_elementwise("add.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
+    else:
+        return a + b
+
+
+@triton.jit
+def _in_order(swapped, a, b):
+    """``a, b``, or ``b, a`` if ``swapped``."""
+    return tl.where(swapped, b, a), tl.where(swapped, a, b)
+
+
+@triton.jit
 def _stochastic(b_before, b_here, b_after, PTX: tl.constexpr):
     """Logits times ``-log2(e)`` to sigmoids that sum to one; those of neighbours that do not exist are infinite.
 
@@ -238,17 +253,21 @@ def _store(
         tl.store(p, b.to(v.p.dtype.element_ty), mask=m)
 
 
-@triton.jit(do_not_specialize=[*integers("in", "out"), "i_direction", "n_per_group", "n_chunks", "n_rows"])
+_OF_DIRECTIONS = ["i_direction", "n_per_group", "i_codes", "s_out_direction", "n_images"]
+
+
+@triton.jit(do_not_specialize=[*integers("in", "out"), "n_chunks", "n_rows", *_OF_DIRECTIONS])
 def scan_kernel(
     p_in, s_in_batch, s_in_channel, s_in_cross, s_in_line,
     p_out, s_out_batch, s_out_channel, s_out_cross, s_out_line,
-    p_before, p_proxy, p_largest, p_taps, p_lam, p_u, p_skip, p_states, i_direction, n_per_group,
+    p_before, p_proxy, p_columns, p_largest, p_taps, p_lam, p_u, p_skip, p_states, i_direction, n_per_group,
+    i_codes, s_out_direction, n_images,
     n_groups, n_channels, n_cross, n_lines, n_run, n_runs, n_segment, n_chunks, n_rows,
     FAST: tl.constexpr, ALIGN: tl.constexpr,
     LANES: tl.constexpr, GROUP: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
     HALO: tl.constexpr, LINES: tl.constexpr, REVERSE: tl.constexpr, SEGMENTED: tl.constexpr,
     S: tl.constexpr, PITCH: tl.constexpr, UNROLL: tl.constexpr, ADJOINT: tl.constexpr, GATED: tl.constexpr,
-    PTX: tl.constexpr,
+    PTX: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """A scan of ``gate * in``: its states, or ``out gate * state`` if it is GATED, plus ``skip * in``.
 
@@ -260,12 +279,32 @@ def scan_kernel(
     known to be small.
     ``proxy [B, lines, PIXELS, FOURS, PITCH, 4]``: pixel of a chunk, four channels, chunk, channel of the four.
     A row has ``n_chunks`` chunks, WHOLE if none of them is longer than the row; a group of lanes has ``n_rows`` rows.
+
+    TOGETHER, programs of all directions run side by side, each direction to an ``out`` of its own. Strides and sizes
+    are then those of ``"down"``, ``columns`` is the proxy packed for lines along the width, and ``i_codes`` has two
+    bits for each direction: whether it is reversed, and whether its lines follow each other along the width.
     """
     FOURS: tl.constexpr = (S + 3) // 4
     MAPS: tl.constexpr = 4 + (1 if GATED else 0) + (0 if p_skip is None else 1)
     n_channels, n_cross, n_lines, n_run = in_elements(n_channels, n_cross, n_lines, n_run, FAST, ALIGN)
+    if TOGETHER:
+        i_direction = tl.program_id(1)
+        i_code = i_codes >> (2 * i_direction) & 3
+        m_along_width = i_code >= 2
+        s_in_cross, s_in_line = _in_order(m_along_width, s_in_cross.to(tl.int64), s_in_line.to(tl.int64))
+        s_out_cross, s_out_line = _in_order(m_along_width, s_out_cross.to(tl.int64), s_out_line.to(tl.int64))
+        n_cross, n_lines = _in_order(m_along_width, n_cross, n_lines)
+        n_run, n_chunks = n_lines, tl.cdiv(n_cross, PIXELS)
+        n_rows = tl.maximum(GROUP // n_chunks, 1)
+        p_out += i_direction.to(tl.int64) * s_out_direction
+        if m_along_width:
+            p_proxy = p_columns
     n_block = LANES // GROUP * n_rows
     mine = share(tl.cdiv(n_channels, n_block), n_groups, n_lines, n_run, n_runs, REVERSE)
+    # Where rows of one direction take fewer lanes than those of another, there are programs to spare.
+    is_spare = mine.i_batch >= n_images if TOGETHER else False
+    if is_spare:
+        return
 
     lane = tl.arange(0, LANES)[None, :]
     i_lane = lane % GROUP
@@ -333,6 +372,8 @@ def scan_kernel(
             i_step, i_line, i_first = tile(
                 i_round, i_visit, n_rounds, mine, n_lines, BLOCK, HALO, LINES, TILES, ADJOINT, REVERSE
             )
+            if TOGETHER:
+                i_line = tl.where((i_code & 1) != 0, n_lines - 1 - i_step, i_step)
             i_cross = i_first + i_pixel if HALO > 0 else i_pixel
             b_in = _load(
                 x, mine, i_line, i_first, m_lane, i_cross, n_cross, FAST, PIXELS, WIDTH, LINES, WHOLE, MAY_OVERRUN
@@ -446,11 +487,13 @@ def scan_kernel(
                     if GATED:
                         b = maps[p * MAPS + 4] * b
                     if p_skip is not None:
-                        b += maps[p * MAPS + MAPS - 1] * b_in[p * LINES + (LINES - 1 - i if REVERSE else i)].to(
-                            tl.float32
-                        )
+                        b_read = b_in[p * LINES + (LINES - 1 - i if REVERSE else i)].to(tl.float32)
+                        if TOGETHER:
+                            b += tl.where(i_direction == 0, maps[p * MAPS + MAPS - 1] * b_read, 0.0)
+                        else:
+                            b += maps[p * MAPS + MAPS - 1] * b_read
                     if p_before is not None:
-                        b += b_added[p * LINES + (LINES - 1 - i if REVERSE else i)].to(tl.float32)
+                        b = _add(b_added[p * LINES + (LINES - 1 - i if REVERSE else i)].to(tl.float32), b, PTX)
                     b_line = b_line + (b,)
                 # By pixel, and within each by line in memory.
                 b_so_far, b_out = b_out, ()
@@ -475,3 +518,14 @@ def scan_kernel(
         if HALO > 0:
             # The next round's states come from other threads.
             tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["n"])
+def sum_kernel(p_parts, p_out, n, D: tl.constexpr, BLOCK: tl.constexpr):
+    """``out`` of ``n`` elements, the sum of D parts in their order."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = i < n
+    b = tl.load(p_parts + i, mask=m)
+    for d in tl.static_range(1, D):
+        b += tl.load(p_parts + d * n + i, mask=m)
+    tl.store(p_out + i, b.to(p_out.dtype.element_ty), mask=m)
