@@ -98,7 +98,7 @@ def _shared_memory(device: int) -> int:
 
 
 def limits_of(device: torch.device) -> Limits:
-    """What a program may use on this device."""
+    """The limits of programs on this device."""
     if device.type != "cuda":
         return Limits(SHARED_MEMORY, ptx=False)
     shared_memory = _shared_memory(torch.cuda.current_device() if device.index is None else device.index)
