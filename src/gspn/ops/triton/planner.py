@@ -341,15 +341,17 @@ class _Chunks(NamedTuple):
         return 1 if self.halo else self.lanes // self.group * (self.group // math.ceil(cross / self.pixels))
 
 
-def _width(layout: _Layout, pixels: int, lines: int) -> int:
+def _width(layout: _Layout, pixels: int) -> int:
     """How many elements of an image a lane takes together."""
-    return 1 if layout.fast in (CHANNEL, NONE) else math.gcd(layout.align, lines if layout.fast == LINE else pixels)
+    if layout.fast == LINE:
+        return layout.align
+    return math.gcd(layout.align, pixels) if layout.fast == CROSS else 1
 
 
 def _instructions(layout: _Layout, chunks: _Chunks, proxy_channels: int) -> float:
     """About how many a useful pixel costs, more where too few lanes or too narrow accesses let them wait."""
     sizes, fast, rows = layout.sizes, layout.fast, chunks.rows(layout.sizes.cross)
-    width = _width(layout, chunks.pixels, 4)
+    width = _width(layout, chunks.pixels)
     each = 35 + 6 * proxy_channels + 3 / width + (0 if sizes.cross % chunks.pixels == 0 else 3)
     a_line = 25 if chunks.group == 32 else 60
     programs = sizes.batch * math.ceil(layout.channels / rows)
@@ -366,11 +368,14 @@ def _instructions(layout: _Layout, chunks: _Chunks, proxy_channels: int) -> floa
 def _chunks(layout: _Layout, proxy_channels: int, limits: Limits) -> _Chunks:
     """The chunks that cost least; a longer row is taken in blocks."""
     cross, fast = layout.sizes.cross, layout.fast
-    # What a lane holds for each pixel, and the weights, have to leave registers for all the rest.
-    most = 4 if proxy_channels > 8 or fast == LINE else 8
-    longest = limits.row or 256 * most
+    # What a lane holds for each pixel of its lines, and the weights, have to leave registers for all the rest.
+    most = 4 if proxy_channels > 8 else 8
+    if fast == LINE:
+        most = min(most, {1: 8, 2: 5, 4: 4}[layout.align])
+    pixels = most // 4 * 4  # what divides a halo
+    longest = limits.row or 256 * pixels
     if cross > longest:
-        pixels = longest // 32 if limits.row else most
+        pixels = longest // 32 if limits.row else pixels
         return _Chunks(longest // pixels, longest // pixels, pixels, 16 if longest > 32 else 8)
     choices = [
         _Chunks(lanes, group, pixels)
@@ -452,9 +457,10 @@ def _plan_lanes(
 ) -> Plan:  # fmt: skip
     """The part that plans of one direction and of several have in common."""
     lanes, group, pixels, halo = chunks
-    lines = min(4, _power_of_two(layout.sizes.lines)) if layout.fast == LINE else 1
+    # A lane takes as many lines together as it can load at once.
+    lines = layout.align if layout.fast == LINE else 1
     blocks = _Blocks(chunks.rows(layout.sizes.cross), lanes * pixels, halo, lines)
     return layout.plan(
         blocks, lanes // 32, reverse, more=integers, LANES=lanes, GROUP=group, PIXELS=pixels,
-        WIDTH=_width(layout, pixels, lines), UNROLL=proxy_channels <= 16, S=proxy_channels, **constants,
+        WIDTH=_width(layout, pixels), UNROLL=proxy_channels <= 16, S=proxy_channels, **constants,
     )  # fmt: skip

@@ -8,7 +8,7 @@ program for longer rows. Only the states at both ends of a chunk leave a lane, o
 **Maps.** For every line a lane reads the proxy at its pixels. From it come three logits and two gates by ``5 S``
 multiply-adds a pixel, and the taps by three exponentials and four reciprocals. The proxy has been packed for this:
 float32, by lines in the direction of the scan, in fours of channels that one load takes. The images are walked as they
-are, in pieces of WIDTH elements along their contiguous axis.
+are, in pieces of WIDTH elements along their contiguous axis: several pixels of a line, or the LINES of a tile.
 
 The prefixes of names, tiles and views are explained in :mod:`.addressing`; the constexpr arguments are what
 :mod:`.planner` chooses. A line's neighbours are named by where they are on it: before, here and after. What is there
@@ -200,24 +200,18 @@ def _maps(
 @triton.jit
 def _piece(
     v, i_line, i_low, i_high, m_lane, i_cross, n_cross, i,
-    FAST: tl.constexpr, WIDTH: tl.constexpr, LINES: tl.constexpr, WHOLE: tl.constexpr, MAY_OVERRUN: tl.constexpr,
+    FAST: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, MAY_OVERRUN: tl.constexpr,
 ):  # fmt: skip
-    """Where piece ``i`` of a lane's tile is, and whether it exists. A piece has no end in the middle."""
-    if FAST == 2:
-        PER_PIXEL: tl.constexpr = LINES // WIDTH
-        i_pixel, i_first = i // PER_PIXEL, i % PER_PIXEL * WIDTH
-        p = v.p + v.o + (i_pixel * v.s_cross + i_first * v.s_line)
-    else:
-        i_pixel, i_first = i * WIDTH, 0
-        p = v.p + v.o + i_pixel * v.s_cross
+    """Where piece ``i`` of a lane's tile is, and whether it exists: WIDTH pixels of a line, or all lines of a pixel."""
+    i_pixel = i if FAST == 2 else i * WIDTH
     m = m_lane
     if MAY_OVERRUN:
         # So may a block of a long row, at its beginning.
-        n_there = tl.where(i_line + i_first >= i_low, tl.where(i_line + i_first < i_high, n_cross, 0), 0)
+        n_there = tl.where(i_line >= i_low, tl.where(i_line < i_high, n_cross, 0), 0)
         m = m & (i_cross + i_pixel >= 0) & (i_cross + i_pixel < n_there)
     elif not WHOLE:
         m = m & (i_cross + i_pixel < n_cross)
-    return p, tl.expand_dims(m, 2)
+    return v.p + v.o + i_pixel * v.s_cross, tl.expand_dims(m, 2)
 
 
 @triton.jit
@@ -230,9 +224,7 @@ def _load(
     v = move(v, i_line, i_first)
     pixels = ()
     for i in tl.static_range(PIXELS * LINES // WIDTH):
-        p, m = _piece(
-            v, i_line, mine.i_low, mine.i_high, m_lane, i_cross, n_cross, i, FAST, WIDTH, LINES, WHOLE, MAY_OVERRUN
-        )
+        p, m = _piece(v, i_line, mine.i_low, mine.i_high, m_lane, i_cross, n_cross, i, FAST, WIDTH, WHOLE, MAY_OVERRUN)
         pixels = pixels + split_lines(tl.load(p, mask=m), WIDTH)
     return pixels
 
@@ -246,9 +238,7 @@ def _store(
     """Store what :func:`_load` would load."""
     v = move(v, i_line, i_first)
     for i in tl.static_range(PIXELS * LINES // WIDTH):
-        p, m = _piece(
-            v, i_line, mine.i_low, mine.i_high, m_lane, i_cross, n_cross, i, FAST, WIDTH, LINES, WHOLE, MAY_OVERRUN
-        )
+        p, m = _piece(v, i_line, mine.i_low, mine.i_high, m_lane, i_cross, n_cross, i, FAST, WIDTH, WHOLE, MAY_OVERRUN)
         b = join_lines(pixels[i * WIDTH : (i + 1) * WIDTH], WIDTH)
         tl.store(p, b.to(v.p.dtype.element_ty), mask=m)
 
@@ -362,7 +352,7 @@ def scan_kernel(
         b_states = b_states + (tl.zeros([1, LANES], tl.float32),)
     BLOCK: tl.constexpr = LANES * PIXELS
     TILES: tl.constexpr = HALO // LINES if HALO > 0 else 1
-    MAY_OVERRUN: tl.constexpr = TILES * LINES > 1
+    MAY_OVERRUN: tl.constexpr = HALO > 0
     n_visits = tl.cdiv(n_cross, BLOCK - 2 * HALO) * TILES if HALO > 0 else TILES
     between = states(p_states, 0, i_pixel, n_cross, 1, FAST)
     n_rounds = tl.cdiv(mine.i_high - mine.i_low, TILES * LINES)
@@ -381,20 +371,9 @@ def scan_kernel(
             b_added = b_in
             if p_before is not None:
                 b_added = _load(
-                    before,
-                    mine,
-                    i_line,
-                    i_first,
-                    m_kept,
-                    i_cross,
-                    n_cross,
-                    FAST,
-                    PIXELS,
-                    WIDTH,
-                    LINES,
-                    WHOLE,
-                    MAY_OVERRUN,
-                )
+                    before, mine, i_line, i_first, m_kept, i_cross, n_cross,
+                    FAST, PIXELS, WIDTH, LINES, WHOLE, MAY_OVERRUN,
+                )  # fmt: skip
             i_proxy = i_chunk
             if HALO > 0:
                 # Beyond the ends of a row there is no proxy; any will do.
