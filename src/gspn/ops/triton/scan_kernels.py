@@ -45,12 +45,12 @@ def _inverse(b, PTX: tl.constexpr):
 
 
 @triton.jit
-def _add(a, b, PTX: tl.constexpr):
-    """``a + b``, and not in one rounding with the product that ``b`` is: the same bits as :func:`sum_kernel`."""
+def _rounded_product(a, b, PTX: tl.constexpr):
+    """``a b``, which no later sum takes in before it is rounded: :func:`sum_kernel` has to give the same bits."""
     if PTX:
-        return tl.inline_asm_elementwise("add.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
     else:
-        return a + b
+        return a * b
 
 
 @triton.jit
@@ -464,15 +464,14 @@ def scan_kernel(
                 for p in tl.static_range(PIXELS):
                     b = b_new[p]
                     if GATED:
-                        b = maps[p * MAPS + 4] * b
+                        b = _rounded_product(maps[p * MAPS + 4], b, PTX)
                     if p_skip is not None:
-                        b_read = b_in[p * LINES + (LINES - 1 - i if REVERSE else i)].to(tl.float32)
-                        if TOGETHER:
-                            b += tl.where(i_direction == 0, maps[p * MAPS + MAPS - 1] * b_read, 0.0)
-                        else:
-                            b += maps[p * MAPS + MAPS - 1] * b_read
+                        b_skip = b + maps[p * MAPS + MAPS - 1] * b_in[p * LINES + (LINES - 1 - i if REVERSE else i)].to(
+                            tl.float32
+                        )
+                        b = tl.where(i_direction == 0, b_skip, b) if TOGETHER else b_skip
                     if p_before is not None:
-                        b = _add(b_added[p * LINES + (LINES - 1 - i if REVERSE else i)].to(tl.float32), b, PTX)
+                        b += b_added[p * LINES + (LINES - 1 - i if REVERSE else i)].to(tl.float32)
                     b_line = b_line + (b,)
                 # By pixel, and within each by line in memory.
                 b_so_far, b_out = b_out, ()
