@@ -60,8 +60,9 @@ class Case:
         from gspn.ops.triton.planner import Limits
 
         limits, backward = Limits(card.shared_memory), self.mode == "backward"
-        x, batch, c, n = self._image(self.channels), self.batch, self.channels, self.size
-        with recorded() as launches, _OtherLaunches() as others:
+        x, proxy = self._image(self.channels), self._image(max(self.states, 1))
+        batch, c, n = self.batch, self.channels, self.size
+        with recorded() as launches, OtherLaunches() as others:
             if self.op == "line_scan":
                 taps = torch.empty(batch, self.groups, 3, n, n, dtype=x.dtype, device="meta")
                 if backward:
@@ -69,7 +70,7 @@ class Case:
                 else:
                     line_scan.line_scan(x, taps, x, self.direction, None, limits)
             else:
-                proxy, gate = self._image(self.states), torch.empty(4, c, self.states, device="meta")
+                gate = torch.empty(4, c, self.states, device="meta")
                 taps = torch.empty(4, self.groups, 3, self.states, device="meta")
                 arguments = (x, proxy, taps, gate, gate, gate[0], DIRECTIONS, None, limits)
                 if backward:
@@ -101,7 +102,7 @@ class Case:
         return multiply_adds * cycles / card.multiply_adds, special * cycles / 16
 
 
-class _OtherLaunches(TorchDispatchMode):
+class OtherLaunches(TorchDispatchMode):
     """Counts the operations of PyTorch that run a kernel: all but those that allocate or give a view."""
 
     def __init__(self) -> None:

@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from gspn.ops.directions import DIRECTIONS, scan_axes
-from gspn.ops.triton.planner import CHANNEL, CROSS, LINE, Limits, Plan, Sizes, Strides, plan_line_scan, plan_propagate
+from gspn.ops.triton.planner import (
+    CHANNEL,
+    CROSS,
+    LINE,
+    Limits,
+    Plan,
+    Sizes,
+    Strides,
+    plan_line_scan,
+    plan_propagate,
+    plan_together,
+)
 from support import LAYOUTS, laid_out
 
 
@@ -148,6 +159,32 @@ def test_the_lanes_of_propagate_hold_whole_rows(direction, layout, states) -> No
             assert i["n_rows"] * i["n_chunks"] <= group
             rows = lanes // group * i["n_rows"]
         assert chosen.grid == (2 * math.ceil(channels / rows),)
+
+
+def test_directions_run_side_by_side_where_each_has_few_rows() -> None:
+    def together(batch: int, channels: int, height: int, width: int, layout: str, **limits: bool) -> Plan | None:
+        x = laid_out(torch.empty((batch, channels, height, width), device="meta"), layout)
+        strides = Strides(x.stride(0), x.stride(1), x.stride(3), x.stride(2))
+        sizes = Sizes(batch, channels, channels, width, height)
+        how = {"segment": None, "limits": Limits(**limits)}
+        return plan_together(sizes, (("in", strides), ("out", strides)), 4, 8, (0, 1, 2, 3), **how)
+
+    for layout in ("contiguous", "channels_last", "transposed"):
+        assert together(64, 96, 56, 56, layout) is None
+        assert together(1, 320, 128, 128, layout) is None, "float32 copies of a large image"
+        assert together(1, 1, 1, 5000, layout) is None, "rows of several blocks"
+        assert together(2, 320, 64, 64, layout, together=False) is None
+        for batch, channels, height, width in ((2, 320, 64, 64), (1, 640, 32, 32), (3, 5, 1, 1), (2, 7, 74, 9)):
+            chosen = together(batch, channels, height, width, layout)
+            assert chosen is not None
+            c = chosen.constants
+            for cross in (height, width):
+                chunks = math.ceil(cross / c["PIXELS"])
+                assert chunks <= min(c["GROUP"], c["PITCH"])
+                rows = c["LANES"] // c["GROUP"] * (c["GROUP"] // chunks)
+                assert chosen.grid[0] >= batch * math.ceil(channels / rows)
+            assert chosen.grid[1] == 4
+            assert chosen.integers["i_codes"] == 0b11100100
 
 
 def test_few_lanes_of_propagate_are_idle() -> None:
