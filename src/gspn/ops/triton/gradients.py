@@ -39,6 +39,11 @@ class _Plans(NamedTuple):
     """For each launch of some directions that of gates and that of taps."""
 
 
+def directions_of_launch(elements: int, count: int) -> int:
+    """How many of ``count`` directions of an image a launch takes: all, or one where their states are too many."""
+    return count if 2 * count * 4 * elements <= _STATES else 1
+
+
 def _strides(name: str, strides: _Ints) -> dict[str, int | None]:
     axes = zip(("batch", "channel", "row", "column"), strides, strict=True)
     return {f"s_{name}_{axis}": stride for axis, stride in axes}
@@ -47,13 +52,11 @@ def _strides(name: str, strides: _Ints) -> dict[str, int | None]:
 @functools.lru_cache(maxsize=4096)
 def _plan(
     shape: _Ints, x: _Ints, grad: _Ints, dx: _Ints, states: int, groups: int, skip: bool, directions: tuple[str, ...],
-    segment: int | None, ptx: bool, most: tuple[int, int],
+    segment: int | None, ptx: bool, together: int, programs: int,
 ) -> _Plans:  # fmt: skip
-    """The plans for an image of this shape and these strides; ``most`` programs, and bytes of states."""
+    """The plans for an image of this shape and these strides: launches of so many directions and programs."""
     batch, channels, height, width = shape
     size, count = math.prod(shape), len(directions)
-    programs, bytes_of_states = most
-    together = count if 2 * count * 4 * size <= bytes_of_states else 1
     # As many sums for the proxy as take half the memory of an image.
     blocks = math.ceil(channels / _TILE)
     span_blocks = math.ceil(blocks / max(min(blocks, channels // (2 * states)), 1))
@@ -100,8 +103,8 @@ class Gradients:
         u_proj: Tensor, skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None, ptx: bool,
     ) -> None:  # fmt: skip
         self.dx = dx = torch.empty_like(x)
-        states, groups, most = rows.shape[1], tap_proj.shape[1], (_PROGRAMS, _STATES)
-        how = (states, groups, skip_proj is not None, directions, segment, ptx, most)
+        together = directions_of_launch(x.numel(), len(directions))
+        how = (rows.shape[1], tap_proj.shape[1], skip_proj is not None, directions, segment, ptx, together, _PROGRAMS)
         self._plans = plans = _plan(x.shape, x.stride(), grad.stride(), dx.stride(), *how)
         self._shapes = tap_proj.shape, lam_proj.shape
         of_launch = (plans.together, *dx.shape), (dx.numel(), *dx.stride())
@@ -130,14 +133,17 @@ class Gradients:
             "p_sums": self._sums,
         }  # fmt: skip
 
-    def __iter__(self) -> Iterator[tuple[list[tuple[int, Tensor, Tensor]], list[Launch]]]:
-        """Launches, and what they need first: a direction by its number, and where its states and adjoint states go."""
+    def __iter__(self) -> Iterator[tuple[int, tuple[Tensor, Tensor], list[Launch]]]:
+        """For some directions the number of the first, where states and adjoint states go, and the launches they need.
+
+        States are ``[directions, B, C, H, W]``.
+        """
         self._factors.run()
+        tensors = [{**self._images, **self._others}, {**dict.fromkeys(self._images), **self._others}]
         for i, plans in enumerate(self._plans.gradients):
-            first, count = i * self._plans.together, plans[0].integers["n_directions"]
-            where = [(first + d, self._states[0][d], self._states[1][d]) for d in range(count or 0)]
-            tensors = [{**self._images, **self._others}, {**dict.fromkeys(self._images), **self._others}]
-            yield where, [Launch(gradients_kernel, *each) for each in zip(plans, tensors, strict=True)]
+            count = plans[0].integers["n_directions"]
+            launches = [Launch(gradients_kernel, *each) for each in zip(plans, tensors, strict=True)]
+            yield i * self._plans.together, (self._states[0][:count], self._states[1][:count]), launches
 
     def results(self, proxy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """``dx, dproxy, dtap_proj, dlam_proj, du_proj, dskip_proj``, after all launches; ``dproxy`` like ``proxy``."""

@@ -412,7 +412,7 @@ def plan_propagate(
 
 def plan_together(
     sizes: Sizes, tensors: _Tensors, itemsize: int, proxy_channels: int, codes: Sequence[int], *, segment: int | None,
-    limits: Limits,
+    limits: Limits, adjoint: bool = False, gated: bool = True,
 ) -> Plan | None:  # fmt: skip
     """The launch of ``scan_kernel`` for several directions side by side, None where each has rows enough for a card.
 
@@ -441,7 +441,7 @@ def plan_together(
     }  # fmt: skip
     plan = _plan_lanes(
         layout, chunks, proxy_channels, False, of_rows, PITCH=_power_of_two(math.ceil(longest / chunks.pixels)),
-        WHOLE=sizes.cross % chunks.pixels == sizes.lines % chunks.pixels == 0, ADJOINT=False, GATED=True,
+        WHOLE=sizes.cross % chunks.pixels == sizes.lines % chunks.pixels == 0, ADJOINT=adjoint, GATED=gated,
         PTX=limits.ptx, TOGETHER=True,
     )  # fmt: skip
     segmented = segment is not None and segment < longest

@@ -14,12 +14,13 @@ projections are read as they are. On the host a call looks its plans up and laun
 Where there are too few rows to fill a card, three launches: all directions side by side, each to a float32 result of
 its own, and their sum in the same order. The time is then that of latencies, and more bytes do not matter.
 
-**Backward**: the states again and the adjoint states, a launch each for each direction, and the gradients of all pixels
-side by side, two launches for all directions whose states fit memory at once; see :mod:`.gradients`. Memory beside the
-results, in numbers of 4 bytes: the states and the adjoint states, 2 N, or 2 D N up to 256 MB; for half types the sum of
-``dx`` over the directions, N; for the proxy's gradient a sum per span of channel blocks, at most max(N / 2, that of one
-proxy); for the projections' a sum per program, ``[programs, 5 D + 1, C, S]``, with about 1000 programs over all blocks
-of channels. These are added up in a fixed order, so that results are the same bits on every run.
+**Backward**: the states again and the adjoint states, a launch each for each direction, or for all of them where there
+are few rows; and the gradients of all pixels side by side, two launches for all directions whose states fit memory at
+once; see :mod:`.gradients`. Memory beside the results, in numbers of 4 bytes: the states and the adjoint states, 2 N,
+or 2 D N up to 256 MB; for half types the sum of ``dx`` over the directions, N; for the proxy's gradient a sum per span
+of channel blocks, at most max(N / 2, that of one proxy); for the projections' a sum per program,
+``[programs, 5 D + 1, C, S]``, with about 1000 programs over all blocks of channels. These are added up in a fixed
+order, so that results are the same bits on every run.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ..directions import scan_axes
-from .gradients import Gradients
+from .gradients import Gradients, directions_of_launch
 from .launch import Launch, limits_of, scratch
 from .planner import Limits, Plan, Sizes, Strides, plan_propagate, plan_together
 from .proxy import Proxy
@@ -92,14 +93,15 @@ def _plan_scan(
 @functools.lru_cache(maxsize=4096)
 def _plan_together(
     shape: tuple[int, ...], source: tuple[int, ...], out: tuple[int, ...], itemsize: int, groups: int, states: int,
-    directions: tuple[str, ...], segment: int | None, limits: Limits,
+    directions: tuple[str, ...], segment: int | None, limits: Limits, adjoint: bool = False, gated: bool = True,
 ) -> Plan | None:  # fmt: skip
     batch, channels, height, width = shape
     codes = [scan_axes(name).reverse + 2 * (scan_axes(name).line == -1) for name in directions]
     views = tuple((name, Strides(s[0], s[1], s[3], s[2])) for name, s in (("in", source), ("out", out)))
     return plan_together(
-        Sizes(batch, channels, groups, width, height), views, itemsize, states, codes, segment=segment, limits=limits
-    )
+        Sizes(batch, channels, groups, width, height), views, itemsize, states, codes, segment=segment, limits=limits,
+        adjoint=adjoint, gated=gated,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
@@ -166,20 +168,34 @@ def propagate_backward(
     limits = limits or limits_of(x.device)
     proxies = Proxy(proxy)
     weights = projections(tap_proj, lam_proj, u_proj, skip_proj)
+    sources = (x, False), (grad, True)
     like_states = torch.empty_like(x, device="meta")
-    plans = [
+    found = [
+        _plan_together(
+            x.shape, source.stride(), like_states.stride(), x.element_size(), weights.taps.shape[1], proxy.shape[1],
+            directions, segment, limits, adjoint, False,
+        )
+        for source, adjoint in sources
+    ]  # fmt: skip
+    beside = [plan for plan in found if plan is not None]
+    together = len(beside) == 2 and directions_of_launch(x.numel(), len(directions)) > 1
+    in_turn = [
         [
             plan_scan(source, like_states, weights, d, name, segment, limits, adjoint=adjoint)
-            for source, adjoint in ((x, False), (grad, True))
+            for source, adjoint in sources
         ]
-        for d, name in enumerate(directions)
+        for d, name in enumerate(() if together else directions)
     ]
-    proxies.pack({scan_axes(name).line: plan for name, (plan, _) in zip(directions, plans, strict=True)})
+    by_line = {scan_axes(name).line: plans[0] for name, plans in zip(directions, in_turn, strict=False)}
+    proxies.pack(dict.fromkeys((-2, -1), beside[0]) if together else by_line)
     gradients = Gradients(x, grad, proxies.rows, proxies.largest, *weights, directions, segment, limits.ptx)
-    for scans, launches in gradients:
-        for d, h, g in scans:
-            for plan, source, out in zip(plans[d], (x, grad), (h, g), strict=True):
-                prepare_scan(plan, source, None, out, proxies, weights, directions[d]).run()
+    for first, states, launches in gradients:
+        for i, (source, _) in enumerate(sources):
+            if together:
+                prepare_scan(beside[i], source, None, states[i], proxies, weights).run()
+            else:
+                for d, out in enumerate(states[i], first):
+                    prepare_scan(in_turn[d][i], source, None, out, proxies, weights, directions[d]).run()
         for launch in launches:
             launch.run()
     return gradients.results(proxy)
