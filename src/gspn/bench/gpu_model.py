@@ -146,8 +146,7 @@ def _gradients(launch: Launch) -> Work:
     blocks, tiles = math.ceil(i["n_channels"] / tile) / spans, i["n_tiles"] / programs
     times = blocks * i["n_directions"]
     kind = "gradients of taps" if launch.plan.constants["OF_TAPS"] else "gradients of gates"
-    pixels = i["n_directions"] * _elements(launch, "p_x")
-    return Work(kind, pixels, times * tiles, tile * tile, (Repeat(times, (Repeat(tiles),)),))
+    return Work(kind, _elements(launch, "p_h"), times * tiles, tile * tile, (Repeat(times, (Repeat(tiles),)),))
 
 
 def _factors(launch: Launch) -> Work:
