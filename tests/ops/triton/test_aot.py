@@ -29,8 +29,8 @@ SMALL, LARGE = {"batch": 16, "channels": 96, "size": 56}, {"batch": 16, "channel
 FEW = {"batch": 2, "channels": 320, "size": 64}  # few enough rows for all directions to run side by side
 # Calls of propagate, and which of their launches, not counting those that pack the proxy: a direction differs from its
 # reverse in the order of lines alone. The scan that only recomputes the states is the forward one with less to do. A
-# backward prepares factors, scans states and adjoint states direction by direction, and takes the gradients of gates
-# and of taps: of all directions of a small image at once, of a large one after each.
+# backward prepares factors; then come states, adjoint states and the gradients of gates and of taps: each for all
+# directions of a small image, but of a large one all for each direction.
 PROPAGATE = {
     80: [
         (SMALL | {"taps": "shared", "mode": "forward"}, [0]),
@@ -41,13 +41,13 @@ PROPAGATE = {
     90: [
         (SMALL, [1]),
         (SMALL | {"dtype": "bf16"}, [3]),
-        (SMALL | {"mode": "backward"}, [0, 4, 9, 10]),
+        (SMALL | {"mode": "backward"}, [0, 6, 9, 10]),
         (SMALL | {"layout": "channels_last"}, [1, 3]),
         (LARGE | {"states": 2}, [3]),
         (FEW, [0]),
     ],
     120: [
-        (SMALL | {"layout": "channels_last", "states": 64, "mode": "backward"}, [2, 10]),
+        (SMALL | {"layout": "channels_last", "states": 64, "mode": "backward"}, [6, 10]),
         (LARGE | {"dtype": "bf16", "taps": "shared", "states": 2}, [1]),
         (LARGE | {"states": 2, "mode": "backward"}, [10, 11, 12]),
     ],
@@ -84,7 +84,7 @@ def _counts(chosen: list, arch: int, cache: Path) -> list[tuple[str, dict[str, A
         assert row["note"] == "", what
         gradients, wide = row["kernel"].startswith("gradients"), "/s64/" in row["case"]
         assert row["stack"] <= (128 if wide else 48 if gradients else 0), what
-        assert row["local"] <= (0.01 * row["total"] if wide else 0.003 if gradients else 0), what
+        assert row["local"] <= (0.01 * row["total"] if wide else 0.1 if gradients else 0), what
         assert row["side_by_side"] >= (8 if gradients else 1), what
     return described
 
