@@ -55,12 +55,13 @@ PROPAGATE = {
 
 # Instructions of a warp for 32 elements by the channels of the proxy, and barriers of a line or tile.
 SCAN = {2: 65, 8: 125, 16: 155}, 2
+# With two channels of the proxy the image has eight channels, half of what a program of the gradients takes.
 MOST = {
     "forward": SCAN,
     "adjoint": SCAN,
     "factors": ({8: 0}, 0),
-    "gradients of gates": ({2: 120, 8: 145}, 5),
-    "gradients of taps": ({2: 160, 8: 175}, 3),
+    "gradients of gates": ({2: 220, 8: 145}, 5),
+    "gradients of taps": ({2: 345, 8: 175}, 3),
 }
 
 
