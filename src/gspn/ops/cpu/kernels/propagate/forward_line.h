@@ -1,8 +1,8 @@
 // The recurrence along one line, its maps in registers alone: h = lam x + sum_k w_k h_{i-1}[j+k-1] and y += u h.
 //
 // Counted for S proxy channels, a vector and direction: 5 S multiply-adds for the maps, 3 exponentials of 8
-// instructions (11 without AVX-512), 12 for the taps and a division, 6 for the state and the gates. With shared taps 2 S
-// and 6, and a sixteenth of the rest.
+// instructions (11 without AVX-512), 12 for the taps and a division, 6 for the state and the gates. With shared taps 2
+// S and 6, and a sixteenth of the rest.
 #pragma once
 
 #include "block.h"
