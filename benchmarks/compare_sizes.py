@@ -1,12 +1,12 @@
 """Denoisers beyond the size of their training: digits of 28, 56 and 112 pixels, drawn directly and by stages.
 
-    python benchmarks/compare_sizes.py run [STUDY...] [--jobs 2]
-    python benchmarks/compare_sizes.py table [STUDY...] [--output CSV]
-    python benchmarks/compare_sizes.py images PNG [STUDY]
+    python benchmarks/compare_sizes.py run STUDY... [--jobs 2]
+    python benchmarks/compare_sizes.py table STUDY... [--output CSV]
+    python benchmarks/compare_sizes.py images PNG STUDY
 
-Each entry trains the preset ``mnist5k`` with one form of the scan, over one size or several, draws digits at every size
-and compares them with the 4,000 of the training. A run is a process with one thread; it continues where it was stopped,
-and what it ended is not repeated. The entry "held-out digits" draws nothing: it measures real ones, enlarged.
+The study ``forms`` trains one form of the scan an entry, from nothing and briefly. The study ``longer`` draws with what
+the presets ``mnist5k`` and ``mnist5k_sizes`` have trained. All compare the drawn digits with the 4,000 of the training.
+A run is a process with one thread; it continues where it was stopped, and what it ended is not repeated.
 """
 
 from __future__ import annotations
@@ -22,49 +22,33 @@ from typing import Annotated, Any
 import typer
 from common import CORES, Csv, Jobs, Root, Step, directory, print_table, read_csv, run_all, spread, write_csv
 
-PRESET, SIZE, PATCH = "mnist5k", 28, 2
+SIZE, PATCH, BATCH = 28, 2, 16
 STEPS, GUIDANCE, STRENGTH = 16, 2.0, 0.6
+PRECISION = "bf16"
 REFERENCE, CLASSIFIER = "mnist5k:train", "gspn_pico.mnist5k"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row: what is trained, and over which sizes.
+    """A row: what is trained and over which sizes, or what draws without a training of its own.
 
     Attributes:
         label: Its name.
         sizes: Heights and widths of the images in training.
         model: ``gspn``, ``attention`` or ``dit``.
-        scan: Options of the scan, added to those of the preset.
+        options: Options of the model.
         form: One of ``scan_forms.FORMS`` in place of the library's scan; None for the library's.
-        options: Options of the model in place of the preset's, where it is another one.
-        weights_of: Another entry, whose weights this one draws with, without a training of its own.
-        real: Whether real digits are measured in the place of drawn ones.
+        weights: A trained pipeline to draw with; None: the entry is trained.
+        real: Whether held-out digits are measured in the place of drawn ones.
     """
 
     label: str
     sizes: tuple[int, ...] = (SIZE,)
     model: str = "gspn"
-    scan: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     form: str | None = None
-    options: dict[str, Any] | None = None
-    weights_of: str | None = None
+    weights: str | None = None
     real: bool = False
-
-    @property
-    def model_options(self) -> dict[str, Any]:
-        """The options of the model."""
-        own = {"dim": 96, "num_layers": 6, "scan": {"skip": True, **self.scan}}
-        return own if self.options is None else self.options
-
-
-@dataclass(frozen=True)
-class Study:
-    """Entries that share the length of their training and their seeds."""
-
-    epochs: int
-    seeds: tuple[int, ...]
-    entries: tuple[Entry, ...]
 
 
 @dataclass(frozen=True)
@@ -75,14 +59,21 @@ class Drawing:
         size: Height and width.
         number: Of images.
         start: The drawing that is enlarged, noised to ``STRENGTH`` and denoised again; None: pure noise.
-        shift: The factor on noise over signal in the times of the steps. Enlarging an image by a factor leaves so many
-            times more of it above noise of the same strength.
     """
 
     size: int
     number: int
     start: str | None = None
-    shift: float = 1.0
+
+
+@dataclass(frozen=True)
+class Study:
+    """Entries that share the length of their training, their seeds and the names of what they draw."""
+
+    epochs: int
+    entries: tuple[Entry, ...]
+    drawings: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1)
 
 
 DRAWINGS = {
@@ -91,38 +82,36 @@ DRAWINGS = {
     "56 in stages": Drawing(56, 200, "28"),
     "112": Drawing(112, 50),
     "112 in stages": Drawing(112, 50, "56 in stages"),
-    "56, shifted": Drawing(56, 200, shift=2.0),
 }
-_REFERENCE_LINES = {"reference_lines": SIZE // PATCH}
-# Taps and gates of these forms are written to memory, which costs less for groups of channels than for each channel.
-_GROUPS = {"groups": 8}
-_PAPER = Entry("paper's scan")
-_BOTH = (28, 56)
-_SCREENING = (
-    Entry("held-out digits", real=True),
-    _PAPER,
-    Entry("lines of reference", scan=_REFERENCE_LINES, weights_of=_PAPER.label),
-    Entry("paper's scan, two sizes", _BOTH),
-    Entry("lines of reference, two sizes", _BOTH, scan=_REFERENCE_LINES),
-    Entry("forget gate, two sizes", _BOTH, scan=_GROUPS, form="forget"),
-    Entry("convex, two sizes", _BOTH, scan=_GROUPS, form="convex"),
-    Entry("average, two sizes", _BOTH, form="average"),
-    Entry("attention, two sizes", _BOTH, "attention", options={"dim": 88, "num_layers": 6}),
+
+
+def _gspn(label: str, form: str | None = None, **scan: Any) -> Entry:
+    return Entry(label, (28, 56), options={"dim": 96, "num_layers": 6, "scan": {"skip": True, **scan}}, form=form)
+
+
+# Taps and gates of the forms are written to memory, which costs less for groups of channels than for each channel.
+_FORMS = (
+    _gspn("paper's scan"),
+    _gspn("reference lines", reference_lines=SIZE // PATCH),
+    _gspn("average", "average"),
+    _gspn("forget gate, 8 groups", "forget", groups=8),
+    _gspn("convex, 8 groups", "convex", groups=8),
+    _gspn("paper's scan, 8 groups", groups=8),
+    Entry("DiT", (28, 56), "dit", {"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 34}),
+    Entry("attention", (28, 56), "attention", {"dim": 88, "num_layers": 6}),
+)
+_LONGER = (
+    Entry("28 px, paper's scan", weights="runs/class_conditional_mnist5k"),
     Entry(
-        "DiT, two sizes", _BOTH, "dit", options={"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 34}
+        "28 px, reference lines",
+        options={"scan": {"skip": True, "reference_lines": SIZE // PATCH}},
+        weights="runs/class_conditional_mnist5k",
     ),
-    Entry("paper's scan, groups, two sizes", _BOTH, scan=_GROUPS),
-    Entry("forget gate", scan=_GROUPS, form="forget"),
-    Entry("convex", scan=_GROUPS, form="convex"),
-    Entry("average", form="average"),
+    Entry("28 and 56 px, reference lines", (28, 56), weights="runs/class_conditional_mnist5k_sizes"),
+    Entry("held-out digits", real=True),
 )
-_FULL = (
-    _PAPER,
-    Entry("lines of reference", scan=_REFERENCE_LINES, weights_of=_PAPER.label),
-    Entry("paper's scan, two sizes", _BOTH),
-    Entry("lines of reference, two sizes", _BOTH, scan=_REFERENCE_LINES),
-)
-STUDIES = {"screening": Study(16, (0,), _SCREENING), "full": Study(40, (0, 1), _FULL)}
+_DIRECT = tuple(name for name, drawing in DRAWINGS.items() if drawing.start is None)
+STUDIES = {"forms": Study(6, _FORMS, _DIRECT), "longer": Study(0, _LONGER, tuple(DRAWINGS))}
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 _Studies = Annotated[list[str] | None, typer.Argument(metavar="STUDY...", help=f"Of {', '.join(STUDIES)}; all.")]
@@ -145,27 +134,20 @@ def one(study: str, label: str, seed: int, root: Root = _ROOT) -> None:
     entry = next(entry for entry in STUDIES[study].entries if entry.label == label)
     where = directory(root, study, label, seed)
     where.mkdir(parents=True, exist_ok=True)
-    if entry.real:
-        for name, drawing in DRAWINGS.items():
-            if drawing.start is None and drawing.shift == 1:
-                _enlarge(drawing, _drawn(where, name))
-                _measure(_drawn(where, name), root / "features")
-        return
+    drawings = {name: DRAWINGS[name] for name in STUDIES[study].drawings}
     with _built_with(entry.form):
-        if entry.weights_of is None and not (where / "trained").exists():
+        if not entry.real and entry.weights is None and not (where / "trained").exists():
             _train(entry, seed, STUDIES[study].epochs, where)
             (where / "trained").touch()
-        source = where if entry.weights_of is None else directory(root, study, entry.weights_of, seed)
-        pipeline = _load(entry, source / "last")
-        for name, drawing in DRAWINGS.items():
-            path = _drawn(where, name)
-            if drawing.shift != 1 and len(entry.sizes) == 1:
-                continue  # other times of the steps do not help a model that draws nothing there
-            if not path.exists():
-                start = None if drawing.start is None else _drawn(where, drawing.start)
-                _draw(pipeline, drawing, start, seed, path)
-            if not path.with_suffix(".json").exists():
-                _measure(path, root / "features")
+        pipeline = None if entry.real else _load(entry, where)
+    for name, drawing in drawings.items():
+        path = _drawn(where, name)
+        if not path.exists() and pipeline is not None:
+            _draw(pipeline, drawing, None if drawing.start is None else _drawn(where, drawing.start), seed, path)
+        elif not path.exists():
+            _enlarge(drawing, path)
+        if not path.with_suffix(".json").exists():
+            _measure(path, root / "features")
 
 
 @app.command()
@@ -177,7 +159,7 @@ def table(studies: _Studies = None, root: Root = _ROOT, output: Csv = None) -> N
         for entry in STUDIES[study].entries:
             own = [row for row in rows if row["study"] == study and row["entry"] == entry.label]
             cells = []
-            for name in DRAWINGS:
+            for name in STUDIES[study].drawings:
                 of = [row for row in own if row["drawing"] == name]
                 cells.append(
                     f"{spread((row['fid'] for row in of), 1)} / {spread((1000 * row['kid'] for row in of), 1)} / "
@@ -187,15 +169,15 @@ def table(studies: _Studies = None, root: Root = _ROOT, output: Csv = None) -> N
                 )
             if own:
                 shown.append((entry.label, len({row["seed"] for row in own}), *cells))
-        title = f"{study}, {STUDIES[study].epochs} epochs: FID / KID x 1000 / of its class"
-        print_table(title, ("", "seeds", *DRAWINGS), shown, width=200)
+        title = f"{study}: FID / KID x 1000 / of its class"
+        print_table(title, ("", "seeds", *STUDIES[study].drawings), shown, width=200)
     write_csv(output, rows)
 
 
 @app.command()
 def images(
     output: Annotated[Path, typer.Argument(metavar="PNG", help="Image to write.")],
-    study: Annotated[str, typer.Argument(metavar="STUDY", help=f"One of {', '.join(STUDIES)}.")] = "screening",
+    study: Annotated[str, typer.Argument(metavar="STUDY", help=f"One of {', '.join(STUDIES)}.")],
     root: Root = _ROOT,
     pixels: Annotated[int, typer.Option(metavar="N", min=1, help="Height and width of a digit in the image.")] = 56,
 ) -> None:
@@ -204,15 +186,16 @@ def images(
     from PIL import Image, ImageDraw
 
     chosen = [(entry, where) for _, entry, seed, where in _runs([study], root) if seed == STUDIES[study].seeds[0]]
-    chosen = [one for one in chosen if any(_drawn(one[1], name).exists() for name in DRAWINGS)]
+    names = STUDIES[study].drawings
+    chosen = [one for one in chosen if any(_drawn(one[1], name).exists() for name in names)]
     if not chosen:
         raise typer.BadParameter(f"{root} has no drawings of {study}; start with the command run.")
     gap, line = 12, 16
     wide, tall = 5 * pixels + gap, 2 * pixels + line + gap
-    whole = Image.new("RGB", (gap + len(DRAWINGS) * wide, gap + len(chosen) * tall), "white")
+    whole = Image.new("RGB", (gap + len(names) * wide, gap + len(chosen) * tall), "white")
     pen = ImageDraw.Draw(whole)
     for row, (entry, where) in enumerate(chosen):
-        for column, name in enumerate(DRAWINGS):
+        for column, name in enumerate(names):
             x, y = gap + column * wide, gap + row * tall
             pen.text((x, y), f"{entry.label}: {name}", fill=(31, 31, 51))
             if _drawn(where, name).exists():
@@ -232,7 +215,7 @@ def _runs(studies: list[str] | None, root: Path) -> Iterator[tuple[str, Entry, i
 
 
 def _drawn(where: Path, name: str) -> Path:
-    return where / f"{name.replace(',', '').replace(' ', '-')}.npz"
+    return where / f"{name.replace(' ', '-')}.npz"
 
 
 def _built_with(form: str | None) -> contextlib.AbstractContextManager[None]:
@@ -246,24 +229,23 @@ def _built_with(form: str | None) -> contextlib.AbstractContextManager[None]:
 def _train(entry: Entry, seed: int, epochs: int, where: Path) -> None:
     from gspn.tasks.class_conditional import ClassConditionalConfig, train
 
-    config = ClassConditionalConfig.load(PRESET).changed(
-        **{"model.name": entry.model, "model.options": entry.model_options, "schedule.epochs": epochs},
-        **({} if entry.sizes == (SIZE,) else {"data.sizes": list(entry.sizes)}),
+    config = ClassConditionalConfig.load("mnist5k").changed(
+        **{"model.name": entry.model, "model.options": entry.options, "schedule.epochs": epochs},
+        **{"data.sizes": list(entry.sizes), "data.batch_size": BATCH, "run.precision": PRECISION},
         **{"run.seed": seed, "run.output": where, "run.eval_every": epochs, "samples.every": 0},
     )
     train(config, resume=True)
 
 
-def _load(entry: Entry, source: Path) -> Any:
-    """The pipeline of a run, with the options of the entry, which may draw with the weights of another."""
+def _load(entry: Entry, where: Path) -> Any:
+    """The pipeline of an entry, or of its ``weights`` with the entry's options."""
     from gspn.models import GSPNDenoiser2DModel
     from gspn.tasks.class_conditional import load_pipeline
 
-    pipeline = load_pipeline(source)
-    if entry.weights_of is not None:
+    pipeline = load_pipeline(entry.weights or where)
+    if entry.weights is not None and entry.options:
         weights = pipeline.transformer.state_dict()
-        options = {**pipeline.transformer.config, "scan": entry.model_options["scan"]}
-        pipeline.transformer = GSPNDenoiser2DModel.from_config(options).eval()
+        pipeline.transformer = GSPNDenoiser2DModel.from_config({**pipeline.transformer.config, **entry.options}).eval()
         pipeline.transformer.load_state_dict(weights)
     return pipeline
 
@@ -279,7 +261,6 @@ def _draw(pipeline: Any, drawing: Drawing, start: Path | None, seed: int, path: 
 
     size, strength = drawing.size, 1.0 if start is None else STRENGTH
     sigmas = torch.linspace(strength, 0, round(STEPS * strength) + 1)
-    sigmas = drawing.shift * sigmas / (1 + (drawing.shift - 1) * sigmas)
     labels = torch.arange(drawing.number) % pipeline.num_classes
     nothing = torch.full_like(labels, pipeline.num_classes)
     earlier = None if start is None else torch.from_numpy(np.load(start)["arr_0"][: drawing.number, ..., 0])
@@ -292,10 +273,10 @@ def _draw(pipeline: Any, drawing: Drawing, start: Path | None, seed: int, path: 
             clean = F.interpolate(earlier[batch, None].float() / 127.5 - 1, (size, size), mode="bicubic")
             x = (1 - sigmas[0]) * clean.clamp(-1, 1) + sigmas[0] * x
         both = torch.cat([labels[batch], nothing[batch]])
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             for sigma, after in pairwise(sigmas):
                 time = (1000 * sigma).expand(len(both))
-                velocity = pipeline.transformer(torch.cat([x, x]), timestep=time, class_labels=both).sample
+                velocity = pipeline.transformer(torch.cat([x, x]), timestep=time, class_labels=both).sample.float()
                 with_class, without = velocity.chunk(2)
                 x = x + (after - sigma) * (without + GUIDANCE * (with_class - without))
         images.append(((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1))
@@ -335,8 +316,8 @@ def _measure(path: Path, cache: Path) -> None:
 def _rows(study: str, entry: Entry, seed: int, where: Path) -> Iterator[dict[str, Any]]:
     training = read_csv(where / "metrics.csv") if (where / "trained").exists() else []
     kept = ("sample_count", "reference_count", "features", "fid", "sfid", "kid", "kid_std", "precision", "recall")
-    for name, drawing in DRAWINGS.items():
-        path = _drawn(where, name).with_suffix(".json")
+    for name in STUDIES[study].drawings:
+        path, drawing = _drawn(where, name).with_suffix(".json"), DRAWINGS[name]
         if not path.exists():
             continue
         figures = json.loads(path.read_text())
@@ -345,7 +326,8 @@ def _rows(study: str, entry: Entry, seed: int, where: Path) -> Iterator[dict[str
             "entry": entry.label,
             "model": "" if entry.real else entry.model,
             "form": entry.form or "",
-            "options": "" if entry.real else json.dumps(entry.model_options),
+            "options": "" if entry.real else json.dumps(entry.options),
+            "weights": entry.weights or "",
             "sizes": "" if entry.real else " ".join(map(str, entry.sizes)),
             "seed": seed,
             "updates": int(training[-1]["step"]) if training else "",
@@ -356,7 +338,6 @@ def _rows(study: str, entry: Entry, seed: int, where: Path) -> Iterator[dict[str
             "steps": STEPS,
             "guidance": GUIDANCE,
             "strength": 1.0 if drawing.start is None else STRENGTH,
-            "shift": drawing.shift,
             **{key: figures[key] for key in (*kept, "consistency")},
         }
 
