@@ -23,7 +23,7 @@ import typer
 from common import CORES, Csv, Jobs, Root, Step, directory, print_table, read_csv, run_all, spread, write_csv
 
 SIZE, PATCH, BATCH = 28, 2, 16
-STEPS, GUIDANCE, STRENGTH = 16, 2.0, 0.6
+STEPS, GUIDANCE, STRENGTH = 12, 2.0, 0.6
 PRECISION = "bf16"
 REFERENCE, CLASSIFIER = "mnist5k:train", "gspn_pico.mnist5k"
 

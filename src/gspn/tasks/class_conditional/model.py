@@ -73,7 +73,7 @@ def initialize_from(denoiser: nn.Module, source: str) -> None:
     try:
         denoiser.load_state_dict(load_pipeline(source).transformer.state_dict())
     except RuntimeError as error:
-        raise UsageError(f"model.init_from {source!r} has weights of another model than model.options: {error}") from None
+        raise UsageError(f"model.init_from {source!r} has weights of another model: {error}") from None
 
 
 def _build_dit(config: ClassConditionalConfig, num_classes: int, shared: dict[str, Any]) -> Any:
