@@ -4,9 +4,10 @@
     python benchmarks/compare_sizes.py table STUDY... [--output CSV]
     python benchmarks/compare_sizes.py images PNG STUDY
 
-The study ``forms`` trains one form of the scan an entry, from nothing and briefly. The study ``longer`` draws with what
-the presets ``mnist5k`` and ``mnist5k_sizes`` have trained. All compare the drawn digits with the 4,000 of the training.
-A run is a process with one thread; it continues where it was stopped, and what it ended is not repeated.
+The study ``further`` starts from the result of the preset ``mnist5k``, which knows one size, and continues it over two
+as the preset ``mnist5k_sizes`` does; it needs ``runs/class_conditional_mnist5k``. The study ``forms`` trains a smaller
+denoiser from nothing with each form of the scan. Drawn digits are compared with the 4,000 of the training. A run is a
+process with one thread; it continues where it was stopped, and what it ended is not repeated.
 """
 
 from __future__ import annotations
@@ -22,30 +23,27 @@ from typing import Annotated, Any
 import typer
 from common import CORES, Csv, Jobs, Root, Step, directory, print_table, read_csv, run_all, spread, write_csv
 
-SIZE, PATCH, BATCH = 28, 2, 16
+SIZE, LINES = 28, 14  # of the images, and of the patches' map
 STEPS, GUIDANCE, STRENGTH = 12, 2.0, 0.6
 PRECISION = "bf16"
 REFERENCE, CLASSIFIER = "mnist5k:train", "gspn_pico.mnist5k"
+ONE_SIZE = "runs/class_conditional_mnist5k"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row: what is trained and over which sizes, or what draws without a training of its own.
+    """A row: a training, or what draws without one.
 
     Attributes:
         label: Its name.
-        sizes: Heights and widths of the images in training.
-        model: ``gspn``, ``attention`` or ``dit``.
-        options: Options of the model.
+        settings: Of the training, beside those of the study.
         form: One of ``scan_forms.FORMS`` in place of the library's scan; None for the library's.
-        weights: A trained pipeline to draw with; None: the entry is trained.
+        weights: A trained pipeline that draws, with the model's options in ``settings``; None: the entry is trained.
         real: Whether held-out digits are measured in the place of drawn ones.
     """
 
     label: str
-    sizes: tuple[int, ...] = (SIZE,)
-    model: str = "gspn"
-    options: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     form: str | None = None
     weights: str | None = None
     real: bool = False
@@ -68,9 +66,10 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Study:
-    """Entries that share the length of their training, their seeds and the names of what they draw."""
+    """Entries that share a preset, settings, seeds and the names of what they draw."""
 
-    epochs: int
+    preset: str
+    settings: dict[str, Any]
     entries: tuple[Entry, ...]
     drawings: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1)
@@ -85,33 +84,36 @@ DRAWINGS = {
 }
 
 
-def _gspn(label: str, form: str | None = None, **scan: Any) -> Entry:
-    return Entry(label, (28, 56), options={"dim": 96, "num_layers": 6, "scan": {"skip": True, **scan}}, form=form)
+def _model(dim: int, num_layers: int, **scan: Any) -> dict[str, Any]:
+    return {"model.options": {"dim": dim, "num_layers": num_layers, "scan": {"skip": True, **scan}}}
 
 
-# Taps and gates of the forms are written to memory, which costs less for groups of channels than for each channel.
-_FORMS = (
-    _gspn("paper's scan"),
-    _gspn("reference lines", reference_lines=SIZE // PATCH),
-    _gspn("average", "average"),
-    _gspn("forget gate, 8 groups", "forget", groups=8),
-    _gspn("convex, 8 groups", "convex", groups=8),
-    _gspn("paper's scan, 8 groups", groups=8),
-    Entry("DiT", (28, 56), "dit", {"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 34}),
-    Entry("attention", (28, 56), "attention", {"dim": 88, "num_layers": 6}),
-)
-_LONGER = (
-    Entry("28 px, paper's scan", weights="runs/class_conditional_mnist5k"),
-    Entry(
-        "28 px, reference lines",
-        options={"scan": {"skip": True, "reference_lines": SIZE // PATCH}},
-        weights="runs/class_conditional_mnist5k",
-    ),
-    Entry("28 and 56 px, reference lines", (28, 56), weights="runs/class_conditional_mnist5k_sizes"),
+_PAPER, _LINES = _model(96, 6), _model(96, 6, reference_lines=LINES)
+_FURTHER = (
+    Entry("28 px, paper's scan", _PAPER, weights=ONE_SIZE),
+    Entry("28 px, reference lines", _LINES, weights=ONE_SIZE),
+    Entry("28 and 56 px, paper's scan", _PAPER),
+    Entry("28 and 56 px, reference lines", _LINES),
     Entry("held-out digits", real=True),
 )
-_DIRECT = tuple(name for name, drawing in DRAWINGS.items() if drawing.start is None)
-STUDIES = {"forms": Study(6, _FORMS, _DIRECT), "longer": Study(0, _LONGER, tuple(DRAWINGS))}
+# Taps and gates of the forms are written to memory, which costs less for groups of channels than for each channel.
+_FORMS = (
+    Entry("paper's scan", _model(48, 4)),
+    Entry("reference lines", _model(48, 4, reference_lines=LINES)),
+    Entry("average", _model(48, 4), "average"),
+    Entry("forget gate, 8 groups", _model(48, 4, groups=8), "forget"),
+    Entry("convex, 8 groups", _model(48, 4, groups=8), "convex"),
+    Entry("attention", {"model.name": "attention", "model.options": {"dim": 44, "num_layers": 4}}),
+)
+STUDIES = {
+    "further": Study("mnist5k_sizes", {}, _FURTHER, tuple(DRAWINGS)),
+    "forms": Study(
+        "mnist5k",
+        {"data.sizes": [28, 56], "data.batch_size": 16, "schedule.epochs": 8},
+        _FORMS,
+        tuple(name for name, drawing in DRAWINGS.items() if drawing.start is None),
+    ),
+}
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 _Studies = Annotated[list[str] | None, typer.Argument(metavar="STUDY...", help=f"Of {', '.join(STUDIES)}; all.")]
@@ -134,14 +136,13 @@ def one(study: str, label: str, seed: int, root: Root = _ROOT) -> None:
     entry = next(entry for entry in STUDIES[study].entries if entry.label == label)
     where = directory(root, study, label, seed)
     where.mkdir(parents=True, exist_ok=True)
-    drawings = {name: DRAWINGS[name] for name in STUDIES[study].drawings}
     with _built_with(entry.form):
         if not entry.real and entry.weights is None and not (where / "trained").exists():
-            _train(entry, seed, STUDIES[study].epochs, where)
+            _train(STUDIES[study], entry, seed, where)
             (where / "trained").touch()
         pipeline = None if entry.real else _load(entry, where)
-    for name, drawing in drawings.items():
-        path = _drawn(where, name)
+    for name in STUDIES[study].drawings:
+        path, drawing = _drawn(where, name), DRAWINGS[name]
         if not path.exists() and pipeline is not None:
             _draw(pipeline, drawing, None if drawing.start is None else _drawn(where, drawing.start), seed, path)
         elif not path.exists():
@@ -226,26 +227,27 @@ def _built_with(form: str | None) -> contextlib.AbstractContextManager[None]:
     return denoisers_scan_with(form)
 
 
-def _train(entry: Entry, seed: int, epochs: int, where: Path) -> None:
+def _train(study: Study, entry: Entry, seed: int, where: Path) -> None:
     from gspn.tasks.class_conditional import ClassConditionalConfig, train
 
-    config = ClassConditionalConfig.load("mnist5k").changed(
-        **{"model.name": entry.model, "model.options": entry.options, "schedule.epochs": epochs},
-        **{"data.sizes": list(entry.sizes), "data.batch_size": BATCH, "run.precision": PRECISION},
-        **{"run.seed": seed, "run.output": where, "run.eval_every": epochs, "samples.every": 0},
+    config = ClassConditionalConfig.load(study.preset).changed(
+        **study.settings,
+        **entry.settings,
+        **{"run.precision": PRECISION, "run.seed": seed, "run.output": where, "samples.every": 0},
     )
-    train(config, resume=True)
+    train(config.changed(**{"run.eval_every": config.schedule.epochs}), resume=True)
 
 
 def _load(entry: Entry, where: Path) -> Any:
-    """The pipeline of an entry, or of its ``weights`` with the entry's options."""
+    """The pipeline of an entry's training, or that of its ``weights`` with the entry's options."""
     from gspn.models import GSPNDenoiser2DModel
     from gspn.tasks.class_conditional import load_pipeline
 
     pipeline = load_pipeline(entry.weights or where)
-    if entry.weights is not None and entry.options:
+    if entry.weights is not None:
         weights = pipeline.transformer.state_dict()
-        pipeline.transformer = GSPNDenoiser2DModel.from_config({**pipeline.transformer.config, **entry.options}).eval()
+        options = {**pipeline.transformer.config, **entry.settings["model.options"]}
+        pipeline.transformer = GSPNDenoiser2DModel.from_config(options).eval()
         pipeline.transformer.load_state_dict(weights)
     return pipeline
 
@@ -324,11 +326,9 @@ def _rows(study: str, entry: Entry, seed: int, where: Path) -> Iterator[dict[str
         yield {
             "study": study,
             "entry": entry.label,
-            "model": "" if entry.real else entry.model,
+            "settings": json.dumps(entry.settings),
             "form": entry.form or "",
-            "options": "" if entry.real else json.dumps(entry.options),
             "weights": entry.weights or "",
-            "sizes": "" if entry.real else " ".join(map(str, entry.sizes)),
             "seed": seed,
             "updates": int(training[-1]["step"]) if training else "",
             "held_out_loss": float(training[-1]["ema_loss"]) if training else "",
