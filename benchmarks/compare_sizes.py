@@ -76,11 +76,11 @@ class Study:
 
 
 DRAWINGS = {
-    "28": Drawing(28, 200),
-    "56": Drawing(56, 200),
-    "56 in stages": Drawing(56, 200, "28"),
-    "112": Drawing(112, 50),
-    "112 in stages": Drawing(112, 50, "56 in stages"),
+    "28": Drawing(28, 100),
+    "56": Drawing(56, 100),
+    "56 in stages": Drawing(56, 100, "28"),
+    "112": Drawing(112, 25),
+    "112 in stages": Drawing(112, 25, "56 in stages"),
 }
 
 
