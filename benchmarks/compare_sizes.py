@@ -6,7 +6,7 @@
 
 The study ``further`` starts from the result of the preset ``mnist5k``, which knows one size, and continues it over two
 as the preset ``mnist5k_sizes`` does; it needs ``runs/class_conditional_mnist5k``. The study ``forms`` trains a smaller
-denoiser from nothing with each form of the scan. Drawn digits are compared with the 4,000 of the training. A run is a
+denoiser from nothing with each form of the scan. Drawn digits are compared with 1,000 of the training. A run is a
 process with one thread; it continues where it was stopped, and what it ended is not repeated.
 """
 
@@ -26,7 +26,7 @@ from common import CORES, Csv, Jobs, Root, Step, directory, print_table, read_cs
 SIZE, LINES = 28, 14  # of the images, and of the patches' map
 STEPS, GUIDANCE, STRENGTH = 12, 2.0, 0.6
 PRECISION = "bf16"
-REFERENCE, CLASSIFIER = "mnist5k:train", "gspn_pico.mnist5k"
+REFERENCE, CLASSIFIER = "mnist5k:train[:1000]", "gspn_pico.mnist5k"
 ONE_SIZE = "runs/class_conditional_mnist5k"
 
 
