@@ -26,7 +26,7 @@ from common import CORES, Csv, Jobs, Root, Step, directory, print_table, read_cs
 SIZE, LINES = 28, 14  # of the images, and of the patches' map
 STEPS, GUIDANCE, STRENGTH = 12, 2.0, 0.6
 PRECISION = "bf16"
-REFERENCE, CLASSIFIER = "mnist5k:train[:1000]", "gspn_pico.mnist5k"
+REFERENCE, REFERENCES, CLASSIFIER = "mnist5k:train", 1000, "gspn_pico.mnist5k"
 ONE_SIZE = "runs/class_conditional_mnist5k"
 
 
@@ -307,7 +307,7 @@ def _measure(path: Path, cache: Path) -> None:
     from gspn.tasks.diffusion.evaluation import compare_images
     from gspn.tasks.diffusion.images import open_images
 
-    ours, theirs = open_images(path), open_images(REFERENCE)
+    ours, theirs = open_images(path), open_images(REFERENCE, limit=REFERENCES)
     figures, _, _ = compare_images(ours, theirs, features="lite0", device="cpu", cache=cache, console=default_console())
     # The classifier reduces every image to its own 28 pixels.
     guesses = load_classifier(CLASSIFIER, device="cpu").classify([ours.to_pil(i) for i in range(len(ours))])
