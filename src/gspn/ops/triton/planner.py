@@ -7,6 +7,7 @@ rules for the size of a block and its threads; everything else is :class:`_Layou
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Mapping
@@ -51,11 +52,15 @@ class Sizes(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Where a row is too long for one block; the tests lower it to reach the code for longer rows with short ones."""
+    """Bounds on a plan beside the call's sizes: the card's memory, and what tests and measurements impose."""
 
     shared_memory: int = SHARED_MEMORY
     row: int | None = None
     """The longest row of one block, a power of two from 32 on; None for the rules' own choice."""
+    like: tuple[int, int] | None = None
+    """Batch and channels of the call whose blocks are wanted; None for those of this call."""
+    choice: tuple[tuple[str, int], ...] = ()
+    """Values by name in place of what the rules choose: of the blocks, of the chunks, or ``num_warps``."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,15 @@ class _Layout:
             steps = (step for axis, step in ((CHANNEL, s.channel), (CROSS, s.cross), (LINE, s.line)) if axis != own)
             common = math.gcd(common, s.batch, s.tap, *steps)
         return common
+
+    def seen_by_rules(self, limits: Limits) -> _Layout:
+        """The same with the batch and the channels of another call, if the limits name one."""
+        if limits.like is None:
+            return self
+        other = copy.copy(self)
+        other.sizes = self.sizes._replace(batch=limits.like[0], channels=limits.like[1])
+        other.channels = limits.like[1] // self.groups
+        return other
 
     def run(self, blocks: _Blocks) -> int:
         """How many lines a program scans: whole segments and whole tiles, enough to be worth starting."""
@@ -280,14 +294,17 @@ def plan_line_scan(
     read = layout.images.keys() - ({"dx", "dlam"} if "grad" in layout.images else {"h"})
     exchanged = (16 if layout.tensors.get("dtaps") else 8) // (align if fast == CROSS else 1)
     memory = _Memory(max(len(read), 2), layout.shared, itemsize, exchanged, limits.shared_memory)
-    blocks = _line_scan_blocks(layout, memory, limits)
+    choice = dict(limits.choice)
+    num_warps = choice.pop("num_warps", None)
+    blocks = _line_scan_blocks(layout.seen_by_rules(limits), memory, limits)._replace(**choice)
 
     pixels = blocks.channels * blocks.row
     per_thread = 1 if fast == LINE else min(4, align) if pixels < 256 else 4
-    num_warps = min(max(pixels // (32 * per_thread), 1), 16 if fast == LINE or pixels >= 2048 else 8)
-    if layout.shared and fast != LINE:
-        # Only copies of 4 bytes a thread can be under way while others are computed with, and shared taps are few.
-        num_warps = max(min(num_warps, blocks.row * itemsize // 128), pixels // 256, 1)
+    if num_warps is None:
+        num_warps = min(max(pixels // (32 * per_thread), 1), 16 if fast == LINE or pixels >= 2048 else 8)
+        if layout.shared and fast != LINE:
+            # Only copies of 4 bytes a thread can be under way while others are computed with, and shared taps are few.
+            num_warps = max(min(num_warps, blocks.row * itemsize // 128), pixels // 256, 1)
     extent = max(
         (blocks.channels - 1) * abs(s.channel) + blocks.row * abs(s.cross) + blocks.lines * abs(s.line)
         for s in layout.tensors.values()
@@ -376,7 +393,9 @@ def plan_propagate(
     """The launch of ``scan_kernel`` for images of these sizes and strides and a proxy of ``proxy_channels``."""
     # A block's channels may be of several groups: the layout of images knows no groups.
     layout = _Layout(sizes._replace(groups=sizes.channels), tensors, itemsize, segment, 4)
-    chunks = _chunks(layout, proxy_channels, limits)
+    chunks = _chunks(layout.seen_by_rules(limits), proxy_channels, limits)._replace(**dict(limits.choice))
+    if not chunks.halo and chunks.group * chunks.pixels < sizes.cross:
+        raise ValueError(f"{limits.choice=} leaves no room for a row of {sizes.cross}.")
     lanes, group, pixels, halo = chunks
     lines = min(4, _power_of_two(sizes.lines)) if layout.fast == LINE else 1
     blocks = _Blocks(chunks.rows(sizes.cross), lanes * pixels, halo, lines)
