@@ -18,12 +18,13 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ from gspn.bench.gpu_model import CARDS, Card
 from gspn.bench.gpu_page import write_page
 from gspn.bench.gpu_steps import (
     Call,
+    Place,
     check,
     choices,
     kind_of,
@@ -68,6 +70,7 @@ from gspn.bench.propagate import PropagateSweep
 from gspn.ops.directions import DIRECTIONS
 from gspn.ops.triton import interpreted
 from gspn.ops.triton.launch import Launch, limits_of
+from gspn.ops.triton.planner import Limits
 
 LIMITS, REHEARSAL_LIMITS = (290, 75), (1800, 600)
 """The seconds of a part, and those after which a worker that neither begins a job nor writes a row is ended."""
@@ -123,13 +126,15 @@ def repeated_cases(rehearsal: bool) -> list[Case]:
     return [stage, replace(patches, mode="backward"), replace(wide, layout="channels_last")]
 
 
-def swept(rehearsal: bool) -> list[tuple[Case, int]]:
-    """Calls, and which of their launches is timed with other plans."""
+def swept(rehearsal: bool) -> list[Place]:
+    """The launches that are timed with other plans."""
     if rehearsal:
-        return [(timed_cases(True)[0], 0), (line_scan_cases(True)[0], 0)]
+        return [Place(timed_cases(True)[0], "forward"), Place(line_scan_cases(True)[0], "line_scan")]
     patches, large, stage, wide, _ = (Case("propagate", *shape) for shape in gpu_cases.LARGE)
-    scan = line_scan_cases(False)[0]
-    return [(patches, 0), (patches, 2), (large, 0), (stage, 0), (replace(wide, layout="channels_last"), 0), (scan, 0)]
+    return [
+        Place(patches, "forward"), Place(patches, "forward", 2), Place(large, "forward"), Place(stage, "forward"),
+        Place(replace(wide, layout="channels_last"), "forward"), Place(line_scan_cases(False)[0], "line_scan"),
+    ]  # fmt: skip
 
 
 def tiny_cases() -> list[Case]:
@@ -143,18 +148,14 @@ def tiny_cases() -> list[Case]:
     ]  # fmt: skip
 
 
-def profiled() -> list[tuple[Case, int]]:
-    """Calls, and which of their launches is profiled."""
+def profiled() -> list[Place]:
+    """The launches that are profiled."""
     patches, _, stage, wide, _ = (Case("propagate", *shape) for shape in gpu_cases.LARGE)
-    backward = replace(patches, mode="backward")
     return [
-        (patches, 0),
-        (patches, 2),
-        (stage, 0),
-        (replace(wide, layout="channels_last"), 0),
-        (backward, -1),
-        (line_scan_cases(False)[0], 0),
-    ]
+        Place(patches, "forward"), Place(patches, "forward", 2), Place(stage, "forward"),
+        Place(replace(wide, layout="channels_last"), "forward"), Place(replace(patches, mode="backward"), "gradients"),
+        Place(line_scan_cases(False)[0], "line_scan"),
+    ]  # fmt: skip
 
 
 def operators(context: Context) -> list[tuple[PropagateSweep, int]]:
@@ -187,13 +188,13 @@ def launches_of_part(context: Context, part: int) -> Iterator[Launch]:
     if part == 1:
         cases = [*line_scan_cases(False), *repeated_cases(False), *timed_cases(False)]
     else:
-        cases = [*operator_cases(context), *(case for case, _ in swept(False)), *tiny_cases()]
+        cases = [*operator_cases(context), *(place.case for place in swept(False)), *tiny_cases()]
         yield from model_launches(context, MODEL, MODEL_SIZE, MODEL_BATCH)
     for case in cases:
-        yield from case.call(context.card)[0]
+        yield from case.call(context.card, context.limits)[0]
     if part == 2:
-        for case, index in swept(False):
-            yield from (launch for _, launch in choices(context, case, index))
+        for place in swept(False):
+            yield from (launch for _, launch in choices(context, place))
 
 
 def jobs_for(
@@ -226,7 +227,7 @@ def steps_of_part(context: Context, part: int, compiling: Job, tools: Sequence[S
     return [
         *first,
         Step("2 correctness", 20, jobs_for(operator_cases(context), check)),
-        Step("7 sweeps", 60, jobs_for(swept(small), sweep, lambda one: f"{one[0].name} {one[1]}")),
+        Step("7 sweeps", 60, jobs_for(swept(small), sweep)),
         Step(
             "9 operator",
             50,
@@ -252,7 +253,8 @@ def compile_in_processes(context: Context, part: int) -> None:
 
 def compile_all(path: Path, part: int, arch: int, card: Card) -> None:
     """Compile the kernels of a part, and write the keys of those that are ready."""
-    context = Context(torch.device("cpu"), card, arch, Table(path, part), step="1 compile")
+    limits = Limits(card.shared_memory)
+    context = Context(torch.device("cpu"), card, arch, limits, Table(path, part), step="1 compile")
     begin, done, slowest = time.monotonic(), [], 0.0
     launches = {gpu_counts.code_key(one, arch): one for one in launches_of_part(context, part)}
     jobs = {key: functools.partial(compile_one, one, arch) for key, one in launches.items()}
@@ -283,12 +285,13 @@ def compile_one(launch: Launch, arch: int) -> float:
 
 
 def run_launches(names: Sequence[str]) -> None:
-    """Run the launches of calls, or with ``name#index`` one of them, for the tools that start this program."""
-    cases = {case.name: case for case in (*tiny_cases(), *(case for case, _ in profiled()))}
-    for name, _, index in (one.partition("#") for one in names):
-        launches = Call.of(cases[name], torch.device("cuda")).launches()
-        for launch in launches if index == "" else [launches[int(index)]]:
+    """Run all launches of tiny calls, and single ones of others, for the tools that start this program."""
+    device = torch.device("cuda")
+    for case in (one for one in tiny_cases() if one.name in names):
+        for launch in Call.of(case, device).launches():
             launch.run()
+    for place in (one for one in profiled() if one.name in names):
+        place.of(Call.of(place.case, device).launches()).run()
     torch.cuda.synchronize()
 
 
@@ -305,39 +308,59 @@ def find_tool(name: str) -> str:
     return found
 
 
+@dataclass
+class Tool:
+    """A tool that is running this program; its output goes to a file."""
+
+    log: Path
+    process: subprocess.Popen[bytes]
+    end: float
+
+    @classmethod
+    def start(cls, log: Path, *command: str, names: Sequence[str], **environment: str) -> Tool:
+        """Start ``command`` with the launches of ``names``."""
+        whole = [find_tool(command[0]), *command[1:], sys.executable, __file__, "--run", *names]
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                whole, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment, start_new_session=True
+            )
+        return cls(log, process, time.monotonic() + TOOL_SECONDS)
+
+    def lines(self) -> list[str]:
+        """The output, when the tool is done. It is ended when its time is over."""
+        try:
+            self.process.wait(max(self.end - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)  # with the program that it runs
+            self.process.wait()
+            raise RuntimeError(f"not done after {TOOL_SECONDS} s") from None
+        return self.log.read_text(errors="replace").splitlines() or [""]
+
+
 def sanitize(context: Context) -> None:
     """Run six tiny calls under three tools at once, without the allocator that hides what lies beside a tensor."""
     names = [case.name for case in tiny_cases()]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
-    def start(tool: str) -> subprocess.Popen[str]:
-        command = [find_tool("compute-sanitizer"), "--tool", tool, "--error-exitcode", "9"]
-        command += [sys.executable, __file__, "--run", *names]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-    def finish(tool: str, process: subprocess.Popen[str]) -> Row:
-        try:
-            output, _ = process.communicate(timeout=TOOL_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise RuntimeError(f"not done after {TOOL_SECONDS} s") from None
-        context.table.path.with_name(f"{tool}.log").write_text(output)
-        lines = output.strip().splitlines() or [""]
+    def finish(tool: Tool) -> Row:
+        lines = tool.lines()
         summary = next((line for line in reversed(lines) if "SUMMARY" in line), lines[-1]).strip("= ")
-        if process.returncode == 9:
+        if tool.process.returncode == 9:
             raise WrongResultError(summary)
-        if process.returncode:
+        if tool.process.returncode:
             raise RuntimeError(summary)
         return {"note": summary}
 
-    tools = ("memcheck", "racecheck", "initcheck")
+    def start(kind: str) -> Tool:
+        log, command = context.table.path.with_name(f"{kind}.log"), ("compute-sanitizer", "--tool", kind)
+        return Tool.start(log, *command, "--error-exitcode", "9", names=names, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
     try:
-        started = {tool: start(tool) for tool in tools}
+        tools = {kind: start(kind) for kind in ("memcheck", "racecheck", "initcheck")}
     except NotHereError as error:
         context.skip("compute-sanitizer", str(error))
         return
-    for tool, process in started.items():
-        context.attempt("six tiny calls", tool, functools.partial(finish, tool, process))
+    for kind, tool in tools.items():
+        context.attempt("six tiny calls", kind, functools.partial(finish, tool))
 
 
 METRICS = {
@@ -351,31 +374,22 @@ METRICS = {
 
 
 def profile(context: Context) -> None:
-    """Profile a launch of six calls by ncu; what it finds is in ``ncu.csv``."""
-    names = [f"{case.name}#{index}" for case, index in profiled()]
-    kernels = {case.call(context.card)[0][index].kernel.__name__ for case, index in profiled()}
+    """Profile a launch of six calls by ncu; its output is in ``ncu.csv``."""
+    places = profiled()
+    kernels = {one.of(one.case.call(context.card, context.limits)[0]).kernel.__name__ for one in places}
+    options = ("--csv", "--page", "raw", "--metrics", ",".join(METRICS))
+    options += ("--kernel-name", f"regex:^({'|'.join(sorted(kernels))})$")
 
     def run() -> Row:
-        command = [find_tool("ncu"), "--csv", "--page", "raw", "--metrics", ",".join(METRICS)]
-        command += [
-            "--kernel-name",
-            f"regex:^({'|'.join(sorted(kernels))})$",
-            sys.executable,
-            __file__,
-            "--run",
-            *names,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TOOL_SECONDS, check=False)
-        lines = done.stdout.splitlines()
-        context.table.path.with_name("ncu.csv").write_text(done.stdout)
+        log = context.table.path.with_name("ncu.csv")
+        lines = Tool.start(log, "ncu", *options, names=[one.name for one in places]).lines()
         table = [line for line in lines if line.startswith('"')]
-        if done.returncode or len(table) < 3:
-            wrong = [line for line in lines + done.stderr.splitlines() if "ERR" in line.upper()]
-            raise RuntimeError((wrong or lines or ["no output"])[0])
+        if len(table) < 3:
+            raise RuntimeError(next((line for line in lines if "ERR" in line.upper()), lines[-1]))
         units, *rows = csv.DictReader(io.StringIO("\n".join(table)))
-        for name, row in zip(names, rows, strict=False):
+        for place, row in zip(places, rows, strict=False):
             note = ", ".join(f"{label} {row[metric]} {units[metric]}".strip() for metric, label in METRICS.items())
-            context.attempt(name, row["Kernel Name"], lambda note=note: {"note": note})
+            context.attempt(place.name, row["Kernel Name"], lambda note=note: {"note": note})
         return {"note": f"{len(rows)} launches"}
 
     context.attempt("", "ncu", run)
@@ -403,7 +417,7 @@ def work(part: int, folder: Path, rehearsal: bool) -> None:
     device = torch.device("cpu" if rehearsal else "cuda")
     (folder / "environment.json").write_text(json.dumps(asdict(describe(device))))
     card, arch = card_of(device)
-    context = Context(device, card, arch, Table(folder / f"part{part}.csv", part), rehearsal)
+    context = Context(device, card, arch, limits_of(device), Table(folder / f"part{part}.csv", part), rehearsal)
     compiling = Job("compile", lambda context: compile_in_processes(context, part))
     tools = [
         Step("4 sanitizer", TOOL_SECONDS + 10, [Job("sanitize", sanitize)]),

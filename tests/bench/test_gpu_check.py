@@ -29,6 +29,7 @@ from gspn.bench.gpu_check import (
 )
 from gspn.bench.gpu_model import CARDS
 from gspn.bench.gpu_page import write_page
+from gspn.ops.triton.planner import Limits
 from support import ROOT, run_python
 
 SCRIPT = ROOT / "scripts" / "gpu_check.py"
@@ -37,7 +38,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 @pytest.fixture
 def context(tmp_path: Path) -> Context:
-    return Context(torch.device("cpu"), CARDS[90], 90, Table(tmp_path / "part1.csv", 1), rehearsal=True)
+    return Context(torch.device("cpu"), CARDS[90], 90, Limits(), Table(tmp_path / "part1.csv", 1), rehearsal=True)
 
 
 def statuses(path: Path) -> list[tuple[str, str]]:
@@ -56,7 +57,9 @@ import gpu_check as program
 from gspn.bench import gpu_steps
 from gspn.bench.gpu_check import Context, Table
 from gspn.bench.gpu_model import CARDS
-context = Context(torch.device("cpu"), CARDS[90], 90, Table(Path({str(tmp_path / "part1.csv")!r}), 1), rehearsal=True)
+LIMITS = program.limits_of(torch.device("cpu"))
+table = Table(Path({str(tmp_path / "part1.csv")!r}), 1)
+context = Context(torch.device("cpu"), CARDS[90], 90, LIMITS, table, rehearsal=True)
 context.step = "a step"
 {code}""",
         TRITON_INTERPRET=interpret,
@@ -172,7 +175,7 @@ from pathlib import Path
 from gspn.bench.gpu_check import Context, Job, Step, Table, run_steps
 from gspn.bench.gpu_model import CARDS
 
-context = Context(torch.device("cpu"), CARDS[90], 90, Table(Path(sys.argv[1]), 1))
+context = Context(torch.device("cpu"), CARDS[90], 90, None, Table(Path(sys.argv[1]), 1))
 jobs = {
     "works": lambda context: context.attempt("works", "", lambda: {"ms": 1.0}),
     "crashes": lambda context: os.abort(),
@@ -214,7 +217,7 @@ from gspn.bench.gpu_cases import Case
 launch = Case("line_scan", 16, 8, 1024, states=0, direction="down").call(CARDS[90])[0][0]
 program.launches_of_part = lambda context, part: [launch, launch]
 program.compile_all(context.table.path, 1, 90, CARDS[90])
-assert Context(torch.device("cpu"), CARDS[90], 90, context.table).compiled == {gpu_counts.code_key(launch, 90)}
+assert Context(torch.device("cpu"), CARDS[90], 90, LIMITS, context.table).compiled == {gpu_counts.code_key(launch, 90)}
 """
     os.environ["TRITON_CACHE_DIR"] = str(tmp_path / "triton")
     try:
@@ -290,7 +293,7 @@ assert gspn.__version__ == "unknown"
 library._path = lambda: Path("nowhere.so")
 assert describe(torch.device("cpu")).isa is None
 folder = Path({str(tmp_path)!r})
-context = Context(torch.device("cpu"), CARDS[90], 90, Table(folder / "part2.csv", 2))
+context = Context(torch.device("cpu"), CARDS[90], 90, program.Limits(), Table(folder / "part2.csv", 2))
 assert len(list(program.launches_of_part(context, 2))) > 100
 program.model(context, "gspn_tiny", 224, 64, "train")
 assert context.table.rows[0]["note"] == "timm is not installed", context.table.rows

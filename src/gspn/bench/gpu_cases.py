@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gspn.ops.directions import DIRECTIONS
 
-from .gpu_model import Card
+from .gpu_model import WORK, Card
 
 if TYPE_CHECKING:
     from gspn.ops.triton.launch import Launch
@@ -101,20 +101,23 @@ class Case:
             return self._milliseconds(card, 4 * scan + s + 1, 16 * taps)
         return self._milliseconds(card, 4 * (2 * scan + 16 * s + 27) + 2 * (s + 1), 32 * taps)
 
-    def launch_floors(self, kind: str, with_skip: bool, card: Card) -> tuple[float, float] | tuple[None, None]:
-        """The same for a launch that computes one direction; None for kinds that :meth:`floors` does not count.
-
-        ``kind`` is the name that :mod:`.gpu_model` gives it.
-        """
+    def launch_floors(self, launch: Launch, card: Card) -> tuple[float, float] | tuple[None, None]:
+        """The same for one launch of the call; None for kinds of launches that the formula does not have."""
+        if launch.kernel.__name__ not in WORK:
+            return None, None
+        work = WORK[launch.kernel.__name__](launch)
         s, taps = self.states, self.groups / self.channels
-        skip = s + 1 if with_skip else 0
+        skip = s + 1 if launch.tensors.get("p_skip") is not None else 0
         counts = {
             "forward": ((3 * taps + 2) * s + 4 + skip, 4 * taps),
             "states": ((3 * taps + 1) * s + 4, 4 * taps),
             "adjoint": ((3 * taps + 1) * s + 4, 4 * taps),
             "gradients": (16 * s + 27 + 2 * skip, 0.0),
         }
-        return self._milliseconds(card, *counts[kind]) if kind in counts else (None, None)
+        if work.kind not in counts:
+            return None, None
+        directions = work.pixels / self.elements
+        return self._milliseconds(card, *(directions * count for count in counts[work.kind]))
 
     def _milliseconds(self, card: Card, multiply_adds: float, special: float) -> tuple[float, float]:
         """Of so many operations for each element."""

@@ -17,12 +17,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .environment import Environment
 from .gpu_model import Card
+
+if TYPE_CHECKING:
+    from gspn.ops.triton.planner import Limits
 
 Row = dict[str, Any]
 
@@ -92,6 +95,8 @@ class Context:
     card: Card
     arch: int
     """The compute capability, as a number."""
+    limits: Limits
+    """Those that launches on this device are planned with."""
     table: Table
     rehearsal: bool = False
     """Whether the interpreter runs tiny shapes on the CPU."""
@@ -251,7 +256,7 @@ def supervise(command: Sequence[str], path: Path, seconds: float, silence: float
     """
 
     def sizes() -> list[int]:
-        return [file.stat().st_size for file in (path, path.with_suffix(".journal")) if file.exists()]
+        return [file.stat().st_size for file in sorted(path.parent.glob(f"{path.stem}.*"))]
 
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -124,6 +124,24 @@ def kind_of(launch: Launch) -> str:
     return WORK[name](launch).kind if name in WORK else name
 
 
+@dataclass(frozen=True)
+class Place:
+    """One launch of a case: the one with this number among those of its kind."""
+
+    case: Case
+    kind: str
+    number: int = 0
+
+    @property
+    def name(self) -> str:
+        """Its parts."""
+        return f"{self.case.name} {self.kind} {self.number}"
+
+    def of(self, launches: Sequence[Launch]) -> Launch:
+        """It among the launches of a call of the case."""
+        return [one for one in launches if kind_of(one) == self.kind][self.number]
+
+
 def _kernels(launches: Sequence[Launch]) -> set[Any]:
     """The kernels of launches: the same for launches that differ in sizes alone."""
     return {
@@ -198,7 +216,7 @@ def check(context: Context, case: Case) -> None:
     from gspn.ops import reference  # noqa: F401
     from gspn.ops.triton.launch import planned
 
-    full, _ = case.call(context.card)
+    full, _ = case.call(context.card, context.limits)
     _require_compiled(context, full)
     call = Call.of(smaller(case), context.device)
     with planned((case.batch, case.channels)), torch.backends.cudnn.flags(allow_tf32=False):
@@ -272,7 +290,7 @@ def repeat(context: Context, case: Case) -> None:
     small = smaller(case)
     calls = [Call.of(small, context.device, seed) for seed in (0, 1)]
     with planned((case.batch, case.channels)):
-        _require_compiled(context, case.call(context.card)[0])
+        _require_compiled(context, case.call(context.card, context.limits)[0])
         expected = [call.results("triton") for call in calls]
 
         def again() -> Row:
@@ -396,7 +414,7 @@ def time_launches(context: Context, case: Case) -> None:
     """Time each launch of a case by itself, and their sum, beside the floors."""
     if context.is_wrong(case.name):
         raise NotHereError("refused: a result of this case is wrong")
-    _require_compiled(context, case.call(context.card)[0])
+    _require_compiled(context, case.call(context.card, context.limits)[0])
     times: list[float] = []
     launches = Call.of(case, context.device).launches()
     for i, launch in enumerate(launches):
@@ -404,7 +422,7 @@ def time_launches(context: Context, case: Case) -> None:
         def measure(launch: Launch = launch) -> Row:
             (row,) = _timed(context, launch.run)
             times.append(row["ms"])
-            floors = case.launch_floors(kind_of(launch), launch.tensors.get("p_skip") is not None, context.card)
+            floors = case.launch_floors(launch, context.card)
             return {**row, **_beside_floors(context, row["ms"], moved(launch), *floors)}
 
         context.attempt(case.name, str(i), measure, **_described(launch))
@@ -418,11 +436,9 @@ def time_launches(context: Context, case: Case) -> None:
 Choice = tuple[tuple[str, int], ...]
 
 
-def choices(context: Context, case: Case, index: int) -> list[tuple[Choice, Launch]]:
+def choices(context: Context, place: Place) -> list[tuple[Choice, Launch]]:
     """Plans of a launch that differ from the rules' own, those with the fewest idle lanes first, and their launches."""
-    from gspn.ops.triton.planner import Limits
-
-    if case.op == "line_scan":
+    if place.case.op == "line_scan":
         some = [(("stages", stages), ("num_warps", warps)) for stages in (2, 3, 4, 6) for warps in (2, 4, 8)]
     else:
         some = [
@@ -432,10 +448,9 @@ def choices(context: Context, case: Case, index: int) -> list[tuple[Choice, Laun
     plans: dict[Any, tuple[float, Choice, Launch]] = {}
     for choice in some:
         try:
-            launches, _ = case.call(context.card, Limits(context.card.shared_memory, choice=choice))
+            launch = place.of(place.case.call(context.card, context.limits._replace(choice=choice))[0])
         except ValueError:  # a row does not fit
             continue
-        launch = launches[index]
         work = WORK[launch.kernel.__name__](launch)
         busy = work.pixels / (math.prod(launch.plan.grid) * work.steps * work.slots)
         plans.setdefault(next(iter(_kernels([launch]))), (busy, choice, launch))
@@ -445,13 +460,14 @@ def choices(context: Context, case: Case, index: int) -> list[tuple[Choice, Laun
     ]
 
 
-def sweep(context: Context, case: Case, index: int) -> None:
+def sweep(context: Context, place: Place) -> None:
     """Time a launch with the rules' plan and with others, whose results must be the same."""
     from gspn.ops.triton.launch import planned
 
-    call = Call.of(case, context.device)
+    call = Call.of(place.case, context.device)
 
-    def measure(launch: Launch) -> tuple[Row, Tensor]:
+    def measure() -> tuple[Row, Tensor]:
+        launch = place.of(call.launches())
         _require_compiled(context, [launch])
         out = next(t for name in ("p_out", "p_h") if (t := launch.tensors.get(name)) is not None)
         out.zero_()
@@ -462,15 +478,15 @@ def sweep(context: Context, case: Case, index: int) -> None:
     own: list[tuple[Row, Tensor]] = []
 
     def by_rules() -> Row:
-        own.append(measure(call.launches()[index]))
+        own.append(measure())
         return {**own[0][0], "ratio": 1.0}
 
-    context.attempt(case.name, f"{index}: as planned", by_rules)
-    for choice, _ in choices(context, case, index):
+    context.attempt(place.name, "as planned", by_rules)
+    for choice, _ in choices(context, place):
 
         def otherwise(choice: Choice = choice) -> Row:
             with planned(None, **dict(choice)):
-                row, result = measure(call.launches()[index])
+                row, result = measure()
             if own:
                 right, eps = own[0][1], torch.finfo(own[0][1].dtype).eps
                 error = (result - right).abs().max().item()
@@ -479,7 +495,7 @@ def sweep(context: Context, case: Case, index: int) -> None:
                 row["ratio"] = row["ms"] / own[0][0]["ms"]
             return row
 
-        context.attempt(case.name, f"{index}: " + " ".join(f"{name}={value}" for name, value in choice), otherwise)
+        context.attempt(place.name, " ".join(f"{name}={value}" for name, value in choice), otherwise)
 
 
 # --- 9: the operator --------------------------------------------------------------------------------------------------
@@ -537,18 +553,17 @@ class _ModelLaunches(TorchDispatchMode):
     def __init__(self, context: Context) -> None:
         super().__init__()
         self.launches: list[Launch] = []
-        self._memory = context.card.shared_memory
+        self._limits = context.limits
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from gspn.ops.triton import propagate
         from gspn.ops.triton.launch import recorded
-        from gspn.ops.triton.planner import Limits
 
         name = func._schema.name.removeprefix("gspn::")
         if name in ("propagate", "propagate_backward"):
             *tensors, directions, segment, _ = args
             with recorded() as launches:
-                getattr(propagate, name)(*tensors, tuple(directions.split(",")), segment, Limits(self._memory))
+                getattr(propagate, name)(*tensors, tuple(directions.split(",")), segment, self._limits)
             self.launches += launches
         return func(*args, **(kwargs or {}))
 
