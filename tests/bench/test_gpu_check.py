@@ -210,23 +210,24 @@ def test_half_a_row_is_left_out(context: Context) -> None:
 @needs_triton
 def test_kernels_are_compiled_beforehand(tmp_path: Path) -> None:
     """The second time, the kernel is read from Triton's folder on the disk."""
-    code = """
+    in_script(
+        f"""
+import os
+os.environ["TRITON_CACHE_DIR"] = {str(tmp_path / "triton")!r}
 from gspn.bench import gpu_counts
 from gspn.bench.gpu_cases import Case
 
 launch = Case("line_scan", 16, 8, 1024, states=0, direction="down").call(CARDS[90])[0][0]
 program.launches_of_part = lambda context, part: [launch, launch]
-program.compile_all(context.table.path, 1, 90, CARDS[90])
-assert Context(torch.device("cpu"), CARDS[90], 90, LIMITS, context.table).compiled == {gpu_counts.code_key(launch, 90)}
-"""
-    os.environ["TRITON_CACHE_DIR"] = str(tmp_path / "triton")
-    try:
-        for _ in range(2):
-            in_script(code, tmp_path, interpret="0")
-    finally:
-        del os.environ["TRITON_CACHE_DIR"]
+for _ in range(2):
+    program.compile_all(context.table.path, 1, 90, CARDS[90])
+assert context.compiled == {{gpu_counts.code_key(launch, 90)}}
+""",
+        tmp_path,
+        interpret="0",
+    )
     notes = [row["note"] for row in read_rows(tmp_path / "part1.csv") if row["what"] == "kernels"]
-    seconds = [float(re.fullmatch(r"1 of 1 in \d+ s, the slowest in ([\d.]+) s", note)[1]) for note in notes]
+    seconds = [float(re.search(r"the slowest in ([\d.]+) s", note)[1]) for note in notes]
     assert seconds[1] < seconds[0] / 2, notes
 
 

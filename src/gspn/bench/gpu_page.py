@@ -109,7 +109,7 @@ def _bars(names: Sequence[str], values: Sequence[float], label: str) -> Figure:
 
     figure = Figure(figsize=(11, 1 + 0.24 * len(names)), layout="constrained")
     axis = figure.subplots()
-    axis.barh(range(len(names)), values, height=0.7, color="#2563a8", zorder=2)
+    axis.barh(range(len(names)), values, height=0.7, color="#9cc3e6", zorder=2)
     axis.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in names], fontsize=8)
     axis.invert_yaxis()
     axis.grid(axis="x", color=GRID, zorder=0)
@@ -144,5 +144,7 @@ def _ratios(rows: Sequence[Row]) -> Figure:
         [f"{row['case']}, {row['what']}" for row in rows if row["ratio"]],
         [float(row["ratio"]) for row in rows if row["ratio"]], "time over that of the first of its kind",
     )  # fmt: skip
+    if max(float(row["ratio"] or 1) for row in rows) > 8:
+        figure.axes[0].set_xscale("log")
     figure.axes[0].axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)))
     return figure
