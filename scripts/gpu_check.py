@@ -55,6 +55,7 @@ from gspn.bench.gpu_page import write_page
 from gspn.bench.gpu_steps import (
     Call,
     Place,
+    cases_of,
     check,
     choices,
     kind_of,
@@ -74,7 +75,7 @@ from gspn.ops.triton.planner import Limits
 
 LIMITS, REHEARSAL_LIMITS = (290, 75), (1800, 600)
 """The seconds of a part, and those after which a worker that neither begins a job nor writes a row is ended."""
-COMPILING, TOOL_SECONDS = 45, 50
+COMPILING, TOOL_SECONDS = 45, 40
 
 # --- The parts --------------------------------------------------------------------------------------------------------
 
@@ -170,14 +171,8 @@ def operators(context: Context) -> list[tuple[PropagateSweep, int]]:
 
 
 def operator_cases(context: Context) -> list[Case]:
-    """The same as cases; a training step is a forward and a backward."""
-    cases = [
-        Case("propagate", bench.batch, bench.channels, size, mode=mode, states=bench.proxy_dim)
-        for bench, size in operators(context)
-        for mode in gpu_cases.MODES
-        if mode == "forward" or bench.mode == "train"
-    ]
-    return list(dict.fromkeys(cases))
+    """The same as cases, each once."""
+    return list(dict.fromkeys(case for bench, size in operators(context) for case in cases_of(bench, size)))
 
 
 def launches_of_part(context: Context, part: int) -> Iterator[Launch]:
@@ -212,7 +207,7 @@ def steps_of_part(context: Context, part: int, compiling: Job, tools: Sequence[S
         scans = line_scan_cases(small)
         return [
             *first,
-            Step("2 correctness", 90, jobs_for([*timed_cases(small), *scans], check)),
+            Step("2 correctness", 80, jobs_for([*timed_cases(small), *scans], check)),
             Step("3 repetition", 30, jobs_for(repeated_cases(small), repeat)),
             Step("5 launches", 60, jobs_for(timed_cases(small), time_launches)),
             Step("6 line_scan", 30, jobs_for(scans, time_launches)),
@@ -223,14 +218,14 @@ def steps_of_part(context: Context, part: int, compiling: Job, tools: Sequence[S
     trained = [(*one, mode) for one in models for mode in ("inference", "train")]
     return [
         *first,
-        Step("2 correctness", 20, jobs_for(operator_cases(context), check)),
-        Step("7 sweeps", 60, jobs_for(swept(small), sweep)),
+        Step("2 correctness", 15, jobs_for(operator_cases(context), check)),
+        Step("7 sweeps", 45, jobs_for(swept(small), sweep)),
         Step(
             "9 operator",
-            50,
+            40,
             jobs_for(operators(context), operator, lambda one: f"{one[0].mode} {one[0].channels} {one[1]}"),
         ),
-        Step("10 model", 40, jobs_for(trained, model, lambda one: f"{one[0]} {one[3]}")),
+        Step("10 model", 35, jobs_for(trained, model, lambda one: f"{one[0]} {one[3]}")),
         *tools,
     ]
 
