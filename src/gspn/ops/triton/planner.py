@@ -368,6 +368,7 @@ def _instructions(layout: _Layout, chunks: _Chunks, proxy_channels: int) -> floa
 
 def _chunks(layout: _Layout, proxy_channels: int, limits: Limits) -> _Chunks:
     """The chunks that cost least; a longer row is taken in blocks."""
+    layout = layout.seen_by_rules(limits)
     cross, fast = layout.sizes.cross, layout.fast
     # What a lane holds for each pixel, and the weights, have to leave registers for all the rest.
     most = 4 if proxy_channels > 8 or fast == LINE else 8
@@ -382,7 +383,11 @@ def _chunks(layout: _Layout, proxy_channels: int, limits: Limits) -> _Chunks:
         for group in (32, lanes)
         if group * pixels >= cross
     ]
-    return min(choices, key=lambda chunks: _instructions(layout, chunks, proxy_channels))
+    best = min(choices, key=lambda chunks: _instructions(layout, chunks, proxy_channels))
+    chosen = best._replace(**dict(limits.choice))
+    if chosen.group * chosen.pixels < cross:
+        raise ValueError(f"{limits.choice=} leaves no room for a row of {cross}.")
+    return chosen
 
 
 @functools.lru_cache(maxsize=4096)
@@ -393,9 +398,7 @@ def plan_propagate(
     """The launch of ``scan_kernel`` for images of these sizes and strides and a proxy of ``proxy_channels``."""
     # A block's channels may be of several groups: the layout of images knows no groups.
     layout = _Layout(sizes._replace(groups=sizes.channels), tensors, itemsize, segment, 4)
-    chunks = _chunks(layout.seen_by_rules(limits), proxy_channels, limits)._replace(**dict(limits.choice))
-    if not chunks.halo and chunks.group * chunks.pixels < sizes.cross:
-        raise ValueError(f"{limits.choice=} leaves no room for a row of {sizes.cross}.")
+    chunks = _chunks(layout, proxy_channels, limits)
     lanes, group, pixels, halo = chunks
     lines = min(4, _power_of_two(sizes.lines)) if layout.fast == LINE else 1
     blocks = _Blocks(chunks.rows(sizes.cross), lanes * pixels, halo, lines)
