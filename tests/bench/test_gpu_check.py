@@ -60,7 +60,7 @@ from gspn.bench.gpu_model import CARDS
 LIMITS = program.limits_of(torch.device("cpu"))
 table = Table(Path({str(tmp_path / "part1.csv")!r}), 1)
 context = Context(torch.device("cpu"), CARDS[90], 90, LIMITS, table, rehearsal=True)
-context.step = "a step"
+context.step = "2 correctness"
 {code}""",
         TRITON_INTERPRET=interpret,
     )
@@ -87,6 +87,7 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert all(0 <= float(row["error"]) <= float(row["bound"]) != 0 for row in checked)
     timed = [row for row in every if row["step"][:1] in "56" and row["what"] != "all launches"]
     assert all(float(row["ms"]) > 0 and float(row["bytes_ms"]) > 0 and row["plan"] for row in timed)
+    assert not any(row["note"] for row in timed), "all of them were checked"
     assert {row["kernel"] for row in timed} >= {"forward", "states", "adjoint", "gradients", "line_scan"}
     page = (tmp_path / "index.html").read_text()
     assert page.count("<img ") == 3
@@ -205,6 +206,8 @@ def test_half_a_row_is_left_out(context: Context) -> None:
     with context.table.path.open("a") as file:
         file.write("1,5 launches,half")
     assert statuses(context.table.path) == [("whole", OK)]
+    Table(context.table.path, 1).add({"case": "next", "status": OK})
+    assert statuses(context.table.path) == [("whole", OK), ("next", OK)]
 
 
 @needs_triton

@@ -63,6 +63,9 @@ class Table:
         self.rows: list[Row] = read_rows(path)
         if not path.exists():
             self._write(None)
+        elif not path.read_bytes().endswith(b"\n"):
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n")  # ends what a killed process left
 
     def add(self, row: Row) -> Row:
         """Write a row; it is in the file when this returns."""
@@ -148,9 +151,16 @@ class Context:
         speeds = [float(row["gbs"]) for row in self.table.rows if row["what"] == "copy" and row.get("gbs")]
         return speeds[-1] if speeds else None
 
-    def is_wrong(self, case: str) -> bool:
-        """Whether a result of a case was found to be wrong."""
-        return any(row["case"] == case and row["status"] == FAIL for row in self.table.rows)
+    def refuse_if_wrong(self, case: str) -> str:
+        """A note about the check of a case, empty if it was passed.
+
+        Raises:
+            NotHereError: a result was wrong, or the check failed; its time then means nothing.
+        """
+        found = {row["status"] for row in self.table.rows if row["case"] == case and row["step"].startswith("2")}
+        if found & {FAIL, ERROR}:
+            raise NotHereError("refused: the results of this case are wrong")
+        return "" if OK in found else "its results were not checked"
 
     @property
     def compiled(self) -> frozenset[str] | None:

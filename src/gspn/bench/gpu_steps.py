@@ -411,8 +411,7 @@ def _beside_floors(context: Context, ms: float, moved: float, fma_ms: float | No
 
 def time_launches(context: Context, case: Case) -> None:
     """Time each launch of a case by itself, and their sum, beside the floors."""
-    if context.is_wrong(case.name):
-        raise NotHereError("refused: a result of this case is wrong")
+    note = context.refuse_if_wrong(case.name)
     _require_compiled(context, case.call(context.card, context.limits)[0])
     times: list[float] = []
     launches = Call.of(case, context.device).launches()
@@ -424,7 +423,7 @@ def time_launches(context: Context, case: Case) -> None:
             floors = case.launch_floors(launch, context.card)
             return {**row, **_beside_floors(context, row["ms"], moved(launch), *floors)}
 
-        context.attempt(case.name, str(i), measure, **_described(launch))
+        context.attempt(case.name, str(i), measure, note=note, **_described(launch))
     if len(times) == len(launches):
         total = _beside_floors(context, sum(times), sum(map(moved, launches)), *case.floors(context.card))
         context.attempt(case.name, "all launches", lambda: total)
@@ -508,8 +507,8 @@ def cases_of(bench: PropagateSweep, size: int) -> list[Case]:
 
 def operator(context: Context, bench: PropagateSweep, size: int) -> None:
     """Time the operator eagerly and from a graph, its unfused form and attention, each beside the operator."""
-    if any(context.is_wrong(case.name) for case in cases_of(bench, size)):
-        raise NotHereError("refused: a result of this case is wrong")
+    for case in cases_of(bench, size):
+        context.refuse_if_wrong(case.name)
     name = f"B{bench.batch} C{bench.channels} {size}x{size} {bench.dtype} {bench.mode}".replace("torch.", "")
     base = bench.calls([PROPAGATE], size)[PROPAGATE]
 
