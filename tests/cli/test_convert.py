@@ -59,7 +59,7 @@ def test_convert_check_and_push(file, tmp_path, monkeypatch) -> None:
     for words in ("2 classes, from 'model'", "299", "83.04", "optimizer", "50.00 % of 2 images; published: 83.0 %"):
         assert words in result.output
     config = json.loads((output / "config.json").read_text())
-    assert (config["architecture"], config["model_args"]["scan"]["alignment"]) == ("gspn_tiny", "official")
+    assert (config["architecture"], config["model_args"]["alignment"]) == ("gspn_tiny", "official")
     card = (output / "README.md").read_text()
     assert "license: other" in card
     assert "excludes commercial use" in card

@@ -300,7 +300,7 @@ def test_weights_that_do_not_fit_are_refused(change, message, averaged, tmp_path
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"PK\x03\x04", b"not a checkpoint", pickle.dumps(Path("x")), pickle.dumps([1])]
+    "content", [b"", b"PK\x03\x04", b"not a checkpoint", pickle.dumps(Path("x")), pickle.dumps([1])], ids=range(5)
 )
 def test_a_damaged_file_is_refused(content, tmp_path) -> None:
     (tmp_path / "weights.pth").write_bytes(content)
