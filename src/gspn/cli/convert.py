@@ -1,4 +1,4 @@
-"""``gspn convert``: the authors' released classifiers as models of timm."""
+"""``gspn convert``: the authors' classifiers as models of timm."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _CARD: dict[str, Any] = {
     "license": "other",
     "license_name": "non-commercial",
-    "description": "A GSPN classifier (arXiv 2501.12381), trained by the authors and converted by `gspn convert`. Names "
-    "and layout of the weights changed, their values did not. **The weights are under the authors' licence, which "
+    "description": "A GSPN classifier (arXiv 2501.12381), trained by the authors and converted by `gspn convert`. "
+    "Names and layout of the weights changed, their values did not. **The weights are under the authors' licence, which "
     "excludes commercial use.** They need the package gspn.",
     "details": {"Paper": "https://arxiv.org/abs/2501.12381", "Dataset": "imagenet-1k"},
 }
@@ -116,7 +116,7 @@ def _write(output: Path, model: Any, card: dict[str, Any]) -> None:
 
     hub: Any = require("timm.models._hub")
     with replaced_directory(output) as part:
-        save_for_hf(model, part, safe_serialization=True)
+        save_for_hf(model, str(part), safe_serialization=True)
         write_text(part / "README.md", hub.generate_readme(card, output.name))
 
 

@@ -111,7 +111,7 @@ def _wrapper(content: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class OfficialCheckpoint:
-    """What is in a file of the authors' training."""
+    """The contents of a file that the authors' training wrote."""
 
     weights: Mapping[str, Tensor]
     """By their official names."""
@@ -166,7 +166,7 @@ def read_official(path: Path) -> OfficialCheckpoint:
 
 
 def official_model(name: str, checkpoint: OfficialCheckpoint, **options: Any) -> GSPN:
-    """The model ``name`` with official weights, in evaluation mode: every weight has a parameter, and each one a weight.
+    """The model ``name`` with official weights, in evaluation mode. Weights and parameters have to match one to one.
 
     Args:
         name: A model of timm's registry, such as `gspn_tiny`.
@@ -198,7 +198,7 @@ def official_model(name: str, checkpoint: OfficialCheckpoint, **options: Any) ->
         if not bool(weights[key].isfinite().all()):
             raise UsageError(f"the weights in {key} are not finite; the file is damaged.")
     model.load_state_dict(weights)
-    return model.eval()
+    return model.eval()  # type: ignore[return-value]
 
 
 def _convert(name: str, value: Tensor) -> tuple[str, Tensor]:
