@@ -21,8 +21,8 @@ _CARD: dict[str, Any] = {
     "license": "other",
     "license_name": "non-commercial",
     "description": "A GSPN classifier (arXiv 2501.12381), trained by the authors and converted by `gspn convert`. "
-    "Names and layout of the weights changed, their values did not. **The weights are under the authors' licence, which "
-    "excludes commercial use.** They need the package gspn.",
+    "Names and layout of the weights changed, their values did not. **The weights are under the authors' licence, "
+    "which excludes commercial use.** They need the package gspn.",
     "details": {"Paper": "https://arxiv.org/abs/2501.12381", "Dataset": "imagenet-1k"},
 }
 
