@@ -98,7 +98,7 @@ def test_floors_of_the_formula() -> None:
     assert special == pytest.approx(0.87, rel=0.01)
 
 
-def test_jobs_run_in_processes_that_can_be_ended() -> None:
+def test_jobs_runin_processes_that_can_be_ended() -> None:
     def never_ends() -> None:
         while True:
             pass
@@ -121,7 +121,7 @@ def test_jobs_run_in_processes_that_can_be_ended() -> None:
         "works": lambda: 7,
     }
     begin = time.monotonic()
-    results = dict(gpu_counts._in_processes(jobs, workers=2, timeout=0.5))
+    results = dict(gpu_counts.in_processes(jobs, workers=2, timeout=0.5))
     assert time.monotonic() - begin < 40
     assert results.pop("works") == 7
     assert {name: str(error) for name, error in results.items()} == {

@@ -123,7 +123,8 @@ def _scan(kind: str, image: str) -> Callable[[Launch], Work]:
         rounds = sum(math.ceil(min(run, lines - start) / (tiles * block)) for start in runs) / len(runs)
         loops = (Repeat(rounds, (Repeat(visits),) if halo else ()),)
         slots = max(rows * row, 32 * plan.num_warps)
-        return Work(_kind(kind, launch), _elements(launch, image), rounds * visits * block, slots, loops)
+        directions = plan.grid[1] if len(plan.grid) > 1 else 1
+        return Work(_kind(kind, launch), directions * _elements(launch, image), rounds * visits * block, slots, loops)
 
     return work
 
@@ -150,6 +151,17 @@ def _gradients(launch: Launch) -> Work:
     return Work("gradients", pixels, blocks * tiles, slots, (Repeat(blocks, (Repeat(tiles),)),))
 
 
+def _pack(launch: Launch) -> Work:
+    """Work of a kernel that copies the proxy, once, without a loop."""
+    c: Any = launch.plan.constants
+    return Work("pack", _elements(launch, "p_proxy"), 1, 4 * c["BLOCK"], ())
+
+
+def _sum(launch: Launch) -> Work:
+    """Work of a kernel that adds up directions, without a loop."""
+    return Work("sum", _elements(launch, "p_out"), 1, launch.plan.constants["BLOCK"], ())
+
+
 def _elements(launch: Launch, name: str) -> int:
     tensor = launch.tensors[name]
     return 0 if tensor is None else tensor.numel()
@@ -158,6 +170,8 @@ def _elements(launch: Launch, name: str) -> int:
 WORK: Mapping[str, Callable[[Launch], Work]] = {
     "scan_kernel": _scan("forward", "p_in"),
     "gradients_kernel": _gradients,
+    "pack_kernel": _pack,
+    "sum_kernel": _sum,
     "forward_kernel": _scan("line_scan", "p_x"),
     "backward_kernel": _scan("line_scan_backward", "p_grad"),
 }
