@@ -78,12 +78,11 @@ def host_work() -> None:
 
     driver = triton.runtime.driver.active
     driver.utils, driver.launcher_cls = Utils(), lambda _src, _metadata: lambda *_arguments: launched.append(1)  # type: ignore[attr-defined]
-    grad, *rest = make_arguments(2, 32, 7, 7, 8, 32)
-    arguments: Any = rest
+    grad, *arguments = make_arguments(2, 32, 7, 7, 8, 32)
     in_turn, results = limits_of(grad.device)._replace(together=False), {}
     for name, call in (
         ("side by side", lambda: propagate(*arguments)),
-        ("in turn", lambda: propagate(*arguments, in_turn)),
+        ("in turn", lambda: propagate(*arguments, limits=in_turn)),
         ("backward", lambda: propagate_backward(grad, *arguments)),
     ):
         call()
