@@ -82,7 +82,7 @@ def host_work() -> None:
     in_turn, results = limits_of(grad.device)._replace(together=False), {}
     for name, call in (
         ("side by side", lambda: propagate(*arguments)),
-        ("in turn", lambda: propagate(*arguments, in_turn)),
+        ("in turn", lambda: propagate(*arguments, limits=in_turn)),
         ("backward", lambda: propagate_backward(grad, *arguments)),
     ):
         call()

@@ -196,3 +196,48 @@ def test_few_lanes_of_propagate_are_idle() -> None:
         c = chosen.constants
         useful = c["LANES"] // c["GROUP"] * chosen.integers["n_rows"] * cross
         assert 1 - useful / (c["LANES"] * c["PIXELS"]) <= most, cross
+
+
+def test_a_small_call_takes_the_plan_of_a_large_one() -> None:
+    pytest.importorskip("triton")
+    from gspn.ops.triton.launch import limits_of, planned
+
+    def plan(batch: int, channels: int) -> Plan:
+        image = Strides(channels * 49, 49, 1, 7)
+        sizes, how = Sizes(batch, channels, channels, 7, 7), dict(reverse=False, segment=None)
+        limits = limits_of(torch.device("cpu"))
+        scan = plan_line_scan(
+            sizes, tuple((name, image) for name in ("x", "taps", "lam", "h")), 4, limits=limits, **how
+        )
+        lanes = plan_propagate(sizes, (("in", image), ("out", image)), 4, 8, limits=limits, **how)
+        return scan, lanes
+
+    large, small = plan(64, 768), plan(2, 48)
+    assert [one.constants for one in large] != [one.constants for one in small]
+    with planned((64, 768)):
+        forced = plan(2, 48)
+    assert [one.constants for one in forced] == [one.constants for one in large]
+    assert [one.grid for one in forced] != [one.grid for one in large]
+    assert plan(2, 48) == small
+
+
+def test_choices_replace_the_rules() -> None:
+    pytest.importorskip("triton")
+    from gspn.ops.triton.launch import limits_of, planned
+
+    with planned(None, stages=3, num_warps=2):
+        chosen = plan_line_scan(*CALL, 4, reverse=False, segment=None, limits=limits_of(torch.device("cpu")))
+    assert (chosen.constants["STAGES"], chosen.num_warps) == (3, 2)
+    how = dict(reverse=False, segment=None)
+    scan = Sizes(2, 8, 8, 74, 74), (("in", CALL[1][0][1]), ("out", CALL[1][0][1])), 4, 8
+    with planned(None, lanes=64, group=32, pixels=5):
+        chosen = plan_propagate(*scan, limits=limits_of(torch.device("cpu")), **how)
+    assert (chosen.constants["LANES"], chosen.constants["PIXELS"], chosen.num_warps) == (64, 5, 2)
+    with planned(None, lanes=64, group=32, pixels=2), pytest.raises(ValueError, match="no room for a row of 74"):
+        plan_propagate(*scan, limits=limits_of(torch.device("cpu")), **how)
+
+
+CALL = (
+    Sizes(2, 8, 8, 74, 74),
+    tuple((name, Strides(8 * 74 * 74, 74 * 74, 1, 74, 8 * 74 * 74)) for name in ("x", "taps", "lam", "h")),
+)

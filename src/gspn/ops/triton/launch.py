@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..directions import ScanAxes
-from .planner import SHARED_MEMORY, Limits, Plan, Sizes, Strides
+from .planner import Limits, Plan, Sizes, Strides
 
 
 class _Compiled(NamedTuple):
@@ -97,12 +97,31 @@ def _shared_memory(device: int) -> int:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)
 
 
+_imposed = Limits()
+
+
+@contextlib.contextmanager
+def planned(like: tuple[int, int] | None = None, **choice: int) -> Iterator[None]:
+    """Within it launches are planned otherwise than by the rules alone: for checks and measurements.
+
+    Args:
+        like: batch and channels of a larger call, whose kernels a smaller one is to run.
+        **choice: values in place of what the rules choose; see :class:`~.planner.Limits`.
+    """
+    global _imposed
+    before, _imposed = _imposed, Limits(like=like, choice=tuple(choice.items()))
+    try:
+        yield
+    finally:
+        _imposed = before
+
+
 def limits_of(device: torch.device) -> Limits:
-    """The limits of programs on this device."""
+    """The limits of a call on this device, with those that :func:`planned` imposes."""
     if device.type != "cuda":
-        return Limits(SHARED_MEMORY, ptx=False)
+        return _imposed._replace(ptx=False)
     shared_memory = _shared_memory(torch.cuda.current_device() if device.index is None else device.index)
-    return Limits(shared_memory, ptx=torch.version.hip is None)
+    return _imposed._replace(shared_memory=shared_memory, ptx=torch.version.hip is None)
 
 
 def strides_of(tensor: Tensor, axes: ScanAxes) -> Strides:

@@ -7,6 +7,7 @@ rules for the size of a block and its threads; everything else is :class:`_Layou
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -51,7 +52,7 @@ class Sizes(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """The limits of a card. The tests lower the longest row, to reach the code for longer rows with short ones."""
+    """Bounds on a plan beside the call's sizes: the card's memory, and what tests and measurements impose."""
 
     shared_memory: int = SHARED_MEMORY
     row: int | None = None
@@ -60,6 +61,10 @@ class Limits(NamedTuple):
     """Whether kernels may have instructions of NVIDIA's cards."""
     together: bool = True
     """Whether directions may run side by side where each has too few rows for a card."""
+    like: tuple[int, int] | None = None
+    """Batch and channels of the call whose blocks are wanted; None for those of this call."""
+    choice: tuple[tuple[str, int], ...] = ()
+    """Values by name in place of what the rules choose: of the blocks, of the chunks, or ``num_warps``."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,15 @@ class _Layout:
             steps = (step for axis, step in ((CHANNEL, s.channel), (CROSS, s.cross), (LINE, s.line)) if axis != own)
             common = math.gcd(common, s.batch, s.tap, *steps)
         return common
+
+    def seen_by_rules(self, limits: Limits) -> _Layout:
+        """The same with the batch and the channels of another call, if the limits name one."""
+        if limits.like is None:
+            return self
+        other = copy.copy(self)
+        other.sizes = self.sizes._replace(batch=limits.like[0], channels=limits.like[1])
+        other.channels = limits.like[1] // self.groups
+        return other
 
     def run(self, blocks: _Blocks) -> int:
         """How many lines a program scans: whole segments and whole tiles, enough to be worth starting."""
@@ -290,14 +304,17 @@ def plan_line_scan(
     read = layout.images.keys() - ({"dx", "dlam"} if "grad" in layout.images else {"h"})
     exchanged = (16 if layout.tensors.get("dtaps") else 8) // (align if fast == CROSS else 1)
     memory = _Memory(max(len(read), 2), layout.shared, itemsize, exchanged, limits.shared_memory)
-    blocks = _line_scan_blocks(layout, memory, limits)
+    choice = dict(limits.choice)
+    num_warps = choice.pop("num_warps", None)
+    blocks = _line_scan_blocks(layout.seen_by_rules(limits), memory, limits)._replace(**choice)
 
     pixels = blocks.channels * blocks.row
     per_thread = 1 if fast == LINE else min(4, align) if pixels < 256 else 4
-    num_warps = min(max(pixels // (32 * per_thread), 1), 16 if fast == LINE or pixels >= 2048 else 8)
-    if layout.shared and fast != LINE:
-        # Only copies of 4 bytes a thread can be under way while others are computed with, and shared taps are few.
-        num_warps = max(min(num_warps, blocks.row * itemsize // 128), pixels // 256, 1)
+    if num_warps is None:
+        num_warps = min(max(pixels // (32 * per_thread), 1), 16 if fast == LINE or pixels >= 2048 else 8)
+        if layout.shared and fast != LINE:
+            # Only copies of 4 bytes a thread can be under way while others are computed with, and shared taps are few.
+            num_warps = max(min(num_warps, blocks.row * itemsize // 128), pixels // 256, 1)
     extent = max(
         (blocks.channels - 1) * abs(s.channel) + blocks.row * abs(s.cross) + blocks.lines * abs(s.line)
         for s in layout.tensors.values()
@@ -367,6 +384,7 @@ def _instructions(layout: _Layout, chunks: _Chunks, proxy_channels: int) -> floa
 
 def _chunks(layout: _Layout, proxy_channels: int, limits: Limits) -> _Chunks:
     """The chunks that cost least; a longer row is taken in blocks."""
+    layout = layout.seen_by_rules(limits)
     cross, fast = layout.sizes.cross, layout.fast
     # What a lane holds for each pixel of its lines, and the weights, have to leave registers for all the rest.
     most = 4 if proxy_channels > 8 else 8
@@ -384,7 +402,11 @@ def _chunks(layout: _Layout, proxy_channels: int, limits: Limits) -> _Chunks:
         for group in (32, lanes)
         if group * pixels >= cross
     ]
-    return min(choices, key=lambda chunks: _instructions(layout, chunks, proxy_channels))
+    best = min(choices, key=lambda chunks: _instructions(layout, chunks, proxy_channels))
+    chosen = best._replace(**dict(limits.choice))
+    if chosen.group * chosen.pixels < cross:
+        raise ValueError(f"{limits.choice=} leaves no room for a row of {cross}.")
+    return chosen
 
 
 def plan_propagate(
@@ -418,8 +440,9 @@ def plan_together(
 
     ``sizes`` and ``tensors`` are as ``"down"`` sees them; ``codes``: see the kernel.
     """
-    longest = max(sizes.cross, sizes.lines)
-    rows, pixels = sizes.batch * sizes.channels, sizes.cross * sizes.lines
+    longest, pixels = max(sizes.cross, sizes.lines), sizes.cross * sizes.lines
+    batch, channels = limits.like or (sizes.batch, sizes.channels)
+    rows = batch * channels
     if len(codes) == 1 or not limits.together or rows * longest > 2 * _MANY_LANES or rows * pixels > _MOST_TOGETHER:
         return None
     together = Sizes(sizes.batch * len(codes), sizes.channels, sizes.channels, longest, longest)
@@ -430,14 +453,14 @@ def plan_together(
         if {*one.own.values()} != {CHANNEL}:
             # Both axes of the image are walked: it is contiguous along none of them.
             one.fast, one.align, one.own = NONE, 1, dict.fromkeys(one.own, NONE)
-    chunks = _chunks(choice, proxy_channels, limits)
+    chunks = _chunks(choice, proxy_channels, limits._replace(like=(batch * len(codes), channels)))
     if chunks.halo:
         return None
     blocks = (math.ceil(sizes.channels / chunks.rows(cross)) for cross in (sizes.cross, sizes.lines))
     of_rows = {
         "i_direction": None, "n_per_group": sizes.channels // sizes.groups, "n_chunks": None, "n_rows": None,
-        "i_codes": sum(code << (2 * d) for d, code in enumerate(codes)), "s_out_direction": rows * pixels,
-        "n_images": sizes.batch,
+        "i_codes": sum(code << (2 * d) for d, code in enumerate(codes)),
+        "s_out_direction": sizes.batch * sizes.channels * pixels, "n_images": sizes.batch,
     }  # fmt: skip
     plan = _plan_lanes(
         layout, chunks, proxy_channels, False, of_rows, PITCH=_power_of_two(math.ceil(longest / chunks.pixels)),

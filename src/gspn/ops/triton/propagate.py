@@ -170,14 +170,14 @@ def propagate_backward(
     weights = projections(tap_proj, lam_proj, u_proj, skip_proj)
     sources = (x, False), (grad, True)
     like_states = torch.empty_like(x, device="meta")
-    found = [
+    pair = [
         _plan_together(
             x.shape, source.stride(), like_states.stride(), x.element_size(), weights.taps.shape[1], proxy.shape[1],
             directions, segment, limits, adjoint, False,
         )
         for source, adjoint in sources
     ]  # fmt: skip
-    beside = [plan for plan in found if plan is not None]
+    beside = [plan for plan in pair if plan is not None]
     together = len(beside) == 2 and directions_of_launch(x.numel(), len(directions)) > 1
     in_turn = [
         [
