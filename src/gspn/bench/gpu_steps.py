@@ -258,11 +258,13 @@ def _check_states(context: Context, case: Case, call: Call, launches: Sequence[L
         launch.run()
         kind, out = kind_of(launch), launch.tensors.get("p_out")
         if kind in seen and out is not None:
-            d = seen[kind]
-            seen[kind] += 1
-            plain = _state(call, kind, d)
-            exact = _state(call.changed(torch.Tensor.double), kind, d)
-            _compare(context, case, f"{kind} {DIRECTIONS[d]}", out, plain.to(out.dtype), exact)
+            # A launch scans one direction, or all of them side by side.
+            for states in out if out.dim() == 5 else (out,):
+                d = seen[kind]
+                seen[kind] += 1
+                plain = _state(call, kind, d)
+                exact = _state(call.changed(torch.Tensor.double), kind, d)
+                _compare(context, case, f"{kind} {DIRECTIONS[d]}", states, plain.to(states.dtype), exact)
 
 
 def _state(call: Call, kind: str, d: int) -> Tensor:
