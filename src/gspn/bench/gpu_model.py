@@ -139,16 +139,21 @@ def _kind(kind: str, launch: Launch) -> str:
 
 
 def _gradients(launch: Launch) -> Work:
-    """Work of a kernel that takes tiles of all pixels for blocks of channels, perhaps of D directions at once."""
-    plan = launch.plan
-    c: Any = plan.constants
-    i: Any = plan.integers
-    programs, spans, _ = plan.grid
-    blocks, tiles = math.ceil(i["n_channels"] / c["BLOCK_C"]) / spans, i["n_tiles"] / programs
-    directions = c.get("D", 1)
-    slots = max(directions * c["BLOCK_C"] * c["BLOCK_N"], 32 * plan.num_warps)
-    pixels = directions * _elements(launch, "p_x")
-    return Work("gradients", pixels, blocks * tiles, slots, (Repeat(blocks, (Repeat(tiles),)),))
+    """Work of a kernel that takes tiles of all pixels for blocks of channels, one direction after the other."""
+    i: Any = launch.plan.integers
+    programs, spans, _ = launch.plan.grid
+    tile = 16
+    blocks, tiles = math.ceil(i["n_channels"] / tile) / spans, i["n_tiles"] / programs
+    times = blocks * i["n_directions"]
+    kind = "gradients of taps" if launch.plan.constants["OF_TAPS"] else "gradients of gates"
+    pixels = i["n_directions"] * _elements(launch, "p_x")
+    return Work(kind, pixels, times * tiles, tile * tile, (Repeat(times, (Repeat(tiles),)),))
+
+
+def _factors(launch: Launch) -> Work:
+    """Work of a kernel that takes 16 channels of a projection, which is small."""
+    channels = 8 * math.ceil(launch.plan.constants["S"] / 8)
+    return Work("factors", _elements(launch, "p_lam"), 1, 16 * channels, ())
 
 
 def _pack(launch: Launch) -> Work:
@@ -169,6 +174,7 @@ def _elements(launch: Launch, name: str) -> int:
 
 WORK: Mapping[str, Callable[[Launch], Work]] = {
     "scan_kernel": _scan("forward", "p_in"),
+    "factors_kernel": _factors,
     "gradients_kernel": _gradients,
     "pack_kernel": _pack,
     "sum_kernel": _sum,

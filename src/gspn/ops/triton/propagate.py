@@ -14,11 +14,12 @@ projections are read as they are. On the host a call looks its plans up and laun
 Where there are too few rows to fill a card, three launches: all directions side by side, each to a float32 result of
 its own, and their sum in the same order. The time is then that of latencies, and more bytes do not matter.
 
-**Backward**, three launches a direction: the states again, the adjoint states, and then the gradients of all pixels
-side by side. Memory beside the results, in numbers of 4 bytes: the states and the adjoint states, 2 N; for half types
-the sum of ``dx`` over the directions, N; for the proxy's gradient a sum per span of channel blocks, at most
-max(N / 2, that of one proxy); for the projections' a sum per program, ``[programs, 6, C, S]`` at most, with up to 512
-programs. These are added up in a fixed order, so that results are the same bits on every run.
+**Backward**: the states again and the adjoint states, a launch each for each direction, and the gradients of all pixels
+side by side, two launches for all directions whose states fit memory at once; see :mod:`.gradients`. Memory beside the
+results, in numbers of 4 bytes: the states and the adjoint states, 2 N, or 2 D N up to 256 MB; for half types the sum of
+``dx`` over the directions, N; for the proxy's gradient a sum per span of channel blocks, at most max(N / 2, that of one
+proxy); for the projections' a sum per program, ``[programs, 5 D + 1, C, S]``, with about 1000 programs over all blocks
+of channels. These are added up in a fixed order, so that results are the same bits on every run.
 """
 
 from __future__ import annotations
@@ -31,14 +32,11 @@ import torch
 from torch import Tensor
 
 from ..directions import scan_axes
-from .gradients_kernels import gradients_kernel
+from .gradients import Gradients
 from .launch import Launch, limits_of, scratch
 from .planner import Limits, Plan, Sizes, Strides, plan_propagate, plan_together
 from .proxy import Proxy
 from .scan_kernels import scan_kernel, sum_kernel
-
-_PROGRAMS = 512
-"""Programs of the gradients' kernel, four for each of 130 multiprocessors; constant, for the order of the sums."""
 
 
 class Projections(NamedTuple):
@@ -52,10 +50,6 @@ class Projections(NamedTuple):
     """``[D, C, S]``"""
     skip: Tensor | None
     """``[C, S]``"""
-
-    def of(self, d: int) -> Projections:
-        """Those of direction ``d``, without the axis of the directions. The first one takes care of the skip."""
-        return Projections(self.taps[d], self.lam[d], self.u[d], self.skip if d == 0 else None)
 
 
 def projections(tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: Tensor | None) -> Projections:
@@ -130,62 +124,6 @@ def prepare_scan(
     return Launch(scan_kernel, plan, tensors)
 
 
-def _strides(name: str, image: Tensor) -> dict[str, int | None]:
-    """How ``gradients_kernel`` walks an image: along the channels, along all pixels, or as strides say."""
-    batch, channel, row, column = image.stride()
-    _, channels, height, width = image.shape
-    strides: dict[str, int | None] = {"batch": batch, "channel": channel, "row": row, "column": column}
-    if channel == 1 and channels > 1:
-        strides["channel"] = None
-    elif (width == 1 or column == 1) and (height == 1 or row == width):
-        strides["row"] = strides["column"] = None
-    return {f"s_{name}_{axis}": stride for axis, stride in strides.items()}
-
-
-def prepare_gradients(
-    x: Tensor, grad: Tensor, h: Tensor, g: Tensor, before: Tensor | None, dx: Tensor, rows: Tensor,
-    weights: Projections, dproxy: Tensor | None, direction: str, segment: int | None,
-) -> tuple[Launch, Tensor, Tensor]:  # fmt: skip
-    """The launch that adds a direction's gradients to ``dx`` and ``dproxy``; and ``dproxy`` and the sums it writes.
-
-    ``rows`` is the proxy in rows, whatever the direction. ``dproxy [spans, B, S, H, W]`` is None for the first one.
-    """
-    axes = scan_axes(direction)
-    batch, channels, height, width = x.shape
-    proxy_channels = rows.shape[1]
-    block_c, block_n = 16, 32
-    # As many sums for the proxy as take half the memory of an image.
-    blocks = math.ceil(channels / block_c)
-    span_blocks = math.ceil(blocks / max(min(blocks, channels // (2 * proxy_channels)), 1))
-    spans = math.ceil(blocks / span_blocks)
-    image_tiles = math.ceil(height * width / block_n)
-    programs = min(batch * image_tiles, max(_PROGRAMS // spans, 1))
-    add_proxy = dproxy is not None
-    if dproxy is None:
-        dproxy = rows.new_empty((spans, *rows.shape), dtype=torch.float32)
-    taps = weights.taps.unsqueeze(1).expand(-1, channels // len(weights.taps), -1, -1).flatten(0, 1)  # [C, 3, S]
-    maps = [taps.transpose(0, 1), weights.lam[None], weights.u[None]]
-    packed = torch.cat(maps if weights.skip is None else [*maps, weights.skip[None]])
-    sums = packed.new_empty((programs, *packed.shape))
-    tensors = {
-        "p_x": x, "p_grad": grad, "p_dx": dx, "p_h": h, "p_g": g, "p_before": before, "p_proxy": rows,
-        "p_dproxy": dproxy, "p_taps": weights.taps, "p_gate": weights.lam, "p_skip": weights.skip,
-        "p_packed": packed, "p_sums": sums,
-    }  # fmt: skip
-    integers = {
-        **_strides("x", x), **_strides("grad", grad), **_strides("dx", dx),
-        "n_channels": channels, "n_per_group": channels // weights.taps.shape[0], "n_rows": height, "n_columns": width,
-        "n_segment": x.shape[axes.line] if segment is None else min(segment, x.shape[axes.line]),
-        "n_image_tiles": image_tiles, "n_tiles": batch * image_tiles, "n_span_blocks": span_blocks,
-    }  # fmt: skip
-    constants = dict(
-        WIDE=height * width + block_n >= 2**31, BLOCK_C=block_c, BLOCK_N=block_n, VERTICAL=axes.line == -2,
-        REVERSE=axes.reverse, S=proxy_channels, ADD_PROXY=add_proxy,
-    )  # fmt: skip
-    plan = Plan((programs, spans, math.ceil(proxy_channels / 16)), 8, constants, integers)
-    return Launch(gradients_kernel, plan, tensors), dproxy, sums
-
-
 def propagate(
     x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: Tensor | None,
     directions: tuple[str, ...], segment: int | None, limits: Limits | None = None,
@@ -221,36 +159,27 @@ def propagate_backward(
     skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None, limits: Limits | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """``dx, dproxy, dtap_proj, dlam_proj, du_proj, dskip_proj``. ``limits`` is for tests."""
-    dx = torch.empty_like(x)
     if x.numel() == 0:
         present = (proxy, tap_proj, lam_proj, u_proj)
         zeros = (torch.zeros_like(t) if t is proxy else t.new_zeros(t.shape) for t in present)
-        return (dx, *zeros, None if skip_proj is None else skip_proj.new_zeros(skip_proj.shape))  # type: ignore[return-value]
+        return (torch.empty_like(x), *zeros, None if skip_proj is None else skip_proj.new_zeros(skip_proj.shape))  # type: ignore[return-value]
     limits = limits or limits_of(x.device)
     proxies = Proxy(proxy)
-    all_weights = projections(tap_proj, lam_proj, u_proj, skip_proj)
-    h, g = (torch.empty_like(dx, dtype=torch.float32) for _ in range(2))
-    total = dx if dx.dtype == torch.float32 or len(directions) == 1 else torch.empty_like(dx, dtype=torch.float32)
-    dtap, dlam, du = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (tap_proj, lam_proj, u_proj))
-    dskip = None
-    dproxy = None
-    for d, direction in enumerate(directions):
-        for source, out, adjoint in ((x, h, False), (grad, g, True)):
-            plan = plan_scan(source, out, all_weights, d, direction, segment, limits, adjoint=adjoint)
-            prepare_scan(plan, source, None, out, proxies, all_weights, direction).run()
-        weights = all_weights.of(d)
-        before, out = None if d == 0 else total, dx if d == len(directions) - 1 else total
-        launch, dproxy, sums = prepare_gradients(
-            x, grad, h, g, before, out, proxies.rows, weights, dproxy, direction, segment
-        )
-        launch.run()
-        groups, _, states = weights.taps.shape
-        of_maps = sums.sum(0)  # [5 or 6, C, S]
-        dtap[d] = of_maps[:3].view(3, groups, -1, states).sum(2).transpose(0, 1)
-        dlam[d], du[d] = of_maps[3], of_maps[4]
-        if weights.skip is not None:
-            dskip = of_maps[5].clone()
-    of_proxy = torch.empty_like(proxy)
-    if dproxy is not None:
-        of_proxy.copy_(dproxy.sum(0))
-    return dx, of_proxy, dtap, dlam, du, dskip
+    weights = projections(tap_proj, lam_proj, u_proj, skip_proj)
+    like_states = torch.empty_like(x, device="meta")
+    plans = [
+        [
+            plan_scan(source, like_states, weights, d, name, segment, limits, adjoint=adjoint)
+            for source, adjoint in ((x, False), (grad, True))
+        ]
+        for d, name in enumerate(directions)
+    ]
+    proxies.pack({scan_axes(name).line: plan for name, (plan, _) in zip(directions, plans, strict=True)})
+    gradients = Gradients(x, grad, proxies.rows, proxies.largest, *weights, directions, segment, limits.ptx)
+    for scans, launches in gradients:
+        for d, h, g in scans:
+            for plan, source, out in zip(plans[d], (x, grad), (h, g), strict=True):
+                prepare_scan(plan, source, None, out, proxies, weights, directions[d]).run()
+        for launch in launches:
+            launch.run()
+    return gradients.results(proxy)
