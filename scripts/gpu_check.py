@@ -154,7 +154,7 @@ def profiled() -> list[Place]:
     patches, _, stage, wide, _ = (Case("propagate", *shape) for shape in gpu_cases.LARGE)
     return [
         Place(patches, "forward"), Place(patches, "forward", 2), Place(stage, "forward"),
-        Place(replace(wide, layout="channels_last"), "forward"), Place(replace(patches, mode="backward"), "gradients"),
+        Place(replace(wide, layout="channels_last"), "forward"), Place(replace(patches, mode="backward"), "gradients of taps"),
         Place(line_scan_cases(False)[0], "line_scan"),
     ]  # fmt: skip
 

@@ -113,7 +113,6 @@ class Case:
             "forward": ((3 * taps + 2) * s + 4 + skip, 4 * taps),
             "states": ((3 * taps + 1) * s + 4, 4 * taps),
             "adjoint": ((3 * taps + 1) * s + 4, 4 * taps),
-            "gradients": (16 * s + 27 + 2 * skip, 0.0),
         }
         if work.kind not in counts:
             return None, None
