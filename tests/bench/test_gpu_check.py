@@ -233,6 +233,26 @@ assert context.compiled == {{gpu_counts.code_key(launch, 90)}}
     assert seconds[1] < seconds[0] / 2, notes
 
 
+@needs_triton
+def test_the_kernels_that_are_checked_are_those_that_are_timed(tmp_path: Path) -> None:
+    """Of every third case, planned on the meta device: a smaller call has the kernels of the whole one."""
+    in_script(
+        """
+from gspn.ops.triton.launch import limits_of, planned
+
+cases = [*program.timed_cases(False), *program.line_scan_cases(False)][::3]
+assert len(cases) > 15 and sum(gpu_steps.smaller(case) != case for case in cases) > 10
+for case in cases:
+    with planned((case.batch, case.channels)):
+        limits = limits_of(torch.device("cpu"))
+    small = gpu_steps.smaller(case).call(CARDS[90], limits)[0]
+    gpu_steps._same_kernels(small, case.call(CARDS[90], LIMITS)[0])
+""",
+        tmp_path,
+        interpret="0",
+    )
+
+
 TOOL = """#!/bin/sh
 case "$0 $*" in
 *racecheck*) echo "========= RACECHECK SUMMARY: 1 hazard displayed"; exit 9;;
