@@ -30,11 +30,11 @@ def numbers(rows: Iterable[Row], column: str) -> list[float]:
     return [float(row[column]) for row in rows if row[column]]
 
 
-def most(column: str, *kinds: str, least: bool = False) -> Callable[[list[Row]], str]:
-    """The largest value over the launches of some kinds, or of all; or the least one."""
+def most(column: str, kinds: str = "", least: bool = False) -> Callable[[list[Row]], str]:
+    """The largest value over the launches whose kinds begin so, or the least one."""
 
     def cell(rows: list[Row]) -> str:
-        some = [row for row in rows if row["launch"] != "all" and row["kernel"] in (kinds or (row["kernel"],))]
+        some = [row for row in rows if row["launch"] != "all" and row["kernel"].startswith(kinds)]
         values = numbers(some, column)
         return f"{(min if least else max)(values):.3g}" if values else "?"
 

@@ -103,7 +103,7 @@ def test_wrong_results_are_red_and_not_timed(tmp_path: Path) -> None:
 from dataclasses import replace
 import triton
 import triton.language as tl
-from gspn.ops.triton import scan_kernels
+from gspn.ops.triton import taps
 from gspn.ops.triton.launch import Launch
 
 rows = context.table.rows
@@ -115,8 +115,7 @@ def off_by_a_thousandth(b, PTX: tl.constexpr):
 case, scan = program.timed_cases(True)[0], program.line_scan_cases(True)[0]
 gpu_steps.check(context, case)
 assert [row["status"] for row in rows] == ["ok", "ok"]
-exact = scan_kernels._exp2
-scan_kernels._exp2 = off_by_a_thousandth
+taps.exp2 = off_by_a_thousandth
 gpu_steps.check(context, case)
 assert [row["status"] for row in rows[2:]] == ["ok", "FAIL"], rows
 context.attempt(case.name, "times", lambda: gpu_steps.time_launches(context, case))
@@ -233,6 +232,26 @@ assert context.compiled == {{gpu_counts.code_key(launch, 90)}}
     notes = [row["note"] for row in read_rows(tmp_path / "part1.csv") if row["what"] == "kernels"]
     seconds = [float(re.search(r"the slowest in ([\d.]+) s", note)[1]) for note in notes]
     assert seconds[1] < seconds[0] / 2, notes
+
+
+@needs_triton
+def test_the_kernels_that_are_checked_are_those_that_are_timed(tmp_path: Path) -> None:
+    """Of every third case, planned on the meta device: a smaller call has the kernels of the whole one."""
+    in_script(
+        """
+from gspn.ops.triton.launch import limits_of, planned
+
+cases = [*program.timed_cases(False), *program.line_scan_cases(False)][::3]
+assert len(cases) > 15 and sum(gpu_steps.smaller(case) != case for case in cases) > 10
+for case in cases:
+    with planned((case.batch, case.channels)):
+        limits = limits_of(torch.device("cpu"))
+    small = gpu_steps.smaller(case).call(CARDS[90], limits)[0]
+    gpu_steps._same_kernels(small, case.call(CARDS[90], LIMITS)[0])
+""",
+        tmp_path,
+        interpret="0",
+    )
 
 
 TOOL = """#!/bin/sh

@@ -146,7 +146,9 @@ def _gradients(launch: Launch) -> Work:
     blocks, tiles = math.ceil(i["n_channels"] / tile) / spans, i["n_tiles"] / programs
     times = blocks * i["n_directions"]
     kind = "gradients of taps" if launch.plan.constants["OF_TAPS"] else "gradients of gates"
-    return Work(kind, _elements(launch, "p_h"), times * tiles, tile * tile, (Repeat(times, (Repeat(tiles),)),))
+    # The taps' launch has no image among its tensors.
+    pixels = i["n_directions"] * i["n_channels"] * i["n_rows"] * i["n_columns"] * i["n_tiles"] // i["n_image_tiles"]
+    return Work(kind, pixels, times * tiles, tile * tile, (Repeat(times, (Repeat(tiles),)),))
 
 
 def _factors(launch: Launch) -> Work:
