@@ -157,10 +157,10 @@ class Context:
         Raises:
             NotHereError: a result was wrong, or the check failed; its time then means nothing.
         """
-        found = {row["status"] for row in self.table.rows if row["case"] == case and row["step"].startswith("2")}
-        if found & {FAIL, ERROR}:
+        statuses = {row["status"] for row in self.table.rows if row["case"] == case and row["step"].startswith("2")}
+        if statuses & {FAIL, ERROR}:
             raise NotHereError("refused: the results of this case are wrong")
-        return "" if OK in found else "its results were not checked"
+        return "" if OK in statuses else "its results were not checked"
 
     @property
     def compiled(self) -> frozenset[str] | None:
