@@ -70,7 +70,8 @@ LINE_SCAN = {
 
 def table(before: Calls, after: Calls, begins: str, ends: str, columns: dict[str, Callable[[list[Row]], str]]) -> None:
     """Print a table of the cases of the later file whose names begin and end so."""
-    cases = [case for case in after if case.startswith(begins) and case.endswith(ends)]
+    whole = [case for case, rows in after.items() if rows[-1]["launch"] == "all"]
+    cases = [case for case in whole if case.startswith(begins) and case.endswith(ends)]
     if not cases:
         return
     print("| | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
