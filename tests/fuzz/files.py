@@ -358,7 +358,7 @@ _WEIGHTS = Path(gspn.diffusers.__file__).parent / "weights"
 SOUND: dict[str, tuple[Callable[[], Files], Callable[[Path], object], int, bool]] = {
     "classifier": (classifier, _read_classifier, 10, False),
     "pipeline": (lambda: _content(_WEIGHTS / "gspn_denoiser.mnist5k"), _read_pipeline, 3, False),
-    "adapter": (lambda: _content(_WEIGHTS / "gspn_adapter.emoji64"), _read_adapter, 3, False),
+    "adapter": (lambda: _content(_WEIGHTS / "gspn_adapter.emoji"), _read_adapter, 3, False),
     "latents": (_latents, _read_latents, 40, False),
     "records": (_records, _read_records, 60, False),
     "archive": (_archive, _read_archive, 60, False),

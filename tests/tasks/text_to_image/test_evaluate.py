@@ -69,7 +69,7 @@ def test_the_same_text_again_is_one_candidate():
 @pytest.mark.skipif(any(importlib.util.find_spec(one) is None for one in NEEDS), reason=f"needs {' and '.join(NEEDS)}")
 def test_real_images_evaluated(sd, tmp_path):
     from gspn.data import Emoji
-    from gspn.tasks.text_to_image.evaluate import evaluate
+    from gspn.tasks.text_to_image.evaluate import Reference, evaluate
     from gspn.tasks.text_to_image.sample import sample
 
     names = ["flag: Norway", "flag: Japan", "grinning face", "red heart"]
@@ -85,6 +85,9 @@ def test_real_images_evaluated(sd, tmp_path):
     # What the map was fitted on it knows; noise it does not.
     assert found.real.rank == 1 and found.real.similarity > found.text.similarity
     assert found.fid > 0
+    opened = Reference("folder:train", 64, 64, root=tmp_path / "images")
+    for _ in range(2):  # the second with the map of the first
+        assert evaluate(tmp_path / "drawn", opened, cache=tmp_path / "features") == found
     found.write_json(tmp_path / "found.json")
     assert json.loads((tmp_path / "found.json").read_text())["text"]["candidates"] == 2
     emoji.image(0).save(tmp_path / "drawn" / "foreign.png")

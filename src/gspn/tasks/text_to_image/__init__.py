@@ -6,7 +6,7 @@ Example:
 
         from gspn.tasks.text_to_image.sample import sample
 
-        model, adapter = "gspn_text_to_image.emoji64", "gspn_adapter.emoji64"
+        model, adapter = "gspn_text_to_image.emoji", "gspn_adapter.emoji"
         sample(model, "grinning cat", adapter=adapter, output="samples")
         sample(model, "grinning cat", adapter=adapter, output="large", height=256, width=256, upscale=True)
 """

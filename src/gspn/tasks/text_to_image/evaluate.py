@@ -126,17 +126,49 @@ class TextEvaluation(ImageMetrics):
     """The scores of the reference's own images of the same prompts; None if it has fewer than two."""
 
 
+class Reference:
+    """The real images of a split at one size, with their captions, to compare several directories of samples with.
+
+    Args:
+        name: A data set with captions and its split, such as ``emoji:train``.
+        height: In pixels.
+        width: In pixels.
+        root: The directory of the data set, if it is not part of the package.
+
+    Raises:
+        UsageError: It cannot be opened.
+    """
+
+    def __init__(self, name: str, height: int, width: int, root: str | Path | None = None) -> None:
+        self.name, self.root = name, root
+        self.data, _, split = name.rpartition(":")
+        if not self.data:
+            raise UsageError(f"{name!r} is not a data set with its split; give one such as emoji:train.")
+        captioned = open_data(self.data, split, root, captions=True)
+        items = [(captioned.filename(i), i) for i in range(len(captioned))]
+        self.images, kept = read_images(name, items, lambda i: (captioned.image(i), -1), (height, width))
+        self.captions = [captioned.captions(i) for i in kept]
+        self._scorer: TextScorer | None = None
+
+    def scorer(self, features: Tensor) -> TextScorer:
+        """The map from captions to the features of the images, ``[N, D]``; that of the first call is kept."""
+        if self._scorer is None:
+            pairs = [(i, caption) for i, some in enumerate(self.captions) for caption in some]
+            self._scorer = TextScorer(embed_sentences([text for _, text in pairs]), features[[i for i, _ in pairs]])
+        return self._scorer
+
+
 def evaluate(
-    samples: str | Path, reference: str = "emoji:train", *, root: str | Path | None = None, size: int | None = None,
-    distractors: str | None = None, features: str = "auto", batch_size: int = 64, device: str = "auto",
-    cache: Path | None = Path("runs/features"), console: Console | None = None,
+    samples: str | Path, reference: str | Reference = "emoji:train", *, root: str | Path | None = None,
+    size: int | None = None, distractors: str | None = None, features: str = "auto", batch_size: int = 64,
+    device: str = "auto", cache: Path | None = Path("runs/features"), console: Console | None = None,
 ) -> TextEvaluation:  # fmt: skip
     """Compare sampled images with a reference, and score how well they match their prompts.
 
     Args:
         samples: A directory that `gspn t2i sample` wrote; each image records its prompt.
         reference: A data set with captions and its split, such as ``emoji:train``: the real images, on which the map
-            from text to features is fitted too.
+            from text to features is fitted too. For several directories, one :class:`Reference` at their size.
         root: The directory of the reference, if it is not part of the package.
         size: Height and width to compare at, for all sets; by default those of the samples.
         distractors: Another split of the reference's data set, whose captions are further candidates.
@@ -159,31 +191,24 @@ def evaluate(
     """
     sampled = open_images(samples, size=None if size is None else (size, size))
     prompts = [prompt_of(Path(samples) / name) for name in sampled.names]
-    name, _, split = reference.rpartition(":")
-    if not name:
-        raise UsageError(f"{reference!r} is not a data set with its split; give one such as emoji:train.")
-    images = open_data(name, split, root, captions=True)
-    items = [(images.filename(i), i) for i in range(len(images))]
-    height, width = sampled.pixels.shape[2:]
-    real_images, kept = read_images(reference, items, lambda i: (images.image(i), -1), (height, width))
-    captions = [images.captions(i) for i in kept]
+    if isinstance(reference, str):
+        reference = Reference(reference, *sampled.pixels.shape[2:], root=root)
     metrics, fake, real = compare_images(
-        sampled, real_images, features=features, batch_size=batch_size, device=device, cache=cache,
+        sampled, reference.images, features=features, batch_size=batch_size, device=device, cache=cache,
         console=console or default_console(),
     )  # fmt: skip
-    pairs = [(i, caption) for i, some in enumerate(captions) for caption in some]
-    scorer = TextScorer(embed_sentences([text for _, text in pairs]), real.pooled[[i for i, _ in pairs]])
+    scorer = reference.scorer(real.pooled)
     candidates = None
     if distractors is not None:
-        other = open_data(name, distractors, root, captions=True)
+        other = open_data(reference.data, distractors, reference.root, captions=True)
         candidates = embed_sentences([other.captions(i)[0] for i in range(len(other))])
     text = scorer.score(fake.pooled, embed_sentences(prompts), candidates)
-    index = {some[0]: i for i, some in enumerate(captions)}
+    index = {some[0]: i for i, some in enumerate(reference.captions)}
     known = [prompt for prompt in dict.fromkeys(prompts) if prompt in index]
     own = None
     if len(known) > 1:
         own = scorer.score(real.pooled[[index[prompt] for prompt in known]], embed_sentences(known), candidates)
-    return TextEvaluation(samples=str(samples), reference=reference, **metrics, text=text, real=own)
+    return TextEvaluation(samples=str(samples), reference=reference.name, **metrics, text=text, real=own)
 
 
 def prompt_of(path: Path) -> str:

@@ -87,6 +87,21 @@ def test_the_adapter_is_the_average_and_draws(trained, place, tmp_path):
     adapter.mount(pipeline.unet)
 
 
+@pytest.mark.parametrize(("precision", "fused"), [("fp32", True), ("bf16", False)])
+def test_the_student_in_bfloat16_on_a_cpu_attends_plainly(precision, fused, place, tmp_path, monkeypatch):
+    """The backward pass of fused attention is slow there; the teacher has none."""
+    trained_with, without, attention = [], [], torch.nn.functional.scaled_dot_product_attention
+
+    def attend(query, *args, **options):
+        (trained_with if query.requires_grad else without).append(query.dtype)
+        return attention(query, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    settings = [f"run.precision={precision}", "schedule.epochs=1", "samples.every=0"]
+    distill(tiny_distill(place / "teacher", place / "images", tmp_path, *settings))
+    assert bool(trained_with) == fused and without
+
+
 @pytest.mark.parametrize("update", [3, 7])
 def test_stopped_and_resumed_is_the_same_run(place, whole, tmp_path, update):
     config = tiny_distill(place / "teacher", place / "images", tmp_path, *BLOCKS_FIRST)

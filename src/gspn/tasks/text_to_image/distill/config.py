@@ -79,7 +79,7 @@ class DistillConfig(Configuration):
     PRESETS: ClassVar[str] = "gspn.tasks.text_to_image.distill.presets"
     RENAMED: ClassVar[Mapping[str, str]] = {"pictures": "samples", "model.resume_from": "model.init_from"}
 
-    teacher: str = "gspn_text_to_image.emoji64"
+    teacher: str = "gspn_text_to_image.emoji"
     """A text-to-image pipeline, by path, hub id or name."""
     data: DataConfig = DataConfig()
     model: AdapterConfig = AdapterConfig()

@@ -116,6 +116,7 @@ class Distillation(CaptionTask[DistillConfig, DistillRow]):
         adapter = build_adapter(config, teacher)
         self.distiller = Distiller(teacher, adapter, self.data.pixels, relative=config.distillation.relative)
         self.distiller.move_to(device, channels_last=config.model.channels_last)
+        self.unfuse_attention(self.distiller.student, context)  # its cross-attentions; the teacher has no backward pass
         if config.model.normalize_scans and config.model.init_from is None:
             with context.accelerator.autocast():  # the teacher may be in half precision, the adapter is not
                 self._record_lines(device)

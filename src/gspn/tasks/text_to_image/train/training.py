@@ -96,8 +96,6 @@ class UNetTraining(CaptionTask[TextToImageConfig, CaptionRow]):
 
     def build_model(self, context: Context) -> tuple[nn.Module, str, list[str]]:
         """A copy of the pipeline's UNet: the pipeline's own holds what is written."""
-        from diffusers.models import attention_processor
-
         config, unet = self.config, self.pipeline.unet
         scheduler = require("diffusers", extra="diffusers").DDPMScheduler.from_config(self.pipeline.scheduler.config)
         objective, steps = scheduler.config.prediction_type, scheduler.config.num_train_timesteps
@@ -113,9 +111,7 @@ class UNetTraining(CaptionTask[TextToImageConfig, CaptionRow]):
         model.load_state_dict(unet.state_dict())
         if config.model.grad_checkpointing:
             model.enable_gradient_checkpointing()
-        if context.accelerator.device.type == "cpu" and config.run.precision == "bf16":
-            # On a CPU the backward pass of PyTorch's fused attention is slow in bfloat16: 2.7 times as slow.
-            model.set_attn_processor(attention_processor.AttnProcessor())
+        self.unfuse_attention(model, context)
         return model, "UNet with self-attention", []
 
     @property
