@@ -129,7 +129,7 @@ def test_propagate_does_not_spill_and_is_no_longer(arch: int, triton_cache: Path
 
 def test_little_is_done_on_the_host(triton_cache: Path) -> None:
     # Launches, PyTorch's kernels, calls of functions. A processor of 2025 takes some 0.1 us for a call.
-    most = {"side by side": (3, 1, 150), "in turn": (5, 1, 280), "backward": (14, 30, 1200)}
+    most = {"side by side": (3, 1, 150), "in turn": (5, 1, 280), "backward": (6, 6, 380)}
     for name, (*counts, microseconds) in json.loads(_run("host_work()", triton_cache)).items():
         assert all(count <= bound for count, bound in zip(counts, most[name], strict=True)), (name, counts)
         assert microseconds < 10_000, (name, microseconds)
