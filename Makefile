@@ -19,7 +19,7 @@ CORE := $(addprefix tests/,ops nn data diffusers models/test_denoiser.py models/
 	tasks/class_conditional/test_training.py tasks/diffusion tasks/text_to_image/test_pipelines.py \
 	tasks/text_to_image/test_shipped.py test_files.py test_imports.py test_packaging.py) --ignore tests/ops/triton
 
-.PHONY: help install test test-fast test-minimum fuzz demo lint format bench gpu-counts sanitize clean
+.PHONY: help install test test-fast test-minimum fuzz demo lint format bench gpu-counts gpu sanitize clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ bench: $(INSTALLED) ## Measure line_scan on this machine; writes runs/bench/
 
 gpu-counts: $(INSTALLED) ## Compile the Triton kernels for five kinds of GPU and count what they execute; no GPU is needed
 	$(BIN)/gspn bench gpu-counts --workers 2 --output runs/bench/gpu-counts.csv
+
+gpu: ## Check and time the Triton kernels on a GPU, in two parts of five minutes; writes runs/gpu/index.html
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/gpu_check.py --output runs/gpu $(if $(PART),--part $(PART))
 
 sanitize: $(INSTALLED) ## Sweep the CPU kernels, built with address and undefined-behaviour sanitizers; minutes
 	$(BIN)/python scripts/sanitize.py

@@ -1,12 +1,13 @@
 """Denoisers beyond the size of their training: digits of 28, 56 and 112 pixels, drawn directly and by stages.
 
-    python benchmarks/compare_sizes.py run [STUDY...] [--jobs 2]
-    python benchmarks/compare_sizes.py table [STUDY...] [--output CSV]
-    python benchmarks/compare_sizes.py images PNG [STUDY]
+    python benchmarks/compare_sizes.py run STUDY... [--jobs 2]
+    python benchmarks/compare_sizes.py table STUDY... [--output CSV]
+    python benchmarks/compare_sizes.py images PNG STUDY
 
-Each entry trains the preset ``mnist5k`` with one form of the scan, over one size or several, draws digits at every size
-and compares them with the 4,000 of the training. A run is a process with one thread; it continues where it was stopped,
-and what it ended is not repeated. The entry "held-out digits" draws nothing: it measures real ones, enlarged.
+The study ``further`` starts from the result of the preset ``mnist5k``, which knows one size, and continues it over two
+as the preset ``mnist5k_sizes`` does; it needs ``runs/class_conditional_mnist5k``. The study ``forms`` trains a smaller
+denoiser from nothing with each form of the scan. Drawn digits are compared with 1,000 of the training. A run is a
+process with one thread; it continues where it was stopped, and what it ended is not repeated.
 """
 
 from __future__ import annotations
@@ -22,49 +23,30 @@ from typing import Annotated, Any
 import typer
 from common import CORES, Csv, Jobs, Root, Step, directory, print_table, read_csv, run_all, spread, write_csv
 
-PRESET, SIZE, PATCH = "mnist5k", 28, 2
-STEPS, GUIDANCE, STRENGTH = 16, 2.0, 0.6
-REFERENCE, CLASSIFIER = "mnist5k:train", "gspn_pico.mnist5k"
+SIZE, LINES = 28, 14  # of the images, and of the patches' map
+STEPS, GUIDANCE, STRENGTH = 12, 2.0, 0.6
+PRECISION = "bf16"
+REFERENCE, REFERENCES, CLASSIFIER = "mnist5k:train", 1000, "gspn_pico.mnist5k"
+ONE_SIZE = "runs/class_conditional_mnist5k"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row: what is trained, and over which sizes.
+    """A row: a training, or what draws without one.
 
     Attributes:
         label: Its name.
-        sizes: Heights and widths of the images in training.
-        model: ``gspn``, ``attention`` or ``dit``.
-        scan: Options of the scan, added to those of the preset.
+        settings: Of the training, beside those of the study.
         form: One of ``scan_forms.FORMS`` in place of the library's scan; None for the library's.
-        options: Options of the model in place of the preset's, where it is another one.
-        weights_of: Another entry, whose weights this one draws with, without a training of its own.
-        real: Whether real digits are measured in the place of drawn ones.
+        weights: A trained pipeline that draws, with the model's options in ``settings``; None: the entry is trained.
+        real: Whether held-out digits are measured in the place of drawn ones.
     """
 
     label: str
-    sizes: tuple[int, ...] = (SIZE,)
-    model: str = "gspn"
-    scan: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     form: str | None = None
-    options: dict[str, Any] | None = None
-    weights_of: str | None = None
+    weights: str | None = None
     real: bool = False
-
-    @property
-    def model_options(self) -> dict[str, Any]:
-        """The options of the model."""
-        own = {"dim": 96, "num_layers": 6, "scan": {"skip": True, **self.scan}}
-        return own if self.options is None else self.options
-
-
-@dataclass(frozen=True)
-class Study:
-    """Entries that share the length of their training and their seeds."""
-
-    epochs: int
-    seeds: tuple[int, ...]
-    entries: tuple[Entry, ...]
 
 
 @dataclass(frozen=True)
@@ -75,54 +57,63 @@ class Drawing:
         size: Height and width.
         number: Of images.
         start: The drawing that is enlarged, noised to ``STRENGTH`` and denoised again; None: pure noise.
-        shift: The factor on noise over signal in the times of the steps. Enlarging an image by a factor leaves so many
-            times more of it above noise of the same strength.
     """
 
     size: int
     number: int
     start: str | None = None
-    shift: float = 1.0
+
+
+@dataclass(frozen=True)
+class Study:
+    """Entries that share a preset, settings, seeds and the names of what they draw."""
+
+    preset: str
+    settings: dict[str, Any]
+    entries: tuple[Entry, ...]
+    drawings: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1)
 
 
 DRAWINGS = {
-    "28": Drawing(28, 200),
-    "56": Drawing(56, 200),
-    "56 in stages": Drawing(56, 200, "28"),
-    "112": Drawing(112, 50),
-    "112 in stages": Drawing(112, 50, "56 in stages"),
-    "56, shifted": Drawing(56, 200, shift=2.0),
+    "28": Drawing(28, 100),
+    "56": Drawing(56, 100),
+    "56 in stages": Drawing(56, 100, "28"),
+    "112": Drawing(112, 25),
+    "112 in stages": Drawing(112, 25, "56 in stages"),
 }
-_REFERENCE_LINES = {"reference_lines": SIZE // PATCH}
-# Taps and gates of these forms are written to memory, which costs less for groups of channels than for each channel.
-_GROUPS = {"groups": 8}
-_PAPER = Entry("paper's scan")
-_BOTH = (28, 56)
-_SCREENING = (
+
+
+def _model(dim: int, num_layers: int, **scan: Any) -> dict[str, Any]:
+    return {"model.options": {"dim": dim, "num_layers": num_layers, "scan": {"skip": True, **scan}}}
+
+
+_PAPER, _LINES = _model(96, 6), _model(96, 6, reference_lines=LINES)
+_FURTHER = (
+    Entry("28 px, paper's scan", _PAPER, weights=ONE_SIZE),
+    Entry("28 px, reference lines", _LINES, weights=ONE_SIZE),
+    Entry("28 and 56 px, paper's scan", _PAPER),
+    Entry("28 and 56 px, reference lines", _LINES),
     Entry("held-out digits", real=True),
-    _PAPER,
-    Entry("lines of reference", scan=_REFERENCE_LINES, weights_of=_PAPER.label),
-    Entry("paper's scan, two sizes", _BOTH),
-    Entry("lines of reference, two sizes", _BOTH, scan=_REFERENCE_LINES),
-    Entry("forget gate, two sizes", _BOTH, scan=_GROUPS, form="forget"),
-    Entry("convex, two sizes", _BOTH, scan=_GROUPS, form="convex"),
-    Entry("average, two sizes", _BOTH, form="average"),
-    Entry("attention, two sizes", _BOTH, "attention", options={"dim": 88, "num_layers": 6}),
-    Entry(
-        "DiT, two sizes", _BOTH, "dit", options={"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 34}
+)
+# Taps and gates of the forms are written to memory, which costs less for groups of channels than for each channel.
+_FORMS = (
+    Entry("paper's scan", _model(48, 4)),
+    Entry("reference lines", _model(48, 4, reference_lines=LINES)),
+    Entry("average", _model(48, 4), "average"),
+    Entry("forget gate, 8 groups", _model(48, 4, groups=8), "forget"),
+    Entry("convex, 8 groups", _model(48, 4, groups=8), "convex"),
+    Entry("attention", {"model.name": "attention", "model.options": {"dim": 44, "num_layers": 4}}),
+)
+STUDIES = {
+    "further": Study("mnist5k_sizes", {}, _FURTHER, tuple(DRAWINGS)),
+    "forms": Study(
+        "mnist5k",
+        {"data.sizes": [28, 56], "data.batch_size": 16, "schedule.epochs": 8},
+        _FORMS,
+        tuple(name for name, drawing in DRAWINGS.items() if drawing.start is None),
     ),
-    Entry("paper's scan, groups, two sizes", _BOTH, scan=_GROUPS),
-    Entry("forget gate", scan=_GROUPS, form="forget"),
-    Entry("convex", scan=_GROUPS, form="convex"),
-    Entry("average", form="average"),
-)
-_FULL = (
-    _PAPER,
-    Entry("lines of reference", scan=_REFERENCE_LINES, weights_of=_PAPER.label),
-    Entry("paper's scan, two sizes", _BOTH),
-    Entry("lines of reference, two sizes", _BOTH, scan=_REFERENCE_LINES),
-)
-STUDIES = {"screening": Study(16, (0,), _SCREENING), "full": Study(40, (0, 1), _FULL)}
+}
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 _Studies = Annotated[list[str] | None, typer.Argument(metavar="STUDY...", help=f"Of {', '.join(STUDIES)}; all.")]
@@ -145,27 +136,19 @@ def one(study: str, label: str, seed: int, root: Root = _ROOT) -> None:
     entry = next(entry for entry in STUDIES[study].entries if entry.label == label)
     where = directory(root, study, label, seed)
     where.mkdir(parents=True, exist_ok=True)
-    if entry.real:
-        for name, drawing in DRAWINGS.items():
-            if drawing.start is None and drawing.shift == 1:
-                _enlarge(drawing, _drawn(where, name))
-                _measure(_drawn(where, name), root / "features")
-        return
     with _built_with(entry.form):
-        if entry.weights_of is None and not (where / "trained").exists():
-            _train(entry, seed, STUDIES[study].epochs, where)
+        if not entry.real and entry.weights is None and not (where / "trained").exists():
+            _train(STUDIES[study], entry, seed, where)
             (where / "trained").touch()
-        source = where if entry.weights_of is None else directory(root, study, entry.weights_of, seed)
-        pipeline = _load(entry, source / "last")
-        for name, drawing in DRAWINGS.items():
-            path = _drawn(where, name)
-            if drawing.shift != 1 and len(entry.sizes) == 1:
-                continue  # other times of the steps do not help a model that draws nothing there
-            if not path.exists():
-                start = None if drawing.start is None else _drawn(where, drawing.start)
-                _draw(pipeline, drawing, start, seed, path)
-            if not path.with_suffix(".json").exists():
-                _measure(path, root / "features")
+        pipeline = None if entry.real else _load(entry, where)
+    for name in STUDIES[study].drawings:
+        path, drawing = _drawn(where, name), DRAWINGS[name]
+        if not path.exists() and pipeline is not None:
+            _draw(pipeline, drawing, None if drawing.start is None else _drawn(where, drawing.start), seed, path)
+        elif not path.exists():
+            _enlarge(drawing, path)
+        if not path.with_suffix(".json").exists():
+            _measure(path, root / "features")
 
 
 @app.command()
@@ -177,7 +160,7 @@ def table(studies: _Studies = None, root: Root = _ROOT, output: Csv = None) -> N
         for entry in STUDIES[study].entries:
             own = [row for row in rows if row["study"] == study and row["entry"] == entry.label]
             cells = []
-            for name in DRAWINGS:
+            for name in STUDIES[study].drawings:
                 of = [row for row in own if row["drawing"] == name]
                 cells.append(
                     f"{spread((row['fid'] for row in of), 1)} / {spread((1000 * row['kid'] for row in of), 1)} / "
@@ -187,15 +170,15 @@ def table(studies: _Studies = None, root: Root = _ROOT, output: Csv = None) -> N
                 )
             if own:
                 shown.append((entry.label, len({row["seed"] for row in own}), *cells))
-        title = f"{study}, {STUDIES[study].epochs} epochs: FID / KID x 1000 / of its class"
-        print_table(title, ("", "seeds", *DRAWINGS), shown, width=200)
+        title = f"{study}: FID / KID x 1000 / of its class"
+        print_table(title, ("", "seeds", *STUDIES[study].drawings), shown, width=200)
     write_csv(output, rows)
 
 
 @app.command()
 def images(
     output: Annotated[Path, typer.Argument(metavar="PNG", help="Image to write.")],
-    study: Annotated[str, typer.Argument(metavar="STUDY", help=f"One of {', '.join(STUDIES)}.")] = "screening",
+    study: Annotated[str, typer.Argument(metavar="STUDY", help=f"One of {', '.join(STUDIES)}.")],
     root: Root = _ROOT,
     pixels: Annotated[int, typer.Option(metavar="N", min=1, help="Height and width of a digit in the image.")] = 56,
 ) -> None:
@@ -204,15 +187,16 @@ def images(
     from PIL import Image, ImageDraw
 
     chosen = [(entry, where) for _, entry, seed, where in _runs([study], root) if seed == STUDIES[study].seeds[0]]
-    chosen = [one for one in chosen if any(_drawn(one[1], name).exists() for name in DRAWINGS)]
+    names = STUDIES[study].drawings
+    chosen = [one for one in chosen if any(_drawn(one[1], name).exists() for name in names)]
     if not chosen:
         raise typer.BadParameter(f"{root} has no drawings of {study}; start with the command run.")
     gap, line = 12, 16
     wide, tall = 5 * pixels + gap, 2 * pixels + line + gap
-    whole = Image.new("RGB", (gap + len(DRAWINGS) * wide, gap + len(chosen) * tall), "white")
+    whole = Image.new("RGB", (gap + len(names) * wide, gap + len(chosen) * tall), "white")
     pen = ImageDraw.Draw(whole)
     for row, (entry, where) in enumerate(chosen):
-        for column, name in enumerate(DRAWINGS):
+        for column, name in enumerate(names):
             x, y = gap + column * wide, gap + row * tall
             pen.text((x, y), f"{entry.label}: {name}", fill=(31, 31, 51))
             if _drawn(where, name).exists():
@@ -232,7 +216,7 @@ def _runs(studies: list[str] | None, root: Path) -> Iterator[tuple[str, Entry, i
 
 
 def _drawn(where: Path, name: str) -> Path:
-    return where / f"{name.replace(',', '').replace(' ', '-')}.npz"
+    return where / f"{name.replace(' ', '-')}.npz"
 
 
 def _built_with(form: str | None) -> contextlib.AbstractContextManager[None]:
@@ -243,26 +227,26 @@ def _built_with(form: str | None) -> contextlib.AbstractContextManager[None]:
     return denoisers_scan_with(form)
 
 
-def _train(entry: Entry, seed: int, epochs: int, where: Path) -> None:
+def _train(study: Study, entry: Entry, seed: int, where: Path) -> None:
     from gspn.tasks.class_conditional import ClassConditionalConfig, train
 
-    config = ClassConditionalConfig.load(PRESET).changed(
-        **{"model.name": entry.model, "model.options": entry.model_options, "schedule.epochs": epochs},
-        **({} if entry.sizes == (SIZE,) else {"data.sizes": list(entry.sizes)}),
-        **{"run.seed": seed, "run.output": where, "run.eval_every": epochs, "samples.every": 0},
+    config = ClassConditionalConfig.load(study.preset).changed(
+        **study.settings,
+        **entry.settings,
+        **{"run.precision": PRECISION, "run.seed": seed, "run.output": where, "samples.every": 0},
     )
-    train(config, resume=True)
+    train(config.changed(**{"run.eval_every": config.schedule.epochs}), resume=True)
 
 
-def _load(entry: Entry, source: Path) -> Any:
-    """The pipeline of a run, with the options of the entry, which may draw with the weights of another."""
+def _load(entry: Entry, where: Path) -> Any:
+    """The pipeline of an entry's training, or that of its ``weights`` with the entry's options."""
     from gspn.models import GSPNDenoiser2DModel
     from gspn.tasks.class_conditional import load_pipeline
 
-    pipeline = load_pipeline(source)
-    if entry.weights_of is not None:
+    pipeline = load_pipeline(entry.weights or where)
+    if entry.weights is not None:
         weights = pipeline.transformer.state_dict()
-        options = {**pipeline.transformer.config, "scan": entry.model_options["scan"]}
+        options = {**pipeline.transformer.config, **entry.settings["model.options"]}
         pipeline.transformer = GSPNDenoiser2DModel.from_config(options).eval()
         pipeline.transformer.load_state_dict(weights)
     return pipeline
@@ -279,7 +263,6 @@ def _draw(pipeline: Any, drawing: Drawing, start: Path | None, seed: int, path: 
 
     size, strength = drawing.size, 1.0 if start is None else STRENGTH
     sigmas = torch.linspace(strength, 0, round(STEPS * strength) + 1)
-    sigmas = drawing.shift * sigmas / (1 + (drawing.shift - 1) * sigmas)
     labels = torch.arange(drawing.number) % pipeline.num_classes
     nothing = torch.full_like(labels, pipeline.num_classes)
     earlier = None if start is None else torch.from_numpy(np.load(start)["arr_0"][: drawing.number, ..., 0])
@@ -292,10 +275,10 @@ def _draw(pipeline: Any, drawing: Drawing, start: Path | None, seed: int, path: 
             clean = F.interpolate(earlier[batch, None].float() / 127.5 - 1, (size, size), mode="bicubic")
             x = (1 - sigmas[0]) * clean.clamp(-1, 1) + sigmas[0] * x
         both = torch.cat([labels[batch], nothing[batch]])
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             for sigma, after in pairwise(sigmas):
                 time = (1000 * sigma).expand(len(both))
-                velocity = pipeline.transformer(torch.cat([x, x]), timestep=time, class_labels=both).sample
+                velocity = pipeline.transformer(torch.cat([x, x]), timestep=time, class_labels=both).sample.float()
                 with_class, without = velocity.chunk(2)
                 x = x + (after - sigma) * (without + GUIDANCE * (with_class - without))
         images.append(((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1))
@@ -324,7 +307,7 @@ def _measure(path: Path, cache: Path) -> None:
     from gspn.tasks.diffusion.evaluation import compare_images
     from gspn.tasks.diffusion.images import open_images
 
-    ours, theirs = open_images(path), open_images(REFERENCE)
+    ours, theirs = open_images(path), open_images(REFERENCE, limit=REFERENCES)
     figures, _, _ = compare_images(ours, theirs, features="lite0", device="cpu", cache=cache, console=default_console())
     # The classifier reduces every image to its own 28 pixels.
     guesses = load_classifier(CLASSIFIER, device="cpu").classify([ours.to_pil(i) for i in range(len(ours))])
@@ -335,18 +318,17 @@ def _measure(path: Path, cache: Path) -> None:
 def _rows(study: str, entry: Entry, seed: int, where: Path) -> Iterator[dict[str, Any]]:
     training = read_csv(where / "metrics.csv") if (where / "trained").exists() else []
     kept = ("sample_count", "reference_count", "features", "fid", "sfid", "kid", "kid_std", "precision", "recall")
-    for name, drawing in DRAWINGS.items():
-        path = _drawn(where, name).with_suffix(".json")
+    for name in STUDIES[study].drawings:
+        path, drawing = _drawn(where, name).with_suffix(".json"), DRAWINGS[name]
         if not path.exists():
             continue
         figures = json.loads(path.read_text())
         yield {
             "study": study,
             "entry": entry.label,
-            "model": "" if entry.real else entry.model,
+            "settings": json.dumps(entry.settings),
             "form": entry.form or "",
-            "options": "" if entry.real else json.dumps(entry.model_options),
-            "sizes": "" if entry.real else " ".join(map(str, entry.sizes)),
+            "weights": entry.weights or "",
             "seed": seed,
             "updates": int(training[-1]["step"]) if training else "",
             "held_out_loss": float(training[-1]["ema_loss"]) if training else "",
@@ -356,7 +338,6 @@ def _rows(study: str, entry: Entry, seed: int, where: Path) -> Iterator[dict[str
             "steps": STEPS,
             "guidance": GUIDANCE,
             "strength": 1.0 if drawing.start is None else STRENGTH,
-            "shift": drawing.shift,
             **{key: figures[key] for key in (*kept, "consistency")},
         }
 

@@ -1,4 +1,6 @@
-"""Recurrences that were tried beside the paper's and are not in the library.
+"""Recurrences that were tried beside the paper's and are not in the library, and what one layer learns with each.
+
+    python benchmarks/scan_forms.py [--output CSV]
 
 With the taps w, which sum to one, the input gate lam and the state h of the line before, the paper's scan is
 ``h = lam x + w h``. A state is then a sum of as many averages as lines were scanned. Each form here bounds it in
@@ -9,10 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+import typer
+from common import Csv, print_table, spread, write_csv
 from torch import Tensor, nn
 
 from gspn import line_scan, propagate
@@ -39,8 +44,8 @@ class Average(GSPN2d):
             scanned = scanned.flip(0) if axes.reverse else scanned
             both = torch.cat([proxy, proxy / (scanned[:, None] if axes.line == -2 else scanned)], dim=1)
             first, second = (0, self.proxy_dim), (self.proxy_dim, 0)  # the half of the proxy that a map reads
-            maps = [nn.functional.pad(one[d : d + 1], first) for one in (self.tap_proj, self.lam_proj)]
-            u = nn.functional.pad(u_proj[d : d + 1], second)
+            maps = [F.pad(one[d : d + 1], first) for one in (self.tap_proj, self.lam_proj)]
+            u = F.pad(u_proj[d : d + 1], second)
             y = y + propagate(x, both, *maps, u, directions=[direction], impl=self.impl)
         return y
 
@@ -113,3 +118,71 @@ def denoisers_scan_with(form: str) -> Iterator[None]:
         yield
     finally:
         denoiser.GSPN2d = kept
+
+
+TRAINED, TESTED, SEEDS = (16, 24), (16, 24, 32, 64, 128), (0, 1, 2)
+LAYERS: dict[str, Callable[[], GSPN2d]] = {
+    "paper's scan": lambda: GSPN2d(2, proxy_dim=4, proxy_bias=True),
+    "reference lines": lambda: GSPN2d(2, proxy_dim=4, proxy_bias=True, reference_lines=16),
+    **{name: lambda form=form: form(2, proxy_dim=4, proxy_bias=True) for name, form in FORMS.items()},
+}
+
+
+def _images(count: int, size: int, seed: int) -> Tensor:
+    """Random images of low frequencies, ``[count, 2, size, size]``; those of one seed are the same at every size."""
+    amplitudes = torch.randn(count, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
+    frequency = torch.arange(4.0)
+    basis = _waves(size)
+    return torch.einsum("nckl,kh,lw->nchw", amplitudes / (1 + frequency[:, None] + frequency), basis, basis)
+
+
+def _waves(size: int) -> Tensor:
+    return torch.cos(torch.pi * torch.arange(4.0)[:, None] * (torch.arange(size) + 0.5) / size)  # [4, size]
+
+
+def _cross(x: Tensor) -> Tensor:
+    """At each pixel the mean of its row plus that of its column."""
+    return x.mean(-1, keepdim=True) + x.mean(-2, keepdim=True)
+
+
+def _blur(x: Tensor) -> Tensor:
+    """A Gaussian blur over a fifth of the image."""
+    size, frequency = x.shape[-1], torch.arange(4.0)
+    damped = torch.exp(-((0.2 * torch.pi * frequency) ** 2) / 2) * torch.where(frequency == 0, 1, 2) / size
+    along = torch.einsum("kh,kg,k->hg", _waves(size), _waves(size), damped)
+    return torch.einsum("hg,nchw,vw->ncgv", along, x, along)
+
+
+def main(output: Csv = None) -> None:
+    """Train one layer of each form to compute something at 16 and 24 pixels, and test it at up to 128."""
+    rows = []
+    for task, expected in {"means of row and column": _cross, "blur": _blur}.items():
+        for name, layer in LAYERS.items():
+            for seed in SEEDS:
+                torch.manual_seed(seed)
+                module = layer()
+                optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
+                for update in range(200):
+                    x = _images(8, TRAINED[update % len(TRAINED)], update)
+                    F.mse_loss(module(x), expected(x)).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                for size in TESTED:
+                    with torch.no_grad():
+                        x = _images(16, size, 1000)
+                        error = ((module(x) - expected(x)).norm() / expected(x).norm()).item()
+                    rows.append({"task": task, "layer": name, "seed": seed, "size": size, "error": error})
+        shown = [
+            [name]
+            + [
+                spread(r["error"] for r in rows if (r["task"], r["layer"], r["size"]) == (task, name, size))
+                for size in TESTED
+            ]
+            for name in LAYERS
+        ]
+        print_table(f"{task}: error over the size of the answer", ("", *map(str, TESTED)), shown)
+    write_csv(output, rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

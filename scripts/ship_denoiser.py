@@ -37,6 +37,7 @@ def main(
     command: Annotated[str, typer.Option(help="The command that made the run, for the card.")],
     commit: Annotated[str, typer.Option(help="The commit that made it.")],
     classifier: Annotated[str, typer.Option(help="The classifier that says whether images are of their class.")],
+    note: Annotated[Path | None, typer.Option(help="Markdown that the card has after its table.")] = None,
     scratch: Annotated[Path, typer.Option(help="Directory for the images that are measured.")] = Path(
         "runs/ship_denoiser"
     ),
@@ -78,7 +79,9 @@ def main(
     floor = evaluate(
         f"{data}:{config['data']['eval_split']}", f"{data}:{config['data']['train_split']}", features="lite0"
     )
-    (target / "README.md").write_text(_card(name, command, commit, size, config, rows, found, floor))
+    (target / "README.md").write_text(
+        _card(name, command, commit, size, config, rows, found, floor, "" if note is None else note.read_text() + "\n")
+    )
     typer.echo(f"{target}: {size} bytes")
     for guidance, one in found.items():
         typer.echo(f"guidance {guidance:g}: FID {one.fid:.2f}, of its class {one.consistency:.1%}")
@@ -101,10 +104,11 @@ def _card(
     rows: list[dict[str, str]],
     found: dict[float, Evaluation],
     floor: Evaluation,
+    note: str,
 ) -> str:
     first = next(iter(found.values()))
     parameters = sum(t.numel() for t in load_file(_weights(name)).values())
-    shape = f"{config['data']['size']} x {config['data']['size']}"
+    shape = " and ".join(f"{size} x {size}" for size in config["data"].get("sizes") or [config["data"]["size"]])
     minutes = sum(float(row["seconds"]) for row in rows) / 60
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "timm", "accelerate"))
     table = "".join(
@@ -125,7 +129,7 @@ Features: {first.features}. The figures can be compared only with others of the 
 expected. Measured in float32 with the shipped float16 file ({size / 1e6:.1f} MB). The weights are the training run's exponential
 moving average (EMA) after the last epoch.
 
-Trained from scratch with
+{note}Trained with
 
 ```
 {command}

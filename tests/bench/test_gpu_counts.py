@@ -98,7 +98,7 @@ def test_floors_of_the_formula() -> None:
     assert special == pytest.approx(0.87, rel=0.01)
 
 
-def test_jobs_run_in_processes_that_can_be_ended() -> None:
+def test_jobs_runin_processes_that_can_be_ended() -> None:
     def never_ends() -> None:
         while True:
             pass
@@ -121,7 +121,7 @@ def test_jobs_run_in_processes_that_can_be_ended() -> None:
         "works": lambda: 7,
     }
     begin = time.monotonic()
-    results = dict(gpu_counts._in_processes(jobs, workers=2, timeout=0.5))
+    results = dict(gpu_counts.in_processes(jobs, workers=2, timeout=0.5))
     assert time.monotonic() - begin < 40
     assert results.pop("works") == 7
     assert {name: str(error) for name, error in results.items()} == {
@@ -137,9 +137,13 @@ def test_jobs_run_in_processes_that_can_be_ended() -> None:
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_launches_are_those_of_the_operators(layout: str) -> None:
     card = CARDS[90]
-    launches, others = Case("propagate", 2, 64, 20, "bf16", layout).call(card)
-    assert [launch.plan.constants["REVERSE"] for launch in launches] == [False, True, False, True]
-    assert 1 <= others <= 12
+    few, others = Case("propagate", 2, 64, 20, "bf16", layout).call(card)
+    assert [launch.kernel.__name__ for launch in few] == ["pack_kernel", "scan_kernel", "sum_kernel"]
+    assert others == 1
+    (pack, *scans), others = Case("propagate", 64, 96, 56, "bf16", layout).call(card)
+    assert pack.kernel.__name__ == "pack_kernel"
+    assert [launch.plan.constants["REVERSE"] for launch in scans] == [False, True, False, True]
+    assert others == 1
     assert len(Case("line_scan", 2, 64, 20, direction="left", mode="backward").call(card)[0]) == 1
 
 

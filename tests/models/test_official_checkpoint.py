@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import types
 from collections.abc import Mapping
@@ -14,8 +15,10 @@ import timm
 import torch
 from timm.models import load_checkpoint
 
+from gspn._errors import UsageError
 from gspn.models import GSPN
-from gspn.models.official_checkpoint import checkpoint_filter_fn
+from gspn.models.official_checkpoint import checkpoint_filter_fn, official_model, read_official
+from gspn.models.saved import load_saved
 from official_support import official_logits, official_shapes, random_official_state
 
 DIMS, DEPTHS, STATE, CLASSES = (8, 16), (1, 2), 3, 5
@@ -258,3 +261,54 @@ def test_it_does_not_load_into_the_default_alignment(training_file) -> None:
 def test_a_checkpoint_without_weights_is_named(content):
     with pytest.raises(ValueError, match="named tensors"):
         checkpoint_filter_fn(content, torch.nn.Identity())
+
+
+def test_a_training_file_is_read_with_what_it_has(training_file, averaged) -> None:
+    checkpoint = read_official(training_file)
+    assert checkpoint.wrapper == "model_ema"
+    assert checkpoint.weights.keys() == averaged.keys()
+    assert checkpoint.num_classes == CLASSES
+    assert checkpoint.facts == {"epoch": "3", "max_accuracy": "8.25"}
+    assert checkpoint.left_out == ("model", "config")
+
+
+def test_a_converted_model_is_saved_and_loaded_by_timm(training_file, averaged, images, tmp_path) -> None:
+    options = {name: value for name, value in SMALL.items() if name not in ("num_classes", "alignment")}
+    converted = official_model("gspn_tiny", read_official(training_file), **options)
+    timm.models.save_for_hf(converted, tmp_path / "saved", safe_serialization=True)
+    loaded = load_saved(tmp_path / "saved")
+    assert torch.equal(loaded(images), converted(images))
+    expected = official_logits({k: v.double() for k, v in averaged.items()}, images.double(), [[2], [2, 2]])
+    torch.testing.assert_close(loaded(images), expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("layers.0.blocks.0.op.out_proj.weight"), r"mixer\.out_proj\.weight is missing"),
+        (lambda w: w.update({"extra.weight": torch.ones(2)}), r"unknown parameter 'extra\.weight' \(2,\)"),
+        (lambda w: w.update({"classifier.head.bias": torch.ones(7)}), r"bias is \(7,\), and has to be \(5,\)"),
+        (lambda w: w["classifier.head.bias"].fill_(torch.nan), r"head\.fc\.bias are not finite"),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit_are_refused(change, message, averaged, tmp_path) -> None:
+    change(averaged)
+    torch.save(averaged, tmp_path / "weights.pth")
+    options = {name: value for name, value in SMALL.items() if name not in ("num_classes", "alignment")}
+    with pytest.raises(UsageError, match=message):
+        official_model("gspn_tiny", read_official(tmp_path / "weights.pth"), **options)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04", b"not a checkpoint", pickle.dumps(Path("x")), pickle.dumps([1])], ids=range(5)
+)
+def test_a_damaged_file_is_refused(content, tmp_path) -> None:
+    (tmp_path / "weights.pth").write_bytes(content)
+    with pytest.raises(UsageError, match=r"weights\.pth' (cannot be read|has)"):
+        read_official(tmp_path / "weights.pth")
+
+
+def test_weights_of_gspn_are_refused(tmp_path) -> None:
+    torch.save(small().state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(UsageError, match=r"load with timm\.create_model"):
+        read_official(tmp_path / "weights.pth")

@@ -167,3 +167,54 @@ def test_an_image_and_its_enlargement_give_the_same_output_ever_more_closely() -
     assert normalized[0] < 0.05 and normalized[-1] < 0.02
     assert all(after < 0.7 * before for before, after in itertools.pairwise(normalized))
     assert min(plain) > 0.9
+
+
+def waves(count: int, size: int, seed: int) -> Tensor:
+    """Random images of low frequencies, ``[count, 2, size, size]``; those of one seed are the same at every size."""
+    at, frequency = (torch.arange(size) + 0.5) / size, torch.arange(4.0)
+    basis = torch.cos(torch.pi * frequency[:, None] * at)  # [4, size]
+    amplitudes = torch.randn(count, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return torch.einsum("nckl,kh,lw->nchw", amplitudes / (1 + frequency[:, None] + frequency), basis, basis)
+
+
+def crosses(x: Tensor) -> Tensor:
+    """At each pixel the mean of its row plus that of its column: what only scans over whole lines can know."""
+    return x.mean(-1, keepdim=True) + x.mean(-2, keepdim=True)
+
+
+def trained_over_sizes(reference_lines: int | None) -> GSPN2d:
+    """A module that has learnt :func:`crosses` of images of 16 and 24 pixels."""
+    torch.manual_seed(0)
+    module = GSPN2d(2, proxy_dim=4, proxy_bias=True, reference_lines=reference_lines)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
+    for update in range(200):
+        x = waves(8, (16, 24)[update % 2], seed=update)
+        F.mse_loss(module(x), crosses(x)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return module
+
+
+def test_trained_over_sizes_it_gives_the_same_answer_on_an_image_and_its_enlargement() -> None:
+    """Enlarged by 2, 4 and 8, beyond every size of the training, an answer changes by at most 8 %, and its error stays.
+
+    With other seeds it changes by 4 to 6 %. Without ``reference_lines`` the same training leaves answers that change by
+    half at twice the size, and to several times themselves at eight times.
+    """
+
+    def answers(module: GSPN2d, size: int) -> tuple[Tensor, float]:
+        x = waves(16, size, seed=1000)
+        y, expected = module(x), crosses(x)
+        return F.adaptive_avg_pool2d(y, 16), ((y - expected).norm() / expected.norm()).item()
+
+    changes: dict[int | None, list[float]] = {}
+    for reference_lines in (16, None):
+        module = trained_over_sizes(reference_lines)
+        with torch.no_grad():
+            (small, error), *enlarged = (answers(module, size) for size in (16, 32, 64, 128))
+        assert error < 0.35
+        changes[reference_lines] = [((y - small).norm() / small.norm()).item() for y, _ in enlarged]
+        if reference_lines is not None:
+            assert all(abs(other - error) < 0.03 for _, other in enlarged)
+    assert max(changes[16]) < 0.08
+    assert changes[None][0] > 0.3 and changes[None][-1] > 2

@@ -13,12 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gspn.ops.directions import DIRECTIONS
 
-from .gpu_model import Card
+from .gpu_model import WORK, Card
 
 if TYPE_CHECKING:
     from gspn.ops.triton.launch import Launch
+    from gspn.ops.triton.planner import Limits
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,19 @@ class Case:
         """Those of the image."""
         return self.batch * self.channels * self.size**2
 
-    def call(self, card: Card) -> tuple[list[Launch], int]:
-        """The launches of Triton kernels that the call makes on a card, in order, and the number of all others."""
+    def call(self, card: Card, limits: Limits | None = None) -> tuple[list[Launch], int]:
+        """The launches of Triton kernels that the call makes on a card, in order, and the number of all others.
+
+        ``limits`` are those of the card, unless given.
+        """
         from gspn.ops.triton import line_scan, propagate
         from gspn.ops.triton.launch import recorded
         from gspn.ops.triton.planner import Limits
 
-        limits, backward = Limits(card.shared_memory), self.mode == "backward"
-        x, batch, c, n = self._image(self.channels), self.batch, self.channels, self.size
-        with recorded() as launches, _OtherLaunches() as others:
+        limits, backward = limits or Limits(card.shared_memory), self.mode == "backward"
+        x, proxy = self._image(self.channels), self._image(max(self.states, 1))
+        batch, c, n = self.batch, self.channels, self.size
+        with recorded() as launches, OtherLaunches() as others:
             if self.op == "line_scan":
                 taps = torch.empty(batch, self.groups, 3, n, n, dtype=x.dtype, device="meta")
                 if backward:
@@ -69,7 +74,7 @@ class Case:
                 else:
                     line_scan.line_scan(x, taps, x, self.direction, None, limits)
             else:
-                proxy, gate = self._image(self.states), torch.empty(4, c, self.states, device="meta")
+                gate = torch.empty(4, c, self.states, device="meta")
                 taps = torch.empty(4, self.groups, 3, self.states, device="meta")
                 arguments = (x, proxy, taps, gate, gate, gate[0], DIRECTIONS, None, limits)
                 if backward:
@@ -79,7 +84,7 @@ class Case:
         return launches, others.count
 
     def _image(self, channels: int) -> Tensor:
-        image = torch.empty(self.batch, channels, self.size, self.size, dtype=_DTYPES[self.dtype], device="meta")
+        image = torch.empty(self.batch, channels, self.size, self.size, dtype=DTYPES[self.dtype], device="meta")
         return image.to(memory_format=torch.channels_last) if self.layout == "channels_last" else image
 
     def floors(self, card: Card) -> tuple[float, float] | tuple[None, None]:
@@ -94,14 +99,35 @@ class Case:
         s, taps = self.states, self.groups / self.channels
         scan = (3 * taps + 2) * s + 4
         if self.mode == "forward":
-            multiply_adds, special = 4 * scan + s + 1, 16 * taps
-        else:
-            multiply_adds, special = 4 * (2 * scan + 16 * s + 27) + 2 * (s + 1), 32 * taps
+            return self._milliseconds(card, 4 * scan + s + 1, 16 * taps)
+        return self._milliseconds(card, 4 * (2 * scan + 16 * s + 27) + 2 * (s + 1), 32 * taps)
+
+    def launch_floors(self, launch: Launch, card: Card) -> tuple[float, float] | tuple[None, None]:
+        """The same for one launch of the call; None for kinds of launches that the formula does not have."""
+        if launch.kernel.__name__ not in WORK:
+            return None, None
+        work = WORK[launch.kernel.__name__](launch)
+        s, taps = self.states, self.groups / self.channels
+        skip = s + 1 if launch.tensors.get("p_skip") is not None else 0
+        counts = {
+            "forward": ((3 * taps + 2) * s + 4 + skip, 4 * taps),
+            "states": ((3 * taps + 1) * s + 4, 4 * taps),
+            "adjoint": ((3 * taps + 1) * s + 4, 4 * taps),
+            "gradients of gates": (5 * s + 4, 0.0),
+            "gradients of taps": (9 * s + 23, 4 * taps),
+        }
+        if work.kind not in counts:
+            return None, None
+        directions = work.pixels / self.elements
+        return self._milliseconds(card, *(directions * count for count in counts[work.kind]))
+
+    def _milliseconds(self, card: Card, multiply_adds: float, special: float) -> tuple[float, float]:
+        """Of so many operations for each element."""
         cycles = self.elements / card.multiprocessors / card.clock * 1e-6
         return multiply_adds * cycles / card.multiply_adds, special * cycles / 16
 
 
-class _OtherLaunches(TorchDispatchMode):
+class OtherLaunches(TorchDispatchMode):
     """Counts the operations of PyTorch that run a kernel: all but those that allocate or give a view."""
 
     def __init__(self) -> None:
@@ -116,9 +142,9 @@ class _OtherLaunches(TorchDispatchMode):
 
 
 # B, C and the height of the image: a large batch of patches, stages of a backbone, a diffusion model.
-_LARGE = ((32, 1152, 74), (32, 1152, 147), (64, 96, 56), (1, 640, 512), (1, 640, 1024))
-_SMALL = ((64, 192, 28), (64, 384, 14), (64, 768, 7))
-_LAYOUTS, _MODES = ("nchw", "channels_last"), ("forward", "backward")
+LARGE = ((32, 1152, 74), (32, 1152, 147), (64, 96, 56), (1, 640, 512), (1, 640, 1024))
+SMALL = ((64, 192, 28), (64, 384, 14), (64, 768, 7))
+LAYOUTS, MODES = ("nchw", "channels_last"), ("forward", "backward")
 
 
 def all_cases() -> list[Case]:
@@ -126,13 +152,13 @@ def all_cases() -> list[Case]:
     propagate = [
         Case("propagate", *shape, dtype, layout, taps, states, mode)
         for shape, dtype, layout, taps, states, mode in itertools.product(
-            _LARGE + _SMALL, _DTYPES, _LAYOUTS, ("per-channel", "shared"), (2, 8, 16), _MODES
+            LARGE + SMALL, DTYPES, LAYOUTS, ("per-channel", "shared"), (2, 8, 16), MODES
         )
     ]
     return propagate + [
         Case("line_scan", *shape, dtype, layout, taps, 0, mode, direction)
         for shape, dtype, layout, taps, mode, direction in itertools.product(
-            (*_LARGE, (16, 8, 1024)), _DTYPES, _LAYOUTS, ("per-channel", "shared"), _MODES, DIRECTIONS
+            (*LARGE, (16, 8, 1024)), DTYPES, LAYOUTS, ("per-channel", "shared"), MODES, DIRECTIONS
         )
     ]
 
@@ -141,25 +167,25 @@ def default_cases() -> list[Case]:
     """A few dozen: every shape and layout in float32, and at some shapes what else is on the list of all."""
     shapes = [
         Case("propagate", *shape, "fp32", layout, mode=mode)
-        for shape, layout, mode in itertools.product(_LARGE + _SMALL[:2], _LAYOUTS, _MODES)
+        for shape, layout, mode in itertools.product(LARGE + SMALL[:2], LAYOUTS, MODES)
     ]
-    patches, stage, wide = (Case("propagate", *shape) for shape in (_LARGE[0], _LARGE[2], _LARGE[4]))
+    patches, stage, wide = (Case("propagate", *shape) for shape in (LARGE[0], LARGE[2], LARGE[4]))
     others = [
         *(
             replace(one, dtype="bf16", layout=layout)
-            for one, layout in itertools.product((patches, stage, wide), _LAYOUTS)
+            for one, layout in itertools.product((patches, stage, wide), LAYOUTS)
         ),
         replace(patches, dtype="fp16"),
         replace(patches, dtype="bf16", mode="backward"),
-        *(replace(one, taps="shared", layout=layout) for one, layout in itertools.product((patches, wide), _LAYOUTS)),
+        *(replace(one, taps="shared", layout=layout) for one, layout in itertools.product((patches, wide), LAYOUTS)),
         replace(patches, taps="shared", mode="backward"),
-        *(replace(patches, states=states, mode=mode) for states, mode in itertools.product((2, 16), _MODES)),
+        *(replace(patches, states=states, mode=mode) for states, mode in itertools.product((2, 16), MODES)),
     ]
     scan = Case("line_scan", 16, 8, 1024, direction="down")
     scans = [
-        *(replace(scan, direction=direction, mode=mode) for direction, mode in itertools.product(DIRECTIONS, _MODES)),
-        *(replace(scan, direction="left", dtype="bf16", mode=mode) for mode in _MODES),
-        *(replace(scan, batch=64, channels=96, size=56, layout="channels_last", mode=mode) for mode in _MODES),
+        *(replace(scan, direction=direction, mode=mode) for direction, mode in itertools.product(DIRECTIONS, MODES)),
+        *(replace(scan, direction="left", dtype="bf16", mode=mode) for mode in MODES),
+        *(replace(scan, batch=64, channels=96, size=56, layout="channels_last", mode=mode) for mode in MODES),
         replace(scan, batch=1, channels=640, size=512, taps="shared"),
     ]
     return shapes + others + scans

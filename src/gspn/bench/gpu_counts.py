@@ -161,7 +161,7 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([tools() / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _in_processes(
+def in_processes(
     jobs: Mapping[str, Callable[[], Any]], workers: int, timeout: float
 ) -> Iterator[tuple[str, Any | Exception]]:
     """The results of jobs by name, or what went wrong, as they come, each from a fork of this process.
@@ -229,7 +229,7 @@ def _side_by_side_by(card: Card, registers: int, warps: int, shared_memory: int)
     return min(limits, key=lambda name: limits[name])
 
 
-def _moved(launch: Launch) -> int:
+def moved(launch: Launch) -> int:
     """Bytes of all tensors of a launch, each argument once."""
     return sum(t.numel() * t.element_size() for t in launch.tensors.values() if t is not None)
 
@@ -248,7 +248,7 @@ def launch_row(launch: Launch, compiled: Compiled | Exception, arch: int) -> Row
         "warps": plan.num_warps,
         "grid": "x".join(map(str, plan.grid)),
         "programs_per_multiprocessor": programs / card.multiprocessors,
-        "bytes": _moved(launch),
+        "bytes": moved(launch),
     }
     work = WORK[launch.kernel.__name__](launch) if launch.kernel.__name__ in WORK else None
     if work is not None:
@@ -434,7 +434,7 @@ def count_cases(
             code: functools.partial(_compile_anew, call.launches[i], call.arch, cache)
             for code, ((call, i, _), *_) in waiting_for.items()
         }
-        for done, (code, compiled) in enumerate(_in_processes(jobs, workers, timeout), 1):
+        for done, (code, compiled) in enumerate(in_processes(jobs, workers, timeout), 1):
             for call, i, key in waiting_for[code]:
                 call.rows[i] = call.row(i, launch_row(call.launches[i], compiled, call.arch) | {"key": key})
                 table.add(call.rows[i])

@@ -123,7 +123,8 @@ def _scan(kind: str, image: str) -> Callable[[Launch], Work]:
         rounds = sum(math.ceil(min(run, lines - start) / (tiles * block)) for start in runs) / len(runs)
         loops = (Repeat(rounds, (Repeat(visits),) if halo else ()),)
         slots = max(rows * row, 32 * plan.num_warps)
-        return Work(_kind(kind, launch), _elements(launch, image), rounds * visits * block, slots, loops)
+        directions = plan.grid[1] if len(plan.grid) > 1 else 1
+        return Work(_kind(kind, launch), directions * _elements(launch, image), rounds * visits * block, slots, loops)
 
     return work
 
@@ -138,16 +139,33 @@ def _kind(kind: str, launch: Launch) -> str:
 
 
 def _gradients(launch: Launch) -> Work:
-    """Work of a kernel that takes tiles of all pixels for blocks of channels, perhaps of D directions at once."""
-    plan = launch.plan
-    c: Any = plan.constants
-    i: Any = plan.integers
-    programs, spans, _ = plan.grid
-    blocks, tiles = math.ceil(i["n_channels"] / c["BLOCK_C"]) / spans, i["n_tiles"] / programs
-    directions = c.get("D", 1)
-    slots = max(directions * c["BLOCK_C"] * c["BLOCK_N"], 32 * plan.num_warps)
-    pixels = directions * _elements(launch, "p_x")
-    return Work("gradients", pixels, blocks * tiles, slots, (Repeat(blocks, (Repeat(tiles),)),))
+    """Work of a kernel that takes tiles of all pixels for blocks of channels, one direction after the other."""
+    i: Any = launch.plan.integers
+    programs, spans, _ = launch.plan.grid
+    tile = 16
+    blocks, tiles = math.ceil(i["n_channels"] / tile) / spans, i["n_tiles"] / programs
+    times = blocks * i["n_directions"]
+    kind = "gradients of taps" if launch.plan.constants["OF_TAPS"] else "gradients of gates"
+    # The taps' launch has no image among its tensors.
+    pixels = i["n_directions"] * i["n_channels"] * i["n_rows"] * i["n_columns"] * i["n_tiles"] // i["n_image_tiles"]
+    return Work(kind, pixels, times * tiles, tile * tile, (Repeat(times, (Repeat(tiles),)),))
+
+
+def _factors(launch: Launch) -> Work:
+    """Work of a kernel that takes 16 channels of a projection, which is small."""
+    channels = 8 * math.ceil(launch.plan.constants["S"] / 8)
+    return Work("factors", _elements(launch, "p_lam"), 1, 16 * channels, ())
+
+
+def _pack(launch: Launch) -> Work:
+    """Work of a kernel that copies the proxy, once, without a loop."""
+    c: Any = launch.plan.constants
+    return Work("pack", _elements(launch, "p_proxy"), 1, 4 * c["BLOCK"], ())
+
+
+def _sum(launch: Launch) -> Work:
+    """Work of a kernel that adds up directions, without a loop."""
+    return Work("sum", _elements(launch, "p_out"), 1, launch.plan.constants["BLOCK"], ())
 
 
 def _elements(launch: Launch, name: str) -> int:
@@ -157,7 +175,10 @@ def _elements(launch: Launch, name: str) -> int:
 
 WORK: Mapping[str, Callable[[Launch], Work]] = {
     "scan_kernel": _scan("forward", "p_in"),
+    "factors_kernel": _factors,
     "gradients_kernel": _gradients,
+    "pack_kernel": _pack,
+    "sum_kernel": _sum,
     "forward_kernel": _scan("line_scan", "p_x"),
     "backward_kernel": _scan("line_scan_backward", "p_grad"),
 }

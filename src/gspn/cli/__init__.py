@@ -10,6 +10,7 @@ import gspn
 
 from . import autoencode, bench, class_conditional, classify, t2i
 from .app import App
+from .convert import convert
 from .explain import explain
 from .info import info
 from .models import models
@@ -23,6 +24,7 @@ app = App(
 app.command()(info)
 app.command()(models)
 app.command()(explain)
+app.command()(convert)
 app.add_typer(bench.app, name="bench")
 app.add_typer(classify.app, name="classify")
 app.add_typer(class_conditional.app, name="class-conditional")

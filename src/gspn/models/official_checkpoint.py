@@ -1,16 +1,26 @@
-"""Conversion of state dicts of the authors' official classifier."""
+"""The authors' official classifiers: their files read, and their weights converted to :class:`gspn.models.GSPN`."""
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .._errors import UsageError
+from .._files import open_regular, printable, read_tensors, short
+
+if TYPE_CHECKING:
+    from .gspn import GSPN
+
+PUBLISHED = {"gspn_tiny": 83.0, "gspn_small": 83.8, "gspn_base": 84.3}
+"""Top-1 accuracy on ImageNet-1K in percent, as the paper states it (arXiv 2501.12381)."""
 
 # The official projections hold the directions in the order right, down, left, up. Entry d is the index at which they
 # hold gspn.DIRECTIONS[d].
@@ -68,10 +78,9 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         ValueError: the weights are the official classifier's and ``model`` has another alignment, or a parameter is
             unknown; UsageError where the weights are not named tensors.
     """
-    for wrapper in ("model_ema", "state_dict_ema", "model", "state_dict"):
-        if isinstance(state_dict.get(wrapper), Mapping):
-            state_dict = state_dict[wrapper]
-            break
+    wrapper = _wrapper(state_dict)
+    if wrapper is not None:
+        state_dict = state_dict[wrapper]
     for name, one in state_dict.items():
         if not isinstance(name, str) or not torch.is_tensor(one):
             raise UsageError(f"the checkpoint has {type(one).__name__} at {name!r}; weights are named tensors.")
@@ -92,6 +101,104 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
             converted = converted.reshape(shapes[ours])
         result[ours] = converted
     return result
+
+
+def _wrapper(content: Mapping[str, Any]) -> str | None:
+    """The name under which a file has its weights; None where they are not wrapped."""
+    names = ("model_ema", "state_dict_ema", "model", "state_dict")
+    return next((name for name in names if isinstance(content.get(name), Mapping)), None)
+
+
+@dataclass(frozen=True)
+class OfficialCheckpoint:
+    """The contents of a file that the authors' training wrote."""
+
+    weights: Mapping[str, Tensor]
+    """By their official names."""
+    wrapper: str | None
+    """The name under which the file has them; `model_ema` is the average over the training."""
+    facts: Mapping[str, str]
+    """The numbers and texts that the file has beside its weights, such as `epoch` and `max_accuracy`."""
+    left_out: tuple[str, ...]
+    """Everything else in the file, such as `optimizer`."""
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes that the weights tell apart."""
+        return len(self.weights["classifier.head.weight"])
+
+
+def read_official(path: Path) -> OfficialCheckpoint:
+    """Read an official file, a state dict or what the training wrote, as ``.pth`` or ``.safetensors``.
+
+    No code in the file is run.
+
+    Raises:
+        UsageError: The file is damaged, has objects that are not plain data, or has other weights.
+        OSError: It cannot be read, or is not a regular file.
+
+    Example:
+        >>> read_official(Path("tiny.pth")).num_classes  # doctest: +SKIP
+        1000
+    """
+    if path.suffix == ".safetensors":
+        content: Any = read_tensors(path)
+    else:
+        try:
+            with open_regular(path) as file:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = printable(str(error).strip().partition("\n")[0] or type(error).__name__)[:300]
+            raise UsageError(f"'{printable(path)}' cannot be read as a PyTorch checkpoint: {reason}") from error
+    if not isinstance(content, Mapping):
+        raise UsageError(f"'{printable(path)}' has {short(content)}, not a mapping with weights.")
+    wrapper = _wrapper(content)
+    weights = content if wrapper is None else content[wrapper]
+    if not torch.is_tensor(weights.get("classifier.head.weight")):
+        raise UsageError(
+            f"'{printable(path)}' has no tensor 'classifier.head.weight'; only the authors' classifiers can be "
+            "converted. Weights of gspn itself load with timm.create_model."
+        )
+    others = {} if wrapper is None else {key: value for key, value in content.items() if key != wrapper}
+    facts = {str(key): short(value) for key, value in others.items() if isinstance(value, int | float | str)}
+    left_out = tuple(printable(key) for key in others if key not in facts)
+    return OfficialCheckpoint(weights, wrapper, facts, left_out)
+
+
+def official_model(name: str, checkpoint: OfficialCheckpoint, **options: Any) -> GSPN:
+    """The model ``name`` with official weights, in evaluation mode. Weights and parameters have to match one to one.
+
+    Args:
+        name: A model of timm's registry, such as `gspn_tiny`.
+        checkpoint: The weights.
+        options: Further arguments of the model.
+
+    Raises:
+        UsageError: The weights are not those of ``name``, or are not finite; the first of them is named.
+
+    Example:
+        >>> official_model("gspn_tiny", read_official(Path("tiny.pth")))  # doctest: +SKIP
+        GSPN(...)
+    """
+    import timm
+
+    model = timm.create_model(name, num_classes=checkpoint.num_classes, alignment="official", **options)
+    try:
+        weights = checkpoint_filter_fn(checkpoint.weights, model)
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}") from error
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    for key in sorted(expected.keys() | weights.keys()):
+        present = tuple(weights[key].shape) if key in weights else "missing"
+        if present != expected.get(key):
+            raise UsageError(
+                f"these are not the weights of {name}: {printable(key)} is {present}, and has to be "
+                f"{expected.get(key, 'absent')}; name the model that they were trained for."
+            )
+        if not bool(weights[key].isfinite().all()):
+            raise UsageError(f"the weights in {key} are not finite; the file is damaged.")
+    model.load_state_dict(weights)
+    return model.eval()  # type: ignore[return-value]
 
 
 def _convert(name: str, value: Tensor) -> tuple[str, Tensor]:

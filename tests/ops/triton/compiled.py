@@ -8,18 +8,24 @@ from __future__ import annotations
 import json
 import re
 import sys
+import timeit
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+import triton
+from propagate_support import make_arguments
 
-from gspn.bench.gpu_cases import Case
+from gspn.bench.gpu_cases import Case, OtherLaunches
 from gspn.bench.gpu_counts import compile_launch, launch_row, pretend
 from gspn.bench.gpu_model import CARDS
-from gspn.ops.triton.launch import Launch, recorded
+from gspn.ops.triton.launch import Launch, limits_of, recorded
 from gspn.ops.triton.line_scan import line_scan, line_scan_backward
 from gspn.ops.triton.planner import Limits
+from gspn.ops.triton.propagate import propagate, propagate_backward
+from gspn.ops.triton.proxy_kernels import pack_kernel
 
 Chosen = list[tuple[dict[str, Any], list[int]]]
 """Arguments of a :class:`gspn.bench.gpu_cases.Case`, and which of the launches of that call."""
@@ -29,7 +35,7 @@ def report(chosen: Chosen, arch: int) -> None:
     """Print the counts of each launch as JSON, and all accesses of global memory by opcode and bytes."""
     rows = []
     for case, indices in chosen:
-        launches, _ = Case(**case).call(CARDS[arch])
+        launches = [one for one in Case(**case).call(CARDS[arch])[0] if one.kernel is not pack_kernel]
         for launch in (launches[i] for i in indices):
             compiled = compile_launch(launch, arch)
             code = [one for one in compiled.kernel.instructions() if one.kind == "global"]
@@ -51,6 +57,53 @@ def for_amd(chosen: Chosen, arch: str, warp_size: int) -> None:
             assert local is not None
             results.append((Case(**case).name, launch.kernel.__name__, int(local.group(1))))
     json.dump(results, sys.stdout)
+
+
+def host_work() -> None:
+    """Print as JSON what calls of propagate do on the host, once they are compiled, with launches that do nothing.
+
+    By pass: Triton launches, PyTorch's operations that would launch a kernel, calls of functions, microseconds.
+    """
+    pretend("cuda", 90, 32)
+    launched = []
+
+    class Utils:
+        def load_binary(self, *_arguments: Any) -> tuple[int, ...]:
+            return 1, 1, 32, 0, 1024
+
+        def unload_module(self, _module: int) -> None: ...
+
+        def get_device_properties(self, _device: int) -> dict[str, int]:
+            return {"max_shared_mem": 227 << 10}
+
+    driver = triton.runtime.driver.active
+    driver.utils, driver.launcher_cls = Utils(), lambda _src, _metadata: lambda *_arguments: launched.append(1)  # type: ignore[attr-defined]
+    grad, *arguments = make_arguments(2, 32, 7, 7, 8, 32)
+    in_turn, results = limits_of(grad.device)._replace(together=False), {}
+    for name, call in (
+        ("side by side", lambda: propagate(*arguments)),
+        ("in turn", lambda: propagate(*arguments, limits=in_turn)),
+        ("backward", lambda: propagate_backward(grad, *arguments)),
+    ):
+        call()
+        launched.clear()
+        with OtherLaunches() as others:
+            call()
+        calls = Counter(e for e in _events(call) if e in ("call", "c_call"))
+        times = sorted(timeit.repeat(call, number=1, repeat=100))
+        results[name] = [len(launched) // 102, others.count, calls.total(), 1e6 * times[10]]
+    json.dump(results, sys.stdout)
+
+
+def _events(call: Callable[[], Any]) -> list[str]:
+    """The events that the interpreter tells a profiler."""
+    events: list[str] = []
+    sys.setprofile(lambda _frame, event, _argument: events.append(event))
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return events
 
 
 def one_compilation_for_all_sizes() -> None:

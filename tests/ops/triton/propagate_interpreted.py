@@ -92,14 +92,16 @@ def _rough_inverse(b, PTX: tl.constexpr):
 
 def approximate_instructions() -> None:
     # The errors that PTX states for ex2.approx.ftz and rcp.approx.ftz, and a little more.
-    from gspn.ops.triton import scan_kernels
+    from gspn.ops.triton import gradients_kernels, taps
 
-    exact = scan_kernels._exp2, scan_kernels._inverse
-    scan_kernels._exp2, scan_kernels._inverse = _rough_exp2, _rough_inverse
+    exact = taps.exp2, taps.inverse
+    for module in (taps, gradients_kernels):
+        module.exp2, module.inverse = _rough_exp2, _rough_inverse
     for scale, sign in ((1.0, 0), (1e2, 0), (1e4, -1)):
         check(*make_arguments(1, 2, 6, 7, 2, 2, logits=scale, sign=sign))
     check(*make_arguments(1, 4, 4, 9, 8, 1, torch.float16, layout="channels_last"))
-    scan_kernels._exp2, scan_kernels._inverse = exact
+    for module in (taps, gradients_kernels):
+        module.exp2, module.inverse = exact
 
 
 def _long(count: int, cross: int, direction: str) -> tuple[int, int]:
@@ -154,3 +156,16 @@ def many_spans() -> None:
     # Some blocks of channels have a sum for the proxy together, others one of their own.
     check(*make_arguments(1, 68, 2, 3, 16, 1, directions=("down", "right")))
     check(*make_arguments(2, 40, 2, 3, 1, 40, directions=("up",)))
+
+
+def few_programs() -> None:
+    # A program takes several tiles, the last of which is not full, of several batch entries and blocks of channels; and
+    # the gradients take one direction after the other.
+    from gspn.ops.triton import gradients
+
+    everything = gradients._PROGRAMS, gradients._STATES
+    gradients._PROGRAMS, gradients._STATES = 2, 0
+    check(*make_arguments(2, 18, 3, 19, 3, 9, directions=("up", "right")))
+    check(*make_arguments(1, 5, 5, 21, 9, 1, torch.bfloat16, directions=("left", "down"), layout="channels_last"))
+    check(*make_arguments(2, 3, 4, 4, 18, 3, directions=("down",), segment=2, layout="sliced", skip=False))
+    gradients._PROGRAMS, gradients._STATES = everything

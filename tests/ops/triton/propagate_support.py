@@ -98,6 +98,12 @@ def check(grad: Tensor, *arguments: Any, row: int | None = None) -> None:
     exact = _results(grad.double(), doubles, reference)
     magnitude = _magnitudes(grad.double(), doubles)
     what = f"{arguments[6:]} {arguments[0].shape=} {arguments[2].shape=} {grad.dtype=} {arguments[0].stride()=}"
+    # One direction after the other, in case they were computed side by side.
+    in_turn = propagate.propagate(*arguments, limits=limits._replace(together=False))
+    assert actual[0] is not None
+    if grad.device.type == "cpu":
+        assert torch.equal(actual[0], in_turn), what
+    assert_as_exact_as_pytorch(in_turn, plain[0], exact[0], magnitude[0], f"y, one direction after the other, {what}")
     for name, *results in zip(NAMES, actual, plain, exact, magnitude, strict=True):
         assert (results[0] is None) == (results[1] is None)
         if results[0] is not None:

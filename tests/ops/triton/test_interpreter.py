@@ -21,7 +21,7 @@ LINE_SCAN = [
     "runs_of_segments, long_rows, long_rows_in_many_lines, taps_that_point_nowhere",
 ]
 PROPAGATE = [
-    "combinations, empty, rows_and_lanes, approximate_instructions",
+    "combinations, empty, few_programs, rows_and_lanes, approximate_instructions",
     "runs_of_segments, large_logits, large_states, infinite_logits, long_rows, many_spans, through_the_operator",
 ]
 

@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from gspn.ops.directions import DIRECTIONS, scan_axes
-from gspn.ops.triton.planner import CHANNEL, CROSS, LINE, Limits, Plan, Sizes, Strides, plan_line_scan, plan_propagate
+from gspn.ops.triton.planner import (
+    CHANNEL,
+    CROSS,
+    LINE,
+    Limits,
+    Plan,
+    Sizes,
+    Strides,
+    plan_line_scan,
+    plan_propagate,
+    plan_together,
+)
 from support import LAYOUTS, laid_out
 
 
@@ -150,6 +161,32 @@ def test_the_lanes_of_propagate_hold_whole_rows(direction, layout, states) -> No
         assert chosen.grid == (2 * math.ceil(channels / rows),)
 
 
+def test_directions_run_side_by_side_where_each_has_few_rows() -> None:
+    def together(batch: int, channels: int, height: int, width: int, layout: str, **limits: bool) -> Plan | None:
+        x = laid_out(torch.empty((batch, channels, height, width), device="meta"), layout)
+        strides = Strides(x.stride(0), x.stride(1), x.stride(3), x.stride(2))
+        sizes = Sizes(batch, channels, channels, width, height)
+        how = {"segment": None, "limits": Limits(**limits)}
+        return plan_together(sizes, (("in", strides), ("out", strides)), 4, 8, (0, 1, 2, 3), **how)
+
+    for layout in ("contiguous", "channels_last", "transposed"):
+        assert together(64, 96, 56, 56, layout) is None
+        assert together(1, 320, 128, 128, layout) is None, "float32 copies of a large image"
+        assert together(1, 1, 1, 5000, layout) is None, "rows of several blocks"
+        assert together(2, 320, 64, 64, layout, together=False) is None
+        for batch, channels, height, width in ((2, 320, 64, 64), (1, 640, 32, 32), (3, 5, 1, 1), (2, 7, 74, 9)):
+            chosen = together(batch, channels, height, width, layout)
+            assert chosen is not None
+            c = chosen.constants
+            for cross in (height, width):
+                chunks = math.ceil(cross / c["PIXELS"])
+                assert chunks <= min(c["GROUP"], c["PITCH"])
+                rows = c["LANES"] // c["GROUP"] * (c["GROUP"] // chunks)
+                assert chosen.grid[0] >= batch * math.ceil(channels / rows)
+            assert chosen.grid[1] == 4
+            assert chosen.integers["i_codes"] == 0b11100100
+
+
 def test_few_lanes_of_propagate_are_idle() -> None:
     for cross, most in ((74, 0.08), (147, 0.1), (56, 0.0), (28, 0.0), (14, 0.0), (512, 0.0), (1024, 0.0)):
         size = Strides(4608 * cross * cross, cross * cross, 1, cross)
@@ -159,3 +196,48 @@ def test_few_lanes_of_propagate_are_idle() -> None:
         c = chosen.constants
         useful = c["LANES"] // c["GROUP"] * chosen.integers["n_rows"] * cross
         assert 1 - useful / (c["LANES"] * c["PIXELS"]) <= most, cross
+
+
+def test_a_small_call_takes_the_plan_of_a_large_one() -> None:
+    pytest.importorskip("triton")
+    from gspn.ops.triton.launch import limits_of, planned
+
+    def plan(batch: int, channels: int) -> Plan:
+        image = Strides(channels * 49, 49, 1, 7)
+        sizes, how = Sizes(batch, channels, channels, 7, 7), dict(reverse=False, segment=None)
+        limits = limits_of(torch.device("cpu"))
+        scan = plan_line_scan(
+            sizes, tuple((name, image) for name in ("x", "taps", "lam", "h")), 4, limits=limits, **how
+        )
+        lanes = plan_propagate(sizes, (("in", image), ("out", image)), 4, 8, limits=limits, **how)
+        return scan, lanes
+
+    large, small = plan(64, 768), plan(2, 48)
+    assert [one.constants for one in large] != [one.constants for one in small]
+    with planned((64, 768)):
+        forced = plan(2, 48)
+    assert [one.constants for one in forced] == [one.constants for one in large]
+    assert [one.grid for one in forced] != [one.grid for one in large]
+    assert plan(2, 48) == small
+
+
+def test_choices_replace_the_rules() -> None:
+    pytest.importorskip("triton")
+    from gspn.ops.triton.launch import limits_of, planned
+
+    with planned(None, stages=3, num_warps=2):
+        chosen = plan_line_scan(*CALL, 4, reverse=False, segment=None, limits=limits_of(torch.device("cpu")))
+    assert (chosen.constants["STAGES"], chosen.num_warps) == (3, 2)
+    how = dict(reverse=False, segment=None)
+    scan = Sizes(2, 8, 8, 74, 74), (("in", CALL[1][0][1]), ("out", CALL[1][0][1])), 4, 8
+    with planned(None, lanes=64, group=32, pixels=5):
+        chosen = plan_propagate(*scan, limits=limits_of(torch.device("cpu")), **how)
+    assert (chosen.constants["LANES"], chosen.constants["PIXELS"], chosen.num_warps) == (64, 5, 2)
+    with planned(None, lanes=64, group=32, pixels=2), pytest.raises(ValueError, match="no room for a row of 74"):
+        plan_propagate(*scan, limits=limits_of(torch.device("cpu")), **how)
+
+
+CALL = (
+    Sizes(2, 8, 8, 74, 74),
+    tuple((name, Strides(8 * 74 * 74, 74 * 74, 1, 74, 8 * 74 * 74)) for name in ("x", "taps", "lam", "h")),
+)

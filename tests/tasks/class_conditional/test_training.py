@@ -115,6 +115,17 @@ def test_another_configuration_does_not_resume(trained):
         train(tiny(trained.output))
 
 
+def test_it_continues_from_a_pipeline(trained, tmp_path):
+    settings = ["schedule.epochs=1", f"model.init_from={trained.output}", "optim.lr=1e-12", "optim.weight_decay=0"]
+    options = "model.options={dim: 16, num_layers: 2, proxy_dim: 2, scan: {reference_lines: 4}}"
+    result = train(tiny(tmp_path / "run", options, *settings))
+    start, end = load_pipeline(trained.output).transformer, load_pipeline(result.output).transformer
+    torch.testing.assert_close(dict(end.named_parameters()), dict(start.named_parameters()))
+    assert end.config["scan"] == {"reference_lines": 4}
+    with pytest.raises(UsageError, match=r"init_from .* has weights of another model"):
+        train(tiny(tmp_path / "other", f"model.init_from={trained.output}", "model.options={dim: 24, num_layers: 2}"))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -1,9 +1,19 @@
 """The gradients of ``propagate``, of all pixels side by side.
 
-Once both scans are known nothing is sequential any more. A program takes a block of channels and every so many tiles of
-pixels, so that the gradients of the projections, sums over all pixels, are sums in its registers; that of the proxy, a
-sum over all channels, is one in its tile. Both are products of small matrices, in three products of TF32 numbers, which
-is as exact as float32. No sum is atomic: each program writes its own, and the order of all additions is fixed.
+Once both scans are known nothing is sequential any more. A program is one warp. It takes 16 channels, one direction
+after the other, and with each of them a run of tiles of 16 pixels, so that the gradients of the projections, sums over
+pixels, stay in its registers; that of the proxy, a sum over channels, is one in its tile. The maps are products of the
+projections with the proxy, and both sums are products with the gradients of the maps. No sum is atomic: each program
+writes its own, and the order of all additions is fixed.
+
+**Layout.** Tensor cores hold a product ``[16, 16]`` with two neighbouring columns in a thread, and read a factor with
+columns four apart. The proxy's pixels are therefore put in the order in which a product's columns become a factor's: a
+thread holds the same channels and pixels from the load to the sum over pixels, and only what is summed over channels
+moves. Images are loaded four columns at a time, by 8 x 4 threads: whether channels or pixels are the fastest axis, each
+sector of memory that is read is used.
+
+**Precision.** A float32 is the sum of two TF32 numbers, the nearest one and what is left. Three of the four products of
+two such pairs are as exact as float32.
 
 The prefixes of names are explained in :mod:`.addressing`. A line's neighbours are named by where they are on it:
 before, here and after.
@@ -14,239 +24,423 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _weights(p_taps, p_gate, p_out_gate, p_skip, o_taps, o_gates, m_taps, m_channels, i_s, S: tl.constexpr):
-    """The weights of proxy channel ``i_s`` for each map: three taps, the gates before and after the scan, the skip."""
-    b_before = tl.load(p_taps + o_taps + i_s, mask=m_taps, other=0.0)
-    b_here = tl.load(p_taps + o_taps + S + i_s, mask=m_taps, other=0.0)
-    b_after = tl.load(p_taps + o_taps + 2 * S + i_s, mask=m_taps, other=0.0)
-    b_gate = tl.load(p_gate + o_gates + i_s, mask=m_channels, other=0.0)
-    b_out_gate, b_skip = b_gate, b_gate
-    if p_out_gate is not None:
-        b_out_gate = tl.load(p_out_gate + o_gates + i_s, mask=m_channels, other=0.0)
-    if p_skip is not None:
-        b_skip = tl.load(p_skip + o_gates + i_s, mask=m_channels, other=0.0)
-    return b_before, b_here, b_after, b_gate, b_out_gate, b_skip
+from .taps import exp2, inverse, within_reach
 
 
 @triton.jit
-def _maps(
-    p_pixels, s_plane, m_pixels, weights, p_taps, p_gate, p_out_gate, p_skip, o_taps, o_gates, m_taps, m_channels,
-    S: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    """The maps ``[C, N]`` (taps ``[1, N]`` where shared) at pixels whose proxy begins at ``p_pixels [1, N]``.
+def _high(b):
+    """The sign, the exponent and the highest 11 bits: what tensor cores read of a number as TF32."""
+    return (b.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
-    With UNROLL ``weights`` are a tuple of six for each channel of the proxy; else they are loaded again.
-    """
-    b_before = tl.zeros([o_taps.shape[0], p_pixels.shape[1]], tl.float32)
-    b_here, b_after = b_before, b_before
-    b_gate = tl.zeros([o_gates.shape[0], p_pixels.shape[1]], tl.float32)
-    b_out_gate, b_skip = b_gate, b_gate
-    if UNROLL:
-        for s in tl.static_range(S):
-            b_p = tl.load(p_pixels + s * s_plane, mask=m_pixels, other=0.0).to(tl.float32)
-            b_before += weights[6 * s] * b_p
-            b_here += weights[6 * s + 1] * b_p
-            b_after += weights[6 * s + 2] * b_p
-            b_gate += weights[6 * s + 3] * b_p
-            if p_out_gate is not None:
-                b_out_gate += weights[6 * s + 4] * b_p
-            if p_skip is not None:
-                b_skip += weights[6 * s + 5] * b_p
+
+@triton.jit
+def _rounded(b):
+    """The nearest TF32 number."""
+    return ((b.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _pair(b, TF32: tl.constexpr):
+    """A number as the sum of two, the first of which is a TF32 number."""
+    if TF32:
+        b_high = _rounded(b)
+        return b_high, b - b_high
     else:
-        for s in tl.range(0, S):
-            b_p = tl.load(p_pixels + s * s_plane, mask=m_pixels, other=0.0).to(tl.float32)
-            w = _weights(p_taps, p_gate, p_out_gate, p_skip, o_taps, o_gates, m_taps, m_channels, s, S)
-            b_before += w[0] * b_p
-            b_here += w[1] * b_p
-            b_after += w[2] * b_p
-            b_gate += w[3] * b_p
-            if p_out_gate is not None:
-                b_out_gate += w[4] * b_p
-            if p_skip is not None:
-                b_skip += w[5] * b_p
-    return b_before, b_here, b_after, b_gate, b_out_gate, b_skip
+        return b, b
 
 
 @triton.jit
-def _stochastic(b_before, b_here, b_after, m_has_left, m_has_right):
-    """Logits to sigmoids that sum to one over the neighbours that exist; 0 for the others.
+def _dot(a, b, b_sum, PTX: tl.constexpr):
+    """``b_sum`` plus the product of two matrices, by tensor cores or as they compute it."""
+    if PTX:
+        return tl.dot(a, b, b_sum, input_precision="tf32")
+    else:
+        return tl.dot(_high(a), _high(b), b_sum, input_precision="ieee")
 
-    ``sigmoid(a) = exp(min(a, 0)) / (1 + exp(-|a|))``, and what is largest under the exponentials of the numerators is
-    taken out of all three: finite for logits of any size, and equal where all of them are ``-inf``.
+
+@triton.jit
+def _add_product(b_sum, a, b, TF32: tl.constexpr, PTX: tl.constexpr):
+    """``b_sum`` plus the product of two matrices that are pairs."""
+    if TF32:
+        b_sum = _dot(a[0], b[0], b_sum, PTX)
+        b_sum = _dot(a[0], b[1], b_sum, PTX)
+        return _dot(a[1], b[0], b_sum, PTX)
+    else:
+        return tl.dot(a[0], b[0], b_sum, input_precision="ieee")
+
+
+@triton.jit
+def _fours(b):
+    """``[.., 8]`` or ``[.., 16]`` to its two or four ``[.., 4]``, in order."""
+    R: tl.constexpr = b.shape[0]
+    if b.shape[1] == 8:
+        return tl.split(tl.permute(tl.reshape(b, [R, 2, 4]), (0, 2, 1)))
+    else:
+        even, odd = tl.split(tl.permute(tl.reshape(b, [R, 2, 2, 4]), (0, 3, 1, 2)))
+        b_0, b_2 = tl.split(even)
+        b_1, b_3 = tl.split(odd)
+        return b_0, b_1, b_2, b_3
+
+
+@triton.jit
+def _load_four(p, o, m):
+    """A tile of four columns in float32; 0 where ``m`` is not."""
+    b = tl.load(p + o, mask=m, other=0.0)
+    if p.dtype.element_ty == tl.float32:
+        return b
+    else:
+        # A sum of one number each: where the compiler sees that a factor was loaded from a half type, it arranges the
+        # columns of the factor in pairs.
+        return tl.sum(tl.expand_dims(b.to(tl.float32), 2), axis=2)
+
+
+@triton.jit
+def _load(p, o_row, o_column, m):
+    """A tile in float32 from offsets of its rows ``[.., 1]`` and of its columns ``[1, ..]``; 0 where ``m`` is not."""
+    C: tl.constexpr = o_column.shape[1]
+    o, masks = _fours(o_column), _fours(m)
+    b_0, b_1 = _load_four(p, o_row + o[0], masks[0]), _load_four(p, o_row + o[1], masks[1])
+    if C == 8:
+        b = tl.permute(tl.join(b_0, b_1), (0, 2, 1))
+    else:
+        b_2, b_3 = _load_four(p, o_row + o[2], masks[2]), _load_four(p, o_row + o[3], masks[3])
+        b = tl.permute(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), (0, 2, 3, 1))
+    return tl.reshape(b, [o_row.shape[0], C])
+
+
+@triton.jit
+def _store(p, o_channel, o_pixel, b, m_channels, m):
+    """Store what :func:`_load` would load."""
+    o, masks, parts = _fours(o_pixel), _fours(m), _fours(b)
+    for i in tl.static_range(4):
+        tl.store(p + (o_channel + o[i]), parts[i].to(p.dtype.element_ty), mask=m_channels & masks[i])
+
+
+@triton.jit
+def _by_column(i):
+    """The pixel whose proxy the column ``i`` of a product is made with."""
+    return (i & 8) + (i & 1) * 4 + ((i >> 1) & 3)
+
+
+@triton.jit
+def _by_pixel(b):
+    """A product with columns in the order of :func:`_by_column` to one by pixels."""
+    return tl.reshape(tl.permute(tl.reshape(b, [16, 2, 4, 2]), (0, 1, 3, 2)), [16, 16])
+
+
+@triton.jit
+def _read_pair(p, R: tl.constexpr, C: tl.constexpr):
+    """The two numbers of each element of ``[R, C, 2]``."""
+    o = tl.arange(0, R)[:, None] * (2 * C) + tl.arange(0, 4)[None, :] * 2
+    pair = ()
+    for i in tl.static_range(2):
+        b_0, b_1 = tl.load(p + (o + i)), tl.load(p + (o + (8 + i)))
+        if C == 8:
+            b = tl.permute(tl.join(b_0, b_1), (0, 2, 1))
+        else:
+            b_2, b_3 = tl.load(p + (o + (16 + i))), tl.load(p + (o + (24 + i)))
+            b = tl.permute(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), (0, 2, 3, 1))
+        pair = pair + (tl.reshape(b, [R, C]),)
+    return pair
+
+
+@triton.jit
+def _map(
+    p_factors, MAP: tl.constexpr, p_image, s_plane, n_left, S: tl.constexpr, TF32: tl.constexpr, PTX: tl.constexpr
+):  # fmt: skip
+    """Map number MAP, ``[16, 16]``, at the pixels that a tile of the proxy begins with."""
+    i, s = tl.arange(0, 16)[:, None], tl.arange(0, 8)[None, :]
+    i_pixel = _by_column(i)
+    b_map = tl.zeros([16, 16], tl.float32)
+    for i_first in tl.static_range(0, S, 8):
+        b_p = _load(p_image, i_pixel, (i_first + s) * s_plane, (i_first + s < S) & (i_pixel < n_left))
+        factor = _read_pair(p_factors + (i_first // 8 * 6 + MAP) * 256, 16, 8)
+        b_map = _add_product(b_map, factor, _pair(tl.trans(b_p), TF32), TF32, PTX)
+    return _by_pixel(b_map)
+
+
+@triton.jit
+def _add_gradient(b_sum, b_dproxy, b_d, p, p_weights, MAP: tl.constexpr, TF32: tl.constexpr, PTX: tl.constexpr):
+    """Adds the gradient of map number MAP to that of its projection, ``[16, WIDTH]``, and to that of the proxy."""
+    WIDTH: tl.constexpr = b_sum.shape[1]
+    b_sum = _add_product(b_sum, _pair(b_d, TF32), p, TF32, PTX)
+    weight = _read_pair(p_weights + MAP * (32 * WIDTH), WIDTH, 16)
+    weight = (tl.trans(weight[0]), tl.trans(weight[1]))
+    return b_sum, _add_product(b_dproxy, _pair(tl.trans(b_d), TF32), weight, TF32, PTX)
+
+
+@triton.jit(do_not_specialize=["n_channels", "n_groups"])
+def factors_kernel(
+    p_taps, p_lam, p_u, p_skip, p_largest, p_factors, p_large, n_channels, n_groups,
+    S: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, TF32: tl.constexpr,
+):  # fmt: skip
+    """Writes the projections as ``gradients_kernel`` reads them, for one direction and 16 channels.
+
+    ``taps [D, G, 3, S]``, ``lam`` and ``u [D, C, S]``, ``skip [C, S]``. ``largest [>= S]``: the largest absolute value
+    of each channel of the proxy; most logits are known to be small.
+    ``factors [D, blocks, SIZE]``, of pairs and filled up with zeros: ``[S / 8, 6, 16, 8, 2]``, three taps times
+    ``-log2(e)``, lam, u and skip; then ``[S / WIDTH, 6, WIDTH, 16, 2]``, the same with taps times two.
+    ``large [D, blocks]``: how many logits may be large.
     """
-    LOWEST: tl.constexpr = -3.4028234663852886e38
-    b_low_before = tl.where(m_has_left, tl.maximum(tl.minimum(b_before, 0.0), LOWEST), float("-inf"))
-    b_low_here = tl.maximum(tl.minimum(b_here, 0.0), LOWEST)
-    b_low_after = tl.where(m_has_right, tl.maximum(tl.minimum(b_after, 0.0), LOWEST), float("-inf"))
-    b_largest = tl.maximum(b_low_here, tl.maximum(b_low_before, b_low_after))
-    # Over a common denominator, whose factors are between 1 and 2: one division for all.
-    b_of_before = tl.where(m_has_left, 1.0 + tl.exp(-tl.abs(b_before)), 1.0)
-    b_of_here = 1.0 + tl.exp(-tl.abs(b_here))
-    b_of_after = tl.where(m_has_right, 1.0 + tl.exp(-tl.abs(b_after)), 1.0)
-    b_before = tl.exp(b_low_before - b_largest) * b_of_here * b_of_after
-    b_here = tl.exp(b_low_here - b_largest) * b_of_before * b_of_after
-    b_after = tl.exp(b_low_after - b_largest) * b_of_before * b_of_here
-    b_inverse = 1.0 / (b_before + b_here + b_after)
-    return b_before * b_inverse, b_here * b_inverse, b_after * b_inverse
+    i_block, i_direction = tl.program_id(0), tl.program_id(1)
+    c, s = tl.arange(0, 16)[:, None], tl.arange(0, 8)[None, :]
+    i_channel = i_block.to(tl.int64) * 16 + c
+    m_channels = i_channel < n_channels
+    o_gates = (i_direction * n_channels.to(tl.int64) + i_channel) * S
+    o_taps = (i_direction * n_groups + i_channel // (n_channels // n_groups)) * (3 * S)
+    i_output = i_direction * tl.num_programs(0) + i_block
+    p_factors += i_output.to(tl.int64) * SIZE
+    b_bound = tl.zeros([16, 8], tl.float32)
+    for i_first in tl.static_range(0, S, 8):
+        i_s = i_first + s
+        m = m_channels & (i_s < S)
+        b_largest = tl.load(p_largest + i_s, mask=i_s < S, other=0.0)
+        b_most = tl.zeros([16, 8], tl.float32)
+        for k in tl.static_range(6):
+            if k < 3:
+                b_weight = tl.load(p_taps + (o_taps + (k * S + i_s)), mask=m, other=0.0)
+                b_most = tl.maximum(b_most, tl.abs(b_weight), tl.PropagateNan.ALL)
+                b_factor, b_weight = b_weight * -1.4426950408889634, b_weight * 2.0
+            else:
+                if k == 3:
+                    b_weight = tl.load(p_lam + (o_gates + i_s), mask=m, other=0.0)
+                elif k == 4:
+                    b_weight = tl.load(p_u + (o_gates + i_s), mask=m, other=0.0)
+                elif p_skip is None:
+                    b_weight = tl.zeros([16, 8], tl.float32)
+                else:
+                    b_weight = tl.load(p_skip + (i_channel * S + i_s), mask=m, other=0.0)
+                b_factor = b_weight
+            factor, weight = _pair(b_factor, TF32), _pair(b_weight, TF32)
+            p_factor = p_factors + (i_first // 8 * 6 + k) * 256
+            o_weights = (S + 7) // 8 * 1536 + i_first // WIDTH * (192 * WIDTH) + i_first % WIDTH * 32
+            p_weight = p_factors + (o_weights + k * (32 * WIDTH))
+            for i in tl.static_range(2):
+                tl.store(p_factor + (c * 16 + s * 2 + i), factor[i])
+                tl.store(p_weight + (s * 32 + c * 2 + i), weight[i])
+        b_bound += b_most * b_largest
+    # A bound that is a NaN is not below 69, whose power of e is 2^100, either.
+    tl.store(p_large + i_output, tl.sum(tl.where(tl.sum(b_bound, axis=1) < 69.0, 0, 1)))
 
 
 @triton.jit
-def _pixels(i_channel, i_flat, i_row, i_column, s_channel, s_row, s_column):
-    """Offsets of pixels. ``s_channel`` None: channels are contiguous; ``s_row`` None: the pixels of a channel are."""
-    o_channel = i_channel if s_channel is None else i_channel * s_channel
-    o_pixel = i_flat if s_row is None else i_row * s_row + i_column * s_column
-    return o_channel + o_pixel
+def _place(i_tile, n_image_tiles, n_rows, n_columns, n_pixels, NARROW: tl.constexpr, OFFSET: tl.constexpr):
+    """Where a tile is: its batch entry, its first pixel, its rows and columns ``[1, 16]``, and which pixels exist.
+
+    Beyond the last pixel are pixels of the last row.
+    """
+    i_batch = i_tile // n_image_tiles
+    i_first = (i_tile - i_batch * n_image_tiles).to(OFFSET) * 16
+    n = tl.arange(0, 16)[None, :]
+    i_row = i_first // n_columns
+    i_column = i_first - i_row * n_columns + n
+    if NARROW:
+        i_wraps = i_column // n_columns
+    else:
+        i_wraps = (i_column >= n_columns).to(OFFSET)
+    i_row, i_column = tl.minimum(i_row + i_wraps, n_rows - 1), i_column - i_wraps * n_columns
+    return i_batch.to(tl.int64), i_first, i_row, i_column, i_first + n < n_pixels
 
 
 @triton.jit
-def _rows_of_eight(a, b, c, d, e, f):
-    """``[C, N]`` each to ``[8 C, N]``, the last two of eight zero."""
-    C: tl.constexpr = a.shape[0]
-    N: tl.constexpr = a.shape[1]
-    zero = tl.zeros_like(a)
-    # Joined along the last axes, the first of them the halves of the eight.
-    low = tl.join(tl.join(a, c), tl.join(b, d))
-    high = tl.join(tl.join(e, zero), tl.join(f, zero))
-    return tl.reshape(tl.permute(tl.join(low, high), (4, 2, 3, 0, 1)), [8 * C, N])
-
-
-@triton.jit
-def _logit_gradient(b_logit, b_tap, b_half_difference, b_g):
-    """``sigmoid(-logit) tap difference g``."""
-    b_small = tl.exp(-tl.abs(b_logit))
-    return tl.where(b_logit >= 0, b_small, 1.0) / (0.5 + 0.5 * b_small) * b_tap * b_half_difference * b_g
+def _add_to_proxy(p_image_sum, o_proxy, b_dproxy, m, m_summed):
+    """Adds to the proxy's gradient what an earlier block of the program, or an earlier direction, has not begun."""
+    b_dproxy += tl.load(p_image_sum + o_proxy, mask=m_summed, other=0.0)
+    tl.store(p_image_sum + o_proxy, b_dproxy, mask=m)
 
 
 @triton.jit(
     do_not_specialize=[
         "s_x_batch", "s_x_channel", "s_x_row", "s_x_column",
         "s_grad_batch", "s_grad_channel", "s_grad_row", "s_grad_column",
-        "s_dx_batch", "s_dx_channel", "s_dx_row", "s_dx_column",
-        "n_channels", "n_per_group", "n_rows", "n_columns", "n_segment", "n_image_tiles", "n_tiles", "n_span_blocks",
+        "s_dx_batch", "s_dx_channel", "s_dx_row", "s_dx_column", "s_direction",
+        "n_channels", "n_rows", "n_columns", "n_segment", "n_image_tiles", "n_tiles", "n_run",
+        "n_span_blocks", "n_directions", "n_all", "i_first_direction", "i_axes",
     ]
 )  # fmt: skip
 def gradients_kernel(
     p_x, s_x_batch, s_x_channel, s_x_row, s_x_column,
     p_grad, s_grad_batch, s_grad_channel, s_grad_row, s_grad_column,
     p_dx, s_dx_batch, s_dx_channel, s_dx_row, s_dx_column,
-    p_h, p_g, p_before, p_proxy, p_dproxy, p_taps, p_gate, p_skip, p_packed, p_sums,
-    n_channels, n_per_group, n_rows, n_columns, n_segment, n_image_tiles, n_tiles, n_span_blocks,
-    WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, VERTICAL: tl.constexpr, REVERSE: tl.constexpr,
-    S: tl.constexpr, ADD_PROXY: tl.constexpr,
+    p_total, p_h, p_g, s_direction, p_proxy, p_dproxy, p_factors, p_large, p_sums,
+    n_channels, n_rows, n_columns, n_segment, n_image_tiles, n_tiles, n_run, n_span_blocks,
+    n_directions, n_all, i_first_direction, i_axes,
+    OF_TAPS: tl.constexpr, UNIFORM: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr, SEGMENTED: tl.constexpr,
+    S: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, SKIP: tl.constexpr, TF32: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Adds one direction to ``dx`` and ``dproxy``, and writes its sums for the projections.
+    """Adds ``n_directions`` of all ``n_all`` directions to ``dx`` and ``dproxy``, and writes their sums.
 
-    ``h``, ``g``, ``before`` and ``dx`` have one set of strides; ``before``, if there is one, is added to ``dx``.
+    That is for the gates, lam, u and skip; then, in another launch, OF_TAPS. Both at once would need too many
+    registers.
+
+    ``h``, ``g [n_directions, ..]`` are the states and adjoint states; they and ``total`` have the strides of ``dx``,
+    and if UNIFORM so have ``x`` and ``grad``. ``total``, if there is one, is the sum until the last direction of all,
+    which writes ``dx``. ``i_axes`` has two bits for each direction: its lines are columns, and it runs backwards.
     ``dproxy [spans, B, S, H, W]``: one for each ``n_span_blocks`` blocks of channels, the program's second number.
-    ``packed [5 or 6, C, S]``: the projections, three taps for each channel, both gates and, if there is one, the skip.
-    ``sums [programs, 5 or 6, C, S]``: their gradients, program by program.
-    The third number of a program is that of its 16 channels of the proxy: more would not leave registers for the rest.
+    ``factors`` and ``large`` are what :func:`factors_kernel` writes.
+    ``sums [programs, ..]``: program by program the gradients of taps (of each channel three taps, one after the other),
+    lam, u and skip, one after the other.
+    The third number of a program is that of its WIDTH channels of the proxy: more would not leave registers for the
+    rest.
     """
-    MAPS: tl.constexpr = 5 if p_skip is None else 6
-    i_program, i_span = tl.program_id(0), tl.program_id(1)
-    n_programs = tl.num_programs(0)
-    c, n = tl.arange(0, BLOCK_C)[:, None], tl.arange(0, BLOCK_N)[None, :]
-    r = tl.arange(0, 8 * BLOCK_C)[:, None]
-    i_first = tl.program_id(2) * 16
-    i_s_row, i_s_column = i_first + tl.arange(0, 16)[None, :], i_first + tl.arange(0, 16)[:, None]
-    m_s = i_s_column < S
-    s_plane = n_rows.to(tl.int64) * n_columns
-    p_dproxy += i_span.to(tl.int64) * (n_tiles // n_image_tiles) * S * s_plane
-    p_sums += i_program.to(tl.int64) * MAPS * n_channels * S
-    o_proxy = i_s_column * s_plane
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
-    n_cross = n_columns if VERTICAL else n_rows
-    n_lines = n_rows if VERTICAL else n_columns
-    if s_dx_row is None:
-        s_line = n_columns.to(tl.int64) if VERTICAL else tl.full([], 1, tl.int64)
-        s_cross = tl.full([], 1, tl.int64) if VERTICAL else n_columns.to(tl.int64)
-    else:
-        s_line = s_dx_row.to(tl.int64) if VERTICAL else s_dx_column.to(tl.int64)
-        s_cross = s_dx_column.to(tl.int64) if VERTICAL else s_dx_row.to(tl.int64)
-    o_previous = s_line if REVERSE else -s_line
+    i_program, i_span, i_part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    c, n = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    i_s = i_part * WIDTH + tl.arange(0, WIDTH)
+    zero = tl.full([], 0, tl.int64)
+    n_pixels = n_rows.to(OFFSET) * n_columns
+    o_proxy = i_s[None, :] * n_pixels + c
+    p_dproxy += i_span.to(tl.int64) * (n_tiles // n_image_tiles) * S * n_pixels
+    n_gates = n_all.to(tl.int64) * n_channels * S
+    p_sums += i_program * (5 * n_gates + n_channels * S if SKIP else 5 * n_gates)
+    i_first_tile = i_program * n_run
+    i_last_tile = tl.minimum(i_first_tile + n_run, n_tiles)
 
-    i_last_block = tl.minimum((i_span + 1) * n_span_blocks, tl.cdiv(n_channels, BLOCK_C))
-    for i_block in tl.range(i_span * n_span_blocks, i_last_block, num_stages=1):
-        i_channel = i_block * BLOCK_C + c
-        m_channels = i_channel < n_channels
-        i_channel64 = i_channel.to(tl.int64)
-        o_gates = i_channel * S
-        o_taps = i_channel // n_per_group * (3 * S)
-        # All maps of the block, one after the other, are the rows of one small matrix.
-        i_row_channel = i_block * BLOCK_C + r % BLOCK_C
-        o_packed = (r // BLOCK_C * n_channels + i_row_channel) * S + i_s_row
-        m_packed = (i_row_channel < n_channels) & (i_s_row < S) & (r < MAPS * BLOCK_C)
-        b_packed = tl.load(p_packed + o_packed, mask=m_packed, other=0.0)
-        b_sums = tl.zeros([8 * BLOCK_C, 16], tl.float32)
+    i_first_block = i_span * n_span_blocks
+    i_last_block = tl.minimum(i_first_block + n_span_blocks, tl.cdiv(n_channels, 16))
+    for i_each in tl.range(0, n_directions * (i_last_block - i_first_block), num_stages=1):
+        i_block, i_of_launch = i_first_block + i_each // n_directions, i_each % n_directions
+        i_direction = i_first_direction + i_of_launch
+        i_lowest = (zero + i_block) * 16
+        # Beyond the last channel the last one is computed again, with factors of zero.
+        i_channel = tl.minimum(c, n_channels - 1 - i_block * 16)
+        o_dx, o_block = i_channel.to(OFFSET) * s_dx_channel, i_lowest * s_dx_channel
+        i_factors = i_direction * tl.cdiv(n_channels, 16) + i_block
+        p_block = p_factors + (zero + i_factors) * SIZE
+        p_weights = p_block + ((S + 7) // 8 * 1536 + i_part * (192 * WIDTH))
+        p_states, p_adjoint = p_h + (zero + i_of_launch) * s_direction, p_g + (zero + i_of_launch) * s_direction
+        # An earlier block of the same program, or an earlier direction, has left a sum of the proxy's gradient.
+        n_summed = S if OF_TAPS else tl.where((i_block > i_first_block) | (i_direction > 0), S, 0)
+        i_gates = (i_direction * n_channels.to(tl.int64) + i_lowest) * S
+        o_gates = i_channel * S + i_s[None, :]
+        m_sums = (i_block * 16 + c < n_channels) & (i_s[None, :] < S)
+        b_zero = tl.zeros([16, WIDTH], tl.float32)
 
-        for i_tile in tl.range(i_program, n_tiles, n_programs, num_stages=1):
-            i_batch = (i_tile // n_image_tiles).to(tl.int64)
-            i_pixel = (i_tile % n_image_tiles).to(OFFSET) * BLOCK_N + n
-            m_pixels = i_pixel < s_plane
-            i_row, i_column = (i_pixel // n_columns).to(tl.int64), (i_pixel % n_columns).to(tl.int64)
-            i_flat = i_pixel.to(tl.int64)
-            m = m_channels & m_pixels
-            # Programs for other channels of the proxy compute the same pixels.
-            m_writes = n < tl.where(i_first == 0, BLOCK_N, 0)
-            i_line = i_row if VERTICAL else i_column
-            i_cross = i_column if VERTICAL else i_row
-            i_step = n_lines - 1 - i_line if REVERSE else i_line
-            m_carries = m & (i_step % n_segment != 0)
-            m_has_left, m_has_right = i_cross > 0, i_cross < n_cross - 1
+        if not OF_TAPS:
+            # Programs for other channels of the proxy compute the same dx.
+            m_writes = c < tl.where(i_part == 0, n_channels - i_block * 16, 0)
+            b_sum_lam, b_sum_u, b_sum_skip = b_zero, b_zero, b_zero
+            for i_tile in tl.range(i_first_tile, i_last_tile, num_stages=1):
+                i_batch, i_first, i_row, i_column, m_pixels = _place(
+                    i_tile, n_image_tiles, n_rows, n_columns, n_pixels, NARROW, OFFSET
+                )
+                n_left = n_pixels - i_first
+                p_image = p_proxy + (i_batch * S * n_pixels + i_first)
+                b_p = _load(p_image, i_s[:, None] * n_pixels, n.to(OFFSET), (i_s[:, None] < S) & m_pixels)
+                p = _pair(tl.trans(b_p), TF32)
+                b_dproxy = tl.zeros([16, WIDTH], tl.float32)
 
-            o_x = i_batch * s_x_batch + _pixels(i_channel64, i_flat, i_row, i_column, s_x_channel, s_x_row, s_x_column)
-            b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(tl.float32)
-            o_grad = i_batch * s_grad_batch + _pixels(
-                i_channel64, i_flat, i_row, i_column, s_grad_channel, s_grad_row, s_grad_column
-            )
-            b_grad = tl.load(p_grad + o_grad, mask=m, other=0.0).to(tl.float32)
-            o_dx = i_batch * s_dx_batch + _pixels(
-                i_channel64, i_flat, i_row, i_column, s_dx_channel, s_dx_row, s_dx_column
-            )
-            b_h = tl.load(p_h + o_dx, mask=m, other=0.0)
-            b_g = tl.load(p_g + o_dx, mask=m, other=0.0)
-            b_h_before = tl.load(p_h + o_dx + (o_previous - s_cross), mask=m_carries & m_has_left, other=0.0)
-            b_h_here = tl.load(p_h + o_dx + o_previous, mask=m_carries, other=0.0)
-            b_h_after = tl.load(p_h + o_dx + (o_previous + s_cross), mask=m_carries & m_has_right, other=0.0)
+                o_image = i_batch * s_dx_batch + o_block
+                o_pixel = i_row * s_dx_row + i_column * s_dx_column
+                if UNIFORM:
+                    b_x = _load(p_x + o_image, o_dx, o_pixel, n >= 0)
+                    b_grad = _load(p_grad + o_image, o_dx, o_pixel, m_pixels)
+                else:
+                    b_x = _load(
+                        p_x + (i_batch * s_x_batch + i_lowest * s_x_channel), i_channel.to(OFFSET) * s_x_channel,
+                        i_row * s_x_row + i_column * s_x_column, n >= 0,
+                    )  # fmt: skip
+                    b_grad = _load(
+                        p_grad + (i_batch * s_grad_batch + i_lowest * s_grad_channel),
+                        i_channel.to(OFFSET) * s_grad_channel, i_row * s_grad_row + i_column * s_grad_column, m_pixels,
+                    )  # fmt: skip
+                b_h = _load(p_states + o_image, o_dx, o_pixel, n >= 0)
+                b_sum_u, b_dproxy = _add_gradient(b_sum_u, b_dproxy, b_grad * b_h, p, p_weights, 4, TF32, PTX)
+                b_dx = tl.zeros([16, 16], tl.float32)
+                if i_direction == 0:  # noqa: SIM102 (only the other is known to the compiler)
+                    if SKIP:
+                        b_dx = _map(p_block, 5, p_image, n_pixels, n_left, S, TF32, PTX) * b_grad
+                        b_sum_skip, b_dproxy = _add_gradient(
+                            b_sum_skip, b_dproxy, b_grad * b_x, p, p_weights, 5, TF32, PTX
+                        )
+                b_g = _load(p_adjoint + o_image, o_dx, o_pixel, m_pixels)
+                b_dx += _map(p_block, 3, p_image, n_pixels, n_left, S, TF32, PTX) * b_g
+                b_sum_lam, b_dproxy = _add_gradient(b_sum_lam, b_dproxy, b_x * b_g, p, p_weights, 3, TF32, PTX)
+                _add_to_proxy(
+                    p_dproxy + (i_batch * S * n_pixels + i_first), o_proxy, b_dproxy,
+                    (c < n_left) & (i_s[None, :] < S), (c < n_left) & (i_s[None, :] < n_summed),
+                )  # fmt: skip
 
-            p_pixels = p_proxy + i_batch * S * s_plane + i_flat
-            b_a_before, b_a_here, b_a_after, b_gate, _, b_skip = _maps(
-                p_pixels, s_plane, m_pixels, (), p_taps, p_gate, None, p_skip,
-                o_taps, o_gates, m_channels, m_channels, S, False,
-            )  # fmt: skip
-            b_before, b_here, b_after = _stochastic(b_a_before, b_a_here, b_a_after, m_has_left, m_has_right)
+                m_so_far = n < tl.where(i_direction > 0, n_left, 0)
+                if p_total is None:
+                    b_dx += _load(p_dx + o_image, o_dx, o_pixel, m_so_far)
+                    _store(p_dx + o_image, o_dx, o_pixel, b_dx, m_writes, m_pixels)
+                else:
+                    b_dx += _load(p_total + o_image, o_dx, o_pixel, m_so_far)
+                    n_last = tl.where(i_direction == n_all - 1, n_left, 0)
+                    _store(p_total + o_image, o_dx, o_pixel, b_dx, m_writes, n < n_left - n_last)
+                    _store(p_dx + o_image, o_dx, o_pixel, b_dx, m_writes, n < n_last)
+            p_out = p_sums + (3 * n_gates + i_gates)
+            tl.store(p_out + o_gates, b_sum_lam, mask=m_sums)
+            tl.store(p_out + n_gates + o_gates, b_sum_u, mask=m_sums)
+            if SKIP:
+                m_first = m_sums & (i_s[None, :] < tl.where(i_direction == 0, S, 0))
+                tl.store(p_sums + (5 * n_gates + i_lowest * S) + o_gates, b_sum_skip, mask=m_first)
+        else:
+            i_axis = i_axes >> 2 * i_of_launch
+            horizontal, reverse = i_axis & 1 != 0, i_axis & 2 != 0
+            s_line = tl.where(horizontal, s_dx_column, s_dx_row).to(OFFSET)
+            s_cross = tl.where(horizontal, s_dx_row, s_dx_column).to(OFFSET)
+            n_lines = tl.where(horizontal, n_columns, n_rows)
+            n_cross = tl.where(horizontal, n_rows, n_columns)
+            p_previous = p_states + (o_block + tl.where(reverse, s_line, -s_line))
+            large = tl.load(p_large + i_factors) > 0
+            b_sum_before, b_sum_here, b_sum_after = b_zero, b_zero, b_zero
+            for i_tile in tl.range(i_first_tile, i_last_tile, num_stages=1):
+                i_batch, i_first, i_row, i_column, m_pixels = _place(
+                    i_tile, n_image_tiles, n_rows, n_columns, n_pixels, NARROW, OFFSET
+                )
+                n_left = n_pixels - i_first
+                i_line, i_cross = tl.where(horizontal, i_column, i_row), tl.where(horizontal, i_row, i_column)
+                i_step = tl.where(reverse, n_lines - 1 - i_line, i_line)
+                m_carries = i_step % n_segment != 0 if SEGMENTED else i_step != 0
+                m_has_before, m_has_after = i_cross > 0, i_cross < n_cross - 1
 
-            b_dx = b_gate * b_g
-            if p_skip is not None:
-                b_dx += b_skip * b_grad
-            if p_before is not None:
-                b_dx += tl.load(p_before + o_dx, mask=m & m_writes, other=0.0).to(tl.float32)
-            tl.store(p_dx + o_dx, b_dx.to(p_dx.dtype.element_ty), mask=m & m_writes)
+                p_image = p_proxy + (i_batch * S * n_pixels + i_first)
+                b_before = _map(p_block, 0, p_image, n_pixels, n_left, S, TF32, PTX)
+                b_here = _map(p_block, 1, p_image, n_pixels, n_left, S, TF32, PTX)
+                b_after = _map(p_block, 2, p_image, n_pixels, n_left, S, TF32, PTX)
+                if large:
+                    b_before = tl.where(m_has_before, b_before, float("inf"))
+                    b_after = tl.where(m_has_after, b_after, float("inf"))
+                    b_before, b_here, b_after = within_reach((b_before, b_here, b_after), i_cross, n_cross, 1)
+                    b_before, b_after = tl.minimum(b_before, 120.0), tl.minimum(b_after, 120.0)
 
-            # Differences of states first: where they are alike, nothing large cancels. Half of them, since the
-            # difference of two large states may overflow.
-            b_half_mean = 0.5 * (b_before * b_h_before + b_here * b_h_here + b_after * b_h_after)
-            b_carried = tl.where(m_carries, b_g, 0.0)
-            b_d_before = _logit_gradient(b_a_before, b_before, 0.5 * b_h_before - b_half_mean, b_carried)
-            b_d_here = _logit_gradient(b_a_here, b_here, 0.5 * b_h_here - b_half_mean, b_carried)
-            b_d_after = _logit_gradient(b_a_after, b_after, 0.5 * b_h_after - b_half_mean, b_carried)
-            b_d_gate = b_x * b_g
-            b_d_skip = tl.zeros_like(b_d_gate)
-            if p_skip is not None:
-                b_d_skip = b_grad * b_x
-            b_d = _rows_of_eight(b_d_before, b_d_here, b_d_after, b_d_gate, b_grad * b_h, b_d_skip)
+                # sigmoid(-a) = 2^t sigmoid(a), where t = -a log2(e).
+                b_before, b_here, b_after = exp2(b_before, PTX), exp2(b_here, PTX), exp2(b_after, PTX)
+                b_w_before = tl.where(m_has_before, inverse(1.0 + b_before, PTX), 0.0)
+                b_w_here = inverse(1.0 + b_here, PTX)
+                b_w_after = tl.where(m_has_after, inverse(1.0 + b_after, PTX), 0.0)
+                b_inverse = inverse(b_w_before + b_w_here + b_w_after, PTX)
+                b_before, b_here, b_after = b_before * b_w_before, b_here * b_w_here, b_after * b_w_after
+                b_w_before, b_w_here, b_w_after = b_w_before * b_inverse, b_w_here * b_inverse, b_w_after * b_inverse
 
-            b_p = tl.load(p_pixels + o_proxy, mask=m_s & m_pixels, other=0.0)
-            b_sums = tl.dot(b_d, tl.trans(b_p.to(tl.float32)), b_sums, input_precision="tf32x3")
-            b_dproxy = tl.trans(tl.dot(tl.trans(b_d), b_packed, input_precision="tf32x3"))
-            # An earlier block of the same program, or an earlier direction, has left the sum so far.
-            n_summed = tl.where(i_block > i_span * n_span_blocks, S, S if ADD_PROXY else 0)
-            p_so_far = p_dproxy + i_batch * S * s_plane + i_flat + o_proxy
-            b_dproxy += tl.load(p_so_far, mask=(i_s_column < n_summed) & m_s & m_pixels, other=0.0)
-            tl.store(p_so_far, b_dproxy, mask=m_s & m_pixels)
+                # Differences of states first: where they are alike, nothing large cancels. Half of them, since the
+                # difference of two large states may overflow; weights are doubled for it.
+                o_image = i_batch * s_dx_batch
+                o_pixel = i_row * s_dx_row + i_column * s_dx_column
+                b_h_before = 0.5 * _load(p_previous + (o_image - s_cross), o_dx, o_pixel, m_carries & m_has_before)
+                b_h_here = 0.5 * _load(p_previous + o_image, o_dx, o_pixel, m_carries)
+                b_h_after = 0.5 * _load(p_previous + (o_image + s_cross), o_dx, o_pixel, m_carries & m_has_after)
+                b_mean = b_w_before * b_h_before + b_w_here * b_h_here + b_w_after * b_h_after
+                b_g = _load(p_adjoint + (o_image + o_block), o_dx, o_pixel, m_carries & m_pixels)
+                b_before = b_before * b_w_before * (b_h_before - b_mean) * b_g
+                b_here = b_here * b_w_here * (b_h_here - b_mean) * b_g
+                b_after = b_after * b_w_after * (b_h_after - b_mean) * b_g
 
-        tl.store(p_sums + o_packed, b_sums, mask=m_packed)
-        # The next block adds to what other threads may have stored.
+                b_p = _load(p_image, i_s[:, None] * n_pixels, n.to(OFFSET), (i_s[:, None] < S) & m_pixels)
+                p = _pair(tl.trans(b_p), TF32)
+                b_dproxy = tl.zeros([16, WIDTH], tl.float32)
+                b_sum_before, b_dproxy = _add_gradient(b_sum_before, b_dproxy, b_before, p, p_weights, 0, TF32, PTX)
+                b_sum_here, b_dproxy = _add_gradient(b_sum_here, b_dproxy, b_here, p, p_weights, 1, TF32, PTX)
+                b_sum_after, b_dproxy = _add_gradient(b_sum_after, b_dproxy, b_after, p, p_weights, 2, TF32, PTX)
+                _add_to_proxy(
+                    p_dproxy + (i_batch * S * n_pixels + i_first), o_proxy, b_dproxy,
+                    (c < n_left) & (i_s[None, :] < S), (c < n_left) & (i_s[None, :] < n_summed),
+                )  # fmt: skip
+            o_taps = i_channel * (3 * S) + i_s[None, :]
+            tl.store(p_sums + 3 * i_gates + o_taps, 2.0 * b_sum_before, mask=m_sums)
+            tl.store(p_sums + (3 * i_gates + S) + o_taps, 2.0 * b_sum_here, mask=m_sums)
+            tl.store(p_sums + (3 * i_gates + 2 * S) + o_taps, 2.0 * b_sum_after, mask=m_sums)
+        # The next direction adds to what other threads may have stored.
         tl.debug_barrier()

@@ -7,15 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..directions import ScanAxes
-from .planner import SHARED_MEMORY, Limits, Plan, Sizes, Strides
+from .planner import Limits, Plan, Sizes, Strides
+
+
+class _Compiled(NamedTuple):
+    """A kernel compiled for a plan and for tensors of some dtypes and alignments: Triton looks at nothing again."""
+
+    run: Callable[..., None]
+    arguments: list[Any]
+    """All but the tensors, in the kernel's order."""
+    places: list[int]
+    """Those of the tensors."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +43,31 @@ class Launch:
             _recorded.append(self)
             return
         device = next(t.device for t in self.tensors.values() if t is not None)
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[self.plan.grid](**self.arguments())
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._run_on(device.index)
+        else:
+            self._run_on(device.index)
+
+    def _run_on(self, device: int | None) -> None:
+        tensors = self.tensors.values()
+        # All that a kernel is compiled for and that a plan does not fix.
+        key = (device, *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
+        compiled: _Compiled | None = self.plan.compiled.get(key)
+        if compiled is not None:
+            arguments = compiled.arguments.copy()
+            for place, tensor in zip(compiled.places, tensors, strict=True):
+                arguments[place] = tensor
+            compiled.run(*arguments)
+            return
+        named = self.arguments()
+        kernel = self.kernel[self.plan.grid](**named)
+        # The interpreter compiles nothing, and for AMD the sizes of tensors matter too.
+        if kernel is not None and torch.version.hip is None:
+            names = self.kernel.arg_names
+            grid = (*self.plan.grid, 1, 1)[:3]
+            constants = [None if name in self.tensors else named[name] for name in names]
+            self.plan.compiled[key] = _Compiled(kernel[grid], constants, [names.index(name) for name in self.tensors])
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that the kernel is called with, and the compiler's options."""
@@ -64,11 +97,31 @@ def _shared_memory(device: int) -> int:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)
 
 
+_imposed = Limits()
+
+
+@contextlib.contextmanager
+def planned(like: tuple[int, int] | None = None, **choice: int) -> Iterator[None]:
+    """Within it launches are planned otherwise than by the rules alone: for checks and measurements.
+
+    Args:
+        like: batch and channels of a larger call, whose kernels a smaller one is to run.
+        **choice: values in place of what the rules choose; see :class:`~.planner.Limits`.
+    """
+    global _imposed
+    before, _imposed = _imposed, Limits(like=like, choice=tuple(choice.items()))
+    try:
+        yield
+    finally:
+        _imposed = before
+
+
 def limits_of(device: torch.device) -> Limits:
-    """The resources of a program on this device."""
+    """The limits of a call on this device, with those that :func:`planned` imposes."""
     if device.type != "cuda":
-        return Limits(SHARED_MEMORY)
-    return Limits(_shared_memory(torch.cuda.current_device() if device.index is None else device.index))
+        return _imposed._replace(ptx=False)
+    shared_memory = _shared_memory(torch.cuda.current_device() if device.index is None else device.index)
+    return _imposed._replace(shared_memory=shared_memory, ptx=torch.version.hip is None)
 
 
 def strides_of(tensor: Tensor, axes: ScanAxes) -> Strides:

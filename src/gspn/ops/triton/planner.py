@@ -7,10 +7,11 @@ rules for the size of a block and its threads; everything else is :class:`_Layou
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 CHANNEL, CROSS, LINE, NONE = 0, 1, 2, 3
@@ -51,11 +52,19 @@ class Sizes(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Where a row is too long for one block; the tests lower it to reach the code for longer rows with short ones."""
+    """Bounds on a plan beside the call's sizes: the card's memory, and what tests and measurements impose."""
 
     shared_memory: int = SHARED_MEMORY
     row: int | None = None
     """The longest row of one block, a power of two from 32 on; None for the rules' own choice."""
+    ptx: bool = True
+    """Whether kernels may have instructions of NVIDIA's cards."""
+    together: bool = True
+    """Whether directions may run side by side where each has too few rows for a card."""
+    like: tuple[int, int] | None = None
+    """Batch and channels of the call whose blocks are wanted; None for those of this call."""
+    choice: tuple[tuple[str, int], ...] = ()
+    """Values by name in place of what the rules choose: of the blocks, of the chunks, or ``num_warps``."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,8 @@ class Plan:
     """Shape of the float32 scratch that rows longer than a block need."""
     shared_memory: int = 0
     """Bytes of shared memory that the tiles under way take, an estimate."""
+    compiled: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The kernels that :class:`.launch.Launch` has had compiled for this plan. Plans are kept, and these with them."""
 
 
 class _Blocks(NamedTuple):
@@ -151,6 +162,15 @@ class _Layout:
             common = math.gcd(common, s.batch, s.tap, *steps)
         return common
 
+    def seen_by_rules(self, limits: Limits) -> _Layout:
+        """The same with the batch and the channels of another call, if the limits name one."""
+        if limits.like is None:
+            return self
+        other = copy.copy(self)
+        other.sizes = self.sizes._replace(batch=limits.like[0], channels=limits.like[1])
+        other.channels = limits.like[1] // self.groups
+        return other
+
     def run(self, blocks: _Blocks) -> int:
         """How many lines a program scans: whole segments and whole tiles, enough to be worth starting."""
         lines = self.sizes.lines
@@ -165,14 +185,18 @@ class _Layout:
         runs = math.ceil(self.sizes.lines / self.run(blocks))
         return self.sizes.batch * self.groups * runs * self.channel_blocks(blocks)
 
-    def plan(self, blocks: _Blocks, num_warps: int, reverse: bool, shared_memory: int = 0, **constants: Any) -> Plan:
-        """The plan with these blocks and threads, and the constants of one operator alone."""
+    def plan(
+        self, blocks: _Blocks, num_warps: int, reverse: bool, shared_memory: int = 0,
+        more: Mapping[str, int | None] | None = None,
+        **constants: Any,
+    ) -> Plan:  # fmt: skip
+        """The plan with these blocks and threads, and ``more`` integers and constants of one operator alone."""
         sizes, align, run, programs = self.sizes, self.align, self.run(blocks), self.programs(blocks)
         per_line, per_cross, per_channel = (align if self.fast == axis else 1 for axis in (LINE, CROSS, CHANNEL))
         integers: dict[str, int | None] = {
             "n_groups": self.groups if self.shared else None, "n_channels": self.channels // per_channel,
             "n_cross": sizes.cross // per_cross, "n_lines": sizes.lines // per_line, "n_run": run // per_line,
-            "n_runs": math.ceil(sizes.lines / run), "n_segment": self.restart,
+            "n_runs": math.ceil(sizes.lines / run), "n_segment": self.restart, **(more or {}),
         }  # fmt: skip
         for name, s in self.tensors.items():
             unit = self.taps_align if "taps" in name else align
@@ -280,14 +304,17 @@ def plan_line_scan(
     read = layout.images.keys() - ({"dx", "dlam"} if "grad" in layout.images else {"h"})
     exchanged = (16 if layout.tensors.get("dtaps") else 8) // (align if fast == CROSS else 1)
     memory = _Memory(max(len(read), 2), layout.shared, itemsize, exchanged, limits.shared_memory)
-    blocks = _line_scan_blocks(layout, memory, limits)
+    choice = dict(limits.choice)
+    num_warps = choice.pop("num_warps", None)
+    blocks = _line_scan_blocks(layout.seen_by_rules(limits), memory, limits)._replace(**choice)
 
     pixels = blocks.channels * blocks.row
     per_thread = 1 if fast == LINE else min(4, align) if pixels < 256 else 4
-    num_warps = min(max(pixels // (32 * per_thread), 1), 16 if fast == LINE or pixels >= 2048 else 8)
-    if layout.shared and fast != LINE:
-        # Only copies of 4 bytes a thread can be under way while others are computed with, and shared taps are few.
-        num_warps = max(min(num_warps, blocks.row * itemsize // 128), pixels // 256, 1)
+    if num_warps is None:
+        num_warps = min(max(pixels // (32 * per_thread), 1), 16 if fast == LINE or pixels >= 2048 else 8)
+        if layout.shared and fast != LINE:
+            # Only copies of 4 bytes a thread can be under way while others are computed with, and shared taps are few.
+            num_warps = max(min(num_warps, blocks.row * itemsize // 128), pixels // 256, 1)
     extent = max(
         (blocks.channels - 1) * abs(s.channel) + blocks.row * abs(s.cross) + blocks.lines * abs(s.line)
         for s in layout.tensors.values()
@@ -312,6 +339,10 @@ _MANY_LANES = 132 * 4 * 2 * 32
 """Two warps for each scheduler of a large card: with fewer lanes, latencies show."""
 
 
+_MOST_TOGETHER = 3 * 2**20
+"""Elements of an image that directions side by side may write a float32 copy of each."""
+
+
 class _Chunks(NamedTuple):
     """How rows are cut for the lanes of a program."""
 
@@ -327,15 +358,17 @@ class _Chunks(NamedTuple):
         return 1 if self.halo else self.lanes // self.group * (self.group // math.ceil(cross / self.pixels))
 
 
-def _width(layout: _Layout, pixels: int, lines: int) -> int:
+def _width(layout: _Layout, pixels: int) -> int:
     """How many elements of an image a lane takes together."""
-    return 1 if layout.fast == CHANNEL else math.gcd(layout.align, lines if layout.fast == LINE else pixels)
+    if layout.fast == LINE:
+        return layout.align
+    return math.gcd(layout.align, pixels) if layout.fast == CROSS else 1
 
 
 def _instructions(layout: _Layout, chunks: _Chunks, proxy_channels: int) -> float:
     """About how many a useful pixel costs, more where too few lanes or too narrow accesses let them wait."""
     sizes, fast, rows = layout.sizes, layout.fast, chunks.rows(layout.sizes.cross)
-    width = _width(layout, chunks.pixels, 4)
+    width = _width(layout, chunks.pixels)
     each = 35 + 6 * proxy_channels + 3 / width + (0 if sizes.cross % chunks.pixels == 0 else 3)
     a_line = 25 if chunks.group == 32 else 60
     programs = sizes.batch * math.ceil(layout.channels / rows)
@@ -345,18 +378,22 @@ def _instructions(layout: _Layout, chunks: _Chunks, proxy_channels: int) -> floa
         together = rows if chunks.group > 32 else rows * 32 // chunks.lanes
         each += 3 * max(32 / (together * layout.itemsize) - 1, 0)
     # Of programs of 256 lanes, a multiprocessor has registers for one alone: 8 warps, where smaller ones make 12.
-    alone = 1.25 if chunks.lanes > 128 and fast != CHANNEL else 1
+    alone = 1.25 if chunks.lanes > 128 else 1
     return (each + a_line / chunks.pixels) / useful * alone * max(_MANY_LANES / (programs * chunks.lanes), 1)
 
 
 def _chunks(layout: _Layout, proxy_channels: int, limits: Limits) -> _Chunks:
     """The chunks that cost least; a longer row is taken in blocks."""
+    layout = layout.seen_by_rules(limits)
     cross, fast = layout.sizes.cross, layout.fast
-    # What a lane holds for each pixel, and the weights, have to leave registers for all the rest.
-    most = 4 if proxy_channels > 8 or fast == LINE else 8
-    longest = limits.row or 256 * most
+    # What a lane holds for each pixel of its lines, and the weights, have to leave registers for all the rest.
+    most = 4 if proxy_channels > 8 else 8
+    if fast == LINE:
+        most = min(most, {1: 8, 2: 5, 4: 4}[layout.align])
+    pixels = most // 4 * 4  # what divides a halo
+    longest = limits.row or 256 * pixels
     if cross > longest:
-        pixels = longest // 32 if limits.row else most
+        pixels = longest // 32 if limits.row else pixels
         return _Chunks(longest // pixels, longest // pixels, pixels, 16 if longest > 32 else 8)
     choices = [
         _Chunks(lanes, group, pixels)
@@ -365,25 +402,88 @@ def _chunks(layout: _Layout, proxy_channels: int, limits: Limits) -> _Chunks:
         for group in (32, lanes)
         if group * pixels >= cross
     ]
-    return min(choices, key=lambda chunks: _instructions(layout, chunks, proxy_channels))
+    best = min(choices, key=lambda chunks: _instructions(layout, chunks, proxy_channels))
+    chosen = best._replace(**dict(limits.choice))
+    if chosen.group * chosen.pixels < cross:
+        raise ValueError(f"{limits.choice=} leaves no room for a row of {cross}.")
+    return chosen
 
 
-@functools.lru_cache(maxsize=4096)
 def plan_propagate(
-    sizes: Sizes, tensors: _Tensors, itemsize: int, proxy_channels: int, *,
-    reverse: bool, segment: int | None, limits: Limits,
+    sizes: Sizes, tensors: _Tensors, itemsize: int, proxy_channels: int, *, reverse: bool, segment: int | None,
+    limits: Limits, direction: int = 0, adjoint: bool = False, gated: bool = True,
 ) -> Plan:  # fmt: skip
-    """The launch of ``scan_kernel`` for images of these sizes and strides and a proxy of ``proxy_channels``."""
+    """The launch of ``scan_kernel`` for images of these sizes and strides and a proxy of ``proxy_channels``.
+
+    ``direction`` is the number of its projections among those of all directions.
+    """
     # A block's channels may be of several groups: the layout of images knows no groups.
     layout = _Layout(sizes._replace(groups=sizes.channels), tensors, itemsize, segment, 4)
     chunks = _chunks(layout, proxy_channels, limits)
-    lanes, group, pixels, halo = chunks
-    lines = min(4, _power_of_two(sizes.lines)) if layout.fast == LINE else 1
-    blocks = _Blocks(chunks.rows(sizes.cross), lanes * pixels, halo, lines)
-    whole = not halo and sizes.cross % pixels == 0
-    n_chunks = math.ceil(sizes.cross / pixels)
-    plan = layout.plan(
-        blocks, lanes // 32, reverse, LANES=lanes, GROUP=group, PIXELS=pixels, WIDTH=_width(layout, pixels, lines),
-        WHOLE=whole, PITCH=_power_of_two(n_chunks), UNROLL=proxy_channels <= 16, S=proxy_channels,
+    n_chunks = math.ceil(sizes.cross / chunks.pixels)
+    of_rows = {
+        "i_direction": direction, "n_per_group": sizes.channels // sizes.groups, "n_chunks": n_chunks,
+        "n_rows": max(chunks.group // n_chunks, 1), "i_codes": None, "s_out_direction": None, "n_images": None,
+    }  # fmt: skip
+    whole = not chunks.halo and sizes.cross % chunks.pixels == 0
+    return _plan_lanes(
+        layout, chunks, proxy_channels, reverse, of_rows, PITCH=_power_of_two(n_chunks), WHOLE=whole, ADJOINT=adjoint,
+        GATED=gated, PTX=limits.ptx, TOGETHER=False,
     )  # fmt: skip
-    return replace(plan, integers={**plan.integers, "n_chunks": n_chunks, "n_rows": max(group // n_chunks, 1)})
+
+
+def plan_together(
+    sizes: Sizes, tensors: _Tensors, itemsize: int, proxy_channels: int, codes: Sequence[int], *, segment: int | None,
+    limits: Limits, adjoint: bool = False, gated: bool = True,
+) -> Plan | None:  # fmt: skip
+    """The launch of ``scan_kernel`` for several directions side by side, None where each has rows enough for a card.
+
+    ``sizes`` and ``tensors`` are as ``"down"`` sees them; ``codes``: see the kernel.
+    """
+    longest, pixels = max(sizes.cross, sizes.lines), sizes.cross * sizes.lines
+    batch, channels = limits.like or (sizes.batch, sizes.channels)
+    rows = batch * channels
+    if len(codes) == 1 or not limits.together or rows * longest > 2 * _MANY_LANES or rows * pixels > _MOST_TOGETHER:
+        return None
+    together = Sizes(sizes.batch * len(codes), sizes.channels, sizes.channels, longest, longest)
+    layout, choice = (
+        _Layout(one, tensors, itemsize, segment, 4) for one in (sizes._replace(groups=sizes.channels), together)
+    )
+    for one in (layout, choice):
+        if {*one.own.values()} != {CHANNEL}:
+            # Both axes of the image are walked: it is contiguous along none of them.
+            one.fast, one.align, one.own = NONE, 1, dict.fromkeys(one.own, NONE)
+    chunks = _chunks(choice, proxy_channels, limits._replace(like=(batch * len(codes), channels)))
+    if chunks.halo:
+        return None
+    blocks = (math.ceil(sizes.channels / chunks.rows(cross)) for cross in (sizes.cross, sizes.lines))
+    of_rows = {
+        "i_direction": None, "n_per_group": sizes.channels // sizes.groups, "n_chunks": None, "n_rows": None,
+        "i_codes": sum(code << (2 * d) for d, code in enumerate(codes)),
+        "s_out_direction": sizes.batch * sizes.channels * pixels, "n_images": sizes.batch,
+    }  # fmt: skip
+    plan = _plan_lanes(
+        layout, chunks, proxy_channels, False, of_rows, PITCH=_power_of_two(math.ceil(longest / chunks.pixels)),
+        WHOLE=sizes.cross % chunks.pixels == sizes.lines % chunks.pixels == 0, ADJOINT=adjoint, GATED=gated,
+        PTX=limits.ptx, TOGETHER=True,
+    )  # fmt: skip
+    segmented = segment is not None and segment < longest
+    return replace(
+        plan, grid=(sizes.batch * max(blocks), len(codes)), constants={**plan.constants, "SEGMENTED": segmented},
+        integers={**plan.integers, "n_runs": 1, "n_segment": segment if segmented else longest},
+    )  # fmt: skip
+
+
+def _plan_lanes(
+    layout: _Layout, chunks: _Chunks, proxy_channels: int, reverse: bool, integers: Mapping[str, int | None],
+    **constants: Any,
+) -> Plan:  # fmt: skip
+    """The part that plans of one direction and of several have in common."""
+    lanes, group, pixels, halo = chunks
+    # A lane takes as many lines together as it can load at once.
+    lines = layout.align if layout.fast == LINE else 1
+    blocks = _Blocks(chunks.rows(layout.sizes.cross), lanes * pixels, halo, lines)
+    return layout.plan(
+        blocks, lanes // 32, reverse, more=integers, LANES=lanes, GROUP=group, PIXELS=pixels,
+        WIDTH=_width(layout, pixels), UNROLL=proxy_channels <= 16, S=proxy_channels, **constants,
+    )  # fmt: skip

@@ -1,197 +1,129 @@
-r"""``propagate`` and its gradients by the Triton kernels: plans and launches one direction after the other.
+r"""``propagate`` and its gradients by the Triton kernels: plans and launches.
 
 What a call must do, with N the pixels of ``x``, S the channels of the proxy and D directions: it reads ``x`` and the
 proxy and writes ``y``, 2 N and N S / C numbers; it takes (5 S + 4) D N multiply-adds, those of three logits and two
 gates and of the scan (plus S + 1 with a skip), 3 D N exponentials and 4 D N reciprocals. All instructions count, not
 these alone: some 90 a pixel and direction with S = 8, more than the time in which memory moves what it has to.
 
-**Forward**, D launches. The directions follow each other and add to ``y`` in place, so that the order of the sum is
-fixed: D reads of ``x``, 2 D - 1 of and to ``y``. For bfloat16 and float16 what is added to is a float32 tensor of the
-size of ``x``, and the last direction writes ``y``. Nothing else is kept but copies of the proxy in float32: one with
-rows along the width, one with rows along the height for ``"right"`` and ``"left"``.
+**Forward**, D + 1 launches. The first packs the proxy. The directions follow each other and add to ``y`` in place, so
+that the order of the sum is fixed: D reads of ``x``, 2 D - 1 of and to ``y``. For bfloat16 and float16 what is added to
+is a float32 tensor of the size of ``x``, and the last direction writes ``y``. Nothing else is kept but copies of the
+proxy in float32: one with rows along the width, one with rows along the height for ``"right"`` and ``"left"``. The
+projections are read as they are. On the host a call looks its plans up and launches what was compiled for them.
 
-**Backward**, three launches a direction: the states again, the adjoint states, and then the gradients of all pixels
-side by side. Memory beside the results, in numbers of 4 bytes: the states and the adjoint states, 2 N; for half types
-the sum of ``dx`` over the directions, N; for the proxy's gradient a sum per span of channel blocks, at most
-max(N / 2, that of one proxy); for the projections' a sum per program, ``[programs, 6, C, S]`` at most, with up to 512
-programs. These are added up in a fixed order, so that results are the same bits on every run.
+Where there are too few rows to fill a card, three launches: all directions side by side, each to a float32 result of
+its own, and their sum in the same order. The time is then that of latencies, and more bytes do not matter.
+
+**Backward**: the states again and the adjoint states, a launch each for each direction, or for all of them where there
+are few rows; and the gradients of all pixels side by side, two launches for all directions whose states fit memory at
+once; see :mod:`.gradients`. Memory beside the results, in numbers of 4 bytes: the states and the adjoint states, 2 N,
+or 2 D N up to 256 MB; for half types the sum of ``dx`` over the directions, N; for the proxy's gradient a sum per span
+of channel blocks, at most max(N / 2, that of one proxy); for the projections' a sum per program,
+``[programs, 5 D + 1, C, S]``, with about 1000 programs over all blocks of channels. These are added up in a fixed
+order, so that results are the same bits on every run.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..directions import scan_axes
-from . import interpreted
-from .gradients_kernels import gradients_kernel
-from .launch import Launch, limits_of, scratch, sizes_of, strides_of
-from .planner import Limits, Plan, plan_propagate
-from .scan_kernels import scan_kernel
-
-_PROGRAMS = 512
-"""Programs of the gradients' kernel, four for each of 130 multiprocessors; constant, for the order of the sums."""
+from .gradients import Gradients, directions_of_launch
+from .launch import Launch, limits_of, scratch
+from .planner import Limits, Plan, Sizes, Strides, plan_propagate, plan_together
+from .proxy import Proxy
+from .scan_kernels import scan_kernel, sum_kernel
 
 
-@dataclass(frozen=True)
-class Projections:
-    """Those of one direction, contiguous. For the scans they are packed; with ``S'`` the next multiple of 4."""
+class Projections(NamedTuple):
+    """Those of all directions, contiguous."""
 
     taps: Tensor
-    """``[G, 3, S]``"""
+    """``[D, G, 3, S]``"""
     lam: Tensor
-    """``[C, S]``"""
+    """``[D, C, S]``"""
     u: Tensor
-    """``[C, S]``"""
+    """``[D, C, S]``"""
     skip: Tensor | None
-    """``[C, S]``, for the one direction that takes care of it."""
-    maps: Tensor
-    """``[C, 5, S']``: the three taps, lam and u."""
-    skip_map: Tensor | None
-    """``[C, S']``"""
+    """``[C, S]``"""
 
 
-def projections(
-    tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: Tensor | None, count: int
-) -> list[Projections]:
-    """The projections of each direction; the first has the skip."""
-    taps, lam, u = (t.contiguous() for t in (tap_proj, lam_proj, u_proj))
-    maps = _in_fours(torch.cat((_of_channels(taps, lam.shape[1]), lam.unsqueeze(2), u.unsqueeze(2)), dim=2))
+def projections(tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: Tensor | None) -> Projections:
+    """The projections, as the kernels read them."""
     skip = None if skip_proj is None else skip_proj.contiguous()
-    skip_map = None if skip is None else _in_fours(skip)
-    first = [Projections(taps[0], lam[0], u[0], skip, maps[0], skip_map)] if count else []
-    return first + [Projections(taps[d], lam[d], u[d], None, maps[d], None) for d in range(1, count)]
+    return Projections(tap_proj.contiguous(), lam_proj.contiguous(), u_proj.contiguous(), skip)
 
 
-def _in_fours(t: Tensor) -> Tensor:
-    """The last axis filled up with zeros to a multiple of 4."""
-    return torch.nn.functional.pad(t, (0, -t.shape[-1] % 4)) if t.shape[-1] % 4 else t
+def plan_scan(
+    source: Tensor, out: Tensor, weights: Projections, d: int, direction: str, segment: int | None, limits: Limits, *,
+    adjoint: bool = False, gated: bool = False,
+) -> Plan:  # fmt: skip
+    """The plan of a scan of ``source [B, C, H, W]`` to ``out`` by the ``d``-th projections.
+
+    The gate of what goes in is lam, for an adjoint scan u; what comes out is multiplied by u if ``gated``, and the skip
+    added by the first one. The tensors may be on the meta device.
+    """
+    _, groups, _, states = weights.taps.shape
+    how = (source.element_size(), groups, states, d, direction, segment, limits, adjoint, gated)
+    return _plan_scan(source.shape, source.stride(), out.stride(), *how)
 
 
-def _of_channels(taps: Tensor, channels: int) -> Tensor:
-    """``[.., G, 3, S]`` to ``[.., C, 3, S]``."""
-    groups, _, states = taps.shape[-3:]
-    return taps.unsqueeze(-3).expand(*taps.shape[:-3], groups, channels // groups, 3, states).flatten(-4, -3)
+@functools.lru_cache(maxsize=4096)
+def _plan_scan(
+    shape: tuple[int, ...], source: tuple[int, ...], out: tuple[int, ...], itemsize: int, groups: int, states: int,
+    d: int, direction: str, segment: int | None, limits: Limits, adjoint: bool, gated: bool,
+) -> Plan:  # fmt: skip
+    batch, channels, *_ = shape
+    axes = scan_axes(direction)
+    views = (
+        (name, Strides(strides[0], strides[1], strides[axes.cross], strides[axes.line]))
+        for name, strides in (("in", source), ("out", out))
+    )
+    return plan_propagate(
+        Sizes(batch, channels, groups, shape[axes.cross], shape[axes.line]), tuple(views), itemsize, states,
+        reverse=axes.reverse, segment=segment, limits=limits, direction=d, adjoint=adjoint, gated=gated,
+    )  # fmt: skip
 
 
-class Proxy:
-    """The proxy ``[B, S, H, W]`` and its copies, which are made when the first scan wants them."""
+@functools.lru_cache(maxsize=4096)
+def _plan_together(
+    shape: tuple[int, ...], source: tuple[int, ...], out: tuple[int, ...], itemsize: int, groups: int, states: int,
+    directions: tuple[str, ...], segment: int | None, limits: Limits, adjoint: bool = False, gated: bool = True,
+) -> Plan | None:  # fmt: skip
+    batch, channels, height, width = shape
+    codes = [scan_axes(name).reverse + 2 * (scan_axes(name).line == -1) for name in directions]
+    views = tuple((name, Strides(s[0], s[1], s[3], s[2])) for name, s in (("in", source), ("out", out)))
+    return plan_together(
+        Sizes(batch, channels, groups, width, height), views, itemsize, states, codes, segment=segment, limits=limits,
+        adjoint=adjoint, gated=gated,
+    )  # fmt: skip
 
-    def __init__(self, proxy: Tensor) -> None:
-        self._proxy = proxy
-        self._packed: dict[tuple[int, int], Tensor] = {}
 
-    @functools.cached_property
-    def rows(self) -> Tensor:
-        """The proxy, contiguous."""
-        return self._proxy.contiguous()
-
-    @functools.cached_property
-    def largest(self) -> Tensor:
-        """``[S']``: the largest absolute value of each channel."""
-        return _in_fours(torch.linalg.vector_norm(self._proxy, math.inf, (0, 2, 3), dtype=torch.float32))
-
-    def packed(self, line: int, pixels: int, pitch: int) -> Tensor:
-        """For scans with lines along axis ``line``: float32 ``[B, lines, pixels, S' / 4, pitch, 4]``.
-
-        A row is cut into chunks of so many pixels, the last one filled up with zeros; chunks up to ``pitch`` are room.
-        """
-        if (line, pixels) not in self._packed:
-            p = self._proxy if line == -2 else self._proxy.mT
-            batch, states, lines, cross = p.shape
-            if states % 4 or cross % pixels:
-                p = torch.nn.functional.pad(p, (0, -cross % pixels, 0, 0, 0, -states % 4))
-            parts = p.unflatten(1, (-1, 4)).unflatten(4, (-1, pixels))  # [B, S' / 4, 4, lines, chunks, pixels]
-            shape = (batch, lines, pixels, parts.shape[1], pitch, 4)
-            packed = p.new_empty(shape, dtype=torch.float32)
-            packed[..., : parts.shape[4], :] = parts.permute(0, 3, 5, 1, 4, 2)
-            self._packed[line, pixels] = packed
-        return self._packed[line, pixels]
+@functools.lru_cache(maxsize=4096)
+def _plan_sum(elements: int, count: int) -> Plan:
+    return Plan((math.ceil(elements / 1024),), 4, {"D": count, "BLOCK": 1024}, {"n": elements})
 
 
 def prepare_scan(
-    source: Tensor, before: Tensor | None, out: Tensor, proxy: Proxy, weights: Projections, direction: str,
-    segment: int | None, limits: Limits, *, adjoint: bool = False, gated: bool = False,
+    plan: Plan, source: Tensor, before: Tensor | None, out: Tensor, proxy: Proxy, weights: Projections,
+    direction: str | None = None,
 ) -> Launch:  # fmt: skip
-    """The launch that writes the scan of ``source [B, C, H, W]`` to ``out``, added to ``before``.
-
-    The gate of what goes in is lam, for an adjoint scan u; what comes out is multiplied by u if ``gated``, and the skip
-    added if there is one. The tensors may be on the meta device.
-    """
-    axes = scan_axes(direction)
-    strides = (("in", strides_of(source, axes)), ("out", strides_of(out, axes)))
-    plan = plan_propagate(
-        sizes_of(source, weights.taps.shape[0], axes), strides, source.element_size(), weights.taps.shape[2],
-        reverse=axes.reverse, segment=segment, limits=limits,
-    )  # fmt: skip
-    ptx = torch.version.hip is None and not interpreted()
-    plan = replace(plan, constants={**plan.constants, "ADJOINT": adjoint, "GATED": gated, "PTX": ptx})
+    """The launch of a plan, which writes to ``out`` its sum with ``before``; without a direction that of several."""
+    constants = plan.constants
+    line = -2 if direction is None else scan_axes(direction).line
+    skips = constants["GATED"] and not plan.integers["i_direction"]
     tensors = {
-        "p_in": source, "p_out": out, "p_before": before,
-        "p_proxy": proxy.packed(axes.line, plan.constants["PIXELS"], plan.constants["PITCH"]),
-        "p_largest": proxy.largest, "p_maps": weights.maps, "p_skip": weights.skip_map if gated else None,
-        "p_states": scratch(plan, weights.maps),
+        "p_in": source, "p_out": out, "p_before": before, "p_proxy": proxy.packed(line, plan),
+        "p_columns": proxy.packed(-1, plan) if direction is None else None, "p_largest": proxy.largest,
+        "p_taps": weights.taps, "p_lam": weights.lam, "p_u": weights.u, "p_skip": weights.skip if skips else None,
+        "p_states": scratch(plan, weights.lam),
     }  # fmt: skip
     return Launch(scan_kernel, plan, tensors)
-
-
-def _strides(name: str, image: Tensor) -> dict[str, int | None]:
-    """How ``gradients_kernel`` walks an image: along the channels, along all pixels, or as strides say."""
-    batch, channel, row, column = image.stride()
-    _, channels, height, width = image.shape
-    strides: dict[str, int | None] = {"batch": batch, "channel": channel, "row": row, "column": column}
-    if channel == 1 and channels > 1:
-        strides["channel"] = None
-    elif (width == 1 or column == 1) and (height == 1 or row == width):
-        strides["row"] = strides["column"] = None
-    return {f"s_{name}_{axis}": stride for axis, stride in strides.items()}
-
-
-def prepare_gradients(
-    x: Tensor, grad: Tensor, h: Tensor, g: Tensor, before: Tensor | None, dx: Tensor, rows: Tensor,
-    weights: Projections, dproxy: Tensor | None, direction: str, segment: int | None,
-) -> tuple[Launch, Tensor, Tensor]:  # fmt: skip
-    """The launch that adds a direction's gradients to ``dx`` and ``dproxy``; and ``dproxy`` and the sums it writes.
-
-    ``rows`` is the proxy in rows, whatever the direction. ``dproxy [spans, B, S, H, W]`` is None for the first one.
-    """
-    axes = scan_axes(direction)
-    batch, channels, height, width = x.shape
-    proxy_channels = rows.shape[1]
-    block_c, block_n = 16, 32
-    # As many sums for the proxy as take half the memory of an image.
-    blocks = math.ceil(channels / block_c)
-    span_blocks = math.ceil(blocks / max(min(blocks, channels // (2 * proxy_channels)), 1))
-    spans = math.ceil(blocks / span_blocks)
-    image_tiles = math.ceil(height * width / block_n)
-    programs = min(batch * image_tiles, max(_PROGRAMS // spans, 1))
-    add_proxy = dproxy is not None
-    if dproxy is None:
-        dproxy = rows.new_empty((spans, *rows.shape), dtype=torch.float32)
-    maps = [_of_channels(weights.taps, channels).transpose(0, 1), weights.lam[None], weights.u[None]]
-    packed = torch.cat(maps if weights.skip is None else [*maps, weights.skip[None]])
-    sums = packed.new_empty((programs, *packed.shape))
-    tensors = {
-        "p_x": x, "p_grad": grad, "p_dx": dx, "p_h": h, "p_g": g, "p_before": before, "p_proxy": rows,
-        "p_dproxy": dproxy, "p_taps": weights.taps, "p_gate": weights.lam, "p_skip": weights.skip,
-        "p_packed": packed, "p_sums": sums,
-    }  # fmt: skip
-    integers = {
-        **_strides("x", x), **_strides("grad", grad), **_strides("dx", dx),
-        "n_channels": channels, "n_per_group": channels // weights.taps.shape[0], "n_rows": height, "n_columns": width,
-        "n_segment": x.shape[axes.line] if segment is None else min(segment, x.shape[axes.line]),
-        "n_image_tiles": image_tiles, "n_tiles": batch * image_tiles, "n_span_blocks": span_blocks,
-    }  # fmt: skip
-    constants = dict(
-        WIDE=height * width + block_n >= 2**31, BLOCK_C=block_c, BLOCK_N=block_n, VERTICAL=axes.line == -2,
-        REVERSE=axes.reverse, S=proxy_channels, ADD_PROXY=add_proxy,
-    )  # fmt: skip
-    plan = Plan((programs, spans, math.ceil(proxy_channels / 16)), 8, constants, integers)
-    return Launch(gradients_kernel, plan, tensors), dproxy, sums
 
 
 def propagate(
@@ -204,11 +136,23 @@ def propagate(
         return y
     limits = limits or limits_of(x.device)
     proxies = Proxy(proxy)
-    weights = projections(tap_proj, lam_proj, u_proj, skip_proj, len(directions))
+    weights = projections(tap_proj, lam_proj, u_proj, skip_proj)
+    plan = _plan_together(
+        x.shape, x.stride(), y.stride(), x.element_size(), weights.taps.shape[1], proxy.shape[1], directions, segment,
+        limits,
+    )  # fmt: skip
+    if plan is not None:
+        proxies.pack({-2: plan, -1: plan})
+        parts = y.new_empty((len(directions), y.numel()), dtype=torch.float32)
+        prepare_scan(plan, x, None, parts, proxies, weights).run()
+        Launch(sum_kernel, _plan_sum(y.numel(), len(directions)), {"p_parts": parts, "p_out": y}).run()
+        return y
     total = y if y.dtype == torch.float32 or len(directions) == 1 else torch.empty_like(y, dtype=torch.float32)
-    for d, direction in enumerate(directions):
+    plans = [plan_scan(x, y, weights, d, name, segment, limits, gated=True) for d, name in enumerate(directions)]
+    proxies.pack({scan_axes(name).line: plan for name, plan in zip(directions, plans, strict=True)})
+    for d, (direction, plan) in enumerate(zip(directions, plans, strict=True)):
         before, out = None if d == 0 else total, y if d == len(directions) - 1 else total
-        prepare_scan(x, before, out, proxies, weights[d], direction, segment, limits, gated=True).run()
+        prepare_scan(plan, x, before, out, proxies, weights, direction).run()
     return y
 
 
@@ -217,34 +161,41 @@ def propagate_backward(
     skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None, limits: Limits | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """``dx, dproxy, dtap_proj, dlam_proj, du_proj, dskip_proj``. ``limits`` is for tests."""
-    dx = torch.empty_like(x)
     if x.numel() == 0:
         present = (proxy, tap_proj, lam_proj, u_proj)
         zeros = (torch.zeros_like(t) if t is proxy else t.new_zeros(t.shape) for t in present)
-        return (dx, *zeros, None if skip_proj is None else skip_proj.new_zeros(skip_proj.shape))  # type: ignore[return-value]
+        return (torch.empty_like(x), *zeros, None if skip_proj is None else skip_proj.new_zeros(skip_proj.shape))  # type: ignore[return-value]
     limits = limits or limits_of(x.device)
     proxies = Proxy(proxy)
-    weights = projections(tap_proj, lam_proj, u_proj, skip_proj, len(directions))
-    h, g = (torch.empty_like(dx, dtype=torch.float32) for _ in range(2))
-    total = dx if dx.dtype == torch.float32 or len(directions) == 1 else torch.empty_like(dx, dtype=torch.float32)
-    dtap, dlam, du = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (tap_proj, lam_proj, u_proj))
-    dskip = None
-    dproxy = None
-    for d, direction in enumerate(directions):
-        prepare_scan(x, None, h, proxies, weights[d], direction, segment, limits).run()
-        prepare_scan(grad, None, g, proxies, weights[d], direction, segment, limits, adjoint=True).run()
-        before, out = None if d == 0 else total, dx if d == len(directions) - 1 else total
-        launch, dproxy, sums = prepare_gradients(
-            x, grad, h, g, before, out, proxies.rows, weights[d], dproxy, direction, segment
+    weights = projections(tap_proj, lam_proj, u_proj, skip_proj)
+    sources = (x, False), (grad, True)
+    like_states = torch.empty_like(x, device="meta")
+    pair = [
+        _plan_together(
+            x.shape, source.stride(), like_states.stride(), x.element_size(), weights.taps.shape[1], proxy.shape[1],
+            directions, segment, limits, adjoint, False,
         )
-        launch.run()
-        groups, _, states = weights[d].taps.shape
-        of_maps = sums.sum(0)  # [5 or 6, C, S]
-        dtap[d] = of_maps[:3].view(3, groups, -1, states).sum(2).transpose(0, 1)
-        dlam[d], du[d] = of_maps[3], of_maps[4]
-        if weights[d].skip is not None:
-            dskip = of_maps[5].clone()
-    of_proxy = torch.empty_like(proxy)
-    if dproxy is not None:
-        of_proxy.copy_(dproxy.sum(0))
-    return dx, of_proxy, dtap, dlam, du, dskip
+        for source, adjoint in sources
+    ]  # fmt: skip
+    beside = [plan for plan in pair if plan is not None]
+    together = len(beside) == 2 and directions_of_launch(x.numel(), len(directions)) > 1
+    in_turn = [
+        [
+            plan_scan(source, like_states, weights, d, name, segment, limits, adjoint=adjoint)
+            for source, adjoint in sources
+        ]
+        for d, name in enumerate(() if together else directions)
+    ]
+    by_line = {scan_axes(name).line: plans[0] for name, plans in zip(directions, in_turn, strict=False)}
+    proxies.pack(dict.fromkeys((-2, -1), beside[0]) if together else by_line)
+    gradients = Gradients(x, grad, proxies.rows, proxies.largest, *weights, directions, segment, limits.ptx)
+    for first, states, launches in gradients:
+        for i, (source, _) in enumerate(sources):
+            if together:
+                prepare_scan(beside[i], source, None, states[i], proxies, weights).run()
+            else:
+                for d, out in enumerate(states[i], first):
+                    prepare_scan(in_turn[d][i], source, None, out, proxies, weights, directions[d]).run()
+        for launch in launches:
+            launch.run()
+    return gradients.results(proxy)

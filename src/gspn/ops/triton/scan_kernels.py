@@ -8,7 +8,7 @@ program for longer rows. Only the states at both ends of a chunk leave a lane, o
 **Maps.** For every line a lane reads the proxy at its pixels. From it come three logits and two gates by ``5 S``
 multiply-adds a pixel, and the taps by three exponentials and four reciprocals. The proxy has been packed for this:
 float32, by lines in the direction of the scan, in fours of channels that one load takes. The images are walked as they
-are, in pieces of WIDTH elements along their contiguous axis.
+are, in pieces of WIDTH elements along their contiguous axis: several pixels of a line, or the LINES of a tile.
 
 The prefixes of names, tiles and views are explained in :mod:`.addressing`; the constexpr arguments are what
 :mod:`.planner` chooses. A line's neighbours are named by where they are on it: before, here and after. What is there
@@ -17,75 +17,55 @@ for each pixel of a chunk is a tuple of ``[1, LANES]``; for each line as well, p
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from .addressing import States, in_elements, integers, load_state, move, share, states, store_state, tile, view
 from .neighbour_shuffle import chunk_neighbours, join_lines, split_lines
+from .taps import stochastic, within_reach
 
 
 @triton.jit
-def _exp2(b, PTX: tl.constexpr):
-    """``2^b``, 0 below the normal numbers where PTX can be written."""
+def _rounded_product(a, b, PTX: tl.constexpr):
+    """``a b``, which no later sum takes in before it is rounded: :func:`sum_kernel` has to give the same bits."""
     if PTX:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [b], tl.float32, True, 1)
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
     else:
-        return tl.math.exp2(b)
+        return a * b
 
 
 @triton.jit
-def _inverse(b, PTX: tl.constexpr):
-    """``1 / b``, 0 below the normal numbers where PTX can be written."""
-    if PTX:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], tl.float32, True, 1)
+def _in_order(swapped, a, b):
+    """``a, b``, or ``b, a`` if ``swapped``."""
+    return tl.where(swapped, b, a), tl.where(swapped, a, b)
+
+
+class Projections(NamedTuple):
+    """Where the weights of each lane's channel are: S numbers in a row for each map."""
+
+    p_taps: Any
+    o_taps: Any
+    p_lam: Any
+    p_u: Any
+    o_gates: Any
+    p_skip: Any
+    o_skip: Any
+
+
+@triton.jit
+def _four_weights(p, o, i_four, S: tl.constexpr):
+    """For each lane the ``i_four``-th four numbers of S; zeros beyond the last."""
+    four = tl.arange(0, 4)[None, None, :] + i_four * 4
+    if S % 4 == 0:
+        return split_lines(tl.load(p + (o + four)), 4)
     else:
-        return 1.0 / b
+        return split_lines(tl.load(p + (o + four), mask=four < S, other=0.0), 4)
 
 
 @triton.jit
-def _stochastic(b_before, b_here, b_after, PTX: tl.constexpr):
-    """Logits times ``-log2(e)`` to sigmoids that sum to one; those of neighbours that do not exist are infinite.
-
-    ``sigmoid(a) = 1 / (1 + 2^t)``, and one ``t`` at least has to be below 121.
-    """
-    b_before = _inverse(1.0 + _exp2(b_before, PTX), PTX)
-    b_here = _inverse(1.0 + _exp2(b_here, PTX), PTX)
-    b_after = _inverse(1.0 + _exp2(b_after, PTX), PTX)
-    # Divided before they meet the states, whose sum may be beyond the largest number.
-    b_inverse = _inverse(b_before + b_here + b_after, PTX)
-    return b_before * b_inverse, b_here * b_inverse, b_after * b_inverse
-
-
-@triton.jit
-def _within_reach(logits, i_cross, n_cross, PIXELS: tl.constexpr):
-    """Logits of any size, times ``-log2(e)``, as :func:`_stochastic` can take them.
-
-    Where no ``t`` is below 30 the one in ``1 + 2^t`` makes no difference and only differences of the ``t`` count: the
-    least is then moved to 30. Those beyond 120 are moved there, so that all are equal if all are infinite.
-    """
-    MOST: tl.constexpr = 3.4028234663852886e38
-    moved = ()
-    for p in tl.static_range(PIXELS):
-        b_least = tl.minimum(tl.minimum(logits[3 * p], logits[3 * p + 1]), logits[3 * p + 2])
-        b_excess = tl.minimum(tl.maximum(b_least - 30.0, 0.0), MOST)
-        # A NaN stays one.
-        b_before = tl.minimum(logits[3 * p] - b_excess, 120.0, tl.PropagateNan.ALL)
-        b_here = tl.minimum(logits[3 * p + 1] - b_excess, 120.0, tl.PropagateNan.ALL)
-        b_after = tl.minimum(logits[3 * p + 2] - b_excess, 120.0, tl.PropagateNan.ALL)
-        b_before = tl.where(i_cross + p > 0, b_before, float("inf"))
-        b_after = tl.where(i_cross + p < n_cross - 1, b_after, float("inf"))
-        moved = moved + (b_before, b_here, b_after)
-    return moved
-
-
-@triton.jit
-def _four(p, o):
-    """Four consecutive numbers for each lane."""
-    return split_lines(tl.load(p + o), 4)
-
-
-@triton.jit
-def _weights(p_maps, o_maps, p_skip, o_skip, i_four, FOURS: tl.constexpr, ADJOINT: tl.constexpr, GATED: tl.constexpr):
+def _weights(of, i_four, S: tl.constexpr, ADJOINT: tl.constexpr, GATED: tl.constexpr):
     """The weights of four channels of the proxy for each map, each map's four after the other's.
 
     Three taps times ``-log2(e)``, the gate of what goes in, and what there is of the gate of what comes out and of the
@@ -93,14 +73,14 @@ def _weights(p_maps, o_maps, p_skip, o_skip, i_four, FOURS: tl.constexpr, ADJOIN
     """
     weights = ()
     for k in tl.static_range(3):
-        taps = _four(p_maps + (k * FOURS + i_four) * 4, o_maps)
+        taps = _four_weights(of.p_taps + k * S, of.o_taps, i_four, S)
         for s in tl.static_range(4):
             weights = weights + (taps[s] * -1.4426950408889634,)
-    weights = weights + _four(p_maps + ((4 if ADJOINT else 3) * FOURS + i_four) * 4, o_maps)
+    weights = weights + _four_weights(of.p_u if ADJOINT else of.p_lam, of.o_gates, i_four, S)
     if GATED:
-        weights = weights + _four(p_maps + (4 * FOURS + i_four) * 4, o_maps)
-    if p_skip is not None:
-        weights = weights + _four(p_skip + i_four * 4, o_skip)
+        weights = weights + _four_weights(of.p_u, of.o_gates, i_four, S)
+    if of.p_skip is not None:
+        weights = weights + _four_weights(of.p_skip, of.o_skip, i_four, S)
     return weights
 
 
@@ -133,9 +113,8 @@ def _add_products(maps, weights, proxy, MAPS: tl.constexpr, FIRST: tl.constexpr,
 
 @triton.jit
 def _maps(
-    p_line, o_proxy, weights, p_maps, o_maps, p_skip, o_skip,
-    S: tl.constexpr, PIXELS: tl.constexpr, PITCH: tl.constexpr, MAPS: tl.constexpr, UNROLL: tl.constexpr,
-    ADJOINT: tl.constexpr, GATED: tl.constexpr,
+    p_line, o_proxy, weights, of, S: tl.constexpr, PIXELS: tl.constexpr, PITCH: tl.constexpr, MAPS: tl.constexpr,
+    UNROLL: tl.constexpr, ADJOINT: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """The maps of a lane's pixels, those of a pixel after those of the other.
 
@@ -147,7 +126,7 @@ def _maps(
         for p in tl.static_range(PIXELS):
             of_pixel = ()
             for i in tl.static_range(FOURS):
-                proxy = _four(p_line + (p * FOURS + i) * 4 * PITCH, o_proxy)
+                proxy = split_lines(tl.load(p_line + (p * FOURS + i) * 4 * PITCH + o_proxy), 4)
                 some = weights[i * 4 * MAPS : (i + 1) * 4 * MAPS]
                 of_pixel = _add_products(of_pixel, some, proxy, MAPS, i == 0, 4 if S - 4 * i > 4 else S - 4 * i)
             maps = maps + of_pixel
@@ -156,10 +135,10 @@ def _maps(
         for _ in tl.static_range(PIXELS * MAPS):
             maps = maps + (zero,)
         for i in tl.range(0, FOURS):
-            some = _weights(p_maps, o_maps, p_skip, o_skip, i, FOURS, ADJOINT, GATED)
+            some = _weights(of, i, S, ADJOINT, GATED)
             sums = ()
             for p in tl.static_range(PIXELS):
-                proxy = _four(p_line + (p * FOURS + i) * 4 * PITCH, o_proxy)
+                proxy = split_lines(tl.load(p_line + (p * FOURS + i) * 4 * PITCH + o_proxy), 4)
                 sums = sums + _add_products(maps[p * MAPS : (p + 1) * MAPS], some, proxy, MAPS, False, 4)
             maps = sums
     return maps
@@ -168,24 +147,18 @@ def _maps(
 @triton.jit
 def _piece(
     v, i_line, i_low, i_high, m_lane, i_cross, n_cross, i,
-    FAST: tl.constexpr, WIDTH: tl.constexpr, LINES: tl.constexpr, WHOLE: tl.constexpr, MAY_OVERRUN: tl.constexpr,
+    FAST: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, MAY_OVERRUN: tl.constexpr,
 ):  # fmt: skip
-    """Where piece ``i`` of a lane's tile is, and whether it exists. A piece has no end in the middle."""
-    if FAST == 2:
-        PER_PIXEL: tl.constexpr = LINES // WIDTH
-        i_pixel, i_first = i // PER_PIXEL, i % PER_PIXEL * WIDTH
-        p = v.p + v.o + (i_pixel * v.s_cross + i_first * v.s_line)
-    else:
-        i_pixel, i_first = i * WIDTH, 0
-        p = v.p + v.o + i_pixel * v.s_cross
+    """Where piece ``i`` of a lane's tile is, and whether it exists: WIDTH pixels of a line, or all lines of a pixel."""
+    i_pixel = i if FAST == 2 else i * WIDTH
     m = m_lane
     if MAY_OVERRUN:
         # So may a block of a long row, at its beginning.
-        n_there = tl.where(i_line + i_first >= i_low, tl.where(i_line + i_first < i_high, n_cross, 0), 0)
+        n_there = tl.where(i_line >= i_low, tl.where(i_line < i_high, n_cross, 0), 0)
         m = m & (i_cross + i_pixel >= 0) & (i_cross + i_pixel < n_there)
     elif not WHOLE:
         m = m & (i_cross + i_pixel < n_cross)
-    return p, tl.expand_dims(m, 2)
+    return v.p + v.o + i_pixel * v.s_cross, tl.expand_dims(m, 2)
 
 
 @triton.jit
@@ -198,9 +171,7 @@ def _load(
     v = move(v, i_line, i_first)
     pixels = ()
     for i in tl.static_range(PIXELS * LINES // WIDTH):
-        p, m = _piece(
-            v, i_line, mine.i_low, mine.i_high, m_lane, i_cross, n_cross, i, FAST, WIDTH, LINES, WHOLE, MAY_OVERRUN
-        )
+        p, m = _piece(v, i_line, mine.i_low, mine.i_high, m_lane, i_cross, n_cross, i, FAST, WIDTH, WHOLE, MAY_OVERRUN)
         pixels = pixels + split_lines(tl.load(p, mask=m), WIDTH)
     return pixels
 
@@ -214,40 +185,63 @@ def _store(
     """Store what :func:`_load` would load."""
     v = move(v, i_line, i_first)
     for i in tl.static_range(PIXELS * LINES // WIDTH):
-        p, m = _piece(
-            v, i_line, mine.i_low, mine.i_high, m_lane, i_cross, n_cross, i, FAST, WIDTH, LINES, WHOLE, MAY_OVERRUN
-        )
+        p, m = _piece(v, i_line, mine.i_low, mine.i_high, m_lane, i_cross, n_cross, i, FAST, WIDTH, WHOLE, MAY_OVERRUN)
         b = join_lines(pixels[i * WIDTH : (i + 1) * WIDTH], WIDTH)
         tl.store(p, b.to(v.p.dtype.element_ty), mask=m)
 
 
-@triton.jit(do_not_specialize=[*integers("in", "out"), "n_chunks", "n_rows"])
+_OF_DIRECTIONS = ["i_direction", "n_per_group", "i_codes", "s_out_direction", "n_images"]
+
+
+@triton.jit(do_not_specialize=[*integers("in", "out"), "n_chunks", "n_rows", *_OF_DIRECTIONS])
 def scan_kernel(
     p_in, s_in_batch, s_in_channel, s_in_cross, s_in_line,
     p_out, s_out_batch, s_out_channel, s_out_cross, s_out_line,
-    p_before, p_proxy, p_largest, p_maps, p_skip, p_states,
+    p_before, p_proxy, p_columns, p_largest, p_taps, p_lam, p_u, p_skip, p_states, i_direction, n_per_group,
+    i_codes, s_out_direction, n_images,
     n_groups, n_channels, n_cross, n_lines, n_run, n_runs, n_segment, n_chunks, n_rows,
     FAST: tl.constexpr, ALIGN: tl.constexpr,
     LANES: tl.constexpr, GROUP: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
     HALO: tl.constexpr, LINES: tl.constexpr, REVERSE: tl.constexpr, SEGMENTED: tl.constexpr,
     S: tl.constexpr, PITCH: tl.constexpr, UNROLL: tl.constexpr, ADJOINT: tl.constexpr, GATED: tl.constexpr,
-    PTX: tl.constexpr,
+    PTX: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """A scan of ``gate * in``: its states, or ``out gate * state`` if it is GATED, plus ``skip * in``.
 
     The sum is added to ``before``, which has the strides of ``out``, if there is one. With ADJOINT the scan runs
     against its direction by the transposed taps, and the gate of what goes in is the other one.
 
-    ``largest [4 FOURS]``: the largest absolute value of each channel of the proxy; most logits are known to be small.
-    ``maps [C, 5, 4 FOURS]``: the weights of the three logits and of both gates. ``skip [C, 4 FOURS]``.
+    The projections are those of all directions: ``taps [D, G, 3, S]``, ``lam [D, C, S]``, ``u [D, C, S]``; and
+    ``skip [C, S]``. ``largest [4 FOURS]``: the largest absolute value of each channel of the proxy; most logits are
+    known to be small.
     ``proxy [B, lines, PIXELS, FOURS, PITCH, 4]``: pixel of a chunk, four channels, chunk, channel of the four.
     A row has ``n_chunks`` chunks, WHOLE if none of them is longer than the row; a group of lanes has ``n_rows`` rows.
+
+    TOGETHER, programs of all directions run side by side, each direction to an ``out`` of its own. Strides and sizes
+    are then those of ``"down"``, ``columns`` is the proxy packed for lines along the width, and ``i_codes`` has two
+    bits for each direction: whether it is reversed, and whether its lines follow each other along the width.
     """
     FOURS: tl.constexpr = (S + 3) // 4
     MAPS: tl.constexpr = 4 + (1 if GATED else 0) + (0 if p_skip is None else 1)
     n_channels, n_cross, n_lines, n_run = in_elements(n_channels, n_cross, n_lines, n_run, FAST, ALIGN)
+    if TOGETHER:
+        i_direction = tl.program_id(1)
+        i_code = i_codes >> (2 * i_direction) & 3
+        m_along_width = i_code >= 2
+        s_in_cross, s_in_line = _in_order(m_along_width, s_in_cross.to(tl.int64), s_in_line.to(tl.int64))
+        s_out_cross, s_out_line = _in_order(m_along_width, s_out_cross.to(tl.int64), s_out_line.to(tl.int64))
+        n_cross, n_lines = _in_order(m_along_width, n_cross, n_lines)
+        n_run, n_chunks = n_lines, tl.cdiv(n_cross, PIXELS)
+        n_rows = tl.maximum(GROUP // n_chunks, 1)
+        p_out += i_direction.to(tl.int64) * s_out_direction
+        if m_along_width:
+            p_proxy = p_columns
     n_block = LANES // GROUP * n_rows
     mine = share(tl.cdiv(n_channels, n_block), n_groups, n_lines, n_run, n_runs, REVERSE)
+    # Where rows of one direction take fewer lanes than those of another, there are programs to spare.
+    is_spare = mine.i_batch >= n_images if TOGETHER else False
+    if is_spare:
+        return
 
     lane = tl.arange(0, LANES)[None, :]
     i_lane = lane % GROUP
@@ -282,11 +276,13 @@ def scan_kernel(
     four = tl.arange(0, 4)[None, None, :]
     s_line = PIXELS * FOURS * PITCH * 4
     p_proxy += mine.i_batch * n_lines * s_line
-    o_maps, o_skip = o_channel * (20 * FOURS) + four, o_channel * (4 * FOURS) + four
+    # In 64 bits: rows of weights are counted over all directions.
+    o_row = o_channel + i_direction.to(tl.int64) * n_channels
+    of = Projections(p_taps, o_row // n_per_group * (3 * S), p_lam, p_u, o_row * S, p_skip, o_channel * S)
     weights = ()
     if UNROLL:
         for i_four in tl.static_range(FOURS):
-            weights = weights + _weights(p_maps, o_maps, p_skip, o_skip, i_four, FOURS, ADJOINT, GATED)
+            weights = weights + _weights(of, i_four, S, ADJOINT, GATED)
     b_bound = tl.zeros([1, LANES], tl.float32)
     bounds = (b_bound, b_bound, b_bound)
     if UNROLL:
@@ -294,9 +290,7 @@ def scan_kernel(
             bounds = _add_bounds(bounds, weights[i_four * 4 * MAPS : (i_four + 1) * 4 * MAPS], p_largest, i_four)
     else:
         for i_more in tl.range(0, FOURS):
-            bounds = _add_bounds(
-                bounds, _weights(p_maps, o_maps, p_skip, o_skip, i_more, FOURS, ADJOINT, GATED), p_largest, i_more
-            )
+            bounds = _add_bounds(bounds, _weights(of, i_more, S, ADJOINT, GATED), p_largest, i_more)
     # Hardly ever: a bound that is a NaN is not below 100 either.
     n_large = tl.sum(tl.where((bounds[0] < 100.0) & (bounds[1] < 100.0) & (bounds[2] < 100.0), 0, 1))
 
@@ -305,7 +299,7 @@ def scan_kernel(
         b_states = b_states + (tl.zeros([1, LANES], tl.float32),)
     BLOCK: tl.constexpr = LANES * PIXELS
     TILES: tl.constexpr = HALO // LINES if HALO > 0 else 1
-    MAY_OVERRUN: tl.constexpr = TILES * LINES > 1
+    MAY_OVERRUN: tl.constexpr = HALO > 0
     n_visits = tl.cdiv(n_cross, BLOCK - 2 * HALO) * TILES if HALO > 0 else TILES
     between = states(p_states, 0, i_pixel, n_cross, 1, FAST)
     n_rounds = tl.cdiv(mine.i_high - mine.i_low, TILES * LINES)
@@ -315,6 +309,8 @@ def scan_kernel(
             i_step, i_line, i_first = tile(
                 i_round, i_visit, n_rounds, mine, n_lines, BLOCK, HALO, LINES, TILES, ADJOINT, REVERSE
             )
+            if TOGETHER:
+                i_line = tl.where((i_code & 1) != 0, n_lines - 1 - i_step, i_step)
             i_cross = i_first + i_pixel if HALO > 0 else i_pixel
             b_in = _load(
                 x, mine, i_line, i_first, m_lane, i_cross, n_cross, FAST, PIXELS, WIDTH, LINES, WHOLE, MAY_OVERRUN
@@ -322,20 +318,9 @@ def scan_kernel(
             b_added = b_in
             if p_before is not None:
                 b_added = _load(
-                    before,
-                    mine,
-                    i_line,
-                    i_first,
-                    m_kept,
-                    i_cross,
-                    n_cross,
-                    FAST,
-                    PIXELS,
-                    WIDTH,
-                    LINES,
-                    WHOLE,
-                    MAY_OVERRUN,
-                )
+                    before, mine, i_line, i_first, m_kept, i_cross, n_cross,
+                    FAST, PIXELS, WIDTH, LINES, WHOLE, MAY_OVERRUN,
+                )  # fmt: skip
             i_proxy = i_chunk
             if HALO > 0:
                 # Beyond the ends of a row there is no proxy; any will do.
@@ -361,7 +346,7 @@ def scan_kernel(
                     m_follows = m_follows & (i_here >= mine.i_low) & (i_here < mine.i_high)
                     i_here = tl.minimum(tl.maximum(i_here, 0), n_lines - 1)
                 maps = _maps(
-                    p_proxy + i_here.to(tl.int64) * s_line, o_proxy, weights, p_maps, o_maps, p_skip, o_skip,
+                    p_proxy + i_here.to(tl.int64) * s_line, o_proxy, weights, of,
                     S, PIXELS, PITCH, MAPS, UNROLL, ADJOINT, GATED,
                 )  # fmt: skip
                 logits = ()
@@ -373,10 +358,10 @@ def scan_kernel(
                         b_after = tl.where(i_cross + p < n_cross - 1, b_after, float("inf"))
                     logits = logits + (b_before, maps[p * MAPS + 1], b_after)
                 if n_large > 0:
-                    logits = _within_reach(logits, i_cross, n_cross, PIXELS)
+                    logits = within_reach(logits, i_cross, n_cross, PIXELS)
                 taps = ()
                 for p in tl.static_range(PIXELS):
-                    taps = taps + _stochastic(logits[3 * p], logits[3 * p + 1], logits[3 * p + 2], PTX)
+                    taps = taps + stochastic(logits[3 * p], logits[3 * p + 1], logits[3 * p + 2], PTX)
                 # From where no neighbour is, values are left out by a select: they may be anything.
                 b_new, b_carries = (), ()
                 if ADJOINT:
@@ -426,11 +411,12 @@ def scan_kernel(
                 for p in tl.static_range(PIXELS):
                     b = b_new[p]
                     if GATED:
-                        b = maps[p * MAPS + 4] * b
+                        b = _rounded_product(maps[p * MAPS + 4], b, PTX)
                     if p_skip is not None:
-                        b += maps[p * MAPS + MAPS - 1] * b_in[p * LINES + (LINES - 1 - i if REVERSE else i)].to(
+                        b_skip = b + maps[p * MAPS + MAPS - 1] * b_in[p * LINES + (LINES - 1 - i if REVERSE else i)].to(
                             tl.float32
                         )
+                        b = tl.where(i_direction == 0, b_skip, b) if TOGETHER else b_skip
                     if p_before is not None:
                         b += b_added[p * LINES + (LINES - 1 - i if REVERSE else i)].to(tl.float32)
                     b_line = b_line + (b,)
@@ -457,3 +443,14 @@ def scan_kernel(
         if HALO > 0:
             # The next round's states come from other threads.
             tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["n"])
+def sum_kernel(p_parts, p_out, n, D: tl.constexpr, BLOCK: tl.constexpr):
+    """``out`` of ``n`` elements, the sum of D parts in their order."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = i < n
+    b = tl.load(p_parts + i, mask=m)
+    for d in tl.static_range(1, D):
+        b += tl.load(p_parts + d * n + i, mask=m)
+    tl.store(p_out + i, b.to(p_out.dtype.element_ty), mask=m)

@@ -45,6 +45,9 @@ class ModelConfig(ModelExecution):
     """Probability of dropping a label, for classifier-free guidance."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the model."""
+    init_from: str | None = None
+    """A pipeline to continue from, by path, hub id or name: its weights, in the model of the settings above. Options
+    without weights, such as ``scan.reference_lines``, may differ from those of the pipeline."""
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,18 @@ def build_denoiser(config: ClassConditionalConfig, *, num_classes: int, channels
     return denoiser
 
 
+def initialize_from(denoiser: nn.Module, source: str) -> None:
+    """Give a denoiser the weights of a pipeline's.
+
+    Raises:
+        UsageError: There is no such pipeline, or its weights are those of another model.
+    """
+    try:
+        denoiser.load_state_dict(load_pipeline(source).transformer.state_dict())
+    except RuntimeError as error:
+        raise UsageError(f"model.init_from {source!r} has weights of another model: {error}") from None
+
+
 def _build_dit(config: ClassConditionalConfig, num_classes: int, shared: dict[str, Any]) -> Any:
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 

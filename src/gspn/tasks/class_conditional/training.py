@@ -23,7 +23,7 @@ from ..diffusion.losses import DenoisingLoss
 from ..diffusion.schedulers import named_scheduler, training_scheduler
 from .config import ClassConditionalConfig
 from .data import open_data_of
-from .model import build_denoiser
+from .model import build_denoiser, initialize_from
 from .sampling import draw_classes, sample_batch, sample_records
 
 
@@ -71,6 +71,8 @@ class ClassConditionalDenoising(Task[ClassConditionalConfig, GeneratorRow]):
         model_config = self.config.model
         self.data = open_data_of(self.config, context)
         model = self._build_model()
+        if model_config.init_from is not None:
+            initialize_from(model, model_config.init_from)
         for module in model.modules():
             # Labels are dropped in `loss`: each of DiT's blocks has an embedding, and they would not agree.
             if isinstance(module, LabelEmbedding):

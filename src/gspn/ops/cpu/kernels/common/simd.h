@@ -147,6 +147,49 @@ GSPN_INLINE f16 narrow<f16>(float v) {
 
 // --- One vector ---
 
+// Keeps what was loaded in a register for all its uses. With the 16 registers that there are without AVX-512, compilers
+// would rather load a weight or a constant again for each of them, and the load ports then decide the speed.
+template <class V>
+GSPN_INLINE V in_register(V v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  asm volatile("" : "+x"(v));
+#endif
+  return v;
+}
+
+// The smaller and the greater of two, b if either is a NaN. Spelled out, since compilers make two instructions of it.
+template <class A>
+GSPN_INLINE typename VectorOf<A>::type smaller_of(typename VectorOf<A>::type a, typename VectorOf<A>::type b) {
+#if GSPN_VECTOR_BYTES == 32
+  if constexpr (sizeof(A) == 4) {
+    return bit_cast<float_vector>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+  } else {
+    return bit_cast<double_vector>(_mm256_min_pd(bit_cast<__m256d>(a), bit_cast<__m256d>(b)));
+  }
+#else
+  return a < b ? a : b;
+#endif
+}
+template <class A>
+GSPN_INLINE typename VectorOf<A>::type greater_of(typename VectorOf<A>::type a, typename VectorOf<A>::type b) {
+#if GSPN_VECTOR_BYTES == 32
+  if constexpr (sizeof(A) == 4) {
+    return bit_cast<float_vector>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+  } else {
+    return bit_cast<double_vector>(_mm256_max_pd(bit_cast<__m256d>(a), bit_cast<__m256d>(b)));
+  }
+#else
+  return a > b ? a : b;
+#endif
+}
+template <class A>
+GSPN_INLINE typename VectorOf<A>::type magnitude_of(typename VectorOf<A>::type v) {
+  using I = typename VectorOf<A>::index;
+  using E = typename VectorOf<A>::index_element;
+  constexpr E all_but_sign = static_cast<E>(~(uint64_t{1} << (8 * sizeof(E) - 1)));
+  return bit_cast<typename VectorOf<A>::type>(bit_cast<I>(v) & all_but_sign);
+}
+
 template <class A>
 GSPN_INLINE typename VectorOf<A>::type load(const A* p) {
   typename VectorOf<A>::type v;

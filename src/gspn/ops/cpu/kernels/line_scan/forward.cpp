@@ -9,10 +9,11 @@ template <class A>
 struct ForwardLine {
   int64_t cross, m;
   bool scalar_taps;
-  Lines<A> x, lam;
+  Lines<A> x, lam;  // `line`: from here to the line scanned next
   TapLine<A> taps;
-  const A* prev;  // [cross][m], padded by m zeros on both sides; not used on a segment's first line
-  A* next;        // the same, written
+  int64_t next_taps;  // from here to the taps scanned next
+  const A* prev;      // [cross][m], padded by m zeros on both sides; not used on a segment's first line
+  A* next;            // the same, written
   Lines<A> h;
 };
 
@@ -25,6 +26,16 @@ GSPN_INLINE void forward_run(const ForwardLine<A>& line, int64_t p, int64_t coun
   A *next = line.next + p * m, *h = line.h.position(p);
   for_each_element<A>(count, [&](auto lane, int64_t i) __attribute__((always_inline)) {
     using L = decltype(lane);
+    // Processors fetch what follows in memory by themselves; the line above is not what follows.
+    if constexpr (L::is_vector) {
+      __builtin_prefetch(x + i + line.x.line);
+      if constexpr (kHasLam) __builtin_prefetch(lam + i + line.lam.line);
+      if constexpr (kHasPrev && !kScalarTaps) {
+        __builtin_prefetch(t0 + i + line.next_taps);
+        __builtin_prefetch(t1 + i + line.next_taps);
+        __builtin_prefetch(t2 + i + line.next_taps);
+      }
+    }
     auto v = L::get(x + i);
     if constexpr (kHasLam) v = v * L::get(lam + i);
     if constexpr (kHasPrev) {
@@ -86,6 +97,8 @@ GSPN_INLINE void forward_line(const ForwardLine<A>& line) {
 template <class A, bool kHasLam>
 void forward_lines(int64_t segment, LineRange range, ForwardLine<A> line, TapLines<A> taps, A* states, int64_t pitch) {
   const Lines<A> x = line.x, lam = line.lam, h = line.h;
+  line.x.line *= range.increment, line.lam.line *= range.increment;
+  line.next_taps = range.increment * taps.tap[0].line;
   for (int64_t k = 0; k < range.count; ++k) {
     const int64_t l = range.line(k), step = range.first_step + k, odd = step % 2;
     line.x.data = x.at(l), line.lam.data = lam.at(l), line.h.data = h.at(l), line.taps = taps.at(l);
@@ -125,7 +138,7 @@ void forward(const LineScanCall& call, const LineScanPlan& plan, int64_t index, 
       const Lines<A> lam = load_or_view(view(call.lam), scratch.lam, pitch);
       const Output<T> h(view(call.h), scratch.h, pitch);
       A* states = scratch.states + 2 * c * pitch + item.m;
-      const ForwardLine<A> line{call.cross, item.m, item.scalar_taps(), x, lam, {}, nullptr, nullptr, h.lines};
+      const ForwardLine<A> line{call.cross, item.m, item.scalar_taps(), x, lam, {}, 0, nullptr, nullptr, h.lines};
       (lam.data ? forward_lines<A, true> : forward_lines<A, false>)(call.segment, range, line, taps, states, pitch);
       h.flush();
     }

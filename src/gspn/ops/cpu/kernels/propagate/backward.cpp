@@ -19,7 +19,11 @@ constexpr A kHalvedGradient = static_cast<A>(-2 * 0.6931471805599453);
 
 // Pixels whose maps' gradients are gathered before the two products are taken.
 template <class A>
-constexpr int kRun = kLanes<A>;
+constexpr int kRun = (GSPN_VECTOR_BYTES == 64 ? 1 : 4) * kLanes<A>;
+
+// Whether the proxy channels fill vectors, so that the proxy's gradient is summed with a lane for each of them.
+template <class A, int S>
+constexpr bool kProxyLanes = S > 0 && S % kLanes<A> == 0;
 
 // --- Products of the maps' gradients ---
 
@@ -33,6 +37,7 @@ struct ProductRun {
   const A* weights;  // [proxy channel][output][lane], of which the maps are those from `from` on
   A* gradients;
   int outputs, from;
+  const A* by_lane;                  // the same weights as [output][lane][proxy channel], see kProxyLanes
   typename VectorOf<A>::type* rows;  // kRun * proxy channels and a vector
 };
 
@@ -50,7 +55,7 @@ GSPN_INLINE void add_to_weights(const ProductRun<A>& run, int64_t s) {
   for (int64_t p = 0; p < run.count; ++p) {
     V map[O];
 #pragma GCC unroll 8
-    for (int o = 0; o < O; ++o) map[o] = load(run.maps + (o * kRun<A> + p) * L);
+    for (int o = 0; o < O; ++o) map[o] = in_register(load(run.maps + (o * kRun<A> + p) * L));
 #pragma GCC unroll 8
     for (int i = 0; i < SB; ++i) {
       const A value = run.proxy.at(p).data[s + i];
@@ -89,6 +94,42 @@ GSPN_INLINE void maps_to_proxy(const ProductRun<A>& run, int64_t p, int64_t prox
   }
 }
 
+// The same summed, for P pixels of which `count` exist: dproxy[pixel][s] += sum_o sum_lane maps weights.
+template <class A, int S, int O, int P>
+GSPN_INLINE void maps_to_proxy_lanes(const ProductRun<A>& run, int64_t p, int64_t count) {
+  using V = typename VectorOf<A>::type;
+  constexpr int L = kLanes<A>, N = S / L;
+  V acc[P][N];
+#pragma GCC unroll 8
+  for (int q = 0; q < P; ++q) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) acc[q][n] = V{};
+  }
+  const A* weights = run.by_lane + run.from * L * S;
+  for (int o = 0; o < O; ++o) {
+    const A* maps = run.maps + (o * kRun<A> + p) * L;
+#pragma GCC unroll 1
+    for (int lane = 0; lane < L; ++lane, weights += S) {
+      V weight[N];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) weight[n] = in_register(load(weights + n * L));
+#pragma GCC unroll 8
+      for (int q = 0; q < P; ++q) {
+        const V value = maps[q * L + lane] - V{};
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) acc[q][n] += value * weight[n];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < P; ++q) {
+    if (q >= count) return;
+    A* to = run.dproxy + (p + q) * run.proxy.cross;
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) store(to + n * L, load(to + n * L) + acc[q][n]);
+  }
+}
+
 // Both products of a run.
 template <class A, int S, int O>
 __attribute__((noinline)) void add_products(const ProductRun<A> run) {
@@ -101,6 +142,11 @@ __attribute__((noinline)) void add_products(const ProductRun<A> run) {
     for (; s < channels; ++s) add_to_weights<A, O, 1>(run, s);
   }
 
+  if constexpr (kProxyLanes<A, S>) {
+    constexpr int pixels = 8 * L / S;
+    for (int64_t p = 0; p < count; p += pixels) maps_to_proxy_lanes<A, S, O, pixels>(run, p, count - p);
+    return;
+  }
   int64_t p = 0;
   for (; p + P <= count; p += P) maps_to_proxy<A, O, P>(run, p, channels);
   for (; p < count; ++p) maps_to_proxy<A, O, 1>(run, p, channels);
@@ -146,6 +192,7 @@ struct BackwardLine {
   A* to_prev[3];          // the same of this line, written; unused on a segment's first line
   A* maps;                // [output][kRun][lane]
   A* tap_maps;            // shared: [3][kRun][lane]
+  const A* by_lane;       // as in ProductRun
   typename VectorOf<A>::type* rows;
 };
 
@@ -159,7 +206,7 @@ GSPN_INLINE bool backward_pixels(const BackwardLine<A>& line, int64_t p, int64_t
   project<A, S, O, P>(line.weights, outputs, from, line.proxy.at(p), acc);
   V w[3][P], slope[3][P];
   if constexpr (kPrev && !kShared) {
-    V worst;
+    V worst, reach;
 #pragma GCC unroll 8
     for (int q = 0; q < P; ++q) {
       const bool first = p + q == 0, last = p + q == line.cross - 1;
@@ -171,6 +218,7 @@ GSPN_INLINE bool backward_pixels(const BackwardLine<A>& line, int64_t p, int64_t
         const V t[3] = {acc[0][q], acc[1][q], acc[2][q]};
         Weights<A> weights(t);
         worst = q ? worst + weights.product : weights.product;
+        reach = q ? greater_of<A>(weights.reach, reach) : weights.reach;
         // 1 - sigmoid(a_k) = e_k / d_k, by one division for all three.
         const V all = kHalvedGradient<A> / weights.product;
 #pragma GCC unroll 3
@@ -183,7 +231,7 @@ GSPN_INLINE bool backward_pixels(const BackwardLine<A>& line, int64_t p, int64_t
       }
     }
     if constexpr (!kSafe) {
-      if (__builtin_expect(any_beyond<A>(worst, kMostWeight<A>), 0)) return false;
+      if (__builtin_expect(out_of_range<A>(worst, reach), 0)) return false;
     }
   }
 #pragma GCC unroll 8
@@ -236,7 +284,7 @@ __attribute__((noinline)) void backward_pixels_safely(const BackwardLine<A>& lin
 
 // The gradients of taps that all channels share, for a run of pixels from p on: one lane a pixel.
 template <class A, int S>
-void shared_tap_gradients(const BackwardLine<A>& line, int64_t p, int64_t count) {
+void shared_tap_gradients(const BackwardLine<A>& line, int64_t p, int64_t at, int64_t count) {
   using V = typename VectorOf<A>::type;
   constexpr int L = kLanes<A>;
   const int64_t proxy_channels = S ? S : line.proxy.channels;
@@ -247,7 +295,7 @@ void shared_tap_gradients(const BackwardLine<A>& line, int64_t p, int64_t count)
   V half[3];
   for (int k = 0; k < 3; ++k) {
     V rows[L];
-    for (int64_t i = 0; i < L; ++i) rows[i] = i < count ? load(line.tap_maps + (k * kRun<A> + i) * L) : V{};
+    for (int64_t i = 0; i < L; ++i) rows[i] = i < count ? load(line.tap_maps + (k * kRun<A> + at + i) * L) : V{};
     half[k] = sums_of_rows<A>(rows) * A(0.5);
   }
   A lanes[L];
@@ -276,11 +324,12 @@ void shared_tap_gradients(const BackwardLine<A>& line, int64_t p, int64_t count)
 template <class A, int S, bool kShared, bool kPrev>
 void backward_line(const BackwardLine<A>& line) {
   constexpr int outputs = kShared ? 2 : 5, from = !kShared && !kPrev ? 3 : 0;
+  const BackwardLine<A> copy = line;  // whose members no store can change: they are read once
   for (int64_t p = 0; p < line.cross; p += kRun<A>) {
     const int64_t count = minimum(kRun<A>, line.cross - p);
     const auto some = [&](auto number, int64_t i) __attribute__((always_inline)) {
       constexpr int P = decltype(number)::value;
-      const bool done = backward_pixels<A, S, P, kShared, kPrev, false>(line, p + i, i);
+      const bool done = backward_pixels<A, S, P, kShared, kPrev, false>(copy, p + i, i);
       if constexpr (kPrev && !kShared) {
         if (!done) backward_pixels_safely<A>(line, p + i, i, P);
       }
@@ -294,9 +343,13 @@ void backward_line(const BackwardLine<A>& line) {
     for (; i < count; ++i) some(Number<1>{}, i);
     const ProductRun<A> run{line.maps,    count,          line.proxy.at(p), line.dproxy + p * line.proxy.cross,
                             line.weights, line.gradients, outputs,          from,
-                            line.rows};
+                            line.by_lane, line.rows};
     add_products<A, S, outputs - from>(run);
-    if constexpr (kShared && kPrev) shared_tap_gradients<A, S>(line, p, count);
+    if constexpr (kShared && kPrev) {
+      for (int64_t at = 0; at < count; at += kLanes<A>) {
+        shared_tap_gradients<A, S>(line, p + at, at, minimum(kLanes<A>, count - at));
+      }
+    }
   }
 }
 
@@ -310,6 +363,7 @@ struct BackwardScratch {
   A *taps, *maps, *tap_maps;
   A* sums;  // of one line: added to the whole image's at its end, which keeps roundings few
   A* tap_sums;
+  A* by_lane;  // the weights of a direction as [output][lane][proxy channel]
   typename VectorOf<A>::type* rows;
 
   BackwardScratch(Scratch& scratch, const PropagateCall& call) {
@@ -327,6 +381,7 @@ struct BackwardScratch {
     tap_maps = scratch.take<A>(3 * kRun<A> * L);
     sums = scratch.take<A>(5 * call.proxy_channels * L);
     tap_sums = scratch.take<A>(3 * call.proxy_channels * L);
+    by_lane = scratch.take<A>(5 * call.proxy_channels * L);
     rows = scratch.take<typename VectorOf<A>::type>(kRun<A> * call.proxy_channels + L);
   }
 };
@@ -402,7 +457,7 @@ struct Backward {
           store(scratch.maps + i, load(scratch.x + offset + i) * load(scratch.grad + offset + i));
         }
         add_products<A, 0, 1>(ProductRun<A>{scratch.maps, count, proxy.at(p), to + p * proxy.cross, packed.skip(),
-                                            scratch.sums, 1, 0, scratch.rows});
+                                            scratch.sums, 1, 0, nullptr, scratch.rows});
       }
       add_up(scratch.sums, call.proxy_channels * L, gradients.skip());
     }
@@ -458,6 +513,12 @@ struct Backward {
     line.weights = packed.direction(d), line.to_t = packed.to_t(), line.gradients = scratch.sums;
     line.taps = scratch.taps, line.tap_pitch = walk.cross + L;
     line.tap_weights = packed.taps(d), line.tap_gradients = scratch.tap_sums;
+    if constexpr (kProxyLanes<A, S>) {
+      for (int64_t i = 0; i < packed.outputs * L; ++i) {
+        for (int64_t s = 0; s < S; ++s) scratch.by_lane[i * S + s] = line.weights[s * packed.outputs * L + i];
+      }
+    }
+    line.by_lane = scratch.by_lane;
     line.maps = scratch.maps, line.tap_maps = scratch.tap_maps, line.rows = scratch.rows;
     for (int64_t step = walk.lines - 1; step >= 0; --step) {
       const int64_t l = walk.line(step);

@@ -169,10 +169,10 @@ GSPN_INLINE void project(const A* weights, int outputs, int from, const ProxyLin
     const A* w = weights + (s * outputs + from) * L;
     V value[P];
 #pragma GCC unroll 8
-    for (int q = 0; q < P; ++q) value[q] = V{} + proxy.data[q * proxy.cross + s];
+    for (int q = 0; q < P; ++q) value[q] = proxy.data[q * proxy.cross + s] - V{};  // x + 0 would be an addition
 #pragma GCC unroll 8
     for (int o = 0; o < O; ++o) {
-      const V weight = load(w + o * L);
+      const V weight = in_register(load(w + o * L));
 #pragma GCC unroll 8
       for (int q = 0; q < P; ++q) acc[o][q] = first ? weight * value[q] : acc[o][q] + weight * value[q];
     }
@@ -275,7 +275,7 @@ GSPN_INLINE TapsAndSlopes<A> shared_taps_at(const typename VectorOf<A>::type* t,
   if (last < kLanes<A>) after[last] = 0;
   const Weights<A> weights(t);
   TapsAndSlopes<A> out;
-  if (__builtin_expect(any_beyond<A>(weights.product, kMostWeight<A>), 0)) {
+  if (__builtin_expect(out_of_range<A>(weights.product, weights.reach), 0)) {
     const TapsAndSlopes<A> safe = safe_taps<A>(t, before, after);
     for (int k = 0; k < 3; ++k) out.w[k] = safe.w[k], out.slope[k] = safe.slope[k];
     return out;

@@ -1,8 +1,8 @@
 // The recurrence along one line, its maps in registers alone: h = lam x + sum_k w_k h_{i-1}[j+k-1] and y += u h.
 //
 // Counted for S proxy channels, a vector and direction: 5 S multiply-adds for the maps, 3 exponentials of 8
-// instructions, 12 for the taps and a division, 6 for the state and the gates. With shared taps 2 S and 6, and a
-// sixteenth of the rest.
+// instructions (11 without AVX-512), 12 for the taps and a division, 6 for the state and the gates. With shared taps 2
+// S and 6, and a sixteenth of the rest.
 #pragma once
 
 #include "block.h"
@@ -59,7 +59,7 @@ GSPN_INLINE bool forward_pixels(const ForwardLine<A>& line, int64_t p) {
              load(prev + (q + 1) * L) * taps[2 * pitch + q];
     }
   } else if constexpr (kPrev) {
-    V sum[P], w[3][P], worst;
+    V sum[P], w[3][P], worst, reach;
 #pragma GCC unroll 8
     for (int q = 0; q < P; ++q) {
       const bool first = p + q == 0, last = p + q == line.cross - 1;
@@ -75,6 +75,7 @@ GSPN_INLINE bool forward_pixels(const ForwardLine<A>& line, int64_t p) {
         if (__builtin_expect(last, 0)) w[2][q] = V{};
         sum[q] = w[0][q] + w[1][q] + w[2][q];
         worst = q ? worst + sum[q] : sum[q];
+        reach = q ? greater_of<A>(weights.reach, reach) : weights.reach;
       }
     }
     const A* prev = line.prev + p * L;
@@ -90,7 +91,7 @@ GSPN_INLINE bool forward_pixels(const ForwardLine<A>& line, int64_t p) {
       }
     }
     if constexpr (!kSafe) {
-      if (__builtin_expect(any_beyond<A>(worst, kMostWeight<A>), 0)) return false;
+      if (__builtin_expect(out_of_range<A>(worst, reach), 0)) return false;
     }
   }
 #pragma GCC unroll 8
@@ -115,9 +116,10 @@ template <class A, int S, bool kShared, bool kPrev, bool kGate>
 void forward_line(const ForwardLine<A>& line) {
   constexpr bool kTaps = kPrev && !kShared;
   if (kTaps && line.to_t != A(1)) return forward_pixels_safely<A, kGate>(line, 0, line.cross);
+  const ForwardLine<A> copy = line;  // whose members no store can change: they are read once
   const auto some = [&](auto number, int64_t p) __attribute__((always_inline)) {
     constexpr int P = decltype(number)::value;
-    const bool done = forward_pixels<A, S, P, kShared, kPrev, kGate, false>(line, p);
+    const bool done = forward_pixels<A, S, P, kShared, kPrev, kGate, false>(copy, p);
     if constexpr (kTaps) {
       if (!done) forward_pixels_safely<A, kGate>(line, p, P);
     }

@@ -20,9 +20,18 @@ constexpr double kLog2E = 1.4426950408889634;
 template <class A>
 constexpr A kMostWeight = sizeof(A) == 4 ? A(1e37) : A(1e307);
 
-// True if any lane is not below the limit: infinite, NaN or large.
+// True if any lane of `sums` is not below kMostWeight: infinite, NaN or large; or, without AVX-512, if a lane of
+// `reach`, the largest |t|, is beyond what powers of two are computed for.
 template <class A>
-GSPN_INLINE bool any_beyond(typename VectorOf<A>::type v, A limit) {
+GSPN_INLINE bool out_of_range(typename VectorOf<A>::type sums, typename VectorOf<A>::type reach) {
+  constexpr A limit = kMostWeight<A>;
+#if GSPN_SCALES_BY_POWERS
+  (void)reach;
+  const auto v = sums;
+#else
+  // Not their sum: beyond, the weights may be any numbers, negative ones too. Of a NaN among them a NaN is left.
+  const auto v = greater_of<A>(reach * (kMostWeight<A> / (Exp2<A>::bias - 1)), sums);
+#endif
 #if defined(__AVX512F__)
   if constexpr (sizeof(A) == 4) {
     return _mm512_cmp_ps_mask(bit_cast<__m512>(v), _mm512_set1_ps(limit), _CMP_NLT_UQ) != 0;
@@ -88,23 +97,24 @@ __attribute__((noinline)) TapsAndSlopes<A> safe_taps(const typename VectorOf<A>:
   return out;
 }
 
-// Weights up to a common factor, and their product d_0 d_1 d_2.
+// Weights up to a common factor, their product d_0 d_1 d_2, and the largest |t_k| (zero with AVX-512, which takes any).
 template <class A>
 struct Weights {
   using V = typename VectorOf<A>::type;
-  V w[3], e[3], product;
+  V w[3], e[3], product, reach{};
 
   GSPN_INLINE explicit Weights(const V* t) {
-    V d[3];
+    const PowersOfTwo<A, 3> powers(t);
+    const V* d = powers.plus_one;
 #pragma GCC unroll 3
-    for (int k = 0; k < 3; ++k) {
-      e[k] = exp2_of<A>(t[k]);
-      d[k] = e[k] + A(1);
-    }
+    for (int k = 0; k < 3; ++k) e[k] = powers.power[k];
     w[0] = d[1] * d[2];
     w[1] = d[0] * d[2];
     w[2] = d[0] * d[1];
     product = d[0] * w[0];
+#if !GSPN_SCALES_BY_POWERS
+    reach = greater_of<A>(greater_of<A>(magnitude_of<A>(t[0]), magnitude_of<A>(t[1])), magnitude_of<A>(t[2]));
+#endif
   }
   GSPN_INLINE V sum() const { return w[0] + w[1] + w[2]; }
 };
