@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gspn._files import parse_json, read_json
+
 from .environment import Environment
 from .gpu_model import Card
 
@@ -59,7 +61,7 @@ class Table:
         self.environment: Mapping[str, Any] = {}
         known = path.with_name("environment.json")
         if known.exists():
-            self.environment = json.loads(known.read_text(encoding="utf-8"))
+            self.environment = read_json(known)
         self.rows: list[Row] = read_rows(path)
         if not path.exists():
             self._write(None)
@@ -166,7 +168,7 @@ class Context:
     def compiled(self) -> frozenset[str] | None:
         """The kernels that have been compiled ahead of time, by their keys; None for the interpreter."""
         path = self.table.path.with_suffix(".compiled.json")
-        return frozenset(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        return frozenset(read_json(path)) if path.exists() else None
 
     def keep_compiled(self, keys: Sequence[str]) -> None:
         """Note the kernels that have been compiled so far."""
@@ -200,7 +202,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        self.entries: list[Row] = [json.loads(line) for line in text.splitlines()]
+        self.entries: list[Row] = [parse_json(line, path.name) for line in text.splitlines()]
 
     def write(self, step: str, name: str, under_way: bool) -> None:
         """Note a job that begins now, or is left out or over."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gspn._errors import MissingExtraError, require
-from gspn._files import write_text
+from gspn._files import read_json, write_text
 
 from .gpu_check import ERROR, FAIL, MEMORY, OK, SKIPPED, Row, read_rows
 from .report import GRID, INK, MUTED
@@ -59,7 +58,7 @@ def _environment(folder: Path) -> str:
     path = folder / "environment.json"
     if not path.exists():
         return "<p>No worker has told its environment.</p>"
-    known = json.loads(path.read_text(encoding="utf-8"))
+    known = read_json(path)
     return "<p>" + " · ".join(f"{name}: {html.escape(str(value))}" for name, value in known.items()) + "</p>"
 
 
