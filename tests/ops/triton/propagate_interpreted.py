@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -59,15 +60,16 @@ def large_states() -> None:
 
 
 def infinite_logits() -> None:
-    # As the same logits are that are large and finite: equal where all are -inf, a sigmoid of 1 for +inf.
+    # As the same logits are that are large and finite: equal where all are -inf, a sigmoid of 1 for +inf. A proxy that is
+    # negative everywhere is as large as a positive one.
     from gspn.ops.triton import propagate
 
-    for some in ((-1, -1, -1), (-1, 0, -1), (1, 1, -1), (1, 0, 0)):
+    for some, side in itertools.product(((-1, -1, -1), (-1, 0, -1), (1, 1, -1), (1, 0, 0)), (1, -1)):
         _, x, proxy, tap_proj, lam, u, _, *rest = make_arguments(1, 2, 3, 4, 1, 2, skip=False)
         taps = torch.tensor(some, dtype=torch.float32).view(1, 1, 3, 1).expand_as(tap_proj)
         infinite, large = (
             propagate.propagate(x, torch.full_like(proxy, size), taps * size, lam / size, u / size, None, *rest)
-            for size in (1e35, 1e3)
+            for size in (side * 1e35, side * 1e3)
         )
         assert infinite.isfinite().all()
         torch.testing.assert_close(infinite, large)
