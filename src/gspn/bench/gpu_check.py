@@ -85,7 +85,7 @@ class Table:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV, without what a process left that was ended while it wrote; none where there is no file."""
+    """The whole rows of a CSV: a last one that was cut off is left out. No rows where there is no file."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:

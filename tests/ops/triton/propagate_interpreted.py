@@ -60,8 +60,8 @@ def large_states() -> None:
 
 
 def infinite_logits() -> None:
-    # As the same logits are that are large and finite: equal where all are -inf, a sigmoid of 1 for +inf. A proxy that is
-    # negative everywhere is as large as a positive one.
+    # As the same logits are that are large and finite: equal where all are -inf, a sigmoid of 1 for +inf. A proxy that
+    # is negative everywhere is as large as a positive one.
     from gspn.ops.triton import propagate
 
     for some, side in itertools.product(((-1, -1, -1), (-1, 0, -1), (1, 1, -1), (1, 0, 0)), (1, -1)):
