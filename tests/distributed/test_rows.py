@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import gspn
-import gspn.models  # noqa: F401
+import gspn.models
 from gspn.distributed import ImageRows
 from gspn.distributed.rows import Map
 from gspn.models import GSPNDenoiser2DModel
@@ -209,7 +209,6 @@ def check_refusals(group: Any) -> None:
     with pytest.raises(ValueError, match="cannot tell them apart"):
         rows.add(Map((*range(0, 8, 8 // count), 9), 6))
     with pytest.raises(ValueError, match=f"1 channels for {count} processes"):
-        GSPN2d(1, proxy_dim=1)
         _on(rows, GSPN2d(1, proxy_dim=1), torch.zeros(1, 1, 8, 6))
     for module in (nn.MaxPool2d(2), nn.MultiheadAttention(4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5)):
         with pytest.raises(NotImplementedError, match=f"{type(module).__name__}, and it is not known to treat"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,7 @@ def replacement(name: str, module: nn.Module, rows: ImageRows) -> Callable[..., 
     return None
 
 
-def _propagate(module: GSPN2d, rows: ImageRows, x: Tensor) -> Tensor:
+def _propagate(module: Any, rows: ImageRows, x: Tensor) -> Tensor:  # a GSPN2d: its decorator hides what it has
     if module.alignment != "image":
         raise NotImplementedError(f"alignment={module.alignment!r} is not computed on some rows; use 'image'.")
     of = rows.map_of(x)
@@ -83,7 +84,7 @@ def _convolve(module: nn.Conv2d, rows: ImageRows, x: Tensor) -> Tensor:
     rows.add(Map(starts, width))
     needed = [
         (first * stride - padding, (after - 1) * stride - padding + reach)
-        for first, after in zip(starts, starts[1:], strict=False)
+        for first, after in itertools.pairwise(starts)
     ]
     low, high = needed[rows.rank]
     x = rows.between(x, of, [(max(first, 0), min(after, height)) for first, after in needed])

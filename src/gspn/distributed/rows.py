@@ -112,7 +112,7 @@ class ImageRows:
         )
 
     def take(self, image: Tensor) -> Tensor:
-        """This process's rows of a whole image ``[B, C, H, W]``.
+        """The rows that this process has of a whole image ``[B, C, H, W]``.
 
         Raises:
             ValueError: It has another height or width.
@@ -133,7 +133,7 @@ class ImageRows:
         return total(x.sum(), self.group) / (x.shape[0] * x.shape[1] * of.starts[-1] * of.width)
 
     def between(self, x: Tensor, of: Map, wanted: Sequence[_Interval]) -> Tensor:
-        """The rows of a map that this process wants, if rank r wants those of ``wanted[r]``, of the processes' ``x``."""
+        """Rows of a map, whose rows are ``x``: rank r gets those of the interval ``wanted[r]``."""
         here = of.starts[self.rank]
         parts = []
         for low, high in (_overlap(self._interval(of, self.rank), one) for one in wanted):
@@ -153,7 +153,7 @@ class ImageRows:
         skip_proj: Tensor | None = None, merge: Tensor | None = None, *, directions: Sequence[Direction] = DIRECTIONS,
         segment: int | None = None, impl: str = "auto",
     ) -> Tensor:  # fmt: skip
-        """:func:`gspn.propagate` over the whole map, whose rows ``x [B, C, rows, W]`` and ``proxy [B, S, rows, W]`` are.
+        """:func:`gspn.propagate` over the whole map; ``x [B, C, rows, W]`` and ``proxy [B, S, rows, W]`` are its rows.
 
         Raises:
             ValueError: There are fewer channels than processes; or as :meth:`map_of`.
@@ -224,4 +224,3 @@ def _taps_of(tap_proj: Tensor, some: slice, channels: int) -> Tensor:
     if first == last or (some.start % size == 0 and some.stop % size == 0):
         return tap_proj[:, first : last + 1]
     return tap_proj.repeat_interleave(size, dim=1)[:, some]
-
