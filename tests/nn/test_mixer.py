@@ -6,13 +6,13 @@ import pytest
 import torch
 from timm.layers.grn import GlobalResponseNorm
 
-from gspn.nn.mixer import _ResponseNorm
+from gspn.nn.mixer import ResponseNorm
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_the_response_norm_is_timms(dtype) -> None:
     torch.manual_seed(0)
-    ours, theirs = (norm(6, channels_last=False).to(dtype) for norm in (_ResponseNorm, GlobalResponseNorm))
+    ours, theirs = (norm(6, channels_last=False).to(dtype) for norm in (ResponseNorm, GlobalResponseNorm))
     torch.nn.init.normal_(ours.weight)
     torch.nn.init.normal_(ours.bias)
     theirs.load_state_dict(ours.state_dict())

@@ -12,17 +12,22 @@ from torch import Tensor, nn
 from .gspn2d import GSPN2d
 
 
+def squares(x: Tensor) -> Tensor:
+    """The sums of the squares of each channel's pixels, ``[B, C, 1, 1]``, in float32 or more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum((2, 3), keepdim=True)
+
+
 def _channel_norms(x: Tensor) -> Tensor:
     if x.dtype not in (torch.float32, torch.float64):
         return x.norm(p=2, dim=(2, 3), keepdim=True)  # squares may overflow in half precision
     # The added number keeps the root's derivative finite where a channel is zero.
-    return (x.square().sum((2, 3), keepdim=True) + torch.finfo(x.dtype).tiny).sqrt()
+    return (squares(x) + torch.finfo(x.dtype).tiny).sqrt()
 
 
 torch.fx.wrap("_channel_norms")  # the formula depends on the dtype, which a trace does not know
 
 
-class _ResponseNorm(GlobalResponseNorm):
+class ResponseNorm(GlobalResponseNorm):
     """timm's GRN over ``[B, C, H, W]``, with the norm of each channel computed as the root of a sum of squares.
 
     ``Tensor.norm`` over two of four axes runs on one thread and takes 3 to 8 times as long.
@@ -30,7 +35,10 @@ class _ResponseNorm(GlobalResponseNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` to ``[B, C, H, W]``."""
-        response = _channel_norms(x)  # [B, C, 1, 1]
+        return self.scaled(x, _channel_norms(x))
+
+    def scaled(self, x: Tensor, response: Tensor) -> Tensor:
+        """``x`` by the norms of its channels, ``[B, C, 1, 1]``."""
         relative = response / (response.mean(dim=1, keepdim=True) + self.eps)
         return x + torch.addcmul(self.bias.view(self.wb_shape), self.weight.view(self.wb_shape), x * relative)
 
@@ -71,7 +79,7 @@ class GSPNMixer(nn.Module):
         self.conv_dw = nn.Conv2d(inner, inner, kernel_size, padding=kernel_size // 2, groups=inner, bias=False, **dd)
         self.gspn = GSPN2d(inner, **propagation, **dd)
         self.norm = LayerNorm2d(inner, eps=norm_eps, **dd)
-        self.grn = _ResponseNorm(inner, channels_last=False, **dd)
+        self.grn = ResponseNorm(inner, channels_last=False, **dd)
         self.out_proj = nn.Conv2d(inner, dim, 1, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:

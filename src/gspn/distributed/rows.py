@@ -1,0 +1,226 @@
+"""``ImageRows``: which rows of an image, and of its maps, each process has."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..ops import DIRECTIONS, Direction, propagate
+from .exchange import Group, exchange, total
+
+_Interval = tuple[int, int]
+
+
+class Map(NamedTuple):
+    """A map of the image: process r has the rows from ``starts[r]`` to before ``starts[r + 1]``."""
+
+    starts: tuple[int, ...]
+    width: int
+
+    def rows(self, rank: int) -> int:
+        """How many rows a process has."""
+        return self.starts[rank + 1] - self.starts[rank]
+
+
+class ImageRows:
+    r"""The rows of one image over the processes of a group, for images whose maps do not fit one device.
+
+    Scans along columns need all rows. But a channel's scans do not depend on the others' channels, so
+    :meth:`propagate` sends each process all rows of some channels, and the results back:
+    :math:`2 B C N (R - 1) / R^2` numbers sent by each of R processes for an image of N pixels, and
+    :math:`B S N (R - 1) / R` for the proxy, of which each has all. A convolution receives the few rows that it needs of
+    the neighbours; a norm over the map, sums. The results are those of the whole image but for rounding.
+
+    Every exchange has its true derivative. So if each process computes the same loss of the whole image, such as by
+    :meth:`mean`, the **average** of the gradients over the processes is the gradient of the whole image. That is what
+    :class:`torch.nn.parallel.DistributedDataParallel` takes, over the processes of an image and over those of a batch
+    alike.
+
+    Args:
+        height: Rows of the whole image.
+        width: Its columns, of which each process has all.
+        multiple: The rows of a process are a multiple of it, but for the last one's: such as a model's patch.
+        group: The processes that share the image; None for all.
+
+    Raises:
+        ValueError: There are fewer rows, or fewer multiples, than processes.
+
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from gspn.distributed import ImageRows
+        >>> from gspn.nn import GSPNMixer
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # usually by torchrun
+        >>> rows, mixer = ImageRows(24, 16), GSPNMixer(8)
+        >>> with rows.applied(mixer):
+        ...     rows.gather(mixer(rows.take(torch.randn(2, 8, 24, 16)))).shape
+        torch.Size([2, 8, 24, 16])
+        >>> dist.destroy_process_group()
+    """
+
+    def __init__(self, height: int, width: int, *, multiple: int = 1, group: Group = None) -> None:
+        self.group = group
+        self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
+        parts = math.ceil(height / multiple)
+        starts = [parts * r // self.count * multiple for r in range(self.count)]
+        self._maps: list[Map] = []
+        self.add(Map((*starts, height), width))
+
+    # --- Maps ---
+
+    def add(self, of: Map) -> None:
+        """Make a map known, so that tensors of its size are known to be its rows.
+
+        Raises:
+            ValueError: A process would have no row of it, or could not tell it from another.
+        """
+        if of in self._maps:
+            return
+        for rank in range(self.count):
+            if of.rows(rank) < 1:
+                raise ValueError(
+                    f"a map of {of.starts[-1]}x{of.width} leaves rank {rank} of {self.count} no row; use fewer "
+                    "processes or a larger image."
+                )
+            for other in self._maps:
+                if (other.rows(rank), other.width) == (of.rows(rank), of.width):
+                    raise ValueError(
+                        f"rank {rank} of {self.count} has {of.rows(rank)}x{of.width} of a map of {of.starts[-1]} rows, "
+                        f"and of one of {other.starts[-1]}: it cannot tell them apart; use fewer processes."
+                    )
+        self._maps.append(of)
+
+    def map_of(self, x: Tensor) -> Map:
+        """The map whose rows a tensor ``[B, C, rows, W]`` has.
+
+        Raises:
+            ValueError: There is none.
+        """
+        for one in self._maps:
+            if x.dim() == 4 and tuple(x.shape[2:]) == (one.rows(self.rank), one.width):
+                return one
+        known = ", ".join(f"{one.rows(self.rank)}x{one.width}" for one in self._maps)
+        raise ValueError(
+            f"rank {self.rank} of {self.count}: {tuple(x.shape)} are no rows of this image, of whose maps the rank has "
+            f"{known}; pass what ImageRows.take returns."
+        )
+
+    def take(self, image: Tensor) -> Tensor:
+        """The rows that this process has of a whole image ``[B, C, H, W]``.
+
+        Raises:
+            ValueError: It has another height or width.
+        """
+        of = self._maps[0]
+        if image.dim() != 4 or tuple(image.shape[2:]) != (of.starts[-1], of.width):
+            raise ValueError(f"{tuple(image.shape)=}: these are the rows of images of {of.starts[-1]}x{of.width}.")
+        return image[:, :, of.starts[self.rank] : of.starts[self.rank + 1]]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The whole map ``[B, C, H, W]`` on every process, of the rows of each."""
+        of = self.map_of(x)
+        return self.between(x, of, [(0, of.starts[-1])] * self.count)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of a map over all its pixels, batch entries and channels: the same on every process."""
+        of = self.map_of(x)
+        return total(x.sum(), self.group) / (x.shape[0] * x.shape[1] * of.starts[-1] * of.width)
+
+    def between(self, x: Tensor, of: Map, wanted: Sequence[_Interval]) -> Tensor:
+        """Rows of a map, whose rows are ``x``: rank r gets those of the interval ``wanted[r]``."""
+        here = of.starts[self.rank]
+        parts = []
+        for low, high in (_overlap(self._interval(of, self.rank), one) for one in wanted):
+            parts.append(x[:, :, low - here : high - here])
+        mine = (_overlap(self._interval(of, rank), wanted[self.rank]) for rank in range(self.count))
+        shapes = [(*x.shape[:2], high - low, x.shape[3]) for low, high in mine]
+        return torch.cat(exchange(parts, shapes, self.group), dim=2)
+
+    @staticmethod
+    def _interval(of: Map, rank: int) -> _Interval:
+        return of.starts[rank], of.starts[rank + 1]
+
+    # --- Operators ---
+
+    def propagate(
+        self, x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor,
+        skip_proj: Tensor | None = None, merge: Tensor | None = None, *, directions: Sequence[Direction] = DIRECTIONS,
+        segment: int | None = None, impl: str = "auto",
+    ) -> Tensor:  # fmt: skip
+        """:func:`gspn.propagate` over the whole map; ``x [B, C, rows, W]`` and ``proxy [B, S, rows, W]`` are its rows.
+
+        Raises:
+            ValueError: There are fewer channels than processes; or as :meth:`map_of`.
+        """
+        of, channels = self.map_of(x), x.shape[1]
+        if channels < self.count:
+            raise ValueError(f"{channels} channels for {self.count} processes: each needs one; use fewer processes.")
+        bounds = [channels * rank // self.count for rank in range(self.count + 1)]
+        some = slice(bounds[self.rank], bounds[self.rank + 1])
+        heights = [of.rows(rank) for rank in range(self.count)]
+        batch, width = x.shape[0], of.width
+        columns = torch.cat(
+            exchange(
+                [x[:, low:high] for low, high in itertools.pairwise(bounds)],
+                [(batch, some.stop - some.start, height, width) for height in heights], self.group,
+            ), dim=2,
+        )  # fmt: skip
+        y = propagate(
+            columns, self.gather(proxy), _taps_of(tap_proj, some, channels), lam_proj[:, some], u_proj[:, some],
+            None if skip_proj is None else skip_proj[:, some], merge, directions=directions, segment=segment, impl=impl,
+        )  # fmt: skip
+        own = torch.cat(
+            exchange(
+                list(y.split(heights, dim=2)),
+                [(batch, high - low, heights[self.rank], width) for low, high in itertools.pairwise(bounds)],
+                self.group,
+            ), dim=1,
+        )  # fmt: skip
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        return own.contiguous(memory_format=torch.channels_last) if last else own
+
+    @contextlib.contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Let a model take and give rows of the image, until the block ends.
+
+        That is every network of :mod:`gspn.nn` and :mod:`gspn.models`: its ``GSPN2d``, convolutions, response norms,
+        average pooling and drop path compute what they would of the whole map. What a pooling returns, and all after
+        it, is the same on every process. What a model draws at random besides, such as classes to drop, is so where the
+        processes of an image have the same random state. The block has to contain the backward pass if the model
+        recomputes what it did not keep, for checkpointed blocks.
+
+        Raises:
+            NotImplementedError: The model has a module that is not known to treat each pixel by itself.
+        """
+        from .modules import replacement
+
+        changed = {name: (one, replacement(name, one, self)) for name, one in model.named_modules()}
+        try:
+            for one, forward in changed.values():
+                if forward is not None:
+                    one.forward = forward
+            yield
+        finally:
+            for one, forward in changed.values():
+                if forward is not None:
+                    del one.forward
+
+
+def _overlap(one: _Interval, other: _Interval) -> _Interval:
+    low = max(one[0], other[0])
+    return low, max(min(one[1], other[1]), low)
+
+
+def _taps_of(tap_proj: Tensor, some: slice, channels: int) -> Tensor:
+    """The rows of ``tap_proj [D, G, 3, S]`` for some channels: of the groups that they are, or of each channel."""
+    size = channels // tap_proj.shape[1]
+    first, last = some.start // size, (some.stop - 1) // size
+    if first == last or (some.start % size == 0 and some.stop % size == 0):
+        return tap_proj[:, first : last + 1]
+    return tap_proj.repeat_interleave(size, dim=1)[:, some]
