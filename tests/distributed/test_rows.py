@@ -200,7 +200,7 @@ def check_sent(group: Any) -> None:
 def check_refusals(group: Any) -> None:
     rank, count = dist.get_rank(group), dist.get_world_size(group)
     rows = ImageRows(8, 6, group=group)
-    with pytest.raises(ValueError, match=rf"rank {rank} of {count}: \(1, 4, 3, 3\) are no rows of this image"):
+    with pytest.raises(ValueError, match=rf"rank {rank} of {count}: \(1, 4, 3, 3\) is not a part of this image"):
         rows.gather(torch.zeros(1, 4, 3, 3))
     with pytest.raises(ValueError, match="these are the rows of images of 8x6"):
         rows.take(torch.zeros(1, 4, 8, 7))

@@ -1,4 +1,4 @@
-"""What processes send each other, with derivatives."""
+"""Exchanges between processes, with derivatives."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ _CONTAINERS = {
 
 
 def replacement(name: str, module: nn.Module, rows: ImageRows) -> Callable[..., Any] | None:
-    """What ``module.forward`` is to be with these rows; None for what it is.
+    """The forward of a module for these rows; None for its own.
 
     Raises:
         NotImplementedError: It is not known whether the module treats each pixel by itself.

@@ -107,7 +107,7 @@ class ImageRows:
                 return one
         known = ", ".join(f"{one.rows(self.rank)}x{one.width}" for one in self._maps)
         raise ValueError(
-            f"rank {self.rank} of {self.count}: {tuple(x.shape)} are no rows of this image, of whose maps the rank has "
+            f"rank {self.rank} of {self.count}: {tuple(x.shape)} is not a part of this image, of whose maps the rank has "
             f"{known}; pass what ImageRows.take returns."
         )
 
@@ -132,13 +132,13 @@ class ImageRows:
         of = self.map_of(x)
         return total(x.sum(), self.group) / (x.shape[0] * x.shape[1] * of.starts[-1] * of.width)
 
-    def between(self, x: Tensor, of: Map, wanted: Sequence[_Interval]) -> Tensor:
-        """Rows of a map, whose rows are ``x``: rank r gets those of the interval ``wanted[r]``."""
+    def between(self, x: Tensor, of: Map, requested: Sequence[_Interval]) -> Tensor:
+        """Rows of a map, whose rows are ``x``: rank r gets those of the interval ``requested[r]``."""
         here = of.starts[self.rank]
         parts = []
-        for low, high in (_overlap(self._interval(of, self.rank), one) for one in wanted):
+        for low, high in (_overlap(self._interval(of, self.rank), one) for one in requested):
             parts.append(x[:, :, low - here : high - here])
-        mine = (_overlap(self._interval(of, rank), wanted[self.rank]) for rank in range(self.count))
+        mine = (_overlap(self._interval(of, rank), requested[self.rank]) for rank in range(self.count))
         shapes = [(*x.shape[:2], high - low, x.shape[3]) for low, high in mine]
         return torch.cat(exchange(parts, shapes, self.group), dim=2)
 
