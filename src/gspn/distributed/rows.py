@@ -107,8 +107,8 @@ class ImageRows:
                 return one
         known = ", ".join(f"{one.rows(self.rank)}x{one.width}" for one in self._maps)
         raise ValueError(
-            f"rank {self.rank} of {self.count}: {tuple(x.shape)} is not a part of this image, of whose maps the rank has "
-            f"{known}; pass what ImageRows.take returns."
+            f"rank {self.rank} of {self.count}: {tuple(x.shape)} is not a part of this image, of whose maps the rank "
+            f"has {known}; pass what ImageRows.take returns."
         )
 
     def take(self, image: Tensor) -> Tensor:
