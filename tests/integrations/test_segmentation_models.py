@@ -1,4 +1,4 @@
-"""A backbone of gspn as the encoder of segmentation-models-pytorch, below every decoder that takes one without dilation."""
+"""gspn_tiny as the encoder of segmentation-models-pytorch, below every decoder that does not need dilation."""
 
 from __future__ import annotations
 

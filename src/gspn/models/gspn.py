@@ -18,7 +18,6 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..nn import GSPNBlock
-from ..ops import flop_counts as _flop_counts  # noqa: F401  (lets torch's counter see the scans)
 from .official_checkpoint import checkpoint_filter_fn
 
 Lines = int | None | Sequence["int | None"]
