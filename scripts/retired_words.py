@@ -55,7 +55,7 @@ RULES = (
     _text(r"[\"']released[\"']|\breleased_|_released\b", "official"),
     _text(r"\breleased (checkpoint|weight|classifier|model|file)s?\b", "official"),
     # Names in code.
-    _name(r"(?i:\w*network(s|_\w*)?)", "model"),
+    _name(r"(?!FeaturePyramidNetwork$)(?i:\w*network(s|_\w*)?)", "model"),  # torchvision's class keeps its name
     _name(r"_LATER|_LAZY", "gspn._lazy.lazy_exports"),
     _name(r"by_states|towards|turn_in|turn_out", "dispatch_on_proxy_channels, directions, transpose_in, transpose_out"),
     # Vague names in the library.

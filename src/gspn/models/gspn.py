@@ -18,7 +18,6 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..nn import GSPNBlock
-from ..ops import flop_counts as _flop_counts  # noqa: F401  (lets torch's counter see the scans)
 from .official_checkpoint import checkpoint_filter_fn
 
 Lines = int | None | Sequence["int | None"]
@@ -159,6 +158,8 @@ class GSPN(nn.Module):
 
     def init_weights(self) -> None:
         """Initialize projections, MLPs and classifier from a normal of 0.02, as usual, and nothing else."""
+        if self.stem.conv1.weight.is_meta:
+            return  # there are no values, and PyTorch takes seconds to compute none
         for module in self.modules():
             pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
             if isinstance(module, nn.Linear) or pointwise:

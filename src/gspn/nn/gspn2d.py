@@ -11,6 +11,7 @@ from timm.layers._fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import DIRECTIONS, Direction, propagate
+from ..ops import flop_counts as _flop_counts  # noqa: F401  (lets torch's counter see the scans)
 from ..ops.directions import scan_axes
 from ..ops.implementations import check_impl
 from ..ops.validation import check_directions, check_reference_lines, check_scannable, check_segment
