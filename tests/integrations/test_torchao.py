@@ -1,6 +1,6 @@
 """Int8 weights of torchao, which reaches linear layers alone: the classifier, and 1x1 convolutions written as such.
 
-diffusers imports torchao wherever it finds it. So torchao has a folder of its own, and this file is run with it as a program.
+diffusers imports torchao wherever it finds it, so it has a folder of its own, and this file is also the program to run.
 """
 
 from __future__ import annotations
