@@ -181,7 +181,7 @@ def command_pages() -> dict[str, str]:
         result[f"commands/{name}.md"] = title + "\n".join(_section(one, examples.get(one.path, ())) for one in members)
     rows = "\n".join(f"| [`{one.path}`]({one.page}.md#{one.anchor}) | {_escaped(one.summary)} |" for one in everything)
     result["commands/README.md"] = (
-        "# The command\n\nEvery command prints this help with `--help`. These pages are made from it, and their examples "
+        "# The command\n\nEvery command prints this help with `--help`. These pages are made from it. Their examples "
         f"are those of the guides.\n\n| command | |\n|---|---|\n{rows}\n"
     )
     return result
@@ -224,7 +224,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 class MarkdownDocstrings(griffe.Extension):
-    """Docstrings as Markdown: roles such as ``:func:`` are code, literal blocks have one colon, and examples are code."""
+    """Docstrings as Markdown: roles such as ``:func:`` and examples become code, literal blocks get one colon."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite one docstring."""
