@@ -125,6 +125,15 @@ def _examples() -> dict[str, list[tuple[Path, str]]]:
     return result
 
 
+def _folded(line: str) -> str:
+    """A call on several lines where it is long, each new one beginning with an option."""
+    result, *rest = re.split(r" (?=-)", line)
+    for word in rest:
+        long = len(result.rsplit("\n", 1)[-1]) + len(word) > 88
+        result += f" \\\n    {word}" if long else f" {word}"
+    return result
+
+
 def _escaped(text: str) -> str:
     return re.sub(r"([*_|\[\]])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
@@ -140,13 +149,19 @@ def _parameter(parameter: Any, context: Any) -> str:
     extra = re.search(r"\s*\[([^\[\]]*)\]$", text)
     notes = [note for note in (extra[1] if extra else "").split("; ") if note]
     text = _escaped(text[: extra.start()] if extra else text)
-    required = " **Required.**" if "required" in notes else ""
-    rest = [
-        f"Default: `{note.removeprefix('default: ').strip('()')}`." if note.startswith("default: ") else f"`{note}`"
-        for note in notes
-        if note != "required"
-    ]
-    return f"`{names}`\n:   {text}{required} <small>{' '.join(rest)}</small>\n"
+    required = ["**Required.**"] if "required" in notes else []
+    rest = " ".join(_note(note) for note in notes if note != "required")
+    return f"`{names}`\n:   " + " ".join([text, *required, *([f"<small>{rest}</small>"] if rest else [])]) + "\n"
+
+
+def _note(note: str) -> str:
+    """A default or a range of numbers, as the command's help writes it, in words."""
+    if note.startswith("default: "):
+        return f"Default: `{note.removeprefix('default: ').strip('()')}`."
+    span = re.fullmatch(r"(?:([\d.]+)<=)?x([<>])=([\d.]+)", note)
+    if span is None:
+        return f"`{note}`"
+    return f"From {span[1]} to {span[3]}." if span[1] else f"At {'least' if span[2] == '>' else 'most'} {span[3]}."
 
 
 def _section(one: Command, examples: Iterable[tuple[Path, str]]) -> str:
@@ -158,7 +173,7 @@ def _section(one: Command, examples: Iterable[tuple[Path, str]]) -> str:
         f"```\n{usage}\n```",
     ]
     if examples := list(examples):
-        text += ["``` { .sh .wrap }\n" + "\n".join(line for _, line in examples) + "\n```"]
+        text += ["```sh\n" + "\n".join(_folded(line) for _, line in examples) + "\n```"]
         links = [f"[{_title(page)}](../{page})" for page in sorted({page for page, _ in examples})]
         text += [f"These examples are from {', '.join(links)}."]
     parameters = [_parameter(one_of_them, one.context) for one_of_them in one.command.params]
