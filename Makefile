@@ -57,7 +57,7 @@ fuzz: $(INSTALLED) ## Damage inputs and check what becomes of them, for SECONDS=
 demo: $(INSTALLED) ## Train, evaluate, classify, draw, look inside, time: about 4 minutes on a CPU; writes runs/demo/report.html
 	$(BIN)/python examples/demo --output runs/demo
 
-docs: $(INSTALLED) ## Build the documentation into site/, strictly; begin with site/index.html
+docs: $(INSTALLED) ## Build the documentation into site/, strictly and without the network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(INSTALLED) ## Check style, types, the arrows between the packages, and words that are no longer used

@@ -238,6 +238,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return Files(result)
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Take the backslash from ``\\|`` in the code of a table, which GitHub needs and this Markdown would show."""
+    row = re.compile(r"^\|.*", re.M)
+    return row.sub(lambda line: re.sub(r"`[^`]*`", lambda code: code[0].replace(r"\|", "|"), line[0]), markdown)
+
+
 class MarkdownDocstrings(griffe.Extension):
     """Docstrings as Markdown: roles such as ``:func:`` and examples become code, literal blocks get one colon."""
 

@@ -45,7 +45,8 @@ def test_the_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("name", GUIDES)
 def test_what_is_not_run_says_why(name: str) -> None:
-    marks = [mark.strip() for mark in re.findall(r"<!--(.*?)-->", GUIDES[name], re.S)]
+    text = re.sub(r"`[^`\n]+`", "", GUIDES[name])  # one that is talked about
+    marks = [mark.strip() for mark in re.findall(r"<!--(.*?)-->", text, re.S)]
     reasons = [block.not_run for block in site.blocks(GUIDES[name]) if block.not_run is not None]
     assert marks == [f"not run: {reason}" for reason in reasons], "a comment that marks no block"
     assert all(len(reason.split()) > 2 for reason in reasons)
