@@ -239,7 +239,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Take the backslash from ``\\|`` in the code of a table, which GitHub needs and this Markdown would show."""
+    r"""Take the backslash from ``\|`` in the code of a table, which GitHub needs and this Markdown would show."""
     row = re.compile(r"^\|.*", re.M)
     return row.sub(lambda line: re.sub(r"`[^`]*`", lambda code: code[0].replace(r"\|", "|"), line[0]), markdown)
 
