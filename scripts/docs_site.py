@@ -24,6 +24,9 @@ from gspn.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 
+SHELL = ("sh", "bash")
+"""The languages of blocks with commands."""
+
 _FENCE = re.compile(r"^(?:<!-- not run: (?P<reason>.*?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 _LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
 
@@ -100,7 +103,7 @@ def command_lines(page: str) -> Iterator[tuple[int, list[str], str]]:
     """The calls of ``gspn`` in a page's shell blocks: the line, the words from ``gspn`` on, and all of them as text."""
     for block in blocks(page):
         line = block.line
-        for text in re.findall(r"(?:.*\\\n)*.*\n", block.code) if block.language == "sh" else ():
+        for text in re.findall(r"(?:.*\\\n)*.*\n", block.code) if block.language in SHELL else ():
             for part in re.split(r"(?:^|\s+)#", text)[0].split(";"):
                 call = " ".join(part.replace("\\\n", " ").split())
                 words = shlex.split(call)

@@ -70,7 +70,7 @@ def test_commands_are_right(name: str) -> None:
 @pytest.mark.parametrize("name", GUIDES)
 def test_commands_are_in_shell_blocks(name: str) -> None:
     """So that they are checked, and coloured where the page is shown."""
-    others = [block.code for block in site.blocks(GUIDES[name]) if block.language != "sh"]
+    others = [block.code for block in site.blocks(GUIDES[name]) if block.language not in site.SHELL]
     outside = re.sub(r"^```\w*\n.*?^```$", "", GUIDES[name], flags=re.M | re.S)
     assert not re.findall(r"^(?:\$ )?gspn [a-z].*", "".join(others), re.M) + re.findall(r"^    gspn .*", outside, re.M)
 
