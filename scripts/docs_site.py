@@ -169,16 +169,17 @@ def _note(note: str) -> str:
 
 def _section(one: Command, examples: Iterable[tuple[Path, str]]) -> str:
     arguments = [parameter for parameter in one.command.params if parameter.param_type_name == "argument"]
-    usage = " ".join([one.path, "[OPTIONS]", *(_argument(argument, one.context) for argument in arguments)])
+    options = ["[OPTIONS]"] if len(arguments) < len(one.command.params) else []
+    usage = " ".join([one.path, *options, *(_argument(argument, one.context) for argument in arguments)])
     text = [
         f"## {one.path} {{ #{one.anchor} }}",
         re.sub(r"(?<!\n)\n(?!\n)", " ", one.command.help),
         f"```\n{usage}\n```",
     ]
-    if examples := list(examples):
-        text += ["```sh\n" + "\n".join(_folded(line) for _, line in examples) + "\n```"]
+    if examples := [(page, line) for page, line in examples if line != usage]:
         links = [f"[{_title(page)}](../{page})" for page in sorted({page for page, _ in examples})]
-        text += [f"These examples are from {', '.join(links)}."]
+        text += [f"Examples, from {', '.join(links)}:"]
+        text += ["```sh\n" + "\n".join(_folded(line) for _, line in examples) + "\n```"]
     parameters = [_parameter(one_of_them, one.context) for one_of_them in one.command.params]
     return "\n\n".join(text + parameters) + "\n"
 
