@@ -19,7 +19,7 @@ CORE := $(addprefix tests/,ops nn data diffusers models/test_denoiser.py models/
 	tasks/class_conditional/test_training.py tasks/diffusion tasks/text_to_image/test_pipelines.py \
 	tasks/text_to_image/test_shipped.py test_files.py test_imports.py test_packaging.py) --ignore tests/ops/triton
 
-.PHONY: help install test test-fast test-minimum fuzz demo lint format bench gpu-counts gpu sanitize clean
+.PHONY: help install test test-fast test-minimum fuzz demo docs lint format bench gpu-counts gpu sanitize clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ fuzz: $(INSTALLED) ## Damage inputs and check what becomes of them, for SECONDS=
 demo: $(INSTALLED) ## Train, evaluate, classify, draw, look inside, time: about 4 minutes on a CPU; writes runs/demo/report.html
 	$(BIN)/python examples/demo --output runs/demo
 
+docs: $(INSTALLED) ## Build the documentation into site/, strictly and without the network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(INSTALLED) ## Check style, types, the arrows between the packages, and words that are no longer used
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -85,4 +88,4 @@ sanitize: $(INSTALLED) ## Sweep the CPU kernels, built with address and undefine
 	$(BIN)/python scripts/sanitize.py
 
 clean: ## Remove builds and the environment
-	rm -rf build dist $(VENV) $(MINIMUM)
+	rm -rf build dist site $(VENV) $(MINIMUM)

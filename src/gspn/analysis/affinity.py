@@ -12,10 +12,11 @@ from ..ops.directions import scan_axes
 def affinity_matrix(
     taps: Tensor, lam: Tensor | None = None, direction: Direction = "down", segment: int | None = None
 ) -> Tensor:
-    r"""The explicit matrix ``G`` with ``h = G x``, for grids small enough to hold it.
+    """The explicit matrix ``G`` with ``h = G x``, for grids small enough to hold it.
 
-    .. math::
-        G_{ij} = w_i\, w_{i-1} \cdots w_{j+1}\, \mathrm{diag}(\lambda_j) \quad (i \ge j), \qquad G_{ij} = 0 \; (i < j)
+    For lines i and j, its block is::
+
+        G_ij = w_i w_{i-1} ... w_{j+1} diag(lam_j)   for i >= j,   else 0
 
     with ``w_i`` the tri-diagonal matrix of line i's taps: the attention form of GSPN (arXiv 2501.12381, section 3.1).
     It is built from matrix products and independent of the recurrence, so that the two can be compared. It has

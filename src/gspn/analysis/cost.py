@@ -79,13 +79,11 @@ def count_cost(model: nn.Module, input_size: Sequence[int] | None = None) -> Cos
 
 
 def gspn2d_macs(module: GSPN2d, height: int, width: int) -> int:
-    r"""The multiply-adds of :class:`gspn.nn.GSPN2d` on one map, in closed form; :func:`count_cost` counts the same.
+    """The multiply-adds of :class:`gspn.nn.GSPN2d` on one map, in closed form; :func:`count_cost` counts the same.
 
-    With C channels, a proxy of S, G sets of taps and D directions, for each pixel
+    With C channels, a proxy of S, G sets of taps and D directions, for each pixel::
 
-    .. math::
-        \underbrace{C S}_{\text{proxy}} + D \bigl( \underbrace{3 G S}_{\text{taps}} + \underbrace{2 C S}_{\lambda, u}
-        + \underbrace{4 C}_{\text{scan}} \bigr) + \underbrace{C S}_{\text{skip}}
+        C S  +  D (3 G S  +  2 C S  +  4 C)  +  C S        the proxy, D times taps, gates and scan, and the skip
 
     The cost is linear in the number of pixels and does not depend on the segment. With ``alignment="official"`` the
     skip is projected for each direction.

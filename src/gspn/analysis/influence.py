@@ -1,7 +1,7 @@
-r"""The affinity of one pixel to every other: rows of the affinity matrix, computed without the matrix.
+"""The affinity of one pixel to every other: rows of the affinity matrix, computed without the matrix.
 
 With fixed maps (taps, ``lam``, ``u``) :class:`gspn.nn.GSPN2d` is linear in its input. So its row for a pixel is a
-vector-Jacobian product: one scan in each direction computes :math:`y_i = u_i \sum_j G_{ij} x_j`, the attention form of
+vector-Jacobian product: one scan in each direction computes ``y_i = u_i Σ_j G_ij x_j``, the attention form of
 GSPN (arXiv 2501.12381, section 3.1), for all channels, where ``G`` itself has ``(H W)^2`` entries for each.
 """
 
@@ -52,10 +52,9 @@ class ImageInfluence:
 
 
 def affinity_rows(module: GSPN2d, x: Tensor, query: tuple[int, int]) -> tuple[dict[Direction, Tensor], Tensor]:
-    r"""Compute one row of the affinity matrix for each channel, with its sign.
+    """Compute one row of the affinity matrix for each channel, with its sign::
 
-    .. math::
-        A_{ij} = \sum_d m_d u_{d,i} G^d_{ij} + [i = j] \sum_d m_d s_{d,i}, \qquad y_i = \sum_j A_{ij} x_j
+        A_ij = Σ_d m_d u_d,i G^d_ij + [i = j] Σ_d m_d s_d,i        y_i = Σ_j A_ij x_j
 
     The maps are computed from the input and then fixed. So this is not the derivative of y, which changes them too.
 
@@ -65,7 +64,7 @@ def affinity_rows(module: GSPN2d, x: Tensor, query: tuple[int, int]) -> tuple[di
         query: pixel i, (row, column).
 
     Returns:
-        ``[C, H, W]`` for each direction, :math:`m_d u_{d,i} G^d_{ij}`, and ``[C, H, W]`` for A; float32, or float64 if
+        ``[C, H, W]`` for each direction, ``m_d u_d,i G^d_ij``, and ``[C, H, W]`` for A; float32, or float64 if
         ``x`` is.
 
     Raises:

@@ -1,10 +1,9 @@
-r"""The stability of a model's scans on an image, compared with the theory.
+"""The stability of a model's scans on an image, compared with the theory.
 
 If taps sum to one over the neighbours that exist (the Stability-Context Condition; GSPN, arXiv 2501.12381, section
-3.2), every path is non-expansive, and the state of a line is a sum of one average for each line scanned so far:
+3.2), every path is non-expansive, and the state of a line is a sum of one average for each line scanned so far::
 
-.. math::
-    |h_i| \le b_i = \sum_{j \le i} \max_{\text{line } j} |\lambda_j x_j|
+    |h_i| <= Σ_{j <= i} max |lam_j x_j|        the largest of each line j
 
 This bound grows with the length of the scan, which half precision has to represent.
 """

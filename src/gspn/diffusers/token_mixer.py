@@ -11,10 +11,9 @@ from gspn.nn.options import check_options
 
 
 class GSPNTokenMixer(nn.Module):
-    r"""Replaces the self-attention in a transformer block of diffusers.
+    """Replaces the self-attention in a transformer block of diffusers::
 
-    .. math::
-        y = W_{out}\; \mathrm{GSPN2d}(W_v\, x)
+        y = to_out( GSPN2d( to_v(x) ) )
 
     on the feature map that the tokens were flattened from. The signature is that of diffusers' ``Attention``, plus the
     map's height and width. ``to_v`` and ``to_out.0`` are the same linear layers under the same names, so that an

@@ -37,14 +37,12 @@ _SCAN_OPTIONS = set(inspect.signature(GSPN2d).parameters) - {"dim", "device", "d
 
 
 class GSPNDenoiserBlock(nn.Module):
-    r"""A block of the denoiser: one residual branch, without a separate MLP.
+    """A block of the denoiser: one residual branch, without a separate MLP::
 
-    .. math::
-        x \leftarrow x + W_3\, \rho\bigl(D_{3}\, W_2\; \mathrm{mix}(D_{7}\, W_1\, \mathrm{LN}(x))\bigr),
-        \qquad \rho(v) = v \max(v, 0)
+        x + W3 ρ( D3 W2 mix( D7 W1 LN(x) ) )        ρ(v) = v max(v, 0)
 
-    with 1x1 convolutions :math:`W` and depthwise convolutions :math:`D_7` and :math:`D_3`. ``mix`` is the propagation,
-    or self-attention in the model to compare with.
+    with 1x1 convolutions W, and depthwise convolutions D7 and D3 of 7x7 and 3x3. ``mix`` is the propagation, or
+    self-attention in the model to compare with.
 
     Args:
         dim: channels.

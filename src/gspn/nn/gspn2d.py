@@ -27,13 +27,12 @@ for _name in ("propagate", "propagate_official", "over_normalized_axis", "_check
 
 @register_notrace_module  # timm's feature extraction takes the whole module as one node
 class GSPN2d(nn.Module):
-    r"""Propagation in four directions with taps, gates and skip predicted from the input.
+    """Propagation in four directions with taps, gates and skip predicted from the input.
 
-    With the proxy :math:`p = W_p x` of S channels and, for each direction :math:`d`,
+    With the proxy ``p = W x`` of S channels and, for each direction d, the linear maps ``T_d`` to the taps, ``Λ_d``,
+    ``U_d`` and ``S_d`` of it::
 
-    .. math::
-        h_d = \mathrm{line\_scan}_d\bigl(x,\; \mathrm{stochastic\_taps}(T_d\, p),\; \Lambda_d\, p\bigr), \qquad
-        y = \sum_d m_d \bigl( U_d\, p \odot h_d + S_d\, p \odot x \bigr)
+        y = Σ_d m_d ( U_d p · line_scan_d(x, stochastic_taps(T_d p), Λ_d p) + S_d p · x )
 
     All maps are linear in the proxy, pixel by pixel, and the proxy is linear in x unless ``proxy_bias``. This is GSPN
     (arXiv 2501.12381, section 3.3 and figure 3) with the input-dependent skip ``S_d`` of the authors' models.
@@ -51,9 +50,9 @@ class GSPN2d(nn.Module):
         skip: whether to add the input-dependent skip.
         proxy_bias: whether the proxy has a bias, which gives taps and gates a part that does not depend on the input.
         directions: the directions of :data:`gspn.DIRECTIONS` to scan in.
-        reference_lines: a number of lines :math:`L_0`, usually that of the maps in training; the input gate of a
-            direction of L lines is multiplied by :math:`L_0 / L`, with L that of the segment where it is shorter. The
-            state of every size is then bounded as that of :math:`L_0` lines, :math:`|h| \le L_0 \max |\lambda x|`.
+        reference_lines: a number of lines ``L0``, usually that of the maps in training; the input gate of a
+            direction of L lines is multiplied by ``L0 / L``, with L that of the segment where it is shorter. The
+            state of every size is then bounded as that of ``L0`` lines, ``|h| <= L0 max |lam x|``.
             None is the paper's operator, whose states grow with L.
         alignment: ``"image"`` is the paper's operator: maps and results stay at their pixels. ``"official"`` is the
             arithmetic of the authors' published classifier. Its maps are not reoriented with the input of a direction,
@@ -153,7 +152,7 @@ class GSPN2d(nn.Module):
 def over_normalized_axis(
     lam_proj: Tensor, x: Tensor, directions: Sequence[Direction], segment: int | None, reference_lines: int | None
 ) -> Tensor:
-    """``lam_proj`` of scans over an axis of unit length: times :math:`L_0 / L` for each direction of ``x``.
+    """``lam_proj`` of scans over an axis of unit length: times ``L0 / L`` for each direction of ``x``.
 
     ``lam_proj`` is ``[D, C, S]`` and ``x`` a map; the other arguments are those of :class:`GSPN2d`. A projection in
     half precision becomes float32, so that small factors do not underflow. Without ``reference_lines`` it is returned

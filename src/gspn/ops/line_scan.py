@@ -19,12 +19,11 @@ def line_scan(
     segment: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    r"""Scan a feature map line by line, each pixel taking a weighted sum of three neighbours on the previous line.
+    """Scan a feature map line by line, each pixel taking a weighted sum of three neighbours on the previous line.
 
-    For ``direction="down"``, with rows as lines,
+    For ``direction="down"``, with rows as lines::
 
-    .. math::
-        h_{i,j} = \lambda_{i,j}\, x_{i,j} + \sum_{k=0}^{2} \mathrm{taps}_{k,i,j}\; h_{i-1,\,j+k-1}
+        h[i, j] = lam[i, j] x[i, j] + Σ_k taps[k, i, j] h[i-1, j+k-1]        k = 0, 1, 2
 
     where neighbours that do not exist count 0 and the state before the first line is 0. The other directions are the
     same with the axes exchanged: ``"up"`` takes the row below, ``"right"`` the column to the left, ``"left"`` the

@@ -33,14 +33,12 @@ def propagate(
     segment: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    r"""Propagate over the whole image: scans in four directions with maps predicted from a proxy, gated and merged.
+    """Propagate over the whole image: scans in four directions with maps predicted from a proxy, gated and merged.
 
-    With :math:`p` the proxy and for each direction :math:`d` the linear maps :math:`T_d` (``tap_proj``),
-    :math:`\Lambda_d` (``lam_proj``), :math:`U_d` (``u_proj``) and :math:`S_d` (``skip_proj``) of it, pixel by pixel,
+    With p the proxy and for each direction d the linear maps ``T_d`` (``tap_proj``), ``Λ_d`` (``lam_proj``), ``U_d``
+    (``u_proj``) and ``S_d`` (``skip_proj``) of it, pixel by pixel::
 
-    .. math::
-        y = \sum_d m_d \Bigl( U_d\, p \odot \mathrm{line\_scan}_d\bigl(x,\; \mathrm{stochastic\_taps}(T_d\, p),\;
-            \Lambda_d\, p\bigr) + S_d\, p \odot x \Bigr)
+        y = Σ_d m_d ( U_d p · line_scan_d(x, stochastic_taps(T_d p), Λ_d p) + S_d p · x )
 
     This is the operator of GSPN (arXiv 2501.12381, section 3 and figure 3), with the input-dependent skip of the
     authors' networks. Written out, it needs up to 24 maps of the size of ``x``. The kernels compute them line by line

@@ -18,10 +18,11 @@ def _memory_order(tensor: Tensor) -> list[int]:
 
 
 def stochastic_taps(logits: Tensor, *, direction: Direction) -> Tensor:
-    r"""Turn logits into taps that are positive and sum to one over the neighbours that exist.
+    """Turn logits into taps that are positive and sum to one over the neighbours that exist.
 
-    .. math::
-        \mathrm{taps}_{k,i,j} = \frac{\sigma(a_{k,i,j})}{\sum_{k' \text{ exists}} \sigma(a_{k',i,j})}
+    With a the logits and σ the sigmoid, at each pixel::
+
+        taps[k] = σ(a[k]) / Σ_m σ(a[m])        over the neighbours m that exist
 
     and 0 for a neighbour outside the image: the first tap on the first position of a line, the last tap on the last.
     Every step of the scan is then an average, which is the paper's Stability-Context Condition (GSPN, arXiv

@@ -64,9 +64,9 @@ def cache_latents(
     option: str = "--output",
     **options: Any,
 ) -> CachedLatents:
-    r"""Encode every image of a data set once, and write the means and deviations of the autoencoder's posteriors.
+    """Encode every image of a data set once, and write the means and deviations of the autoencoder's posteriors.
 
-    Training samples :math:`\mu + \sigma\,\epsilon` each time it sees an image, and applies the scaling. Numbers are
+    Training samples ``mean + std * noise`` each time it sees an image, and applies the scaling. Numbers are
     float16, which rounds by 1/2048 at most: a twentieth of the least noise that a denoiser is shown (bfloat16 would
     round by 1/256). A shard with a number beyond 65504 is float32.
 

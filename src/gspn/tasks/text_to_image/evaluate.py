@@ -49,14 +49,14 @@ class TextScores:
 
 
 class TextScorer:
-    r"""A ridge regression from sentences to image features, and the scores of images and texts by it.
+    """A ridge regression from sentences to image features, and the scores of images and texts by it.
 
-    With sentences :math:`s` (:func:`embed_sentences`) and features :math:`f` of real images, both centred and the
-    features divided by their deviations,
+    With sentences s (:func:`embed_sentences`) and features f of real images, both centred and the features divided by
+    their deviations::
 
-    .. math:: \min_W \sum \|W s - f\|^2 + \alpha \|W\|^2
+        min over W of  Σ ‖W s - f‖² + α ‖W‖²
 
-    with the :math:`\alpha` that minimises the error of generalised cross-validation. It is a small stand-in for CLIP
+    with the α that minimises the error of generalised cross-validation. It is a small stand-in for CLIP
     that needs no network access. Its scores can be compared only with those of the same features, fitted on the same
     images.
 

@@ -50,18 +50,17 @@ class DistillRow(CaptionRow):
 def distill(
     config: DistillConfig, *, resume: bool = False, console: Console | None = None
 ) -> TrainingResult[DistillRow]:
-    r"""Train an adapter that replaces a text-to-image pipeline's self-attention and draws the same images.
+    """Train an adapter that replaces a text-to-image pipeline's self-attention and draws the same images.
 
-    Teacher and student are one UNet, with attention and with GSPN in its place; only the adapter is trained. For noisy
-    latents :math:`x_t` with the caption c, the loss is that of GSPN (arXiv 2501.12381):
+    Teacher and student are one UNet, with attention and with GSPN in its place; only the adapter is trained. For the
+    noisy latents of an image with its caption, the loss is that of GSPN (arXiv 2501.12381)::
 
-    .. math:: \|\epsilon_s - \epsilon\|^2 + \tfrac12 \|\epsilon_s - \epsilon_t\|^2
-              + \tfrac12 \operatorname{mean}_l \|a_{s,l} - a_{t,l}\|^2
+        ‖ε_s - ε‖² + 1/2 ‖ε_s - ε_t‖² + 1/2 mean over layers of ‖a_s - a_t‖²
 
-    where :math:`\epsilon_s, \epsilon_t` are the predictions of student and teacher, :math:`\epsilon` is the noise (or
-    the velocity, for a teacher that predicts it), and :math:`a_l` is the output of attention l or of the mixer in its
-    place. All squares are means over their numbers. In the first ``distillation.block_epochs`` epochs each mixer
-    separately learns :math:`a_{t,l}` from the input of attention l. This runs no student and costs one forward pass of
+    where ``ε_s`` and ``ε_t`` are the predictions of student and teacher, ``ε`` is the noise (or the velocity, for a
+    teacher that predicts it), and ``a_t`` and ``a_s`` are the outputs of an attention and of the mixer in its place.
+    All squares are means over their numbers. In the first ``distillation.block_epochs`` epochs each mixer separately
+    learns ``a_t`` from the input of its attention. This runs no student and costs one forward pass of
     the teacher.
 
     Latents and captions are first encoded, once, into ``data.cache``. The output directory receives ``config.yaml``,

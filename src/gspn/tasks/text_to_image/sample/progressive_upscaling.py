@@ -31,13 +31,12 @@ SPACES = ("latents", "pixels")
 
 @dataclass(frozen=True)
 class UpscalingConfig:
-    r"""Options of progressive upscaling.
+    """Options of progressive upscaling.
 
     The skip residual and dilated sampling are weighted by :func:`cosine_weight`, which decays over the n steps of a
-    stage. At step i
+    stage. At step i it is::
 
-    .. math::
-        c_i(a) = \Bigl(\tfrac{1 + \cos(\pi i / n)}{2}\Bigr)^a
+        c_i(a) = ((1 + cos(π i / n)) / 2) ** a
 
     Attributes:
         strengths: The share of the denoising steps that the second stage repeats, then the third, ...; the last value
