@@ -11,6 +11,8 @@
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -208,6 +210,10 @@ GSPN_INLINE float_vector load(const f16* p) {
   return bit_cast<float_vector>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
   return bit_cast<float_vector>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__aarch64__)
+  float16x4_t v;
+  memcpy(&v, p, sizeof(v));
+  return bit_cast<float_vector>(vcvt_f32_f16(v));
 #else
   float_vector v;
   for (int i = 0; i < kLanes<float>; ++i) v[i] = widen(p[i]);
@@ -234,6 +240,9 @@ GSPN_INLINE void store(f16* p, float_vector v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  const float16x4_t narrowed = vcvt_f16_f32(bit_cast<float32x4_t>(v));
+  memcpy(p, &narrowed, sizeof(narrowed));
 #else
   for (int i = 0; i < kLanes<float>; ++i) p[i] = narrow<f16>(v[i]);
 #endif

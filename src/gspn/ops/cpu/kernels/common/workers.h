@@ -1,17 +1,32 @@
 // The threads of both operators, their scratch, and the memory of outputs.
 #pragma once
 
+#include <pthread.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <initializer_list>
-#include <thread>
-#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 #include "interface.h"
+
+// glibc 2.34 gave these functions new versions, and keeps the old ones. A library that asks for the old ones runs with
+// older systems than the one that it was built on.
+#if defined(__GLIBC__) && defined(__x86_64__)
+#define GSPN_OLDEST_VERSION(function) asm(".symver " #function ", " #function "@GLIBC_2.2.5")
+#elif defined(__GLIBC__) && defined(__aarch64__)
+#define GSPN_OLDEST_VERSION(function) asm(".symver " #function ", " #function "@GLIBC_2.17")
+#else
+#define GSPN_OLDEST_VERSION(function) static_assert(true, "")
+#endif
+GSPN_OLDEST_VERSION(pthread_create);
+GSPN_OLDEST_VERSION(pthread_join);
+GSPN_OLDEST_VERSION(pthread_key_create);
+GSPN_OLDEST_VERSION(pthread_getspecific);
+GSPN_OLDEST_VERSION(pthread_setspecific);
 
 namespace gspn {
 
@@ -35,18 +50,29 @@ using ParallelRegion = void (*)(void (*)(void*), void*, unsigned, unsigned);
 inline std::atomic<ParallelRegion> parallel_region{nullptr};
 
 // Scratch that a worker keeps between calls: fresh pages for every call would cost more than a small scan.
+//
+// Kept under a POSIX key and not in a thread_local, which needs the C++ library to be destroyed. Without that library
+// the kernels run beside any, and on every glibc since 2.17.
 class WorkerScratch {
  public:
-  ~WorkerScratch() { std::free(memory_); }
+  // Null if there is no memory for it.
+  static WorkerScratch* of_this_thread() {
+    if (!key.made) return nullptr;
+    void* own = pthread_getspecific(key.id);
+    if (!own && (own = std::calloc(1, sizeof(WorkerScratch))) && pthread_setspecific(key.id, own) != 0) {
+      release(own);
+      own = nullptr;
+    }
+    return static_cast<WorkerScratch*>(own);
+  }
   char* reserve(size_t bytes) {
     if (bytes > size_) {
       std::free(memory_);
       size_ = (bytes + 4095) / 4096 * 4096;
-      memory_ = static_cast<char*>(std::aligned_alloc(4096, size_));
-      if (!memory_) size_ = 0;
+      if (posix_memalign(&memory_, 4096, size_) != 0) memory_ = nullptr, size_ = 0;
       expect_first_touch(memory_, static_cast<int64_t>(size_));
     }
-    return memory_;
+    return static_cast<char*>(memory_);
   }
   // Large scratch is given back, so that one big scan does not hold its memory for ever.
   void trim() {
@@ -58,11 +84,21 @@ class WorkerScratch {
   }
 
  private:
-  char* memory_ = nullptr;
-  size_t size_ = 0;
-};
+  // At the end of a thread.
+  static void release(void* own) {
+    std::free(static_cast<WorkerScratch*>(own)->memory_);
+    std::free(own);
+  }
+  struct Key {
+    pthread_key_t id;
+    bool made;
+    Key() : id(), made(pthread_key_create(&id, release) == 0) {}
+  };
+  inline static const Key key;
 
-inline thread_local WorkerScratch worker_scratch;
+  void* memory_;
+  size_t size_;
+};
 
 template <class Call, class Plan>
 struct Team {
@@ -76,35 +112,42 @@ struct Team {
 
   static void work(void* self) {
     auto& team = *static_cast<Team*>(self);
-    char* scratch = worker_scratch.reserve(team.scratch_bytes);
-    if (!scratch && team.scratch_bytes) {
+    WorkerScratch* own = WorkerScratch::of_this_thread();
+    char* scratch = own ? own->reserve(team.scratch_bytes) : nullptr;
+    if (!own || (!scratch && team.scratch_bytes)) {
       team.failed = true;
       return;
     }
     for (int64_t i; (i = team.next.fetch_add(1, std::memory_order_relaxed)) < team.items;) {
       team.kernel.run(team.call, team.plan, i, scratch);
     }
-    worker_scratch.trim();
+    own->trim();
   }
 };
+
+// Threads that one call starts where there is no OpenMP, at most.
+constexpr int64_t kMostStarted = 255;
 
 // Runs the kernel for every item; false if memory ran out.
 template <class Call, class Plan>
 bool run(const Kernel<Call, Plan>& kernel, const Call& call, const Plan& plan, int64_t items, int64_t threads) {
-  Team<Call, Plan> team{kernel, call, plan, items, kernel.scratch_bytes ? kernel.scratch_bytes(call, plan) : 0};
+  using ThisTeam = Team<Call, Plan>;
+  ThisTeam team{kernel, call, plan, items, kernel.scratch_bytes ? kernel.scratch_bytes(call, plan) : 0};
   if (threads > items) threads = items;
   if (threads <= 1) {
     team.work(&team);
   } else if (const ParallelRegion region = parallel_region.load()) {
     region(&team.work, &team, static_cast<unsigned>(threads), 0);
   } else {
-    std::vector<std::thread> others;
-    try {
-      for (int64_t t = 1; t < threads; ++t) others.emplace_back(&team.work, &team);
-    } catch (...) {  // The system gives no more threads: those that there are do it all.
+    pthread_t others[kMostStarted];
+    const auto work = [](void* self) -> void* { return ThisTeam::work(self), nullptr; };
+    int64_t started = 0;
+    while (started < kMostStarted && started + 1 < threads &&
+           pthread_create(&others[started], nullptr, work, &team) == 0) {
+      ++started;  // Where the system gives no more, those that there are do it all.
     }
     team.work(&team);
-    for (auto& thread : others) thread.join();
+    while (started) pthread_join(others[--started], nullptr);
   }
   return !team.failed;
 }

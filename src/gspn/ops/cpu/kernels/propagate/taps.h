@@ -44,6 +44,9 @@ GSPN_INLINE bool out_of_range(typename VectorOf<A>::type sums, typename VectorOf
   } else {
     return _mm256_movemask_pd(_mm256_cmp_pd(bit_cast<__m256d>(v), _mm256_set1_pd(limit), _CMP_NLT_UQ)) != 0;
   }
+#elif defined(__aarch64__)
+  const auto below = v < limit;  // all ones or zeros
+  return vminvq_u32(bit_cast<uint32x4_t>(below)) == 0;
 #else
   bool beyond = false;
   for (int i = 0; i < kLanes<A>; ++i) beyond |= !(v[i] < limit);
