@@ -51,57 +51,60 @@ def _ints(*values: int) -> Any:
     return op.Constant(value_ints=values)
 
 
-def _number(value: float, like: Any) -> Any:
-    return op.Constant(value=ir.tensor([value], dtype=like))
-
-
-def _wide(map_: Any) -> Any:
-    """In the dtype of the state."""
-    return op.Cast(map_, to=ir.DataType.FLOAT) if map_.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) else map_
-
-
 def _state_dtype(x: Any) -> ir.DataType:
     return ir.DataType.DOUBLE if x.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
 
 
-def _scan_image(source: Any, taps: Any, groups: int, channels: int, direction: str, segment: int | None, dtype) -> Any:
-    """``[B, C, H, W]`` and taps ``[B, 3, G, H, W]`` to the states ``[B, C, H, W]``.
+def _cast(value: Any, before: ir.DataType, to: ir.DataType) -> Any:
+    return value if before == to else op.Cast(value, to=to)
 
-    Segments are an axis of their own, so that a scan has as many steps as a segment has lines. The last segment is
-    filled up with lines that nothing reads.
+
+class _Lines:
+    """The scans of an image along one of its axes, in both directions.
+
+    Segments are an axis of their own, so that a scan has as many steps as a segment has lines; the last one is filled
+    up with lines that nothing reads. With K channels in a group and n segments of s lines, scans see
+    ``[B, 1, G, K, n, s, W]`` for rows as lines and ``[B, 1, G, K, H, n, s]`` for columns.
     """
-    axes = scan_axes(direction)
-    size = op.Shape(source, start=2)
-    lines, cross = (op.Gather(size, _ints(2 + axis)) for axis in (axes.line, axes.cross))
-    count, length = _ints(1), lines
-    if segment is not None:
-        length = op.Min(lines, _ints(segment))
-        count = op.Div(op.Sub(op.Add(lines, length), _ints(1)), length)
-        more = op.Sub(op.Mul(count, length), lines)
-        pads = op.Concat(*((more, _ints(0)) if axes.reverse else (_ints(0), more)), axis=0)
-        source, taps = (op.Pad(one, pads, None, _ints(axes.line)) for one in (source, taps))
-    vertical = axes.line == -2
-    frame = (count, length, cross) if vertical else (cross, count, length)
-    line = (count, cross) if vertical else (cross, count)
-    padded = op.Shape(source)
-    split = op.Reshape(source, op.Concat(_ints(0, 1, groups, channels // groups), *frame, axis=0))
-    before, here, after = op.Split(
-        op.Reshape(taps, op.Concat(_ints(0, 3, groups, 1), *frame, axis=0)), axis=1, num_outputs=3
-    )  # [B, 1, G, 1, ...]
-    start = op.ConstantOfShape(
-        op.Concat(op.Shape(source, end=1), _ints(1, groups, channels // groups), *line, axis=0),
-        value=ir.tensor([0], dtype=dtype),
-    )
-    scanned, reverse = 5 if vertical else 6, int(axes.reverse)
-    states = _scan(
-        start, split, before, here, after, _ints(5 if vertical else 4), axes=[scanned] * 4, reverse=[reverse] * 4,
-        out_axis=[scanned], out_reverse=[reverse],
-    )  # fmt: skip
-    states = op.Reshape(states, padded)
-    if segment is None:
-        return states
-    first = more if axes.reverse else _ints(0)
-    return op.Slice(states, first, op.Add(first, lines), _ints(axes.line))
+
+    def __init__(self, image: Any, axis: int, groups: int, segment: int | None) -> None:
+        self.axis, self.segment = axis, segment
+        self.groups, self.channels = groups, image.shape[1] // groups
+        size = op.Shape(image, start=2)
+        self.count, cross = (op.Gather(size, _ints(n)) for n in ((0, 1) if axis == -2 else (1, 0)))
+        segments, length = _ints(1), self.count
+        if segment is not None:
+            length = op.Min(self.count, _ints(segment))
+            segments = op.Div(op.Sub(op.Add(self.count, length), _ints(1)), length)
+            self.filling = op.Sub(op.Mul(segments, length), self.count)
+        in_rows = axis == -2
+        self.frame = (segments, length, cross) if in_rows else (cross, segments, length)
+        line = (segments, cross) if in_rows else (cross, segments)
+        self.scanned, self.cross = (5, 5) if in_rows else (6, 4)
+        batch = op.Shape(image, start=0, end=1)
+        self.start = op.ConstantOfShape(
+            op.Concat(batch, _ints(1, groups, self.channels), *line, axis=0),
+            value=ir.tensor([0], dtype=_state_dtype(image)),
+        )
+
+    def _framed(self, maps: Any, *channels: int) -> Any:
+        return op.Reshape(maps, op.Concat(_ints(0, *channels), *self.frame, axis=0))
+
+    def scan(self, source: Any, taps: Any, reverse: int) -> Any:
+        """``[B, C, H, W]`` and taps ``[B, 3, G, H, W]`` to the states ``[B, C, H, W]``."""
+        if self.segment is not None:
+            ends = (self.filling, _ints(0)) if reverse else (_ints(0), self.filling)
+            source, taps = (op.Pad(one, op.Concat(*ends, axis=0), None, _ints(self.axis)) for one in (source, taps))
+        before, here, after = op.Split(self._framed(taps, 3, self.groups, 1), axis=1, num_outputs=3)
+        states = _scan(
+            self.start, self._framed(source, 1, self.groups, self.channels), before, here, after, _ints(self.cross),
+            axes=[self.scanned] * 4, reverse=[reverse] * 4, out_axis=[self.scanned], out_reverse=[reverse],
+        )  # fmt: skip
+        states = op.Reshape(states, op.Shape(source))
+        if self.segment is None:
+            return states
+        first = self.filling if reverse else _ints(0)
+        return op.Slice(states, first, op.Add(first, self.count), _ints(self.axis))
 
 
 @torch_op("gspn::line_scan", trace_only=True)
@@ -110,10 +113,12 @@ def line_scan(
     impl: str = "",
 ) -> FLOAT:  # fmt: skip
     """:func:`gspn.line_scan`."""
-    source = _wide(x) if lam is None else op.Mul(_wide(x), _wide(lam))
-    ordered = op.Transpose(_wide(taps), perm=[0, 2, 1, 3, 4])  # [B, 3, G, H, W]
-    states = _scan_image(source, ordered, taps.shape[1], x.shape[1], direction, segment, _state_dtype(x))
-    return op.Cast(states, to=x.dtype)
+    axes, dtype = scan_axes(direction), _state_dtype(x)
+    source = _cast(x, x.dtype, dtype)
+    source = source if lam is None else op.Mul(source, _cast(lam, x.dtype, dtype))
+    ordered = op.Transpose(_cast(taps, x.dtype, dtype), perm=[0, 2, 1, 3, 4])  # [B, 3, G, H, W]
+    states = _Lines(x, axes.line, taps.shape[1], segment).scan(source, ordered, int(axes.reverse))
+    return _cast(states, dtype, x.dtype)
 
 
 def _exists(x: Any, axis: int) -> Any:
@@ -130,32 +135,30 @@ def propagate(
     x: FLOAT, proxy: FLOAT, tap_proj: FLOAT, lam_proj: FLOAT, u_proj: FLOAT, skip_proj: Optional[FLOAT] = None,
     directions: str = "", segment: Optional[int] = None, impl: str = "",
 ) -> FLOAT:  # fmt: skip
-    """:func:`gspn.propagate` with the merge folded into the projections."""
-    names = directions.split(",")
-    groups, channels, proxy_channels = tap_proj.shape[1], x.shape[1], proxy.shape[1]
-    dtype, image, proxy = _state_dtype(x), _wide(x), _wide(proxy)
+    """:func:`gspn.propagate`, with the merge folded into the projections as the operator has it."""
+    dtype, groups, proxy_channels = _state_dtype(x), tap_proj.shape[1], proxy.shape[1]
+    image, wide = (_cast(one, x.dtype, dtype) for one in (x, proxy))
 
-    def kernels(projection: Any) -> Sequence[Any]:
-        """1x1 convolutions, one for each direction."""
-        rows = op.Reshape(projection, _ints(-1, proxy_channels, 1, 1))
-        return op.Split(rows, axis=0, num_outputs=len(names)) if len(names) > 1 else [rows]
+    def project(projection: Any) -> Any:
+        return op.Conv(wide, op.Reshape(projection, _ints(-1, proxy_channels, 1, 1)))
 
-    # softmax(log(sigmoid(a))) = softmax(-softplus(-a)): the minus signs of logits are in their projection.
-    tap_kernels = kernels(op.Transpose(op.Neg(tap_proj), perm=[0, 2, 1, 3]))
-    exists = {axis: _exists(x, axis) for axis in {scan_axes(name).cross for name in names}}
-    never = _number(-math.inf, dtype)
-    y = None
-    if skip_proj is not None:
-        y = op.Mul(op.Conv(proxy, op.Unsqueeze(skip_proj, _ints(2, 3))), image)
-    for name, to_taps, to_lam, to_u in zip(names, tap_kernels, kernels(lam_proj), kernels(u_proj), strict=True):
-        gates = op.Neg(op.Softplus(op.Conv(proxy, to_taps)))  # [B, 3G, H, W]
-        gates = op.Reshape(gates, op.Concat(_ints(0, 3, groups), op.Shape(x, start=2), axis=0))
-        taps = op.Softmax(op.Where(exists[scan_axes(name).cross], gates, never), axis=1)
-        source = op.Mul(op.Conv(proxy, to_lam), image)
-        states = _scan_image(source, taps, groups, channels, name, segment, dtype)
-        gated = op.Mul(op.Conv(proxy, to_u), states)
+    # The minus sign of softmax(log(sigmoid(a))) = softmax(-softplus(-a)) is in the projection of the taps.
+    to_logits = op.Transpose(op.Neg(tap_proj), perm=[0, 2, 1, 3])  # [D, 3, G, S]
+    unfolded = op.Concat(_ints(0, 3, groups), op.Shape(x, start=2), axis=0)
+    never = op.Constant(value=ir.tensor(-math.inf, dtype=dtype))
+    scans = [scan_axes(name) for name in directions.split(",")]
+    lines = {axis: _Lines(x, axis, groups, segment) for axis in {axes.line for axes in scans}}
+    exists = {axis: _exists(x, axis) for axis in {axes.cross for axes in scans}}
+    y = None if skip_proj is None else op.Mul(project(skip_proj), image)
+    for d, axes in enumerate(scans):
+        tap_d, lam_d, u_d = (op.Gather(one, op.Constant(value_int=d), axis=0) for one in (to_logits, lam_proj, u_proj))
+        gates = op.Reshape(op.Neg(op.Softplus(project(tap_d))), unfolded)  # [B, 3, G, H, W]
+        taps = op.Softmax(op.Where(exists[axes.cross], gates, never), axis=1)
+        states = lines[axes.line].scan(op.Mul(project(lam_d), image), taps, int(axes.reverse))
+        gated = op.Mul(project(u_d), states)
         y = gated if y is None else op.Add(y, gated)
-    return op.Cast(y, to=x.dtype)
+    return _cast(y, dtype, x.dtype)
 
 
 TRANSLATIONS = {torch.ops.gspn.line_scan.default: line_scan, torch.ops.gspn.propagate.default: propagate}
+"""What ``custom_translation_table`` of ``torch.onnx.export`` takes."""
