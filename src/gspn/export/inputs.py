@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from .._errors import UsageError, nearest
@@ -62,12 +63,13 @@ class Inputs:
                     )
         return lengths
 
-    def specification(self, axis: Any) -> dict[str, Any] | None:
-        """``dynamic_shapes`` of torch.export, with ``axis`` of its name for every dynamic axis."""
+    @property
+    def dynamic_shapes(self) -> dict[str, Any] | None:
+        """The dynamic axes as ``torch.export`` takes them."""
         if not any(self.axes):
             return None
         _, structure = pytree.tree_flatten(dict(self.arguments.arguments))
-        leaves = [{n: axis(label) for n, label in axes.items()} or None for axes in self.axes]
+        leaves = [dict.fromkeys(axes, Dim.DYNAMIC) or None for axes in self.axes]
         return pytree.tree_unflatten(leaves, structure)
 
     def resized(self, lengths: Mapping[str, int]) -> Inputs:

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,13 +85,16 @@ def to_onnx(
     results = [f"out_{name}" if name in tensors else name for name in outputs(module, inputs)]
     try:
         exported = torch.onnx.export(
-            program, dynamic_shapes=inputs.specification(str), custom_translation_table=TRANSLATIONS,
-            input_names=tensors, output_names=results, opset_version=opset, verbose=False,
+            program, custom_translation_table=TRANSLATIONS, input_names=tensors, output_names=results,
+            opset_version=opset, verbose=False,
         )  # fmt: skip
     except Exception as error:  # the exporter has no class for what it does not know
         raise UsageError(f"{type(module).__name__} cannot be written as ONNX: {one_line(error)}") from error
-    if exported is None:
-        raise UsageError("torch.onnx.export returned nothing.")
+    exported = cast("torch.onnx.ONNXProgram", exported)
+    axes = dict(zip(inputs.leaves, inputs.axes, strict=True))
+    exported.rename_axes(
+        {one.shape[axis]: label for one in exported.model.graph.inputs for axis, label in axes[one.name].items()}
+    )
     # In a folder of its own first, because a second file may be beside it, whose name is in the first.
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from .._errors import UsageError
 from .._files import check_writable, printable, replaced
@@ -83,9 +83,7 @@ def export_program(module: nn.Module, inputs: Inputs) -> ExportedProgram:
     args, kwargs = inputs.to_trace().call
     try:
         with torch.no_grad():
-            return torch.export.export(
-                module, args, kwargs, dynamic_shapes=inputs.specification(lambda _: Dim.DYNAMIC), strict=False
-            )
+            return torch.export.export(module, args, kwargs, dynamic_shapes=inputs.dynamic_shapes, strict=False)
     except Exception as error:  # torch.export raises errors of many types, those of the module's own code among them
         raise UsageError(f"{type(module).__name__} cannot be exported: {one_line(error)}") from error
 
