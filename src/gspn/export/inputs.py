@@ -101,7 +101,9 @@ def bind(module: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, dynamic
     Raises:
         UsageError: the arguments do not fit the signature, or ``dynamic`` does not fit the arguments.
     """
-    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    args = (args,) if isinstance(args, Tensor) else args
+    if not isinstance(args, tuple | list):
+        raise UsageError(f"args is {short(args)}; pass a tensor or a tuple of example inputs.")
     try:
         bound = inspect.signature(module.forward).bind(*args, **(kwargs or {}))
     except TypeError as error:
