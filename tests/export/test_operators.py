@@ -85,7 +85,7 @@ def test_a_scan_is_one_node_and_a_layer_few(exported) -> None:
 @pytest.mark.slow
 def test_openvino_reads_and_runs_it(exported) -> None:
     openvino = pytest.importorskip("openvino", reason="pip install 'gspn[integrations]'")
-    model, path = exported
+    _, path = exported
     compiled = openvino.compile_model(openvino.Core().read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for batch, height, width in SIZES[2:]:
         x = torch.randn(batch, C, height, width)

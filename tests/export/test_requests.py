@@ -1,4 +1,4 @@
-"""What the export refuses, in one line, and that it leaves no file then."""
+"""Requests that the export refuses, in one line and without a file; and how it reads arguments."""
 
 from __future__ import annotations
 
@@ -89,7 +89,9 @@ def test_a_small_difference_is_measured(tmp_path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x * (1.01 if torch.compiler.is_compiling() else 1)
 
-    with pytest.raises(UsageError, match=r"output differs from the module's by 0\.01 of its largest value, and 0\.00035"):
+    with pytest.raises(
+        UsageError, match=r"output differs from the module's by 0\.01 of its largest value, and 0\.00035"
+    ):
         gspn.export.to_pt2(Off().eval(), X, tmp_path / "model.pt2")
 
 
@@ -108,7 +110,11 @@ def test_the_axes_that_are_dynamic() -> None:
 
 def test_a_constant_argument_and_one_by_name(tmp_path) -> None:
     program = gspn.export.to_onnx(
-        Sum().eval(), (X,), tmp_path / "model.onnx", kwargs={"twice": True, "other": X}, dynamic={"x": {0: "n"}, "other": {0: "n"}}
+        Sum().eval(),
+        (X,),
+        tmp_path / "model.onnx",
+        kwargs={"twice": True, "other": X},
+        dynamic={"x": {0: "n"}, "other": {0: "n"}},
     )
     graph = program.model.graph
     assert [(one.name, str(one.shape)) for one in graph.inputs] == [("x", "[n,3,8,6]"), ("other", "[n,3,8,6]")]

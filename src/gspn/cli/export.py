@@ -36,7 +36,9 @@ def export(
     ],
     format_: Annotated[
         Format | None,
-        typer.Option("--format", help="onnx, verified in ONNX Runtime, or pt2 of torch.export. Default: FILE's ending."),
+        typer.Option(
+            "--format", help="onnx, verified in ONNX Runtime, or pt2 of torch.export. Default: FILE's ending."
+        ),
     ] = None,
     size: Annotated[
         str | None,
@@ -61,8 +63,8 @@ def export(
     ending = output.suffix.removeprefix(".")
     format_name = ending if format_ is None else format_.value
     if format_name not in Format or ending != format_name:
-        wanted = "onnx or .pt2" if format_ is None else format_name
-        raise UsageError(f"--output {printable(output)!r}: the file's name has to end in .{wanted}.")
+        endings = "onnx or .pt2" if format_ is None else format_name
+        raise UsageError(f"--output {printable(output)!r}: the file's name has to end in .{endings}.")
     if opset is not None and format_name != Format.onnx:
         raise UsageError(f"--opset {opset}: a .pt2 file has no opset; leave it out.")
     require("timm")

@@ -37,7 +37,7 @@ class Inputs:
 
     @property
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the module is called with."""
+        """The positional arguments, and those by name."""
         return self.arguments.args, self.arguments.kwargs
 
     @property

@@ -33,7 +33,7 @@ def _scan(
     """``h[j] = source[j] + before[j] h[j-1] + here[j] h[j] + after[j] h[j+1]``, line by line, ``j`` along ``cross``."""
 
     @onnxscript.graph()
-    def step(h, x, w0, w1, w2):
+    def step(h, x, w0, w1, w2):  # noqa: ANN001, ANN202  (a graph whose types are those of the scan)
         padded = op.Pad(h, op.Constant(value_ints=[1, 1]), None, cross)
         left = op.Slice(padded, op.Constant(value_ints=[0]), op.Constant(value_ints=[-2]), cross)
         right = op.Slice(padded, op.Constant(value_ints=[2]), op.Constant(value_ints=[9223372036854775807]), cross)
@@ -161,4 +161,4 @@ def propagate(
 
 
 TRANSLATIONS = {torch.ops.gspn.line_scan.default: line_scan, torch.ops.gspn.propagate.default: propagate}
-"""What ``custom_translation_table`` of ``torch.onnx.export`` takes."""
+"""The argument ``custom_translation_table`` of ``torch.onnx.export``."""
