@@ -62,7 +62,7 @@ def export(
     """
     ending = output.suffix.removeprefix(".")
     format_name = ending if format_ is None else format_.value
-    if format_name not in Format or ending != format_name:
+    if format_name not in set(Format) or ending != format_name:
         endings = "onnx or .pt2" if format_ is None else format_name
         raise UsageError(f"--output {printable(output)!r}: the file's name has to end in .{endings}.")
     if opset is not None and format_name != Format.onnx:

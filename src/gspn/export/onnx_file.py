@@ -91,6 +91,7 @@ def to_onnx(
     except Exception as error:  # the exporter has no class for what it does not know
         raise UsageError(f"{type(module).__name__} cannot be written as ONNX: {one_line(error)}") from error
     exported = cast("torch.onnx.ONNXProgram", exported)
+    _name_scans_apart(exported.model.graph)
     axes = dict(zip(inputs.leaves, inputs.axes, strict=True))
     exported.rename_axes(
         {one.shape[axis]: label for one in exported.model.graph.inputs for axis, label in axes[one.name].items()}
@@ -106,6 +107,14 @@ def to_onnx(
             sync(file)
             file.replace(target.with_name(file.name))
     return exported
+
+
+def _name_scans_apart(graph: Any) -> None:
+    """Names inside of scans must differ from those outside, and an output may have any name."""
+    for i, node in enumerate(node for node in graph if node.op_type == "Scan"):
+        body = node.attributes["body"].as_graph()
+        for value in (*body.inputs, *(value for inner in body for value in inner.outputs)):
+            value.name = f"scan{i}.{value.name}"
 
 
 def _runner(file: Path) -> Any:
