@@ -36,6 +36,7 @@ X = torch.randn(2, 3, 8, 6)
     ("module", "args", "options", "message"),
     [
         (nn.Conv2d(3, 3, 1), X, {}, "Conv2d is in training mode; call .eval() first"),
+        (torch.sin, X, {}, "module is a builtin_function_or_method; pass a torch.nn.Module"),
         (Sum().eval(), (), {}, "Sum cannot be called with these arguments: missing a required argument: 'x'"),
         (Sum().eval(), 3, {}, "args is 3; pass a tensor or a tuple"),
         (Sum().eval(), (3,), {}, "args has no tensor"),
@@ -82,6 +83,16 @@ def test_a_wrong_result_is_named_and_not_written(write, tmp_path) -> None:
         write(Sized().eval(), X, path)
     assert path.read_text() == "mine"
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+def test_outputs_may_be_of_every_kind(tmp_path) -> None:
+    class Every(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, object]:
+            return {"largest": x.argmax(1), "nested": [x.sin(), (x > 0, 3)]}
+
+    gspn.export.to_pt2(Every().eval(), X, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    assert torch.equal(loaded(X[:1])["largest"], X[:1].argmax(1))
 
 
 def test_a_small_difference_is_measured(tmp_path) -> None:

@@ -101,6 +101,8 @@ def bind(module: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, dynamic
     Raises:
         UsageError: the arguments do not fit the signature, or ``dynamic`` does not fit the arguments.
     """
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"module is a {type(module).__name__}; pass a torch.nn.Module.")
     args = (args,) if isinstance(args, Tensor) else args
     if not isinstance(args, tuple | list):
         raise UsageError(f"args is {short(args)}; pass a tensor or a tuple of example inputs.")

@@ -100,7 +100,8 @@ def verify(module: nn.Module, run: Any, inputs: Inputs, what: str) -> None:
     """Compare what ``run`` gives with the module's own outputs, for the example and at other sizes.
 
     Half of the digits of an output's dtype have to agree: the difference is at most the square root of its epsilon,
-    relative to the largest value. The other sizes are the first of :meth:`Inputs.of_other_sizes` that the module takes.
+    relative to the largest value; integers are the same. The other sizes are the first of
+    :meth:`Inputs.of_other_sizes` that the module takes.
 
     Raises:
         UsageError: they differ, or ``run`` cannot run.
@@ -122,7 +123,7 @@ def outputs(module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         result = module(*args, **kwargs)
     named = named_leaves(result, "output")
     named = {name.removeprefix("output_"): t for name, t in named.items()} if isinstance(result, Mapping) else named
-    return {name: t for name, t in named.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    return {name: t for name, t in named.items() if isinstance(t, Tensor)}
 
 
 def _compare(module: nn.Module, run: Any, inputs: Inputs, what: str, expected: dict[str, Tensor] | None = None) -> None:
@@ -135,7 +136,8 @@ def _compare(module: nn.Module, run: Any, inputs: Inputs, what: str, expected: d
     for (name, right), got in zip(expected.items(), actual, strict=True):
         if got.shape != right.shape:
             raise UsageError(f"{what}: {name} is {tuple(got.shape)} and not {tuple(right.shape)} with {sizes}.")
-        difference, allowed = _difference(got, right), torch.finfo(right.dtype).eps ** 0.5
+        difference = _difference(got, right)
+        allowed = torch.finfo(right.dtype).eps ** 0.5 if right.is_floating_point() else 0.0
         if not difference <= allowed:
             raise UsageError(
                 f"{what}: {name} differs from the module's by {difference:.2g} of its largest value, and {allowed:.2g} "

@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 import onnxscript
 import torch
-from onnxscript import FLOAT, INT64, ir
+from onnxscript import FLOAT, ir
 from onnxscript import opset18 as op
 from onnxscript.function_libs.torch_lib.registration import torch_op
 
@@ -25,18 +25,23 @@ OPSET = 18
 """The oldest opset of ONNX that the translations, and PyTorch's own, can be written in."""
 
 
+# OpenVINO has to know the rank of what a scan works on.
+LINE = FLOAT[None, None, None, None, None, None]
+
+
 @onnxscript.script(onnxscript.values.Opset("gspn", 1))
 def _scan(
-    state: FLOAT, source: FLOAT, before: FLOAT, here: FLOAT, after: FLOAT, cross: INT64,
-    axes: Sequence[int], reverse: Sequence[int], out_axis: Sequence[int], out_reverse: Sequence[int],
+    state: FLOAT, source: FLOAT, before: FLOAT, here: FLOAT, after: FLOAT, cross: Sequence[int], axes: Sequence[int],
+    reverse: Sequence[int], out_axis: Sequence[int], out_reverse: Sequence[int],
 ) -> FLOAT:  # fmt: skip
     """``h[j] = source[j] + before[j] h[j-1] + here[j] h[j] + after[j] h[j+1]``, line by line, ``j`` along ``cross``."""
 
     @onnxscript.graph()
-    def step(h, x, w0, w1, w2):  # noqa: ANN001, ANN202  (a graph whose types are those of the scan)
-        padded = op.Pad(h, op.Constant(value_ints=[1, 1]), None, cross)
-        left = op.Slice(padded, op.Constant(value_ints=[0]), op.Constant(value_ints=[-2]), cross)
-        right = op.Slice(padded, op.Constant(value_ints=[2]), op.Constant(value_ints=[9223372036854775807]), cross)
+    def step(h: LINE, x: LINE, w0: LINE, w1: LINE, w2: LINE):  # noqa: ANN202
+        axis = op.Constant(value_ints=cross)
+        padded = op.Pad(h, op.Constant(value_ints=[1, 1]), None, axis)
+        left = op.Slice(padded, op.Constant(value_ints=[0]), op.Constant(value_ints=[-2]), axis)
+        right = op.Slice(padded, op.Constant(value_ints=[2]), op.Constant(value_ints=[9223372036854775807]), axis)
         line = x + w0 * left + w1 * h + w2 * right
         return line, op.Identity(line)
 
@@ -51,12 +56,15 @@ def _ints(*values: int) -> Any:
     return op.Constant(value_ints=values)
 
 
-def _state_dtype(x: Any) -> ir.DataType:
-    return ir.DataType.DOUBLE if x.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
+def _wide(map_: Any) -> Any:
+    """In float32, the dtype of the states."""
+    if map_.dtype == ir.DataType.DOUBLE:
+        raise TypeError("the operators have no translation in float64; convert the model with .float().")
+    return map_ if map_.dtype == ir.DataType.FLOAT else op.Cast(map_, to=ir.DataType.FLOAT)
 
 
-def _cast(value: Any, before: ir.DataType, to: ir.DataType) -> Any:
-    return value if before == to else op.Cast(value, to=to)
+def _like(states: Any, x: Any) -> Any:
+    return states if x.dtype == ir.DataType.FLOAT else op.Cast(states, to=x.dtype)
 
 
 class _Lines:
@@ -84,7 +92,7 @@ class _Lines:
         batch = op.Shape(image, start=0, end=1)
         self.start = op.ConstantOfShape(
             op.Concat(batch, _ints(1, groups, self.channels), *line, axis=0),
-            value=ir.tensor([0], dtype=_state_dtype(image)),
+            value=ir.tensor([0.0]),
         )
 
     def _framed(self, maps: Any, *channels: int) -> Any:
@@ -97,7 +105,7 @@ class _Lines:
             source, taps = (op.Pad(one, op.Concat(*ends, axis=0), None, _ints(self.axis)) for one in (source, taps))
         before, here, after = op.Split(self._framed(taps, 3, self.groups, 1), axis=1, num_outputs=3)
         states = _scan(
-            self.start, self._framed(source, 1, self.groups, self.channels), before, here, after, _ints(self.cross),
+            self.start, self._framed(source, 1, self.groups, self.channels), before, here, after, cross=[self.cross],
             axes=[self.scanned] * 4, reverse=[reverse] * 4, out_axis=[self.scanned], out_reverse=[reverse],
         )  # fmt: skip
         states = op.Reshape(states, op.Shape(source))
@@ -113,12 +121,11 @@ def line_scan(
     impl: str = "",
 ) -> FLOAT:  # fmt: skip
     """:func:`gspn.line_scan`."""
-    axes, dtype = scan_axes(direction), _state_dtype(x)
-    source = _cast(x, x.dtype, dtype)
-    source = source if lam is None else op.Mul(source, _cast(lam, x.dtype, dtype))
-    ordered = op.Transpose(_cast(taps, x.dtype, dtype), perm=[0, 2, 1, 3, 4])  # [B, 3, G, H, W]
+    axes = scan_axes(direction)
+    source = _wide(x) if lam is None else op.Mul(_wide(x), _wide(lam))
+    ordered = op.Transpose(_wide(taps), perm=[0, 2, 1, 3, 4])  # [B, 3, G, H, W]
     states = _Lines(x, axes.line, taps.shape[1], segment).scan(source, ordered, int(axes.reverse))
-    return _cast(states, dtype, x.dtype)
+    return _like(states, x)
 
 
 def _exists(x: Any, axis: int) -> Any:
@@ -136,8 +143,7 @@ def propagate(
     directions: str = "", segment: Optional[int] = None, impl: str = "",
 ) -> FLOAT:  # fmt: skip
     """:func:`gspn.propagate`, with the merge folded into the projections as the operator has it."""
-    dtype, groups, proxy_channels = _state_dtype(x), tap_proj.shape[1], proxy.shape[1]
-    image, wide = (_cast(one, x.dtype, dtype) for one in (x, proxy))
+    groups, proxy_channels, image, wide = tap_proj.shape[1], proxy.shape[1], _wide(x), _wide(proxy)
 
     def project(projection: Any) -> Any:
         return op.Conv(wide, op.Reshape(projection, _ints(-1, proxy_channels, 1, 1)))
@@ -145,7 +151,7 @@ def propagate(
     # The minus sign of softmax(log(sigmoid(a))) = softmax(-softplus(-a)) is in the projection of the taps.
     to_logits = op.Transpose(op.Neg(tap_proj), perm=[0, 2, 1, 3])  # [D, 3, G, S]
     unfolded = op.Concat(_ints(0, 3, groups), op.Shape(x, start=2), axis=0)
-    never = op.Constant(value=ir.tensor(-math.inf, dtype=dtype))
+    never = op.Constant(value_float=-math.inf)
     scans = [scan_axes(name) for name in directions.split(",")]
     lines = {axis: _Lines(x, axis, groups, segment) for axis in {axes.line for axes in scans}}
     exists = {axis: _exists(x, axis) for axis in {axes.cross for axes in scans}}
@@ -157,7 +163,7 @@ def propagate(
         states = lines[axes.line].scan(op.Mul(project(lam_d), image), taps, int(axes.reverse))
         gated = op.Mul(project(u_d), states)
         y = gated if y is None else op.Add(y, gated)
-    return _cast(y, dtype, x.dtype)
+    return _like(y, x)
 
 
 TRANSLATIONS = {torch.ops.gspn.line_scan.default: line_scan, torch.ops.gspn.propagate.default: propagate}
