@@ -26,7 +26,10 @@ class Format(StrEnum):
 
 def export(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Name of a model, a folder that timm or gspn saved, or hf-hub:ID.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Name of a model, the directory of a run, a folder that timm saved, or hf-hub:ID."
+        ),
     ],
     output: Annotated[
         Path,
