@@ -77,6 +77,7 @@ def export(
 
     from gspn.analysis.loading import load_model
     from gspn.export import to_onnx, to_pt2
+    from gspn.export.onnx_file import OPSET
 
     opened = load_model(model, seed=seed)
     channels, height, width = opened.input_size
@@ -86,8 +87,8 @@ def export(
     facts = {"model": opened.name, "weights": opened.weights}
     with Console(stderr=True).status(escape(f"exporting {opened.name}")):
         if format_name == Format.onnx:
-            version = {} if opset is None else {"opset": opset}
-            program = to_onnx(opened.model, images, output, dynamic=dynamic, **version)
+            version = OPSET if opset is None else opset
+            program = to_onnx(opened.model, images, output, dynamic=dynamic, opset=version)
             nodes = [node.op_type for node in program.model.graph]
             facts["opset"] = str(program.model.opset_imports[""])
             facts["nodes"] = f"{len(nodes)}, of which {nodes.count('Scan')} are scans"

@@ -91,10 +91,11 @@ def to_onnx(
     except Exception as error:  # the exporter has no class for what it does not know
         raise UsageError(f"{type(module).__name__} cannot be written as ONNX: {one_line(error)}") from error
     exported = cast("torch.onnx.ONNXProgram", exported)
-    _name_scans_apart(exported.model.graph)
+    graph: Any = exported.model.graph
+    _name_scans_apart(graph)
     axes = dict(zip(inputs.leaves, inputs.axes, strict=True))
     exported.rename_axes(
-        {one.shape[axis]: label for one in exported.model.graph.inputs for axis, label in axes[one.name].items()}
+        {one.shape[axis]: label for one in graph.inputs for axis, label in axes.get(one.name, {}).items()}
     )
     # In a folder of its own first, because a second file may be beside it, whose name is in the first.
     target = Path(os.path.realpath(path))
