@@ -17,7 +17,8 @@ def test_import_needs_torch_alone_and_is_silent() -> None:
 import sys
 
 class Refuse:
-    blocked = {"timm", "diffusers", "triton", "typer", "rich", "matplotlib", "sklearn", "accelerate", "PIL", "yaml"}
+    blocked = {"timm", "diffusers", "triton", "typer", "rich", "matplotlib", "sklearn", "accelerate", "PIL", "yaml",
+               "onnx", "onnxscript", "onnxruntime"}
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in self.blocked and not any("torch/" in f for f in callers()):
             raise AssertionError(f"import gspn imports {name}")
@@ -78,6 +79,7 @@ PUBLIC = {
     "gspn.nn": ["GSPN2d", "GSPNBlock", "GSPNMixer", "SelfAttention2d"],
     "gspn.models": ["GSPN", "GSPNDenoiser2DModel"],
     "gspn.diffusers": ["ClassConditionalPipeline", "GSPNAdapter", "GSPNDenoiser2DModel", "GSPNTokenMixer"],
+    "gspn.export": ["to_onnx", "to_pt2"],
     "gspn.analysis": [
         "Cost", "ImageInfluence", "Influence", "ScanStability", "affinity_matrix", "affinity_rows", "count_cost",
         "gspn2d_macs", "image_influence", "pixel_influence", "scan_stability", "stability_report", "write_stability",

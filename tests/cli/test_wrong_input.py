@@ -29,6 +29,7 @@ NASTY = [
 NOTHING = "/nonexistent/nothing"
 BASE = {
     ("explain",): [NOTHING],
+    ("export",): [NOTHING, "--output", f"{NOTHING}.onnx"],
     ("classify", "evaluate"): [NOTHING, "--data", NOTHING],
     ("classify", "predict"): [NOTHING, "--model", NOTHING],
     ("class-conditional", "latents"): ["--vae", NOTHING, "--data", NOTHING, "--output", NOTHING],

@@ -12,6 +12,7 @@ from . import autoencode, bench, class_conditional, classify, t2i
 from .app import App
 from .convert import convert
 from .explain import explain
+from .export import export
 from .info import info
 from .models import models
 
@@ -25,6 +26,7 @@ app.command()(info)
 app.command()(models)
 app.command()(explain)
 app.command()(convert)
+app.command()(export)
 app.add_typer(bench.app, name="bench")
 app.add_typer(classify.app, name="classify")
 app.add_typer(class_conditional.app, name="class-conditional")

@@ -138,12 +138,14 @@ def check_weights(model: nn.Module, header: Header, folder: Path) -> None:
 
 
 def load_saved(folder: Path) -> nn.Module:
-    """Load a model of timm that was saved to a folder, in evaluation mode on the CPU.
+    """Load a model of timm that was saved to a folder, in evaluation mode on the CPU; of a run, its best.
 
     Raises:
         UsageError: ``config.json`` or the weights are missing, damaged, wrong, or do not fit each other.
         OSError: a file cannot be read.
     """
+    if not (folder / CONFIG).exists() and (folder / "best" / CONFIG).exists():
+        folder = folder / "best"
     path = folder / CONFIG
     for file in (path, folder / WEIGHTS):
         if not file.exists():

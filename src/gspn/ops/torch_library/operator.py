@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,7 +48,18 @@ def register(
     qualified = f"gspn::{name}"
     torch.library.define(qualified, schema)
     torch.library.impl(qualified, "CompositeExplicitAutograd", run)
-    torch.library.register_fake(qualified, fake)
+
+    def traced(*args):
+        if torch.onnx.is_in_onnx_export() and "gspn.export" not in sys.modules:
+            # The exporter would say no more than that it has no function for the operator.
+            warnings.warn(
+                f"torch.onnx.export translates {qualified} once gspn.export is imported: add `import gspn.export`, or "
+                "call gspn.export.to_onnx.",
+                stacklevel=2,
+            )
+        return fake(*args)
+
+    torch.library.register_fake(qualified, traced)
     op = getattr(torch.ops.gspn, name).default
 
     def mapped(call: Callable[..., Any], info: Any, in_dims: tuple, *args: Any):
