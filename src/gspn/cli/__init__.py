@@ -14,6 +14,7 @@ from .convert import convert
 from .explain import explain
 from .info import info
 from .models import models
+from .page import page
 
 app = App(
     name="gspn",
@@ -24,6 +25,7 @@ app = App(
 app.command()(info)
 app.command()(models)
 app.command()(explain)
+app.command("app")(page)
 app.command()(convert)
 app.add_typer(bench.app, name="bench")
 app.add_typer(classify.app, name="classify")
