@@ -1,4 +1,4 @@
-"""The tab *What a pixel sees*: click a pixel, and see what it takes from every other in a layer of a classifier."""
+"""The tab *Pixel*: click a pixel, and see what it takes from every other in a layer of a classifier."""
 
 from __future__ import annotations
 
@@ -77,18 +77,18 @@ def draw(seen: Look, layer: str, direction: str, point: tuple[float, float]) -> 
         direction: one of :data:`DIRECTIONS`.
         point: (x, y) as shares of the width and the height, from 0 up to 1.
     """
-    from ..analysis.influence import pixel_influence
+    from ..analysis.influence import affinity_rows
 
     start = time.perf_counter()
     module, x = seen.scans[layer]
     rows, columns = x.shape[-2:]
-    influence = pixel_influence(module, x, (int(point[1] * rows), int(point[0] * columns)))
-    maps = {ALL: influence.merged, **influence.directions}
+    each, together = affinity_rows(module, x, (int(point[1] * rows), int(point[0] * columns)))
+    maps = {name: row.abs().mean(0) for name, row in {ALL: together, **each}.items()}  # [h, w]
     shown = enlarged(seen.image)
     pixels = overlay(_tensor(shown), maps[direction], affinity_limits(list(maps.values())))
     centre = (point[0] * shown.width, point[1] * shown.height)
     drawn = _image(_ringed(pixels, centre))
-    shares = {name: map_.sum().item() for name, map_ in influence.directions.items()}
+    shares = {name: maps[name].sum().item() for name in each}
     seconds = time.perf_counter() - start
     return drawn, _legend(layer, x, direction, maps[direction], shares, seconds)
 
@@ -116,10 +116,9 @@ def _legend(layer: str, x: Tensor, direction: str, map_: Tensor, shares: dict[st
 
 
 def _label(layer: str, x: Tensor) -> str:
-    parts = layer.split(".")
-    in_stage = len(parts) > 3 and parts[0] == "stages" and parts[2] == "blocks"
-    where = f"stage {parts[1]}, block {parts[3]}" if in_stage else layer
-    return f"{where} ({x.shape[3]} x {x.shape[2]})"
+    from ..analysis.scans import position
+
+    return f"{position(layer)} ({x.shape[3]} x {x.shape[2]})"
 
 
 def _tensor(image: Image.Image) -> Tensor:
@@ -132,12 +131,12 @@ def _image(pixels: Tensor) -> Image.Image:
     return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
 
 
-def _ringed(pixels: Tensor, centre: tuple[float, float], radius: float = 9.0) -> Tensor:
+def _ringed(pixels: Tensor, centre: tuple[float, float], radius: float = 10.0) -> Tensor:
     """The image with a white ring with black rims, whose edges are smooth."""
     rows, columns = pixels.shape[1:]
     y, x = torch.meshgrid(torch.arange(rows) + 0.5, torch.arange(columns) + 0.5, indexing="ij")
     distance = (torch.hypot(x - centre[0], y - centre[1]) - radius).abs()
-    for width, colour in ((2.6, 0.0), (1.2, 1.0)):
+    for width, colour in ((3.4, 0.0), (1.6, 1.0)):
         cover = (width + 0.5 - distance).clamp(0, 1)
         pixels = pixels * (1 - cover) + colour * cover
     return pixels
@@ -146,7 +145,7 @@ def _ringed(pixels: Tensor, centre: tuple[float, float], radius: float = 9.0) ->
 def add_tab(page: gr.Blocks, models: Models) -> None:
     """Put the tab onto the page."""
     gr.Markdown(
-        "Click a pixel of the image, and see what it takes from every other pixel in one layer of a classifier. "
+        "**What a pixel sees.** Click a pixel of the image, and see what it takes from every other pixel in one layer of a classifier. "
         "A GSPN layer scans the image in four directions; the map is one row of the matrix that these scans amount to."
     )
     with gr.Row():
@@ -154,17 +153,18 @@ def add_tab(page: gr.Blocks, models: Models) -> None:
             upload, gallery = image_and_examples("affinity-image")
         with gr.Column(min_width=300):
             map_ = gr.Image(
-                label="What the pixel takes: click here, too", type="pil", format="png", interactive=False, height=380,
-                buttons=["download", "fullscreen"], elem_id="affinity-map", elem_classes="pixels",
+                label="What the pixel takes (click here, too)", type="pil", format="png", interactive=False, height=380,
+                buttons=["download", "fullscreen"], elem_id="affinity-map",
+            )  # fmt: skip
+            direction = gr.Radio(
+                [(text, name) for name, text in DIRECTIONS.items()], value=ALL, label="Direction",
+                elem_id="affinity-direction",
             )  # fmt: skip
             words = gr.HTML(elem_classes="legend", elem_id="affinity-legend")
     with gr.Row():
         layer = gr.Dropdown([], label="Layer", elem_id="affinity-layer", min_width=200)
         model = gr.Dropdown(models.classifiers, label="Model", min_width=200, elem_id="affinity-model")
         side = gr.Radio([], label="The model sees the image at", info="pixels of the longer side", min_width=200)
-    direction = gr.Radio(
-        [(text, name) for name, text in DIRECTIONS.items()], value=ALL, label="Direction", elem_id="affinity-direction"
-    )
     seen, point = gr.State(None), gr.State((0.5, 0.5))
 
     def new_image(

@@ -1,4 +1,4 @@
-"""The tab *Draw digits by class*: images of a class, by a denoiser without attention."""
+"""The tab *Digits*: images of a class, by a denoiser without attention."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def draw(
 def add_tab(tab: gr.Tab, models: Models) -> None:
     """Put the tab onto the page."""
     gr.Markdown(
-        "A denoiser draws images of a class, step by step out of noise. Its layers are GSPN's line scans; it has no "
+        "**Draw by class.** A denoiser draws images of a class, step by step out of noise. Its layers are GSPN's line scans; it has no "
         "attention."
     )
     with gr.Row():
         with gr.Column(min_width=300):
             # Of the shipped denoiser; those of another come when it is loaded.
             class_name = gr.Dropdown([str(i) for i in range(10)], value="3", label="Class", elem_id="digit-class")
-            size = gr.Radio(sizes(28), value=28, label="Size in pixels", info="The model learnt the first.")
+            size = gr.Radio(sizes(28), value=28, label="Size in pixels", info="The model was trained at the first.")
             number = gr.Slider(1, MOST_IMAGES, value=4, step=1, label="Images")
             steps = gr.Slider(1, MOST_STEPS, value=25, step=1, label="Denoising steps", elem_id="digit-steps")
             guidance = gr.Slider(0, 10, value=2, step=0.1, label="Guidance", info="1: none; more: closer to the class")
@@ -54,7 +54,7 @@ def add_tab(tab: gr.Tab, models: Models) -> None:
         with gr.Column(min_width=300):
             gallery = gr.Gallery(
                 label="Images", columns=2, height="auto", object_fit="contain", format="png", buttons=["download"],
-                elem_id="digits", elem_classes="pixels", interactive=False,
+                elem_id="digits", elem_classes="images pixels", interactive=False,
             )  # fmt: skip
             words = gr.Markdown(elem_classes="faint")
 

@@ -32,7 +32,7 @@ def shares(model: Any, image: Image.Image, device: str = "auto") -> dict[str, fl
 
 def add_tab(models: Models) -> None:
     """Put the tab onto the page."""
-    gr.Markdown("Choose an image, and see the five most probable classes with the model's probability of each.")
+    gr.Markdown("**Classify.** Choose an image, and see the five most probable classes, each with its probability.")
     with gr.Row():
         with gr.Column(min_width=300):
             upload, gallery = image_and_examples("classify-image")

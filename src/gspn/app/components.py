@@ -22,7 +22,7 @@ MAX_BYTES = 20 * 2**20
 """The limit of a file that is uploaded."""
 MAX_PIXELS = 50_000_000
 """The limit of pixels of an image that is uploaded."""
-SHOWN_SIDE = 640
+SHOWN_SIDE = 512
 """The longer side of images on the page."""
 
 EVENT: dict[str, Any] = {"concurrency_id": "computation", "concurrency_limit": 1, "api_visibility": "private"}
@@ -31,17 +31,6 @@ EVENT: dict[str, Any] = {"concurrency_id": "computation", "concurrency_limit": 1
 _EMOJI = ("owl", "watermelon", "sailboat", "maple leaf")
 _PHOTOGRAPHS = ("china.jpg", "flower.jpg")
 _SEEN_SIDE = 1024
-
-
-class Upload(gr.Image):
-    """An image to upload or to paste, opened by :func:`open_upload`."""
-
-    is_template = True  # in the browser it is gradio's own component
-
-    def preprocess(self, payload: Any) -> Image.Image | None:
-        """The image of an event."""
-        with errors_on_page():
-            return None if payload is None else open_upload(Path(payload.path))
 
 
 def open_upload(path: Path) -> Image.Image:
@@ -67,7 +56,7 @@ def enlarged(image: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
 
     Example:
         >>> enlarged(Image.new("RGB", (28, 14))).size, enlarged(Image.new("RGB", (1000, 2000))).size
-        ((640, 320), (320, 640))
+        ((512, 256), (256, 512))
     """
     scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -93,22 +82,30 @@ def examples() -> list[Image.Image]:
     return [*images, *(load_image(folder / name) for name in _PHOTOGRAPHS if (folder / name).is_file())]
 
 
-def image_and_examples(elem_id: str) -> tuple[Upload, gr.Gallery]:
+def image_and_examples(elem_id: str) -> tuple[gr.Image, gr.Gallery]:
     """An image to bring, and examples below it."""
     limits = f"at most {MAX_BYTES // 2**20} MB and {MAX_PIXELS // 10**6} million pixels"
-    upload = Upload(
-        label="Your image", elem_id=elem_id, elem_classes="pixels", height=380, sources=["upload", "clipboard"],
+    upload = gr.Image(
+        label="Your image", elem_id=elem_id, height=414, sources=["upload", "clipboard"],
         type="pil", format="png", buttons=[],
         placeholder=f"Drop, paste or choose an image\n{limits}",
     )  # fmt: skip
     gallery = gr.Gallery(
         value=lambda: [enlarged(image, 128) for image in examples()], label="Examples", columns=7, allow_preview=False,
-        height="auto", object_fit="contain", buttons=[], format="png", elem_classes="examples", interactive=False,
+        height="auto", object_fit="contain", buttons=[], format="png", interactive=False,
+        elem_classes="images examples",
     )  # fmt: skip
+
+    def opened(payload: Any) -> Image.Image | None:
+        with errors_on_page():
+            return None if payload is None else open_upload(Path(payload.path))
+
+    # gradio's own decodes whatever Pillow knows, without limits. A subclass would write a .pyi beside this file.
+    setattr(upload, "preprocess", opened)  # noqa: B010
     return upload, gallery
 
 
-def on_image(upload: Upload, gallery: gr.Gallery, function: Callable[..., Any], inputs: Any, outputs: Any) -> None:
+def on_image(upload: gr.Image, gallery: gr.Gallery, function: Callable[..., Any], inputs: Any, outputs: Any) -> None:
     """Call ``function`` with an image that was uploaded or chosen, and with the values of ``inputs``."""
     upload.upload(function, [upload, *inputs], outputs, **EVENT)
 

@@ -15,7 +15,7 @@ from .. import __version__
 from .._errors import UsageError
 from . import affinity, class_conditional, classify, text_to_image
 from .components import MAX_BYTES
-from .models import Models
+from .models import Models, Names
 
 LOCAL = "127.0.0.1"
 """The address that nobody but this machine reaches."""
@@ -28,10 +28,14 @@ _POLICY = (
 )
 _CSS = """
 .gradio-container { max-width: 1100px !important; margin: auto; }
-.pixels img { image-rendering: pixelated; object-fit: contain !important; }
-.pixels .image-frame, .pixels .image-frame img { width: 100%; height: 100%; }
+.gradio-container main { width: 100%; }
+.pixels img { image-rendering: pixelated; }
+.image-frame, .image-frame img { width: 100%; height: 100%; object-fit: contain !important; }
 .square img { aspect-ratio: 1; }
-.examples img { object-fit: contain !important; }
+.images .grid-wrap { min-height: 0; max-height: none; padding-top: 2.2em; }
+.images .grid-container { grid-template-rows: none; grid-auto-rows: auto; }
+.images .thumbnail-lg { aspect-ratio: 1; }
+.examples .grid-container { grid-template-columns: repeat(7, minmax(0, 1fr)); gap: 0.4em; }
 .faint, .faint p { font-size: var(--text-sm); color: var(--body-text-color-subdued); }
 .legend .scale { display: flex; align-items: center; gap: 0.7em; font-size: var(--text-sm); }
 .legend .scale div { flex: 1; height: 0.8em; border-radius: 0.4em; }
@@ -41,15 +45,16 @@ _CSS = """
 
 def build_page(models: Models) -> gr.Blocks:
     """Put the tabs together; no model is loaded yet."""
+    shipped = Names()
     with gr.Blocks(title="GSPN", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown("# GSPN: line scans in the place of attention")
-        with gr.Tab("What a pixel sees"):
+        with gr.Tab("Pixel"):
             affinity.add_tab(page, models)
         with gr.Tab("Classify"):
             classify.add_tab(models)
-        with gr.Tab("Draw digits by class") as tab:
+        with gr.Tab("Digits" if models.names.denoiser == shipped.denoiser else "Class") as tab:
             class_conditional.add_tab(tab, models)
-        with gr.Tab("Draw emoji from text") as tab:
+        with gr.Tab("Emoji" if models.names.text_to_image == shipped.text_to_image else "Text") as tab:
             text_to_image.add_tab(tab, models)
         gr.Markdown(
             f"gspn {__version__}. Images and texts stay on the machine that serves this page.", elem_classes="faint"
@@ -83,7 +88,10 @@ def serve(models: Models, *, host: str = LOCAL, port: int | None = None) -> Iter
                     "openapi_url": None,
                 },
                 theme=gr.themes.Default(
-                    font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"],
+                    font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+                ).set(
+                    body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400",
+                    block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_400",
                 ),
                 css=_CSS,
             )  # fmt: skip
