@@ -145,8 +145,9 @@ def _ringed(pixels: Tensor, centre: tuple[float, float], radius: float = 10.0) -
 def add_tab(page: gr.Blocks, models: Models) -> None:
     """Put the tab onto the page."""
     gr.Markdown(
-        "**What a pixel sees.** Click a pixel of the image, and see what it takes from every other pixel in one layer of a classifier. "
-        "A GSPN layer scans the image in four directions; the map is one row of the matrix that these scans amount to."
+        "**What a pixel sees.** Click a pixel of the image, and see what it takes from every other pixel in one layer "
+        "of a classifier. A GSPN layer scans the image in four directions, and the map is one row of the matrix that "
+        "these scans amount to."
     )
     with gr.Row():
         with gr.Column(min_width=300):

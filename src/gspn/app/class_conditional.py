@@ -36,15 +36,15 @@ def draw(
 def add_tab(tab: gr.Tab, models: Models) -> None:
     """Put the tab onto the page."""
     gr.Markdown(
-        "**Draw by class.** A denoiser draws images of a class, step by step out of noise. Its layers are GSPN's line scans; it has no "
-        "attention."
+        "**Draw by class.** A denoiser draws images of a class, step by step out of noise. Its layers are GSPN's line "
+        "scans; it has no attention."
     )
     with gr.Row():
         with gr.Column(min_width=300):
             # Of the shipped denoiser; those of another come when it is loaded.
             class_name = gr.Dropdown([str(i) for i in range(10)], value="3", label="Class", elem_id="digit-class")
             size = gr.Radio(sizes(28), value=28, label="Size in pixels", info="The model was trained at the first.")
-            number = gr.Slider(1, MOST_IMAGES, value=4, step=1, label="Images")
+            number = gr.Slider(1, MOST_IMAGES, value=4, step=1, label="Images", elem_id="digit-number")
             steps = gr.Slider(1, MOST_STEPS, value=25, step=1, label="Denoising steps", elem_id="digit-steps")
             guidance = gr.Slider(0, 10, value=2, step=0.1, label="Guidance", info="1: none; more: closer to the class")
             seed = gr.Number(
@@ -56,7 +56,7 @@ def add_tab(tab: gr.Tab, models: Models) -> None:
                 label="Images", columns=2, height="auto", object_fit="contain", format="png", buttons=["download"],
                 elem_id="digits", elem_classes="images pixels", interactive=False,
             )  # fmt: skip
-            words = gr.Markdown(elem_classes="faint")
+            words = gr.Markdown(elem_classes="faint", elem_id="digits-words")
 
     def load(class_: str, size_: int) -> Any:
         with errors_on_page():

@@ -74,8 +74,8 @@ def add_tab(tab: gr.Tab, models: Models) -> None:
     """Put the tab onto the page."""
     shipped = models.names.text_to_image == Names().text_to_image
     gr.Markdown(
-        "**Draw from text.** The same prompt and the same noise, drawn twice: with the self-attention that the model was trained with, and "
-        "with GSPN in the place of every self-attention."
+        "**Draw from text.** The same prompt and the same noise, drawn twice: with the self-attention that the model "
+        "was trained with, and with GSPN in the place of every self-attention."
     )
     with gr.Row():
         with gr.Column(min_width=300):
@@ -83,7 +83,7 @@ def add_tab(tab: gr.Tab, models: Models) -> None:
                 "grinning cat", label="What to draw", max_length=LONGEST_PROMPT, elem_id="prompt",
                 info="The name of an emoji, such as red apple, rocket or snowman." if shipped else None,
             )  # fmt: skip
-            style = gr.Radio(STYLES, value=STYLES[0], label="Style", visible=shipped)
+            style = gr.Radio(STYLES, value=STYLES[0], label="Style", visible=shipped, elem_id="emoji-style")
             size = gr.Radio(sizes(64, 4), value=64, label="Size in pixels", info="Larger ones are drawn in stages.")
             steps = gr.Slider(1, MOST_STEPS, value=12, step=1, label="Denoising steps", elem_id="emoji-steps")
             guidance = gr.Slider(0, 15, value=4, step=0.5, label="Guidance", info="1: none; more: closer to the text")
