@@ -91,10 +91,14 @@ def image_and_examples(elem_id: str) -> tuple[gr.Image, gr.Gallery]:
         placeholder=f"Drop, paste or choose an image\n{limits}",
     )  # fmt: skip
     gallery = gr.Gallery(
-        value=lambda: [enlarged(image, 128) for image in examples()], label="Examples", columns=7, allow_preview=False,
-        height="auto", object_fit="contain", buttons=[], format="png", interactive=False,
+        label="Examples", columns=7, allow_preview=False, height="auto", object_fit="contain", buttons=[], format="png", interactive=False,
         elem_classes="images examples",
     )  # fmt: skip
+
+    def thumbnails() -> list[Image.Image]:
+        return [enlarged(image, 128) for image in examples()]
+
+    gr.on(None, thumbnails, None, gallery, api_visibility="private")  # when the page is opened
 
     def opened(payload: Any) -> Image.Image | None:
         with errors_on_page():
