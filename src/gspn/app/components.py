@@ -91,7 +91,8 @@ def image_and_examples(elem_id: str) -> tuple[gr.Image, gr.Gallery]:
         placeholder=f"Drop, paste or choose an image\n{limits}",
     )  # fmt: skip
     gallery = gr.Gallery(
-        label="Examples", columns=7, allow_preview=False, height="auto", object_fit="contain", buttons=[], format="png", interactive=False,
+        label="Examples", columns=7, allow_preview=False, height="auto", object_fit="contain", buttons=[],
+        format="png", interactive=False,
         elem_classes="images examples",
     )  # fmt: skip
 
@@ -109,14 +110,19 @@ def image_and_examples(elem_id: str) -> tuple[gr.Image, gr.Gallery]:
     return upload, gallery
 
 
-def on_image(upload: gr.Image, gallery: gr.Gallery, function: Callable[..., Any], inputs: Any, outputs: Any) -> None:
-    """Call ``function`` with an image that was uploaded or chosen, and with the values of ``inputs``."""
-    upload.upload(function, [upload, *inputs], outputs, **EVENT)
+def on_image(
+    upload: gr.Image, gallery: gr.Gallery, function: Callable[..., Any], inputs: Any, outputs: Any, result: Any
+) -> None:
+    """Call ``function`` with an image that was uploaded or chosen, and with the values of ``inputs``.
+
+    Progress and errors are shown on ``result``, one of the outputs.
+    """
+    upload.upload(function, [upload, *inputs], outputs, show_progress_on=result, **EVENT)
 
     def chosen(event: gr.SelectData, *values: Any) -> Any:
         return function(examples()[event.index], *values)
 
-    gallery.select(chosen, list(inputs), outputs, **EVENT)
+    gallery.select(chosen, list(inputs), outputs, show_progress_on=result, **EVENT)
 
 
 @contextmanager
