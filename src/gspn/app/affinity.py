@@ -210,7 +210,7 @@ def add_tab(page: gr.Blocks, models: Models) -> None:
 
     settings = [model, side, layer, direction]
     outputs = [upload, seen, point, side, layer, map_, words]
-    on_image(upload, gallery, new_image, settings, outputs, map_)
+    on_image(upload, gallery, new_image, settings, outputs, [map_, words, seen])
     page.load(lambda *values: new_image(examples()[0], *values), settings, outputs, show_progress_on=map_, **EVENT)
     for image in (upload, map_):
         image.select(clicked, [seen, layer, direction], [point, map_, words], show_progress="hidden", **EVENT)

@@ -49,5 +49,5 @@ def add_tab(models: Models) -> None:
             return enlarged(image), shares(models.classifier(name), image, models.device), image, _LEARNT.get(name, "")
 
     outputs = [upload, label, image_state, note]
-    on_image(upload, gallery, classify, [model], outputs, label)
+    on_image(upload, gallery, classify, [model], outputs, [label, image_state])
     model.input(classify, [image_state, model], outputs, show_progress_on=label, **EVENT)

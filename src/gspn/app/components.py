@@ -26,7 +26,7 @@ SHOWN_SIDE = 512
 """The longer side of images on the page."""
 
 EVENT: dict[str, Any] = {"concurrency_id": "computation", "concurrency_limit": 1, "api_visibility": "private"}
-"""What every event has: the page computes one thing at a time, and no event is an API for programs."""
+"""Options of every event: the page computes one thing at a time, and no event is an API for programs."""
 
 _EMOJI = ("owl", "watermelon", "sailboat", "maple leaf")
 _PHOTOGRAPHS = ("china.jpg", "flower.jpg")
@@ -46,7 +46,8 @@ def open_upload(path: Path) -> Image.Image:
         image = load_image(path, max_pixels=MAX_PIXELS, name="The image")
     except CorruptImageError as error:
         # The remedies after the first sentence are those of a program that opens its own files.
-        raise UsageError(f"The image: {error.reason.partition('. ')[0].rstrip('.')}.") from None
+        reason = error.reason.partition(". ")[0].rstrip(".").replace("max_pixels=", "the limit of ")
+        raise UsageError(f"The image: {reason}.") from None
     image.thumbnail((_SEEN_SIDE, _SEEN_SIDE), Image.Resampling.LANCZOS)
     return image
 
@@ -111,18 +112,26 @@ def image_and_examples(elem_id: str) -> tuple[gr.Image, gr.Gallery]:
 
 
 def on_image(
-    upload: gr.Image, gallery: gr.Gallery, function: Callable[..., Any], inputs: Any, outputs: Any, result: Any
+    upload: gr.Image, gallery: gr.Gallery, function: Callable[..., Any], inputs: Any, outputs: Any, results: list[Any]
 ) -> None:
     """Call ``function`` with an image that was uploaded or chosen, and with the values of ``inputs``.
 
-    Progress and errors are shown on ``result``, one of the outputs.
+    ``results`` are the outputs that belong to the image before, and are emptied first. Progress and errors are shown on
+    the first of them.
     """
-    upload.upload(function, [upload, *inputs], outputs, show_progress_on=result, **EVENT)
+    on: dict[str, Any] = {"show_progress_on": results[0], **EVENT}
+
+    def empty() -> list[None]:
+        return [None] * len(results)
+
+    # An image that is refused stays on the page, and nothing there may be about the one before.
+    upload.upload(empty, None, results, **on).then(function, [upload, *inputs], outputs, **on)
+    upload.clear(empty, None, results, **on)
 
     def chosen(event: gr.SelectData, *values: Any) -> Any:
         return function(examples()[event.index], *values)
 
-    gallery.select(chosen, list(inputs), outputs, show_progress_on=result, **EVENT)
+    gallery.select(chosen, list(inputs), outputs, **on)
 
 
 @contextmanager
