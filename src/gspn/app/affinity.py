@@ -182,11 +182,11 @@ def add_tab(page: gr.Blocks, models: Models) -> None:
             loaded = models.classifier(name)
             trained = max(loaded.input_size[1:])
             sides = [trained * factor for factor in (1, 2, 4) if factor == 1 or trained * factor <= _MOST_SEEN]
-            size = size if size in sides else sides[-1]
-            new = look(loaded, image, size)
+            seen_at = size if size is not None and size in sides else sides[-1]
+            new = look(loaded, image, seen_at)
             chosen = old if old in new.scans else new.layers[min(1, len(new.layers) - 1)][1]
             return [
-                enlarged(image), new, where, gr.Radio(choices=sides, value=size),
+                enlarged(image), new, where, gr.Radio(choices=sides, value=seen_at),
                 gr.Dropdown(choices=new.layers, value=chosen), *draw(new, chosen, direction_, where),
             ]  # fmt: skip
 

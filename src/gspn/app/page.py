@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
+from gradio.themes import Default
 from starlette.middleware import Middleware
 
 from .. import __version__
@@ -87,7 +88,7 @@ def serve(models: Models, *, host: str = LOCAL, port: int | None = None) -> Iter
                     "middleware": [Middleware(_OwnAddressAlone)], "docs_url": None, "redoc_url": None,
                     "openapi_url": None,
                 },
-                theme=gr.themes.Default(
+                theme=Default(
                     font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
                 ).set(
                     body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400",
