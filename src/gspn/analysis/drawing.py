@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .._errors import require
 from .._figures import label as as_text
-from .explain import Explanation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from .explain import Explanation
 
 INK, MUTED = "#1f2430", "#5b6270"
 COLOURS = "inferno"

@@ -67,8 +67,10 @@ class Models:
             UsageError: it cannot be loaded.
         """
         from ..tasks.class_conditional import load_pipeline
+        from ..tasks.diffusion.schedulers import named_scheduler
 
         pipeline = load_pipeline(self.names.denoiser).to(self._where)
+        pipeline.scheduler = named_scheduler("auto", pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

@@ -28,8 +28,7 @@ _POLICY = (
     "frame-ancestors 'self'"
 )
 _CSS = """
-.gradio-container { max-width: 1100px !important; margin: auto; }
-.gradio-container main { width: 100%; }
+.gradio-container { width: 100%; max-width: 1100px !important; margin: auto; }
 .pixels img { image-rendering: pixelated; }
 .image-frame, .image-frame img { width: 100%; height: 100%; object-fit: contain !important; }
 .square img { aspect-ratio: 1; }

@@ -10,26 +10,28 @@ from rich.markup import escape
 
 from gspn._console import Console
 from gspn._errors import require
+from gspn.app.models import Models, Names
 
 from .messages import warn
 from .options import Device, DeviceName
 
 _SAFE_PILLOW = 13
+_SHIPPED = Names()
 
 
 def page(
     classifier: Annotated[
         str, typer.Option(metavar="NAME|DIR", help="Classifier to look into: a shipped name, a folder, or a hub id.")
-    ] = "gspn_nano.emoji",
+    ] = _SHIPPED.classifier,
     denoiser: Annotated[
         str, typer.Option(metavar="NAME|DIR", help="Class-conditional pipeline that draws images of a class.")
-    ] = "gspn_denoiser.mnist5k",
+    ] = _SHIPPED.denoiser,
     text_to_image: Annotated[
         str, typer.Option(metavar="NAME|DIR", help="Text-to-image pipeline with self-attention.")
-    ] = "gspn_text_to_image.emoji",
+    ] = _SHIPPED.text_to_image,
     adapter: Annotated[
         str, typer.Option(metavar="NAME|DIR", help="Adapter with GSPN in the place of its self-attention.")
-    ] = "gspn_adapter.emoji",
+    ] = _SHIPPED.adapter,
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="Address to listen on; others than this let other machines in.")
     ] = "127.0.0.1",
@@ -43,10 +45,9 @@ def page(
     The page is for this machine alone, unless --host names another address. It sends nothing to any other address and
     keeps no image after it ends. Models load when they are first used.
     """
-    require("gradio", "matplotlib", "diffusers", "timm", extra="app")
+    require("gradio", extra="app")
     import PIL
 
-    from gspn.app.models import Models, Names
     from gspn.app.page import LOCAL, serve
 
     if int(PIL.__version__.partition(".")[0]) < _SAFE_PILLOW:
