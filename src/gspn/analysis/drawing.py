@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from .._errors import require
 from .._figures import label as as_text
-from .explain import Explanation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from .explain import Explanation
 
 INK, MUTED = "#1f2430", "#5b6270"
 COLOURS = "inferno"
@@ -47,19 +49,7 @@ def draw_explanation(explanation: Explanation, photograph: Tensor | None = None)
     influence = explanation.affinity.influence
     image = (explanation.image if photograph is None else photograph).cpu().double()
     height, width = image.shape[1:]
-    low, high = _limits([influence.merged, *influence.directions.values()])
-    colours = colormaps[COLOURS]
-    grey = image.mean(0, keepdim=True)
-    dimmed = 0.5 * (0.75 * grey + 0.25 * image)
-
-    def overlaid(map_: Tensor) -> Tensor:
-        level = _levels(map_.cpu().double(), low, high, (height, width))  # [H, W], 0 to 1 on the logarithmic scale
-        colour = torch.from_numpy(colours(level.numpy())[..., :3]).permute(2, 0, 1)
-        # The photograph shows through everywhere, and more where the affinity is faint, because it explains the shape.
-        opacity = 0.8 * (level * 3).clamp(0, 1)
-        shaded = colour * (0.8 + 0.2 * grey)
-        return dimmed * (1 - opacity) + shaded * opacity
-
+    limits = affinity_limits([influence.merged, *influence.directions.values()])
     point = (
         (explanation.affinity.point[0] + 0.5) * width / explanation.image.shape[2] - 0.5,
         (explanation.affinity.point[1] + 0.5) * height / explanation.image.shape[1] - 0.5,
@@ -85,15 +75,23 @@ def draw_explanation(explanation: Explanation, photograph: Tensor | None = None)
 
     top = title + label
     panel(margin, top, large, "the image and the point", image)
-    panel(margin + large + gap, top, large, "affinity of the point to each pixel", overlaid(influence.merged))
+    panel(
+        margin + large + gap,
+        top,
+        large,
+        "affinity of the point to each pixel",
+        overlay(image, influence.merged, limits),
+    )
     below = top + large * aspect + gap + label
     for i, (direction, map_) in enumerate(influence.directions.items()):
-        panel(margin + i * (small + gap), below, small, direction, overlaid(map_))
+        panel(margin + i * (small + gap), below, small, direction, overlay(image, map_, limits))
 
     bottom = below + small * aspect
     bar_corner = ((margin + across + 0.16) / page_width, 1 - bottom / page_height)
     bar_axis = figure.add_axes((*bar_corner, 0.13 / page_width, (bottom - top) / page_height))
-    bar = figure.colorbar(ScalarMappable(LogNorm(low, high), colours), cax=bar_axis, extend="max", extendfrac=0.025)
+    bar = figure.colorbar(
+        ScalarMappable(LogNorm(*limits), colormaps[COLOURS]), cax=bar_axis, extend="max", extendfrac=0.025
+    )
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.minorticks_off()
     bar.ax.tick_params(length=0, labelsize=9, labelcolor=MUTED)
@@ -109,8 +107,41 @@ def draw_explanation(explanation: Explanation, photograph: Tensor | None = None)
     return figure
 
 
-def _limits(maps: list[Tensor]) -> tuple[float, float]:
-    """The ends of the scale: quantiles of the affinities that are not zero."""
+def overlay(image: Tensor, map_: Tensor, limits: tuple[float, float]) -> Tensor:
+    """Draw a map of affinities over the darkened image, on a logarithmic colour scale.
+
+    Args:
+        image: ``[3, H, W]`` in 0 to 1.
+        map_: ``[h, w]``, of any size; it is enlarged to the image's.
+        limits: the ends of the colour scale, those of :func:`affinity_limits`. Fainter values show the image alone.
+
+    Returns:
+        ``[3, H, W]`` in 0 to 1, float64, on the CPU.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import torch
+        >>> from gspn.analysis.drawing import affinity_limits, overlay
+        >>> map_ = torch.rand(4, 6)
+        >>> overlay(torch.rand(3, 40, 60), map_, affinity_limits([map_])).shape
+        torch.Size([3, 40, 60])
+    """
+    colours = require("matplotlib", extra="plot").colormaps[COLOURS]
+    image = image.cpu().double()
+    level = _levels(map_.cpu().double(), *limits, image.shape[1:])  # [H, W], 0 to 1 on the logarithmic scale
+    grey = image.mean(0, keepdim=True)
+    dimmed = 0.5 * (0.75 * grey + 0.25 * image)
+    colour = torch.from_numpy(colours(level.numpy())[..., :3]).permute(2, 0, 1)
+    # The photograph shows through everywhere, and more where the affinity is faint, because it explains the shape.
+    opacity = 0.8 * (level * 3).clamp(0, 1)
+    shaded = colour * (0.8 + 0.2 * grey)
+    return dimmed * (1 - opacity) + shaded * opacity
+
+
+def affinity_limits(maps: Sequence[Tensor]) -> tuple[float, float]:
+    """The ends of a colour scale that maps share: quantiles of the affinities that are not zero."""
     values = torch.cat([m.flatten() for m in maps]).cpu().double()
     values = values[values.isfinite() & (values > 0)]
     if not values.numel():
@@ -121,8 +152,8 @@ def _limits(maps: list[Tensor]) -> tuple[float, float]:
     return min(max(low, high * 10**-MOST_DECADES), high / 10), high
 
 
-def _levels(map_: Tensor, low: float, high: float, size: tuple[int, int]) -> Tensor:
+def _levels(map_: Tensor, low: float, high: float, size: Sequence[int]) -> Tensor:
     """The map on a logarithmic scale, 0 at ``low`` and 1 at ``high``, enlarged on that scale, where it is smooth."""
     logs = map_.nan_to_num(0.0).clamp_min(low).log()
     logs = (logs - torch.tensor(low).log()) / torch.tensor(high / low).log()
-    return F.interpolate(logs[None, None], size, mode="bicubic", align_corners=False)[0, 0].clamp(0, 1)
+    return F.interpolate(logs[None, None], list(size), mode="bicubic", align_corners=False)[0, 0].clamp(0, 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._errors import UsageError
 from .influence import ImageInfluence, image_influence
 from .loading import LoadedModel
-from .scans import find_scans
+from .scans import find_scans, position
 from .stability import ScanStability, stability_report
 
 
@@ -81,14 +81,11 @@ def explain(
         segment += f", normalized to {scan.reference_lines} lines"
     taps = "taps shared by all channels" if scan.groups == 1 else f"{scan.groups} groups of taps"
     taps = "taps for each channel" if scan.groups == scan.dim else taps
-    parts = affinity.name.split(".")
-    in_stage = len(parts) > 3 and parts[0] == "stages" and parts[2] == "blocks"
-    where = f"stage {parts[1]}, block {parts[3]}" if in_stage else affinity.name
     return Explanation(
         image=seen,
         affinity=affinity,
         stability=stability_report(model.model, x),
         model=model.name,
         weights=model.weights,
-        module=f"{where}: {scan.dim} channels, {rows} x {columns}, {segment}, {taps}",
+        module=f"{position(affinity.name)}: {scan.dim} channels, {rows} x {columns}, {segment}, {taps}",
     )

@@ -117,6 +117,18 @@ def choose_scan(model: nn.Module, stage: int = -1, block: int = -1) -> str:
     raise UsageError(f"block {block} of stage {stage} has no GSPN2d; the model has {_names(find_scans(model))}.")
 
 
+def position(name: str) -> str:
+    """The stage and the block of a scan in words, counted from 0; its name where it is in no such block.
+
+    Example:
+        >>> position("stages.2.blocks.3.mixer.gspn"), position("mixer.gspn")
+        ('stage 2, block 3', 'mixer.gspn')
+    """
+    parts = name.split(".")
+    in_stage = len(parts) > 3 and parts[0] == "stages" and parts[2] == "blocks"
+    return f"stage {parts[1]}, block {parts[3]}" if in_stage else name
+
+
 def _item(items: Sequence[nn.Module], index: int, what: str) -> nn.Module:
     if not -len(items) <= index < len(items):
         raise UsageError(f"there is no {what} {index}: counted from 0, the last is {len(items) - 1}.")

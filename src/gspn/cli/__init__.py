@@ -15,6 +15,7 @@ from .explain import explain
 from .export import export
 from .info import info
 from .models import models
+from .page import page
 
 app = App(
     name="gspn",
@@ -25,6 +26,7 @@ app = App(
 app.command()(info)
 app.command()(models)
 app.command()(explain)
+app.command("app")(page)
 app.command()(convert)
 app.command()(export)
 app.add_typer(bench.app, name="bench")
