@@ -113,10 +113,7 @@ _ANY_SIZE_PEERS = (
     Entry("GSPN, lines of reference", "gspn_pico", dict(reference_lines=[14, 7, 4])),
     *(replace(one, kwargs={**one.kwargs, **_ANY_SIZE.get(one.label, {})}) for one in _MNIST_PEERS[1:]),
 )
-_SIZES = (
-    *(replace(one, label=f"{one.label}, two sizes", settings={"data.sizes": [28, 56]}) for one in _ANY_SIZE_PEERS),
-    *_ANY_SIZE_PEERS,
-)
+_SIZES = tuple(replace(one, settings={"data.sizes": [28, 56]}) for one in _ANY_SIZE_PEERS)
 STUDIES = {
     "mnist5k": Study(
         "mnist5k_pico",
@@ -138,7 +135,7 @@ STUDIES = {
     ),
     "sizes": Study(
         "mnist5k_pico",
-        {"schedule.epochs": 8, "schedule.warmup_epochs": 1, "optim.lr": 1e-3},
+        {"schedule.epochs": 5, "schedule.warmup_epochs": 1, "optim.lr": 1e-3},
         _SIZES,
         seeds=(0, 1),
         tests=(28, 42, 56, 112),

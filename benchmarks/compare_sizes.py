@@ -25,7 +25,6 @@ from common import CORES, Csv, Jobs, Root, Step, directory, print_table, read_cs
 
 SIZE, LINES = 28, 14  # of the images, and of the patches' map
 STEPS, GUIDANCE, STRENGTH = 12, 2.0, 0.6
-PRECISION = "bf16"
 REFERENCE, REFERENCES, CLASSIFIER = "mnist5k:train", 1000, "gspn_pico.mnist5k"
 ONE_SIZE = "runs/class_conditional_mnist5k"
 
@@ -106,7 +105,7 @@ _FORMS = (
     Entry("attention", {"model.name": "attention", "model.options": {"dim": 44, "num_layers": 4}}),
 )
 STUDIES = {
-    "further": Study("mnist5k_sizes", {}, _FURTHER, tuple(DRAWINGS)),
+    "further": Study("mnist5k_sizes", {"schedule.epochs": 8}, _FURTHER, tuple(DRAWINGS)),
     "forms": Study(
         "mnist5k",
         {"data.sizes": [28, 56], "data.batch_size": 16, "schedule.epochs": 8},
@@ -233,7 +232,7 @@ def _train(study: Study, entry: Entry, seed: int, where: Path) -> None:
     config = ClassConditionalConfig.load(study.preset).changed(
         **study.settings,
         **entry.settings,
-        **{"run.precision": PRECISION, "run.seed": seed, "run.output": where, "samples.every": 0},
+        **{"run.seed": seed, "run.output": where, "samples.every": 0},
     )
     train(config.changed(**{"run.eval_every": config.schedule.epochs}), resume=True)
 
@@ -275,7 +274,7 @@ def _draw(pipeline: Any, drawing: Drawing, start: Path | None, seed: int, path: 
             clean = F.interpolate(earlier[batch, None].float() / 127.5 - 1, (size, size), mode="bicubic")
             x = (1 - sigmas[0]) * clean.clamp(-1, 1) + sigmas[0] * x
         both = torch.cat([labels[batch], nothing[batch]])
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
             for sigma, after in pairwise(sigmas):
                 time = (1000 * sigma).expand(len(both))
                 velocity = pipeline.transformer(torch.cat([x, x]), timestep=time, class_labels=both).sample.float()
