@@ -105,7 +105,7 @@ _FORMS = (
     Entry("attention", {"model.name": "attention", "model.options": {"dim": 44, "num_layers": 4}}),
 )
 STUDIES = {
-    "further": Study("mnist5k_sizes", {"schedule.epochs": 8}, _FURTHER, tuple(DRAWINGS)),
+    "further": Study("mnist5k_sizes", {}, _FURTHER, tuple(DRAWINGS)),
     "forms": Study(
         "mnist5k",
         {"data.sizes": [28, 56], "data.batch_size": 16, "schedule.epochs": 8},
