@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 import gspn
+from gspn.ops.cpu import instruction_set, instruction_sets
 from gspn.ops.unfused import project, project_taps
-from support import laid_out
+from support import assert_as_exact_as_pytorch, laid_out
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
+ALL = ",".join(gspn.DIRECTIONS)
 NAMES = ("dx", "dproxy", "dtap_proj", "dlam_proj", "du_proj", "dskip_proj")
 
 
@@ -86,3 +88,17 @@ def magnitudes(arguments: Arguments, grad: Tensor, directions: str, segment: int
         weight = tap_proj[d].flatten(0, 1)
         parts["dtap_proj"].append(to_proxy(dlogits.flatten(1, 2), weight).view_as(tap_proj[d]))
     return results | {name: torch.stack(each) for name, each in parts.items()}
+
+
+def check_propagate(arguments: Arguments, grad: Tensor, segment: int | None, directions: str = ALL) -> None:
+    """The CPU kernels, with each instruction set, against the specification: the result and every gradient."""
+    plain = run(arguments, grad, directions, segment, "reference")
+    exact = run(in_doubles(arguments), grad.double(), directions, segment, "reference")
+    magnitude = magnitudes(arguments, grad, directions, segment)
+    for isa in instruction_sets():
+        with instruction_set(isa):
+            actual = run(arguments, grad, directions, segment, "cpu")
+        for name in plain:
+            # In float64 plain PyTorch is what the result is compared with, and its own roundings are not seen.
+            scale = magnitude[name] * (8 if grad.dtype == torch.float64 else 1)
+            assert_as_exact_as_pytorch(actual[name], plain[name], exact[name], scale, f"{isa} {name}")

@@ -11,28 +11,12 @@ from hypothesis import strategies as st
 
 import gspn
 from gspn.ops.cpu import instruction_set, instruction_sets
-from propagate_cases import in_doubles, magnitudes, make_arguments, run
+from propagate_cases import ALL, check_propagate, in_doubles, magnitudes, make_arguments, run
 from support import CPU_IMPLS, DTYPES, SEGMENTS, SHAPES, assert_as_exact_as_pytorch, every_pair, threads
-
-ALL = ",".join(gspn.DIRECTIONS)
-
-
-def check(arguments: tuple, grad: torch.Tensor, segment: int | None, directions: str = ALL) -> None:
-    plain = run(arguments, grad, directions, segment, "reference")
-    exact = run(in_doubles(arguments), grad.double(), directions, segment, "reference")
-    magnitude = magnitudes(arguments, grad, directions, segment)
-    for isa in instruction_sets():
-        with instruction_set(isa):
-            actual = run(arguments, grad, directions, segment, "cpu")
-        for name in plain:
-            # In float64 plain PyTorch is what the result is compared with, and its own roundings are not seen.
-            scale = magnitude[name] * (8 if grad.dtype == torch.float64 else 1)
-            assert_as_exact_as_pytorch(actual[name], plain[name], exact[name], scale, f"{isa} {name}")
-
 
 @every_pair(shape=SHAPES, segment=SEGMENTS, groups=[3, 1])
 def test_sizes_and_segments(shape, segment, groups) -> None:
-    check(*make_arguments(2, 3, *shape, 5, groups, torch.float32), segment)
+    check_propagate(*make_arguments(2, 3, *shape, 5, groups, torch.float32), segment)
 
 
 @every_pair(
@@ -42,25 +26,25 @@ def test_sizes_and_segments(shape, segment, groups) -> None:
 def test_states_channels_and_groups(states, channels_groups) -> None:
     # Groups that fill vectors of any width, that do not, and that lie across their ends; blocks that are partly empty.
     channels, groups = channels_groups
-    check(*make_arguments(1, channels, 7, 18, states, groups, torch.float32), 4)
+    check_propagate(*make_arguments(1, channels, 7, 18, states, groups, torch.float32), 4)
 
 
 @every_pair(dtype=DTYPES, layout=["contiguous", "channels_last", "sliced", "expanded", "transposed"], groups=[40, 1])
 def test_layouts_and_dtypes(dtype, layout, groups) -> None:
-    check(*make_arguments(2, 40, 6, 19, 8, groups, dtype, layout=layout), None)
+    check_propagate(*make_arguments(2, 40, 6, 19, 8, groups, dtype, layout=layout), None)
 
 
 @pytest.mark.parametrize(("layout", "other"), [("contiguous", "channels_last"), ("channels_last", "sliced")])
 def test_mixed_layouts(layout, other) -> None:
     arguments, _ = make_arguments(2, 17, 9, 18, 8, 17, torch.float32, layout=layout, proxy_layout=other)
     _, grad = make_arguments(2, 17, 9, 18, 8, 17, torch.float32, layout=other, seed=1)
-    check(arguments, grad, None)
+    check_propagate(arguments, grad, None)
 
 
 @every_pair(directions=["down", "left", "up,right", "left,down,up"], skip=[True, False])
 def test_subsets_and_orders_of_directions(directions, skip) -> None:
     count = len(directions.split(","))
-    check(*make_arguments(1, 20, 8, 9, 4, 20, torch.float32, directions=count, skip=skip), 3, directions)
+    check_propagate(*make_arguments(1, 20, 8, 9, 4, 20, torch.float32, directions=count, skip=skip), 3, directions)
 
 
 @pytest.mark.slow
@@ -266,4 +250,4 @@ def test_any_size(batch, channels, height, width, states, segment, skip, seed, g
     arguments, grad = make_arguments(
         batch, channels, height, width, states, groups or channels, torch.float64, skip=skip, seed=seed
     )
-    check(arguments, grad, segment)
+    check_propagate(arguments, grad, segment)
