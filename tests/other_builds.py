@@ -108,7 +108,9 @@ def _regions(call: Any) -> Iterator[tuple[int, int, int]]:
             image, channels, taps = field, call.channels, 0
             if kind is c_structs.Taps:
                 image, channels, taps = field.image, call.groups, 2 * field.tap
-            axes = zip((call.batch, channels, *frame), (image.batch, image.channel, image.row, image.column), strict=True)
+            axes = zip(
+                (call.batch, channels, *frame), (image.batch, image.channel, image.row, image.column), strict=True
+            )
             span = (1 + taps + sum((count - 1) * stride for count, stride in axes)) * size
             field = image.data
         elif kind is ctypes.c_void_p:
@@ -133,7 +135,9 @@ def open_build(name: str) -> Any:
     path = _build(ROOT / "build" / "aarch64", f"-DCMAKE_TOOLCHAIN_FILE={_TOOLCHAIN}")
     server = path.with_name("serve_kernels")
     source = ROOT / "tests" / "ops" / "cpu" / "serve_kernels.cpp"
-    subprocess.run([CROSS, "-std=c++17", "-O1", "-static-libstdc++", "-static-libgcc", source, "-o", server, "-ldl"], check=True)
+    subprocess.run(
+        [CROSS, "-std=c++17", "-O1", "-static-libstdc++", "-static-libgcc", source, "-o", server, "-ldl"], check=True
+    )
     return ServedLibrary([str(EMULATOR), "-L", "/usr/aarch64-linux-gnu", str(server), str(path)])
 
 
@@ -142,4 +146,3 @@ def in_place(other: Any) -> Iterator[None]:
     """``impl="cpu"`` runs the kernels of ``other`` inside a ``with`` block."""
     with mock.patch.object(library, "_library_or_error", lambda: other):
         yield
-

@@ -14,6 +14,7 @@ from gspn.ops.cpu import instruction_set, instruction_sets
 from propagate_cases import ALL, check_propagate, in_doubles, magnitudes, make_arguments, run
 from support import CPU_IMPLS, DTYPES, SEGMENTS, SHAPES, assert_as_exact_as_pytorch, every_pair, threads
 
+
 @every_pair(shape=SHAPES, segment=SEGMENTS, groups=[3, 1])
 def test_sizes_and_segments(shape, segment, groups) -> None:
     check_propagate(*make_arguments(2, 3, *shape, 5, groups, torch.float32), segment)

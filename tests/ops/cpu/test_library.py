@@ -100,6 +100,20 @@ def test_the_file_is_opened_once(monkeypatch, tmp_path) -> None:
     assert len(reasons) == len(opened) == 1
 
 
+@pytest.mark.parametrize(("platform", "remedy"), [("linux", "--no-binary gspn gspn"), ("win32", "under WSL")])
+def test_without_a_library_the_reason_is_that_of_the_platform(monkeypatch, platform, remedy) -> None:
+    monkeypatch.setattr("gspn.ops.cpu.__path__", [])
+    monkeypatch.setattr("sys.platform", platform)
+    library._library_or_error.cache_clear()
+    try:
+        reason = why_not(torch.device("cpu"), torch.float32, "propagate")
+    finally:
+        library._library_or_error.cache_clear()
+    assert "no compiled kernels" in reason
+    assert remedy in reason
+    assert ("compiler" in reason) == (platform == "linux")
+
+
 # --- Calls ------------------------------------------------------------------------------------------------------------
 
 INTEGERS = (0, -1, -(2**63), 2**62, 2**63 - 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from ..backend import NotInstalled
@@ -23,7 +25,8 @@ def why_not(device: torch.device, dtype: torch.dtype, op: str) -> str | None:
     try:
         load()
     except OSError as error:
-        return NotInstalled(
-            f"{error} Install a C++17 compiler (GCC or Clang), then pip install --force-reinstall --no-deps gspn."
-        )
+        # pip would take the wheel without kernels again; and on Windows there is nothing else.
+        install = "pip install --force-reinstall --no-deps --no-binary gspn gspn"
+        compiled = f" Install a C++17 compiler (GCC or Clang), then {install}."
+        return NotInstalled(f"{error}{'' if sys.platform == 'win32' else compiled}")
     return None

@@ -36,6 +36,8 @@ def _path() -> Path:
         path = Path(folder) / "gspn_cpu.so"
         if path.is_file():
             return path
+    if sys.platform == "win32":
+        raise OSError("gspn has no compiled kernels for Windows; under WSL it has those of Linux.")
     raise OSError("this install of gspn has no compiled kernels: there was no C++ compiler when it was built.")
 
 
@@ -158,7 +160,7 @@ def _choose(library: ctypes.CDLL, name: str, argument: str) -> None:
 
 
 def isa() -> str:
-    """The instruction set that the kernels run with now: ``"avx512"``, ``"avx2"`` or ``"baseline"``."""
+    """The instruction set that the kernels run with now: ``"avx512"``, ``"avx2"`` or ``"baseline"`` (on ARM, NEON)."""
     return load().gspn_chosen_instruction_set().decode()
 
 
