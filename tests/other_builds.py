@@ -1,4 +1,4 @@
-"""The CPU kernels of another compiler, or of another processor under an emulator, in the place of the installed ones."""
+"""The CPU kernels of another compiler, or of another processor under an emulator, in place of the installed ones."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def open_build(name: str) -> Any:
             ROOT / "build" / "clang", f"-DCMAKE_CXX_COMPILER={CLANG}", f"-DCMAKE_CXX_FLAGS={flags}",
             "-DCMAKE_BUILD_TYPE=None", "-DGSPN_FOR_X86_64=OFF",
         )  # fmt: skip
-        with mock.patch.object(library, "_path", lambda: path):
+        with mock.patch.object(library, "_path", return_value=path):
             return library._open()
     path = _build(ROOT / "build" / "aarch64", f"-DCMAKE_TOOLCHAIN_FILE={_TOOLCHAIN}")
     server = path.with_name("serve_kernels")
@@ -144,5 +144,5 @@ def open_build(name: str) -> Any:
 @contextlib.contextmanager
 def in_place(other: Any) -> Iterator[None]:
     """``impl="cpu"`` runs the kernels of ``other`` inside a ``with`` block."""
-    with mock.patch.object(library, "_library_or_error", lambda: other):
+    with mock.patch.object(library, "_library_or_error", return_value=other):
         yield

@@ -1,4 +1,4 @@
-"""The kernels built by Clang, and for aarch64 under an emulator, against the same specification as the installed ones."""
+"""The kernels of Clang, and those for aarch64 under an emulator, against the specification, as the installed ones."""
 
 from __future__ import annotations
 
