@@ -6,8 +6,8 @@
     python scripts/build_wheel.py macos     # the wheel of this processor, on macOS
     python scripts/build_wheel.py any       # a wheel without kernels, for Windows and whatever else has no wheel
 
-One wheel serves every Python and every torch, because the kernels link neither. auditwheel reads from the symbols that
-they ask for how old a glibc may be, and names the wheel after it.
+One wheel serves every Python and every torch, because the kernels link to nothing of both. auditwheel reads how old a
+glibc may be from the symbols that they ask for, and names the wheel after it.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ Results = dict[str, Tensor]
 
 
 def line_scan(dtype: torch.dtype) -> tuple[Callable[[str], Results], Results, Results]:
-    """What computes the results, the exact ones, and their magnitudes."""
+    """The function that computes the results, the exact ones, and their magnitudes."""
     tensors = make_inputs(2, 40, 33, 35, 40, dtype)
     doubles = [t.double() for t in tensors]
     h = scan_and_gradients(*tensors, direction="down", segment=None, impl="reference")["h"]

@@ -163,7 +163,7 @@ def tracked(folder: str) -> Iterator[Path]:
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", folder]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
-        pytest.skip("this is no git checkout")
+        pytest.skip("git lists no files here: this is not a checkout")
     return (ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file())
 
 
