@@ -18,7 +18,7 @@ HEAVY = 5  # packages named in the table
 def closure(name: str, extra: str = "", seen: set[tuple[str, str]] | None = None) -> set[str]:
     """The packages that installing ``name[extra]`` brings, itself included."""
     seen = set() if seen is None else seen
-    name = canonicalize_name(name)
+    name = str(canonicalize_name(name))
     if (name, extra) in seen:
         return set()
     seen.add((name, extra))

@@ -114,6 +114,33 @@ def test_without_a_library_the_reason_is_that_of_the_platform(monkeypatch, platf
     assert ("compiler" in reason) == (platform == "linux")
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="the memory of the process is read from /proc")
+def test_a_thread_that_ends_gives_its_scratch_back() -> None:
+    run_python(
+        """
+import sys, threading, torch
+from pathlib import Path
+sys.path.insert(0, "tests")
+from propagate_cases import ALL, make_arguments
+arguments, _ = make_arguments(1, 8, 250, 256, 2, 1, torch.float32)
+torch.set_num_threads(1)
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+def work():
+    torch.ops.gspn.propagate(*arguments, ALL, None, "cpu")
+sizes = []
+for _ in range(40):
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    sizes.append(resident())
+grown = (sizes[-1] - sizes[4]) / 2**20
+assert grown < 35, f"{grown:.0f} MiB more after 35 threads"
+print(grown)
+"""
+    )
+
+
 # --- Calls ------------------------------------------------------------------------------------------------------------
 
 INTEGERS = (0, -1, -(2**63), 2**62, 2**63 - 1)

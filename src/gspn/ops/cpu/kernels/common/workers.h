@@ -57,8 +57,9 @@ class WorkerScratch {
  public:
   // Null if there is no memory for it.
   static WorkerScratch* of_this_thread() {
-    void* own = pthread_getspecific(key);
-    if (!own && (own = std::calloc(1, sizeof(WorkerScratch))) && pthread_setspecific(key, own) != 0) {
+    if (!key.made) return nullptr;
+    void* own = pthread_getspecific(key.id);
+    if (!own && (own = std::calloc(1, sizeof(WorkerScratch))) && pthread_setspecific(key.id, own) != 0) {
       release(own);
       own = nullptr;
     }
@@ -88,11 +89,12 @@ class WorkerScratch {
     std::free(static_cast<WorkerScratch*>(own)->memory_);
     std::free(own);
   }
-  static pthread_key_t make_key() {
-    pthread_key_t made{};
-    return pthread_key_create(&made, release) == 0 ? made : ~pthread_key_t{};  // an invalid one: no scratch
-  }
-  inline static const pthread_key_t key = make_key();
+  struct Key {
+    pthread_key_t id;
+    bool made;
+    Key() : id(), made(pthread_key_create(&id, release) == 0) {}
+  };
+  inline static const Key key;
 
   void* memory_;
   size_t size_;
