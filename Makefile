@@ -22,7 +22,7 @@ CORE := $(addprefix tests/,ops nn data diffusers models/test_denoiser.py models/
 .PHONY: help install test test-fast test-minimum fuzz demo lint format bench gpu-counts gpu sanitize wheel wheel-aarch64 clean
 
 help: ## Show the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## Set up .venv with gspn, its kernels and every extra, at the tested versions
 
