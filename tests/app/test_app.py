@@ -228,7 +228,7 @@ def tab(browser, address):
 
 def _open(browser, address, *, width, scheme):
     tab = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    tab.set_default_timeout(300_000 if SAVED else 60_000)
+    tab.set_default_timeout(300_000 if SAVED else 150_000)
     tab.on("request", lambda request: browser.requests.append(request.url))
     tab.on("pageerror", lambda error: browser.errors.append(str(error)))
     tab.goto(address)
@@ -316,7 +316,7 @@ def test_a_layer_and_an_example_are_chosen(tab):
     ],
     ids=["corrupt", "pixels", "bytes"],
 )
-def test_an_upload_that_is_refused_is_one_line_on_the_page(tab, data, said, monkeypatch):
+def test_an_upload_that_is_refused_is_one_line_on_the_page(tab, data, said, monkeypatch, tmp_path):
     monkeypatch.setattr(components, "MAX_PIXELS", 1_000_000)  # the server is in this process
     if data == "pixels":
         file = io.BytesIO()
@@ -324,7 +324,8 @@ def test_an_upload_that_is_refused_is_one_line_on_the_page(tab, data, said, monk
         data = file.getvalue()
     tab.locator("#affinity-image").get_by_label("Remove Image").click()
     upload = tab.locator("#affinity-image input[type=file]")
-    upload.set_input_files([{"name": "secret.png", "mimeType": "image/png", "buffer": data}])
+    (tmp_path / "secret.png").write_bytes(data)
+    upload.set_input_files(tmp_path / "secret.png")
     toast = tab.locator(".toast-body")
     toast.wait_for()
     text = toast.inner_text()
