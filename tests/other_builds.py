@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import os
 import shutil
@@ -34,13 +35,16 @@ def why_not(name: str) -> str | None:
 
 
 def _build(folder: Path, *options: str) -> Path:
-    # A folder that stays: of a second run only what has changed is compiled.
-    for command in (
-        ["cmake", "-S", str(ROOT), "-B", str(folder), *options],
-        ["cmake", "--build", str(folder), "--target", "gspn_cpu", "--parallel", str(os.cpu_count())],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    # A folder that stays: of a second run only what has changed is compiled. Another worker may build, too.
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            ["cmake", "-S", str(ROOT), "-B", str(folder), *options],
+            ["cmake", "--build", str(folder), "--target", "gspn_cpu", "--parallel", str(os.cpu_count())],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
     return folder / "gspn_cpu.so"
 
 
