@@ -22,6 +22,7 @@ from gspn.distributed import ImageRows
 from gspn.distributed.rows import Map
 from gspn.models import GSPNDenoiser2DModel
 from gspn.nn import GSPN2d, GSPNBlock, GSPNMixer
+from gspn.nn.attention import SelfAttention2d
 from tasks.processes import start_many
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
@@ -64,11 +65,13 @@ def _average(parameters: Any, group: Any) -> list[Tensor]:
 
 def check_propagate(group: Any) -> None:
     count = dist.get_world_size(group)
-    for _ in range(6):
+    for first in (True, *[False] * 6):
         batch, states, height, width = (random.randint(*one) for one in ((1, 2), (1, 9), (count, 13), (1, 9)))
         size = random.choice([1, 2, 3])
         channels = size * random.randint(-(-count // size), 5)
         groups = random.choice([1, channels // size, channels])
+        if first:  # each process has parts of groups
+            channels, groups, height, width, states = 9, 3, count + 3, 5, 4
         count_d = 4
         tensors = [
             torch.randn(shape, dtype=torch.float64)
@@ -79,7 +82,8 @@ def check_propagate(group: Any) -> None:
         ]  # fmt: skip
         if random.random() < 0.5:
             tensors[5:] = []
-        segment, weight = random.choice([None, 1, 2, 5]), torch.randn_like(tensors[0])
+        segment = None if first else random.choice([None, 1, 2, 5])
+        weight = torch.randn_like(tensors[0])
         whole = [one.clone().requires_grad_() for one in tensors]
         y = gspn.propagate(*whole, segment=segment)  # type: ignore[arg-type]
         (y * weight).mean().backward()
@@ -204,13 +208,22 @@ def check_refusals(group: Any) -> None:
         rows.gather(torch.zeros(1, 4, 3, 3))
     with pytest.raises(ValueError, match="these are the rows of images of 8x6"):
         rows.take(torch.zeros(1, 4, 8, 7))
+    with pytest.raises(ValueError, match="multiple=0"):
+        ImageRows(8, 6, multiple=0, group=group)
+    others = dist.new_group([0])
+    if rank:
+        with pytest.raises(ValueError, match=f"rank {rank} is not in group"):
+            ImageRows(8, 6, group=others)
     with pytest.raises(ValueError, match="no row; use fewer processes or a larger image"):
         ImageRows(count - 1, 6, group=group)
     with pytest.raises(ValueError, match="cannot tell them apart"):
         rows.add(Map((*range(0, 8, 8 // count), 9), 6))
     with pytest.raises(ValueError, match=f"1 channels for {count} processes"):
         _on(rows, GSPN2d(1, proxy_dim=1), torch.zeros(1, 1, 8, 6))
-    for module in (nn.MaxPool2d(2), nn.MultiheadAttention(4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5)):
+    for module in (
+        nn.MaxPool2d(2), nn.MultiheadAttention(4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.LayerNorm((4, 8, 6)),
+        nn.Softmax(2), SelfAttention2d(4, head_dim=4),
+    ):  # fmt: skip
         with pytest.raises(NotImplementedError, match=f"{type(module).__name__}, and it is not known to treat"):
             _on(rows, module, torch.zeros(1, 4, 8, 6))
     with pytest.raises(NotImplementedError, match="alignment='official'"):

@@ -108,8 +108,9 @@ class Models:
 
     @property
     def _where(self) -> torch.device:
-        gpu = torch.accelerator.current_accelerator(check_available=True) if self.device == "auto" else None
-        return gpu or torch.device("cpu")
+        from ..tasks.core.devices import inference_device
+
+        return inference_device(self.device)
 
 
 def sizes(trained: int, multiple: int = 1, most: int = 2048) -> list[int]:

@@ -21,13 +21,27 @@ if TYPE_CHECKING:
     from .rows import ImageRows
 
 # Pixel by pixel, or not of maps at all.
-_LEAVES = (nn.Linear, nn.LayerNorm, nn.Identity, nn.Flatten, nn.Embedding)
+_LEAVES = (
+    nn.Linear,
+    nn.Identity,
+    nn.Flatten,
+    nn.Embedding,
+    nn.GELU,
+    nn.SiLU,
+    nn.ReLU,
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ModuleDict,
+)
 _NAMES = {"diffusers.models.embeddings.Timesteps"}
 # Modules that are nothing but their parts, and sums and products of their results.
 _CONTAINERS = {
     "timm.layers.mlp.Mlp", "timm.layers.classifier.ClassifierHead",
     "timm.layers.adaptive_avgmax_pool.SelectAdaptivePool2d", "timm.layers.layer_scale.LayerScale2d",
     "timm.models._features.FeatureListNet", "timm.models._features.FeatureGetterNet",
+    "gspn.nn.block.LocalPerceptionUnit", "gspn.nn.block.GSPNBlock", "gspn.nn.mixer.GSPNMixer",
+    "gspn.models.gspn.Stem", "gspn.models.gspn.Stage", "gspn.models.gspn.GSPN",
+    "gspn.models.denoiser.GSPNDenoiserBlock", "gspn.models.denoiser.GSPNDenoiser2DModel",
     "diffusers.models.embeddings.TimestepEmbedding", "diffusers.models.embeddings.LabelEmbedding",
 }  # fmt: skip
 
@@ -43,12 +57,12 @@ def replacement(name: str, module: nn.Module, rows: ImageRows) -> Callable[..., 
             return functools.partial(function, module, rows)
     own = f"{type(module).__module__}.{type(module).__qualname__}"
     known = (
-        isinstance(module, (*_LEAVES, nn.Sequential, nn.ModuleList, nn.ModuleDict))
+        isinstance(module, _LEAVES)
         or own in _NAMES | _CONTAINERS
-        or own.startswith(("gspn.", "torch.nn.modules.activation."))
+        or (isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1)
         or (isinstance(module, nn.Dropout) and not (module.training and module.p))
     )
-    if not known or isinstance(module, nn.MultiheadAttention):
+    if not known:
         raise NotImplementedError(
             f"{name or 'the model'} is a {own}, and it is not known to treat each pixel by itself, so it cannot have "
             "some rows of an image. Known are convolutions, GSPN2d and what treats pixels one by one."

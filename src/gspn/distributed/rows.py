@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..nn.options import check_options
 from ..ops import DIRECTIONS, Direction, propagate
 from .exchange import Group, exchange, total
 
@@ -30,13 +31,16 @@ class Map(NamedTuple):
 
 
 class ImageRows:
-    r"""The rows of one image over the processes of a group, for images whose maps do not fit one device.
+    """The rows of one image over the processes of a group, for images whose maps do not fit one device.
 
     Scans along columns need all rows. But a channel's scans do not depend on the others' channels, so
-    :meth:`propagate` sends each process all rows of some channels, and the results back:
-    :math:`2 B C N (R - 1) / R^2` numbers sent by each of R processes for an image of N pixels, and
-    :math:`B S N (R - 1) / R` for the proxy, of which each has all. A convolution receives the few rows that it needs of
-    the neighbours; a norm over the map, sums. The results are those of the whole image but for rounding.
+    :meth:`propagate` sends each process all rows of some channels, and the results back. For B images of N pixels, C
+    channels and a proxy of S, each of R processes sends::
+
+        2 B C N (R - 1) / R^2  +  B S N (R - 1) / R        x and the result, and the proxy, of which each has all
+
+    numbers. A convolution receives the few rows that it needs of the neighbours; a norm over the map, sums. The results
+    are those of the whole image but for rounding, in the dtype of the input.
 
     Every exchange has its true derivative. So if each process computes the same loss of the whole image, such as by
     :meth:`mean`, the **average** of the gradients over the processes is the gradient of the whole image. That is what
@@ -50,7 +54,8 @@ class ImageRows:
         group: The processes that share the image; None for all.
 
     Raises:
-        ValueError: There are fewer rows, or fewer multiples, than processes.
+        ValueError: A number is not an integer of at least 1; there are fewer rows, or fewer multiples, than processes;
+            or this process is not in the group.
 
     Example:
         >>> import torch, torch.distributed as dist
@@ -65,8 +70,11 @@ class ImageRows:
     """
 
     def __init__(self, height: int, width: int, *, multiple: int = 1, group: Group = None) -> None:
+        check_options("count", height=height, width=width, multiple=multiple)
         self.group = group
         self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError(f"rank {dist.get_rank()} is not in {group=}; pass the group of its own image.")
         parts = math.ceil(height / multiple)
         starts = [parts * r // self.count * multiple for r in range(self.count)]
         self._maps: list[Map] = []

@@ -51,7 +51,6 @@ def to_pt2(
     with replaced(path) as part:
         torch.export.save(program, part)
         loaded = torch.export.load(part).module()
-
         verify(module, lambda example: [*outputs(loaded, example).values()], inputs, path.name)
     return program
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..._errors import UsageError, require
 from ..._files import printable
+from ..core.devices import inference_device
 from .model import label_names, load_model, resolve_preprocessing
 
 
@@ -73,9 +74,7 @@ def predict(
     """
     require("timm", "torchvision", "safetensors")
     classifier = model.eval() if isinstance(model, nn.Module) else load_model(model)
-    where = torch.device("cpu")
-    if device == "auto" and torch.accelerator.is_available():
-        where = torch.accelerator.current_accelerator() or where
+    where = inference_device(device)
     classifier = classifier.to(where)
     names = label_names(classifier)
     transform = resolve_preprocessing(classifier).transform()

@@ -65,6 +65,17 @@ def make_accelerator(
         raise UsageError(f"precision {precision!r}: {' '.join(str(error).split())}") from None
 
 
+def inference_device(name: str) -> torch.device:
+    """The device to compute on without training: for ``"auto"`` a GPU if there is one, otherwise the CPU.
+
+    Example:
+        >>> inference_device("cpu")
+        device(type='cpu')
+    """
+    gpu = torch.accelerator.current_accelerator(check_available=True) if name == "auto" else None
+    return gpu or torch.device("cpu")
+
+
 @contextmanager
 def distributed_context() -> Iterator[None]:
     """Close the connection between processes that the block opened; one that existed before stays open."""

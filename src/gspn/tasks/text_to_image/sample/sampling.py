@@ -23,6 +23,7 @@ from gspn.diffusers.timesteps import set_timesteps
 from ...._console import default_console
 from ...._errors import UsageError
 from ...._locks import DirectoryLock
+from ...core.devices import inference_device
 from ...diffusion.digests import fingerprint
 from ...diffusion.images import ImageRecord, is_sampled, save_png
 from ...diffusion.schedulers import check_chain, named_scheduler
@@ -295,8 +296,7 @@ def resolve(request: SampleRequest, stack: contextlib.ExitStack) -> RunPlan:
 
     All changes to the pipeline are undone when ``stack`` closes.
     """
-    gpu = torch.accelerator.current_accelerator(check_available=True) if request.device == "auto" else None
-    device = gpu or torch.device("cpu")
+    device = inference_device(request.device)
     _check_offload(request.offload, device)
     before = read_settings(request.output) or {}
     if before and request.upscale is None:
