@@ -11,14 +11,13 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("timm", reason="needs gspn[train]")
-from earth_support import CELLS, HEIGHT, ZONES, true_climates, true_land, write_packages  # noqa: E402
-
-from gspn._errors import MissingExtraError, UsageError  # noqa: E402
-from gspn.data import open_maps  # noqa: E402
-from gspn.data.earth.build import INDEX, build_earth, build_steps, open_earth  # noqa: E402
-from gspn.data.earth.climates import CLIMATES, NONE, merge_climates  # noqa: E402
-from gspn.data.earth.dataset import SPLITS  # noqa: E402
-from gspn.data.earth.sources import find_sources, read_grey, read_land, read_zones  # noqa: E402
+from earth_support import CELLS, HEIGHT, ZONES, true_climates, true_land, write_packages
+from gspn._errors import MissingExtraError, UsageError
+from gspn.data import open_maps
+from gspn.data.earth.build import INDEX, build_earth, build_steps, open_earth
+from gspn.data.earth.climates import CLIMATES, NONE, merge_climates
+from gspn.data.earth.dataset import SPLITS
+from gspn.data.earth.sources import find_sources, read_grey, read_land, read_zones
 
 
 @pytest.fixture(scope="module")
