@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 from common import (
     CORES,
     Csv,
@@ -38,8 +39,7 @@ from common import (
 SEEDS = (0, 1)
 CROPS = (128, 256, 512)
 WIDTHS = (64, 128, 256, 512)
-_PIXELS = 4 * 128 * 128  # of a batch, whatever the size of the crops
-_EPOCHS = 3
+TILES = 391  # training images of the Earth
 
 
 @dataclass(frozen=True)
@@ -96,25 +96,38 @@ _Crops = Annotated[list[int], typer.Option("--crop", metavar="N", help="Sides of
 _EARTH = Path("runs/earth")
 
 
-def _chain(task: str, crop: int, entry: Entry, seed: int, earth: Path, output: Path) -> list[Step]:
+@dataclass(frozen=True)
+class Budget:
+    """As many updates, of as many pixels, for all encoders and sizes of crops."""
+
+    updates: int
+    pixels: int
+
+    def batch(self, crop: int) -> int:
+        """The crops in a batch."""
+        if crop**2 > self.pixels:
+            raise typer.BadParameter(f"--pixels {self.pixels} is less than one crop of {crop} has, {crop**2}.")
+        return self.pixels // crop**2
+
+
+def _chain(task: str, crop: int, entry: Entry, seed: int, budget: Budget, earth: Path, output: Path) -> list[Step]:
+    batch = budget.batch(crop)
     values = {
         **entry.model_settings,
         **TASKS[task],
         "data.root": str(earth),
         "data.size": crop,
-        "data.batch_size": max(1, _PIXELS // crop**2),
+        "data.batch_size": batch,
         "data.eval_split": None,
         "data.mean": [0.485, 0.456, 0.406],  # for all encoders the same
         "data.std": [0.229, 0.224, 0.225],
         "optim.lr_base_batch": None,
-        "schedule.epochs": _EPOCHS,
+        "schedule.epochs": max(1, round(budget.updates * batch / TILES)),
         "schedule.warmup_epochs": 0.3,
         "augment.least_labelled": 0.2 if task != "land" else 0.0,
-        "optim.accumulate": max(1, crop**2 // _PIXELS),
         "run.seed": seed,
         "run.trackers": [],
     }
-    # As many pixels in an epoch, and as many updates, whatever the size of the crops.
     arguments = ["dense", "train", "--config", "earth_climate", *settings(values), "--output", str(output)]
     test = Step(
         ["test", str(output), "--task", task, "--earth", str(earth)], output / "tests", script=str(Path(__file__))
@@ -128,12 +141,19 @@ def _where(root: Path, task: str, crop: int, entry: Entry, seed: int) -> Path:
 
 @app.command()
 def run(
-    tasks: _Tasks, crops: _Crops = [128], earth: _Earth = _EARTH, root: Root = _ROOT, jobs: Jobs = CORES  # noqa: B006
-) -> None:  # fmt: skip
+    tasks: _Tasks,
+    crops: _Crops = list(CROPS),  # noqa: B006
+    updates: Annotated[int, typer.Option(min=1, help="Updates of a run, rounded to whole epochs.")] = 4000,
+    pixels: Annotated[int, typer.Option(min=1, help="Pixels of a batch, at least those of one crop.")] = 512 * 512,
+    earth: _Earth = _EARTH,
+    root: Root = _ROOT,
+    jobs: Jobs = CORES,
+) -> None:
     """Train every entry for the tasks with every seed, and test it."""
     # Seeds outermost: if it is stopped, every entry has as many runs as any other.
+    budget = Budget(updates, pixels)
     chains = [
-        _chain(task, crop, entry, seed, earth, _where(root, task, crop, entry, seed))
+        _chain(task, crop, entry, seed, budget, earth, _where(root, task, crop, entry, seed))
         for seed in SEEDS
         for crop in crops
         for task in tasks
@@ -202,6 +222,7 @@ def _row(root: Path, task: str, crop: int, entry: Entry, seed: int) -> dict[str,
         "crop": crop,
         "seed": seed,
         "updates": int(epochs[-1]["step"]),
+        "batch": yaml.safe_load((where / "config.yaml").read_text())["data"]["batch_size"],
         "train_loss": float(epochs[-1]["train_loss"]),
         "images_per_second": statistics.median(float(epoch["images_per_second"]) for epoch in epochs),
         "train_peak_mib": max(float(epoch["peak_memory_mib"]) for epoch in epochs),
@@ -233,7 +254,7 @@ def speed(
     for crop in crops:
         target = Target([str(i) for i in range(18)], [(0, 0, 0)] * 18, None, 0.0, 1.0,
                         Normalization((0.5,) * 3, (0.5,) * 3), crop)  # fmt: skip
-        images = torch.randn(max(1, _PIXELS // crop**2), 3, crop, crop)
+        images = torch.randn(max(1, 256 * 256 // crop**2), 3, crop, crop)
         models = {
             entry.label: build_model(
                 ModelConfig(name=entry.model, kwargs=entry.kwargs, decoder=entry.decoder,
