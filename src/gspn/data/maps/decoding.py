@@ -16,8 +16,8 @@ from ..._files import open_regular, printable, short
 from ..images import MAX_PIXELS, CorruptImageError
 from .base import Map, MapClasses
 
-# JPEG and others change values.
-_FORMATS = {"PNG": (".png",), "TIFF": (".tif", ".tiff"), "BMP": (".bmp",), "GIF": (".gif",), "PPM": (".pgm", ".ppm")}
+# JPEG changes values, and who writes a GIF may number its colours anew.
+_FORMATS = {"PNG": (".png",), "TIFF": (".tif", ".tiff"), "BMP": (".bmp",), "PPM": (".pgm",)}
 EXTENSIONS = frozenset((".npy", *(extension for one in _FORMATS.values() for extension in one)))
 """How the names of files of maps end, in lower case."""
 _MODES = ("1", "L", "P", "I", "F")
@@ -84,7 +84,7 @@ def load_map(
 ) -> Map:
     """Open and decode a map.
 
-    It is an image of one channel without loss (PNG, TIFF, BMP, GIF, PGM; 1, 8, 16 or 32 bits, floating point, or the
+    It is an image of one channel without loss (PNG, TIFF, BMP, PGM; 1, 8, 16 or 32 bits, floating point, or the
     indices of a palette), or an array ``[H, W]`` of numbers in a ``.npy``. Size and type are checked before anything is
     decoded, and no pickle is read.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import posixpath
 from collections.abc import Sequence
@@ -63,7 +62,7 @@ class MappedFolder(MappedImages):
             raise UsageError(
                 f"{len(without):,} of {len(paths):,} images in {printable(self._folders[0])} have no map in "
                 f"{printable(self._folders[1])} ({', '.join(sorted(EXTENSIONS))}): "
-                f"{', '.join(map(printable, without[:3]))}."
+                f"{', '.join(map(printable, without[:3]))}; {self.left_out}."
             )
         if not paths:
             raise UsageError(f"{printable(self._folders[0])} holds no images; {self.left_out}.")
@@ -95,12 +94,16 @@ class MappedFolder(MappedImages):
         if not self.root.is_dir():
             raise ValueError(f"root={str(self.root)!r} is not a folder.")
         layouts = (lambda name: self.root / name / kind, lambda name: self.root / kind / name)
+        divided = False
         for layout in layouts:
-            with contextlib.suppress(ValueError):
+            try:
                 name = choose_split(split, lambda name, at=layout: at(name).is_dir(), "root")
-                if name != "all":
-                    return layout(name)
-        if (split == "all" or split in TRAIN) and (self.root / kind).is_dir():
+            except ValueError:  # it has splits, and not this one
+                divided = True
+                continue
+            if name != "all":
+                return layout(name)
+        if (split == "all" or (split in TRAIN and not divided)) and (self.root / kind).is_dir():
             return self.root / kind  # not divided, or everything
         raise UsageError(
             f"{printable(self.root)} has no folder {split}/{kind} and no {kind}/{split}; name the folders by "
