@@ -83,7 +83,7 @@ def predict_rows(
         band = torch.zeros(model.target.outputs + 1, tall, width, device=device)
         if i:
             kept = tops[i - 1] + tall - top
-            band[:-1, :kept], band[-1, :kept] = held[:, -kept:], weights[-kept:]
+            band[:-1, :kept], band[-1, :kept] = held[:, tall - kept :], weights[tall - kept :]
         for first in range(0, len(lefts), batch):
             some = lefts[first : first + batch]
             inputs = torch.stack([_window(image, top, left, tall, wide, model, device) for left in some])

@@ -78,7 +78,8 @@ class DenseModel(nn.Module):
         encoder: Any = self.core.encoder
         info: Any = getattr(encoder.model, "feature_info", None)
         reductions = info.reduction() if hasattr(info, "reduction") else ()
-        return max(int(stride) for stride in (encoder.output_stride, *reductions))
+        stride = max(int(one) for one in (encoder.output_stride, *reductions))
+        return 2 * stride if type(self.core).__name__ == "DPT" else stride  # it halves the last map once more
 
     def forward(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` normalised images to logits ``[B, K, H, W]``, or to numbers before their scale."""
@@ -234,7 +235,8 @@ def save_model(directory: Path, model: DenseModel, state: Mapping[str, Tensor], 
     write_text(directory / CONFIG, json.dumps(model.arguments, indent=2))
     write_text(directory / TARGET, json.dumps(to_mapping(asdict(model.target)), indent=2))
     with replaced(directory / WEIGHTS) as part:
-        header = {"gspn": json.dumps(dict(metadata), sort_keys=True), "format": "pt"}
+        # One entry: several are written in a varying order, and equal weights should give equal files.
+        header = {"gspn": json.dumps(dict(metadata), sort_keys=True)}
         require("safetensors.torch").save_file(tensors, part, metadata=header)
 
 
