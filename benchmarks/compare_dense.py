@@ -38,7 +38,7 @@ from common import (
 
 SEEDS = (0, 1)
 CROPS = (128, 256, 512)
-WIDTHS = (64, 128, 256, 512)
+WIDTHS = (128, 512)
 TILES = 391  # training images of the Earth
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from earth_support import write_packages
 from PIL import Image
 from typer.testing import CliRunner
 
+from earth_support import write_packages
 from gspn.cli import app
 from gspn.data import MapClasses, MapRule, load_map, open_maps
 

@@ -150,7 +150,7 @@ def test_balanced_weights(shapes, tmp_path):
         ("model.kwargs.no_such=1", "no_such"),
         ("model.decoder_kwargs={classes: 7}", "classes, which follows from other keys"),
         ("model.decoder_kwargs={upsampling: 2}", "makes 32 x 32 pixels of 64 x 64; set upsampling"),
-        ("data.options.images=pictures", "no folder train/pictures"),
+        ("data.options.images=photographs", "no folder train/photographs"),
         ("data.options.classes=[a, b]", "value 2 in row|are corrupt"),
         ("loss.class_weights=[0, 0, 0]", "no weight above 0"),
         ("augment.scale=[2, 1]", "has to be the smaller one"),

@@ -91,13 +91,13 @@ def _nearest(values: NDArray[np.uint8], height: int) -> NDArray[np.uint8]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # a folder in their layout
-            found[name] = "unknown"
-    return found
+            versions[name] = "unknown"
+    return versions
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class EarthMaps:
     height: int
     arrays: dict[str, NDArray[Any]]
     digest: str
-    """Of the checksums of all files."""
+    """A digest of the checksums of all files."""
 
 
 def open_earth(root: Path) -> EarthMaps:

@@ -19,7 +19,7 @@ from .build import default_cache, open_earth
 from .climates import NONE, climate_classes
 
 SPLITS = {"train": (110, 365), "val": (10, 55), "test": (60, 105)}
-"""Degrees east at which the bands of longitude begin and end. Between two of them are five degrees of neither."""
+"""Degrees east at which the bands of longitude begin and end. The five degrees between two bands are in no split."""
 
 _LEAST_LAND = 0.05  # of a tile
 _WATER_AND_LAND = MapClasses(("water", "land"), ((40, 84, 140), (214, 196, 140)))

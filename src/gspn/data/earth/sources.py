@@ -54,15 +54,15 @@ def find_sources(elevation: Path | None = None) -> EarthSources:
     Raises:
         MissingExtraError: a package is not installed; the message is the line that installs it.
     """
-    found: dict[str, Path] = {}
+    paths_by_kind: dict[str, Path] = {}
     for kind, (package, file) in _PACKAGED.items():
         spec = importlib.util.find_spec(package)
         folders = [Path(one) for one in (spec.submodule_search_locations or ())] if spec else []
         paths = [folder / file for folder in folders if (folder / file).is_file()]
         if not paths:
             raise MissingExtraError(f"the Earth needs {package}/{file}, which is not installed: {_INSTALL}")
-        found[kind] = paths[0]
-    return EarthSources(**found, elevation=elevation)
+        paths_by_kind[kind] = paths[0]
+    return EarthSources(**paths_by_kind, elevation=elevation)
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:

@@ -73,13 +73,13 @@ def read_classes(path: Path) -> MapClasses:
         OSError: it cannot be read.
     """
     lines = [line.strip() for line in read_text(path, most=1 << 24).splitlines() if line.strip()]
-    found = [_LINE.fullmatch(line) for line in lines]
-    colours = [one["colour"] for one in found if one and one["colour"]]
+    matches = [_LINE.fullmatch(line) for line in lines]
+    colours = [one["colour"] for one in matches if one and one["colour"]]
     if colours and len(colours) < len(lines):
         raise UsageError(f"{printable(path)}: {len(colours)} of {len(lines)} classes have a colour; give all or none.")
     try:
         return MapClasses(
-            tuple(one["name"] for one in found if one),
+            tuple(one["name"] for one in matches if one),
             tuple((int(one[:2], 16), int(one[2:4], 16), int(one[4:], 16)) for one in colours),
         )
     except UsageError as error:

@@ -16,7 +16,7 @@ from ..._files import open_regular, printable, short
 from ..images import MAX_PIXELS, CorruptImageError
 from .base import Map, MapClasses
 
-# JPEG changes values, and who writes a GIF may number its colours anew.
+# JPEG changes values, and programs that write a GIF may renumber its colours.
 _FORMATS = {"PNG": (".png",), "TIFF": (".tif", ".tiff"), "BMP": (".bmp",), "PPM": (".pgm",)}
 EXTENSIONS = frozenset((".npy", *(extension for one in _FORMATS.values() for extension in one)))
 """How the names of files of maps end, in lower case."""

@@ -44,17 +44,17 @@ class MappedFolder(MappedImages):
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.root, self.max_pixels, self.left_out = Path(root), max_pixels, LeftOut()
-        found = checked_classes(classes)
-        if found is None and unit is None:
+        named = checked_classes(classes)
+        if named is None and unit is None:
             listed = self.root / CLASSES_FILE
             if not listed.is_file():
                 raise UsageError(
                     f"{printable(self.root)} has no {CLASSES_FILE}; write it, with the name of a class in each line, "
                     "pass classes=[...], or, where maps hold numbers, unit=NAME."
                 )
-            found = read_classes(listed)
-        super().__init__("folder", found, unit, transform)
-        self.rule = MapRule(found, ignore, first, scale)
+            named = read_classes(listed)
+        super().__init__("folder", named, unit, transform)
+        self.rule = MapRule(named, ignore, first, scale)
         self._folders = [self._find(kind, split) for kind in (images, labels)]
         paths, maps = self._walk(*self._folders)
         without = [path for path in paths if posixpath.splitext(path)[0] not in maps]
@@ -112,13 +112,13 @@ class MappedFolder(MappedImages):
 
     def _walk(self, images: Path, labels: Path) -> tuple[list[str], dict[str, str]]:
         """The images, and the maps by their names without the ending."""
-        found: list[list[str]] = []
+        listed: list[list[str]] = []
         for folder, fits in ((images, is_image), (labels, is_map)):
             every = walk(folder, self.left_out)
             self.left_out.add(NOT_IMAGES, *(path for path in every if not fits(path)))
-            found.append([path for path in every if fits(path)])
+            listed.append([path for path in every if fits(path)])
         stems: dict[str, str] = {}
-        for folder, paths in zip((images, labels), found, strict=True):
+        for folder, paths in zip((images, labels), listed, strict=True):
             stems = {}
             for path in paths:
                 stem = posixpath.splitext(path)[0]
@@ -128,7 +128,7 @@ class MappedFolder(MappedImages):
                         "differ in the ending alone."
                     )
                 stems[stem] = path
-        return found[0], stems
+        return listed[0], stems
 
 
 def is_map(name: str) -> bool:

@@ -49,9 +49,9 @@ class MappedRows(MappedImages):
     ) -> None:
         if classes is None and unit is None:
             raise UsageError(f"{name!r} does not name the classes; pass classes=[...] or, for numbers, unit=NAME.")
-        found = checked_classes(classes)
-        super().__init__(name, found, unit, transform)
-        self.rule, self.max_pixels, self._folders = MapRule(found, ignore, first, scale), max_pixels, folders
+        named = checked_classes(classes)
+        super().__init__(name, named, unit, transform)
+        self.rule, self.max_pixels, self._folders = MapRule(named, ignore, first, scale), max_pixels, folders
         self._columns = image_column, map_column
         image = importlib.import_module("datasets").Image
         rows = dataset.with_format(None)  # a saved format would return tensors

@@ -104,7 +104,7 @@ def _window(
 ) -> Tensor:  # fmt: skip
     if isinstance(image, Tensor):
         return image[:, top : top + tall, left : left + wide].to(device)
-    part = torch.from_numpy(np.ascontiguousarray(image[top : top + tall, left : left + wide])).to(device)
+    part = torch.from_numpy(np.array(image[top : top + tall, left : left + wide])).to(device)
     return model.target.normalization.apply(part.permute(2, 0, 1))
 
 

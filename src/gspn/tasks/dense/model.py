@@ -29,7 +29,7 @@ _OWN = {"encoder_name", "encoder_depth", "encoder_weights", "in_channels", "clas
 
 @dataclass(frozen=True)
 class Target:
-    """What the outputs of a model mean, which is saved beside its weights."""
+    """The meaning of a model's outputs, which is saved beside its weights."""
 
     classes: list[str]
     """The name of each output; empty for numbers."""
@@ -107,7 +107,7 @@ def _timm() -> Any:
 
 
 def _saved() -> Any:
-    """What files of other people are checked by; imports timm."""
+    """The module that checks files of other people; imports timm."""
     _timm()
     return require("gspn.models.saved")
 

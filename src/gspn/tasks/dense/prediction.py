@@ -78,7 +78,7 @@ def predict(
         One prediction for each image, in order. For an image that cannot be read, ``broken`` is set.
 
     Raises:
-        UsageError: the model cannot be found, a folder has no images, or two images would have one name.
+        UsageError: the model cannot be named, a folder has no images, or two images would have one name.
         OSError: the directory cannot be written.
         MissingExtraError: a package of ``gspn[dense]`` is not installed.
     """
@@ -150,7 +150,7 @@ def _predicted(
 def _named(images: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
     """The images by the names of their maps, without an ending."""
     data = require("gspn.data")
-    found: dict[str, Path] = {}
+    named: dict[str, Path] = {}
 
     def files() -> Iterator[tuple[str, Path]]:
         for image in images:
@@ -166,13 +166,13 @@ def _named(images: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
 
     for name, path in files():
         stem = os.path.splitext(name)[0] or name  # noqa: PTH122  (names of any bytes, with folders)
-        if stem in found:
+        if stem in named:
             raise UsageError(
-                f"{printable(found[stem])} and {printable(path)} would both be written as {printable(stem)}; predict "
+                f"{printable(named[stem])} and {printable(path)} would both be written as {printable(stem)}; predict "
                 "them into two directories."
             )
-        found[stem] = path
-    return found
+        named[stem] = path
+    return named
 
 
 def _open(path: Path) -> Any:

@@ -121,8 +121,8 @@ class DensePrediction(Task[DenseConfig, DenseRow]):
             )
             known = ~ignored if weights is None else torch.where(ignored, 0, weights[labels.clamp(min=0)])
         else:
-            aim = ((maps - self.target.mean) / self.target.std).masked_fill(ignored, 0)
-            summed = (outputs[:, 0] - aim).abs().masked_fill(ignored, 0).sum()
+            expected = ((maps - self.target.mean) / self.target.std).masked_fill(ignored, 0)
+            summed = (outputs[:, 0] - expected).abs().masked_fill(ignored, 0).sum()
             known = ~ignored
         return summed / known.sum().clamp(min=1e-6)  # a batch of ignored pixels alone has no gradient
 
