@@ -225,7 +225,6 @@ def _row(root: Path, task: str, crop: int, entry: Entry, seed: int) -> dict[str,
         "batch": yaml.safe_load((where / "config.yaml").read_text())["data"]["batch_size"],
         "train_loss": float(epochs[-1]["train_loss"]),
         "images_per_second": statistics.median(float(epoch["images_per_second"]) for epoch in epochs),
-        "train_peak_mib": max(float(epoch["peak_memory_mib"]) for epoch in epochs),
         "train_seconds": round(sum(float(epoch["seconds"]) for epoch in epochs), 1),
     }
     row |= {f"{name}_at_{width}": round(scores[str(width)][name], 4) for width in WIDTHS for name in names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,7 +32,7 @@ from .options import (
 from .training import FLAGS, Flag, TrainingCommand, add_training_commands
 
 if TYPE_CHECKING:
-    from gspn.tasks.dense import Evaluation
+    from gspn.tasks.dense import ClassScores, Evaluation
 
 _MODEL = "The directory of a run, or its best or last."
 _DATA = f"Name of the data set: {help_text('mapped')}."
@@ -108,8 +109,8 @@ def evaluate(
     if not result.is_main:
         return
     console.print(facts_table(_facts(result)))
-    if result.classes:
-        console.print(_classes(result))
+    if isinstance(result.scores, task.ClassScores):
+        console.print(_classes(result.classes, result.scores))
     warn_broken(result.broken)
     if output is not None:
         result.write_json(output / "evaluation.json")
@@ -140,10 +141,9 @@ def _facts(result: Evaluation) -> dict[str, str]:
     }
 
 
-def _classes(result: Evaluation) -> Table:
-    assert isinstance(result.scores, task.ClassScores)
+def _classes(names: Sequence[str], scores: ClassScores) -> Table:
     table = titled_table("", ["class"], ["IoU %"], box=None)
-    for name, value in zip(result.classes, result.scores.iou, strict=True):
+    for name, value in zip(names, scores.iou, strict=True):
         table.add_row(escape(printable(name)), "" if value is None else f"{value:.1f}")
     return table
 
