@@ -191,6 +191,7 @@ def test_files_that_do_not_fit(tmp_path, sources):
     assert CELLS > 1  # the mask is averaged
 
 
+@pytest.mark.slow
 def test_the_list_of_merged_climates_follows_from_the_real_earth():
     """Every class has 4,000 pixels in training and validation, and no merged climate has them in both."""
     try:

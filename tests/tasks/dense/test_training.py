@@ -22,6 +22,8 @@ from gspn.tasks.dense.training import DensePrediction
 from tasks.dense.dense_runs import CLASSES, HALF, NUMBERS, tiny, tiny_model
 from tasks.runs import assert_same, newest_state, rows, stopped_before
 
+pytestmark = pytest.mark.slow
+
 
 def test_it_learns_classes(finished):
     result, said = finished
