@@ -39,7 +39,8 @@ def _call(name: str, text: Tensor) -> Any:
 def check_forms(group: Any) -> None:
     """Uneven rows, of which some begin at odd ones at every level; some attention left; recomputed blocks."""
     for name, layers, (height, width), multiple, checkpoints in (
-        ("sd15", None, (37, 17), 1, True), ("sdxl", ["down.1", "up"], (24, 18), 2, False), ("tiny", None, (16, 6), 4, False),
+        ("sd15", None, (37, 17), 1, True), ("sdxl", ["down.1", "up"], (24, 18), 2, False),
+        ("tiny", None, (16, 6), 4, False),
     ):  # fmt: skip
         unet = make_unet(name, layers_per_block=1, **{"transformer_layers_per_block": 1} if name == "sdxl" else {})
         if checkpoints:
@@ -111,7 +112,7 @@ def check_sent(group: Any) -> None:
 
 
 def _is_text(args: Any, kwargs: Any) -> bool:
-    return len(args) > 1 and args[1] is not None or kwargs.get("encoder_hidden_states") is not None
+    return (len(args) > 1 and args[1] is not None) or kwargs.get("encoder_hidden_states") is not None
 
 
 def check_memory(group: Any) -> None:
@@ -153,7 +154,7 @@ def check_refusals(group: Any) -> None:
     with pytest.raises(NotImplementedError, match="AttnDownBlock2D, and it is not known"), rows.applied(unet):
         pass
     unet, few = make_unet(), ImageRows(2, 6, group=group)
-    with pytest.raises(ValueError, match="leaves rank . of 2 no row; .* at least 2 x 2 = 4 rows"), few.applied(unet):
+    with pytest.raises(ValueError, match=r"leaves rank . of 2 no row; .* at least 2 x 2 = 4 rows"), few.applied(unet):
         _predict(unet, few.take(torch.zeros(2, 4, 2, 6)), torch.zeros(2, 5, TEXT))
 
 

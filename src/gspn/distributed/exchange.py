@@ -1,4 +1,4 @@
-"""Exchanges between processes, with derivatives, beside computation where the backend has streams or threads of its own."""
+"""Exchanges between processes, with derivatives, beside computation where the backend has streams or threads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Transfer:
         self._pending: tuple[Any, Tensor] | None = None
 
     def start(self, sent: Tensor) -> Tensor:
-        """Send the first numbers; the tensor that is returned, as long, begins with those of the others after a wait."""
+        """Send the first numbers; after a wait the tensor that is returned, as long, begins with those of others."""
         received = torch.empty_like(sent)
         # Bytes: not every backend knows every dtype.
         of, to = ([n * sent.element_size() for n in counts] for counts in (self.of, self.to))
@@ -50,8 +50,9 @@ class _Transfer:
         self._pending = None
 
 
-# The adjoint of an exchange is the same with both ends swapped. It is begun where the exchange was waited for and waited
-# for where that began, so that gradients, too, travel beside what is computed in between, in every order of derivative.
+# The adjoint of an exchange is the same with both ends swapped. It is begun where the exchange was waited for, and
+# waited for where that began, so that gradients, too, travel beside what is computed in between. This holds for
+# derivatives of every order.
 
 
 class _Start(torch.autograd.Function):

@@ -85,8 +85,9 @@ def _propagate(module: Any, rows: ImageRows, x: Tensor) -> Tensor:  # a GSPN2d: 
     of = rows.map_of(x)
     whole = torch.empty((1, 1, of.starts[-1], of.width), device="meta")
     lam_proj = over_normalized_axis(module.lam_proj, whole, module.directions, module.segment, module.reference_lines)
+    proxy = lambda x: module.proxy(x).to(x.dtype)  # noqa: E731  (computed while x is sent)
     return rows.propagate(
-        x, lambda x: module.proxy(x).to(x.dtype), module.tap_proj, lam_proj, module.u_proj, module.skip_proj, module.merge,
+        x, proxy, module.tap_proj, lam_proj, module.u_proj, module.skip_proj, module.merge,
         directions=module.directions, segment=module.segment, impl=module.impl,
     )  # fmt: skip
 
@@ -96,12 +97,12 @@ def _convolve(module: nn.Conv2d, rows: ImageRows, x: Tensor) -> Tensor:
 
     if isinstance(module.padding, str) or module.padding_mode != "zeros":
         raise NotImplementedError(f"{module}: only numbers of rows and columns of zeros can be padded with.")
-    (stride, _), (padding, _) = module.stride, module.padding
+    (stride, _), (padding, padding_w) = module.stride, module.padding
     reach, reach_w = (d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
     if (reach, stride, padding) == (1, 1, 0):
         return nn.Conv2d.forward(module, x)
     of = rows.map_of(x)
-    height, width = of.starts[-1], (of.width + 2 * module.padding[1] - reach_w) // module.stride[1] + 1
+    height, width = of.starts[-1], (of.width + 2 * padding_w - reach_w) // module.stride[1] + 1
     out_height = (height + 2 * padding - reach) // stride + 1
     starts = (*(min(math.ceil(start / stride), out_height) for start in of.starts[:-1]), out_height)
     rows.add(Map(starts, width))
@@ -113,7 +114,7 @@ def _convolve(module: nn.Conv2d, rows: ImageRows, x: Tensor) -> Tensor:
 
     def convolve(x: Tensor, padding: int = 0) -> Tensor:
         return F.conv2d(
-            x, module.weight, module.bias, stride, (padding, module.padding[1]), module.dilation, module.groups
+            x, module.weight, module.bias, module.stride, (padding, padding_w), module.dilation, module.groups
         )
 
     (here, end), (low, high), (first, after) = rows.interval(of), needed[rows.rank], starts[rows.rank :][:2]

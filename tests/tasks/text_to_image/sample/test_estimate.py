@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusers_support import inputs, make_unet
 from gspn._errors import UsageError
 from gspn.diffusers import GSPNAdapter
+from gspn.tasks.core.devices import Processes
 from gspn.tasks.text_to_image.conditioning import Conditioning, encode_prompts, unet_arguments
 from gspn.tasks.text_to_image.decoding import tiles, to_pixels
 from gspn.tasks.text_to_image.sample import SampleRequest, estimate, sampling
@@ -186,7 +187,9 @@ def test_all_stages_are_counted(sd):
         request = SampleRequest(
             model=sd, prompts=("cat",), output=Path("none"), number=3, batch_size=2, upscale=config
         )  # fmt: skip
-        return estimate_stages(RunPlan(request, sd, None, CPU, "fp32", stages, text, text, False, "none", split, {}))
+        return estimate_stages(
+            RunPlan(request, sd, None, Processes(CPU), "fp32", stages, text, text, False, "none", split, {})
+        )
 
     first, second, decoding = counted()
     one = unet_cost(sd.unet, text, height=64, width=64, factor=8, batch=4, device=CPU)
