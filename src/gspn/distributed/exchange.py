@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -135,8 +136,9 @@ def naming_lost_process(group: Group = None) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, ProcessLostError):
             raise
-        lines = str(error).splitlines() or [type(error).__name__]
+        # The first sentence of a backend's message, without the place in its source.
+        reason = re.sub(r"^\[\S+:\d+\]\s*|\. .*", "", (str(error).splitlines() or [type(error).__name__])[0])
         raise ProcessLostError(
             f"process {dist.get_rank()} stops: another of the {dist.get_world_size(group)} that share the work has "
-            f"ended, or has not answered in time ({lines[0][:200]}). Look for the first error of all, and start again."
+            f"ended, or has not answered in time ({reason[:200]}). Look for the first error of all, and start again."
         ) from error

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from ..._errors import UsageError
 from ..._files import printable, read_tensors, write_text
-from ..core.devices import Processes, distributed_context
+from ..core.devices import Processes
 from ..core.progress import progress_bar
 from .features import FeatureModel, Features, feature_model
 from .images import ImageSet
@@ -53,7 +53,6 @@ class ImageMetrics:
         write_text(path, json.dumps(asdict(self), indent=1))
 
 
-@distributed_context()
 def compare_images(
     samples: ImageSet,
     reference: ImageSet,
