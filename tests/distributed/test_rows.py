@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gspn
@@ -133,6 +134,47 @@ def check_sent(group: Any) -> None:
     assert sum(sent) == 4 * formula
 
 
+def check_order(group: Any) -> None:
+    """Rows are on their way while the proxy, or the middle of a convolution, is computed; gradients too."""
+    events: list[str] = []
+    plain, plain_conv = dist.all_to_all_single, F.conv2d
+
+    class Work:
+        def __init__(self, work: Any) -> None:
+            self.work = work
+
+        def wait(self) -> None:
+            events.append("wait")
+            self.work.wait()
+
+    def sent(*args: Any, **more: Any) -> Work:
+        events.append("send")
+        return Work(plain(*args, **more))
+
+    def conv(*args: Any, **more: Any) -> Tensor:
+        events.append("conv")
+        return plain_conv(*args, **more)
+
+    rows = ImageRows(16, 6, group=group)
+    x = rows.take(torch.randn(1, 4, 16, 6)).clone().requires_grad_()
+    inner = (dist.get_rank(group) > 0) + (dist.get_rank(group) < dist.get_world_size(group) - 1)
+    dist.all_to_all_single, F.conv2d = sent, conv
+    try:
+        for module, forward, backward in (
+            (GSPN2d(4), "send conv send wait wait send wait", "send wait send send wait wait"),
+            (nn.Conv2d(4, 4, 3, padding=1), "send conv wait" + " conv" * inner, "send wait"),
+        ):
+            with rows.applied(module):
+                y = module(x)
+            assert events == forward.split()
+            events.clear()
+            y.sum().backward()
+            assert events == backward.split()
+            events.clear()
+    finally:
+        dist.all_to_all_single, F.conv2d = plain, plain_conv
+
+
 def check_refusals(group: Any) -> None:
     rank, count = dist.get_rank(group), dist.get_world_size(group)
     rows = ImageRows(8, 6, group=group)
@@ -189,7 +231,7 @@ def check_batch(group: Any) -> None:
 @pytest.mark.parametrize("count", [2, 4])
 def test_everything_is_as_on_one_process(count: int, tmp_path: Path) -> None:
     over(
-        count, tmp_path, check_propagate, check_models, check_autocast, check_sent,
+        count, tmp_path, check_propagate, check_models, check_autocast, check_sent, check_order,
         *([check_refusals] if count == 2 else []),
     )  # fmt: skip
 
