@@ -113,8 +113,11 @@ def estimate_memory(plan: RunPlan) -> tuple[RunPlan, Estimate]:
 
     def attempt(choice: tuple[str, bool]) -> tuple[RunPlan, Estimate]:
         candidate = replace(plan, offload=choice[0], split_guidance=choice[1])
-        # All decide the same, by the least memory.
-        return candidate, Estimate(estimate_stages(candidate), plan.free_memory(), str(plan.device))
+        return candidate, Estimate(estimate_stages(candidate), available, str(plan.device))
+
+    # All processes decide the same, by the least memory; those of one machine share that of the CPU.
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if plan.device.type == "cpu" else 1
+    available = min(plan.processes.gather(free_memory(plan.device))) // sharing
 
     *choices, last = itertools.product(offloads, splits)
     return next((one for one in map(attempt, choices) if one[1].fits), None) or attempt(last)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -183,11 +182,6 @@ class RunPlan:
     def all_agree(self, fact: bool) -> bool:
         """Whether a fact is true in all processes that draw an image."""
         return all(self.processes.gather(fact)) if self.request.shard_image else fact
-
-    def free_memory(self) -> int:
-        """Free bytes on the device, the least of any process; processes of one machine share those of the CPU."""
-        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.device.type == "cpu" else 1
-        return min(self.processes.gather(free_memory(self.device))) // sharing
 
     @property
     def factor(self) -> int:
