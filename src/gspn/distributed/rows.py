@@ -128,13 +128,13 @@ class ImageRows:
         Raises:
             ValueError: There is none, or more than one.
         """
-        found = [one for one in self._maps if x.dim() == 3 and x.shape[1] == one.rows(self.rank) * one.width]
-        if len(found) != 1:
+        matching = [one for one in self._maps if x.dim() == 3 and x.shape[1] == one.rows(self.rank) * one.width]
+        if len(matching) != 1:
             raise ValueError(
-                f"rank {self.rank} of {self.count}: {tuple(x.shape)} are the tokens of {len(found)} maps of this "
+                f"rank {self.rank} of {self.count}: {tuple(x.shape)} are the tokens of {len(matching)} maps of this "
                 "image; it has to be one."
             )
-        return found[0]
+        return matching[0]
 
     def known(self, rows: int, width: int) -> Map | None:
         """The map of which this process has so many rows of a width, or None."""
