@@ -257,5 +257,13 @@ class GSPNAdapter(nn.Module):
         raise NotImplementedError("an adapter is not called: mount(model) it, and call the model.")
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a directory is one that an adapter was saved to."""
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        return False
+    config = read_json(folder / CONFIG)
+    return isinstance(config, dict) and config.get("class") == _KIND
+
+
 def _as_json(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in ("device", "dtype")}

@@ -16,10 +16,11 @@ from .attention_matching import Distiller
 
 @torch.no_grad()
 def fit_gates(distiller: Distiller, batches: Iterable[tuple[Tensor, Tensor, Conditioning]]) -> dict[str, float]:
-    """Initialize each mixer with constant gates, fitted to the attention that it replaces: :mod:`~...core.gate_fitting`.
+    """Initialize each mixer with constant gates that are fitted to the attention that it replaces.
 
-    The fitted constants go through ``to_out`` into its bias. The distiller's adapter is changed; it needs
-    ``proxy_bias`` and copied projections. Returns by layer the share of the variance that the fit explains.
+    The fit is that of :mod:`gspn.tasks.core.gate_fitting`. The fitted constants go through ``to_out`` into its bias.
+    The distiller's adapter is changed; it needs ``proxy_bias`` and copied projections. Returns by layer the share of
+    the variance that the fit explains.
     """
     mixers: dict[str, Any] = dict(distiller.adapter.mixers)
     for mixer in mixers.values():
