@@ -37,7 +37,7 @@ _ROOT = Path("runs/distill_vit")
 SIZE, DEPTH = 48, 9
 VIT = {"img_size": SIZE, "patch_size": 8, "embed_dim": 96, "depth": DEPTH, "num_heads": 3}
 NAME = "vit_tiny_patch16_224"
-TEACHER_EPOCHS, EPOCHS, BLOCK_EPOCHS = 30, 10, 4
+TEACHER_EPOCHS, EPOCHS, BLOCK_EPOCHS = 30, 8, 4
 SEEDS = (0, 1)
 
 
@@ -59,7 +59,8 @@ class Entry:
             return Step(arguments, where, resumes=True, script=__file__)
         values = {
             "schedule.epochs": EPOCHS, "distillation.block_epochs": BLOCK_EPOCHS, "model.latent_dim": self.latent_dim,
-            "model.keep_attention": list(self.keep), "run.trackers": [], "run.seed": seed, **self.settings,
+            "model.keep_attention": list(self.keep), "run.eval_every": 4, "run.trackers": [], "run.seed": seed,
+            **self.settings,
         }  # fmt: skip
         teacher = str(_teacher(root).directory)
         arguments = ["distill", "train", "--config", "emoji_vit", "--teacher", teacher, "--output", str(where)]
@@ -123,7 +124,7 @@ def scratch(
 
     config = TrainConfig.load("emoji_nano").changed(**{
         "model.name": "emoji_vit_gspn", "data.size": SIZE, "model.drop_path": 0.05, "schedule.epochs": EPOCHS,
-        "schedule.warmup_epochs": 1, "run.eval_every": 2, "run.trackers": [], "run.seed": seed, "run.output": output,
+        "schedule.warmup_epochs": 1, "run.eval_every": 4, "run.trackers": [], "run.seed": seed, "run.output": output,
     })  # fmt: skip
     train(config, resume=resume)
 

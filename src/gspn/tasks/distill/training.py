@@ -87,7 +87,10 @@ class Distillation(Task[DistillConfig, DistillRow]):
         """Open the images and the teacher, and initialize the student."""
         config, data, device = self.config, self.config.data, context.accelerator.device
         images = open_data(data.name, data.train_split, data.root, **data.options)
-        held_out = None if data.eval_split is None else open_data(data.name, data.eval_split, data.root, **data.options)
+        options = dict(data.options)
+        if data.name in ("", "folder") and images.classes:
+            options.setdefault("classes", list(images.classes))  # also those without held-out images
+        held_out = None if data.eval_split is None else open_data(data.name, data.eval_split, data.root, **options)
         teacher, base, former = open_teacher(config)
         names = label_names(base)
         self.labelled = held_out is not None and names is not None and list(held_out.classes or ()) == names
