@@ -34,6 +34,9 @@ add_training_commands(
         {
             "teacher": Flag("teacher", "MODEL", "A run of gspn classify train or gspn distill train, or a timm model."),
             "latent_dim": Flag("model.latent_dim", "N", "Number of channels that are scanned; all without it."),
+            "block_epochs": Flag(
+                "distillation.block_epochs", "N", "Number of epochs at the start in which each block learns separately."
+            ),
             "init_from": Flag("model.init_from", "DIR", "The run whose student to continue from."),
         },
     ),

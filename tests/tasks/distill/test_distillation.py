@@ -177,7 +177,7 @@ def test_it_learns_and_writes(place, trained):
     state = load_file(trained / "last" / "model.safetensors")
     mounted = student.state_dict()
     assert state and all(torch.equal(mounted[name], weight) for name, weight in state.items())
-    result = evaluate(student, data="folder", root=place / "images", split="val", options={"classes": CLASSES})
+    result = evaluate(student, data="folder", root=place / "images", split="val")
     assert result.top1 == pytest.approx(float(table[2]["top1"]))
 
 
