@@ -43,8 +43,8 @@ def check_model(model: nn.Module) -> None:
     rate = getattr(options.patch_drop, "prob", 0.0)
     if rate:
         raise ValueError(
-            f"this {kind} drops patches in training (patch_drop_rate={rate:g}), and the rest is no map; build it with "
-            "patch_drop_rate=0."
+            f"this {kind} drops patches in training (patch_drop_rate={rate:g}), and the rest is not a map; build it "
+            "with patch_drop_rate=0."
         )
     if not hasattr(options.patch_embed, "dynamic_feat_size"):
         raise ValueError(
@@ -64,9 +64,9 @@ def check_attention(name: str, block: nn.Module) -> Any:
     if isinstance(attention, GSPNTokenMixer):
         raise RuntimeError(f"{name} has been replaced already: unmount that adapter first.")
     if not isinstance(attention, _ATTENTIONS):
-        found = f"a {type(block).__name__} without one" if attention is None else f"a {type(attention).__name__}"
+        kind = f"a {type(block).__name__} without one" if attention is None else f"a {type(attention).__name__}"
         known = ", ".join(one.__name__ for one in _ATTENTIONS)
-        raise ValueError(f"{name} is {found}; GSPN replaces {known}. Keep this layer (keep_attention).")
+        raise ValueError(f"{name} is {kind}; GSPN replaces {known}. Keep this layer (keep_attention).")
     for part in ("norm", "gate"):
         module = getattr(attention, part, None)
         if module is not None and not isinstance(module, nn.Identity):

@@ -46,7 +46,7 @@ class DistillRow(EpochRow):
     agreement: float | None = metric("agreement {:.2f}")
     """Percentage of the images that student and teacher classify alike."""
     top1: float | None = metric("top-1 {:.2f}")
-    """Of the student in percent, where the labels are the teacher's classes."""
+    """The student's accuracy in percent, where the labels are the teacher's classes."""
     teacher_top1: float | None = metric("teacher {:.2f}")
 
 
@@ -143,14 +143,14 @@ class Distillation(Task[DistillConfig, DistillRow]):
 
         def metrics(model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
             parts = model(images)
-            found = {"eval_loss": self._loss(parts)}
+            row = {"eval_loss": self._loss(parts)}
             predicted, other = (parts.pop(name, None) for name in ("predicted", "teacher_predicted"))
-            found |= {f"eval_{name}": value for name, value in parts.items()}
+            row |= {f"eval_{name}": value for name, value in parts.items()}
             if predicted is not None and other is not None:
-                found["agreement"] = 100.0 * (predicted == other)
+                row["agreement"] = 100.0 * (predicted == other)
                 if self.labelled:
-                    found |= {"top1": 100.0 * (predicted == targets), "teacher_top1": 100.0 * (other == targets)}
-            return found
+                    row |= {"top1": 100.0 * (predicted == targets), "teacher_top1": 100.0 * (other == targets)}
+            return row
 
         return dict(context.mean_metrics(models.raw if models.ema is None else models.ema, self.held_out, metrics))
 
@@ -166,7 +166,7 @@ def open_teacher(config: DistillConfig) -> tuple[Any, Any, bool]:
     """The teacher at its size, the same model without an adapter at the student's, and whether it is a former student.
 
     Raises:
-        UsageError: the teacher cannot be loaded, or is no vision transformer of the size.
+        UsageError: the teacher cannot be loaded, or is not a vision transformer of the size.
     """
     require("timm", "safetensors")
     from gspn.timm.mounting import check_model
