@@ -40,6 +40,7 @@ _CONTAINERS = {
     "timm.layers.adaptive_avgmax_pool.SelectAdaptivePool2d", "timm.layers.layer_scale.LayerScale2d",
     "timm.models._features.FeatureListNet", "timm.models._features.FeatureGetterNet",
     "gspn.nn.block.LocalPerceptionUnit", "gspn.nn.block.GSPNBlock", "gspn.nn.mixer.GSPNMixer",
+    "gspn.nn.compact.CompactGSPN2d",
     "gspn.models.gspn.Stem", "gspn.models.gspn.Stage", "gspn.models.gspn.GSPN",
     "gspn.models.denoiser.GSPNDenoiserBlock", "gspn.models.denoiser.GSPNDenoiser2DModel",
     "diffusers.models.embeddings.TimestepEmbedding", "diffusers.models.embeddings.LabelEmbedding",
