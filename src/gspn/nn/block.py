@@ -11,6 +11,7 @@ from timm.layers.mlp import Mlp
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
+from ..ops.valid_size import within
 from .mixer import GSPNMixer
 
 
@@ -69,9 +70,9 @@ class GSPNBlock(nn.Module):
         self.ls2 = scale()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, dim, H, W]`` to ``[B, dim, H, W]``."""
-        x = self.lpu1(x)
-        x = x + self.drop_path1(self.ls1(self.mixer(self.norm1(x))))
-        x = self.lpu2(x)
+    def forward(self, x: Tensor, valid_size: Tensor | None = None) -> Tensor:
+        """``[B, dim, H, W]`` to ``[B, dim, H, W]``; ``valid_size`` as for :class:`GSPNMixer`."""
+        x = self.lpu1(within(x, valid_size))
+        x = x + self.drop_path1(self.ls1(self.mixer(self.norm1(x), valid_size)))
+        x = self.lpu2(within(x, valid_size))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

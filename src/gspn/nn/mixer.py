@@ -9,6 +9,7 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
+from ..ops.valid_size import within
 from .gspn2d import GSPN2d
 
 
@@ -82,10 +83,14 @@ class GSPNMixer(nn.Module):
         self.grn = ResponseNorm(inner, channels_last=False, **dd)
         self.out_proj = nn.Conv2d(inner, dim, 1, bias=False, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, dim, H, W]`` to ``[B, dim, H, W]``."""
-        x = self.in_proj(x)  # [B, C, H, W]
+    def forward(self, x: Tensor, valid_size: Tensor | None = None) -> Tensor:
+        """``[B, dim, H, W]`` to ``[B, dim, H, W]``.
+
+        ``valid_size [B, 2]`` are the sizes of images that are smaller than the map, see :func:`gspn.propagate`. The
+        result in the padding has no meaning.
+        """
+        x = within(self.in_proj(x), valid_size)  # [B, C, H, W]
         x = self.conv_dw(x)
-        x = self.gspn(x)
-        x = self.grn(self.norm(x))
+        x = self.gspn(x) if valid_size is None else self.gspn(x, valid_size)
+        x = self.grn(within(self.norm(x), valid_size))
         return self.out_proj(x)  # [B, dim, H, W]

@@ -109,7 +109,7 @@ struct WorkItem {
   // This block's part of the sum over a group's channels: one plane for each tap.
   A* partial_taps(int64_t tap) const {
     const int64_t plane = ((block * call.batch + batch) * call.groups + group) * 3 + tap;
-    return static_cast<A*>(plan.partials) + plane * call.lines * call.cross;
+    return static_cast<A*>(plan.partials) + plane * plan.pixels;
   }
 };
 
