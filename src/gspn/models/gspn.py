@@ -325,7 +325,9 @@ def _pooled(x: Tensor, valid_size: Tensor | None, pool: str) -> Tensor:
     raise NotImplementedError(f"global_pool={pool!r} has no valid_size; use 'avg' or 'max'.")
 
 
-torch.fx.wrap("_pooled")
+# A trace of torch.fx does not know whether there are sizes: it keeps the calls as they are.
+for _name in ("as_valid_size", "reduced", "within", "_pooled"):
+    torch.fx.wrap(_name)
 
 
 def lines_of_blocks(name: str, lines: Lines | Sequence[Lines], depths: Sequence[int]) -> list[list[int | None]]:

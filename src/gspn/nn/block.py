@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ..ops.valid_size import within
 from .mixer import GSPNMixer
 
+torch.fx.wrap("within")  # a trace does not know whether there are sizes
+
 
 class LocalPerceptionUnit(nn.Module):
     """``x + DWConv3x3(x)``, which GSPN-2 (arXiv 2512.07884) puts before each mixer and each MLP."""

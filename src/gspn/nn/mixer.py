@@ -25,7 +25,9 @@ def _channel_norms(x: Tensor) -> Tensor:
     return (squares(x) + torch.finfo(x.dtype).tiny).sqrt()
 
 
-torch.fx.wrap("_channel_norms")  # the formula depends on the dtype, which a trace does not know
+# The formula depends on the dtype, and what is done on whether there are sizes, neither of which a trace knows.
+torch.fx.wrap("_channel_norms")
+torch.fx.wrap("within")
 
 
 class ResponseNorm(GlobalResponseNorm):

@@ -119,6 +119,3 @@ def clear_padding(valid_size: Tensor | None, *maps: Tensor | None) -> None:
                 one[i, ..., :height, width:].zero_()
 
 
-# A trace of torch.fx does not know whether there are sizes: it keeps the calls as they are.
-torch.fx.wrap("within")
-torch.fx.wrap("reduced")

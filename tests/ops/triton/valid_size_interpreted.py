@@ -1,0 +1,136 @@
+"""Runs the kernels over images of several sizes on the CPU; test_interpreter.py calls this with TRITON_INTERPRET=1 set.
+
+The padding is filled with NaN. The plain results are those of each image alone by the specification.
+"""
+
+from __future__ import annotations
+
+import torch
+from propagate_support import NAMES, make_arguments
+from torch import Tensor
+
+import gspn
+from support import make_inputs
+from valid_size_cases import Results, alone, assert_equals_alone, poisoned
+
+Size = tuple[int, int]
+
+SIZES = [(6, 7), (0, 0), (1, 1), (5, 3), (6, 2), (2, 7)]
+
+
+def _check_line_scan(
+    tensors: tuple[Tensor, ...], sizes: list[Size], direction: str, segment: int | None, *, gated: bool = True,
+    row: int | None = None,
+) -> None:  # fmt: skip
+    from gspn.ops import reference
+    from gspn.ops.triton import line_scan as kernels
+    from gspn.ops.triton.planner import Limits
+
+    def scan(x, taps, lam, grad, h, *, module, **how) -> Results:  # noqa: ANN001
+        state = module.line_scan(x, taps, lam, direction, segment, **how)
+        grads = module.line_scan_backward(
+            grad, state if h is None else h, None if lam is None else x, taps, lam, direction, segment, True,
+            lam is not None, **how,
+        )  # fmt: skip
+        results = zip(("h", "dx", "dtaps", "dlam"), (state, *grads), strict=True)
+        return {name: one for name, one in results if one is not None}
+
+    x, taps, lam, grad = tensors
+    maps = [x, taps, lam if gated else None, grad, None]
+    maps[4] = scan(*maps, module=reference)["h"]
+    filled = poisoned(maps, sizes, float("nan"))
+    actual = scan(*filled, module=kernels, limits=Limits(row=row), valid_size=torch.tensor(sizes))
+    plain = alone(lambda *own: scan(*own, module=reference), maps, sizes)
+    doubles = [None if one is None else one.double() for one in maps]
+    assert_equals_alone(actual, plain, alone(lambda *own: scan(*own, module=reference), doubles, sizes))
+
+
+def line_scans() -> None:
+    dtypes, layouts = [torch.float32, torch.bfloat16, torch.float16], ["contiguous", "channels_last", "transposed"]
+    for i in range(12):
+        direction, segment, groups = gspn.DIRECTIONS[i % 4], (None, 2, 1)[i // 4], (4, 1, 2)[(i + i // 3) % 3]
+        tensors = make_inputs(6, 4, 6, 7, groups, dtypes[(i + 1) % 3], layout=layouts[(i + i // 6) % 3])
+        _check_line_scan(tensors, SIZES, direction, segment, gated=i % 5 != 0)
+
+
+def long_line_scans() -> None:
+    # Runs of whole segments, of which an image may have none.
+    _check_line_scan(make_inputs(3, 2, 40, 3, 1, torch.float32), [(40, 3), (33, 2), (4, 3)], "up", 7)
+    _check_line_scan(make_inputs(3, 2, 3, 60, 2, torch.float32), [(3, 60), (2, 37), (3, 1)], "left", 7)
+    # Rows of several blocks, in more lines than their halo is wide.
+    sizes = [(19, 40), (18, 33), (19, 3)]
+    _check_line_scan(make_inputs(3, 1, 19, 40, 1, torch.float32), sizes, "up", None, row=32)
+    mirrored = [(width, height) for height, width in sizes]
+    _check_line_scan(make_inputs(3, 2, 40, 19, 2, torch.float32), mirrored, "left", None, row=32)
+    # More channels than a block that share their taps: each block leaves a sum of its own.
+    _check_line_scan(make_inputs(3, 40, 3, 4, 1, torch.float32, layout="channels_last"), [(3, 4), (1, 3), (0, 0)], "down", None)
+
+
+def _check_propagate(arguments: tuple, sizes: list[Size], *, row: int | None = None) -> None:
+    from gspn.ops import reference
+    from gspn.ops.triton import propagate as kernels
+    from gspn.ops.triton.launch import limits_of
+
+    grad, x, proxy, *rest = arguments
+    limits = limits_of(grad.device)._replace(row=row)
+
+    def run(grad, x, proxy, *, module, rest=rest, **how) -> Results:  # noqa: ANN001
+        y = module.propagate(x, proxy, *rest, **how)
+        grads = module.propagate_backward(grad, x, proxy, *rest, **how)
+        return {name: one for name, one in zip(NAMES, (y, *grads), strict=True) if one is not None}
+
+    maps = [grad, x, proxy]
+    filled, how = poisoned(maps, sizes, float("nan")), {"module": kernels, "valid_size": torch.tensor(sizes)}
+    actual = run(*filled, limits=limits, **how)
+    in_turn = run(*filled, limits=limits._replace(together=False), **how)
+    assert torch.equal(actual["y"], in_turn["y"])
+    plain = alone(lambda *own: run(*own, module=reference), maps, sizes)
+    wide = [one.double() if isinstance(one, Tensor) else one for one in rest]
+    doubles = [one.double() for one in maps]
+    assert_equals_alone(actual, plain, alone(lambda *own: run(*own, module=reference, rest=wide), doubles, sizes))
+
+
+def propagates() -> None:
+    for i, (dtype, layout) in enumerate(
+        [
+            (torch.float32, "contiguous"), (torch.bfloat16, "channels_last"), (torch.float32, "transposed"),
+            (torch.float16, "contiguous"),
+        ]
+    ):  # fmt: skip
+        arguments = make_arguments(
+            6, 4, 6, 7, (2, 8, 3, 1)[i], (4, 1, 2, 4)[i], dtype, layout=layout, segment=(None, 2, None, 4)[i], skip=i != 2
+        )
+        _check_propagate(arguments, SIZES)
+    # More channels than one block has; logits that need care.
+    _check_propagate(make_arguments(3, 20, 3, 4, 3, 5, directions=("up", "left")), [(3, 4), (2, 1), (0, 0)])
+    _check_propagate(make_arguments(2, 2, 4, 5, 2, 2, logits=1e4), [(3, 4), (4, 2)])
+
+
+def long_propagates() -> None:
+    # Runs of segments; rows of several blocks, in more lines than their halo is wide.
+    arguments = make_arguments(3, 2, 70, 3, 2, 1, directions=("up",), segment=5, layout="channels_last")
+    _check_propagate(arguments, [(70, 3), (41, 2), (3, 1)])
+    _check_propagate(make_arguments(2, 1, 11, 40, 2, 1, directions=("up",)), [(11, 33), (10, 2)], row=32)
+    _check_propagate(make_arguments(2, 1, 40, 10, 2, 1, directions=("left",)), [(33, 10), (40, 9)], row=32)
+    # Programs that take several tiles of pixels, and one direction after the other.
+    from gspn.ops.triton import gradients
+
+    everything = gradients._PROGRAMS, gradients._STATES
+    gradients._PROGRAMS, gradients._STATES = 2, 0
+    _check_propagate(make_arguments(2, 18, 3, 19, 3, 9, directions=("up", "right")), [(3, 18), (2, 7)])
+    arguments = make_arguments(2, 5, 5, 21, 9, 1, torch.bfloat16, directions=("left", "down"), layout="channels_last")
+    _check_propagate(arguments, [(4, 21), (5, 3)])
+    gradients._PROGRAMS, gradients._STATES = everything
+
+
+def sizes_through_the_operator() -> None:
+    x, taps, lam, grad = make_inputs(3, 2, 3, 4, 1, torch.float32)
+    x, taps, lam, grad = poisoned([x, taps, lam, grad], [(3, 4), (1, 2), (2, 4)], float("nan"))
+    results = []
+    for impl in ("triton", "reference"):
+        leaves = [one.clone().requires_grad_() for one in (x, taps, lam)]
+        h = gspn.line_scan(*leaves, direction="left", segment=2, valid_size=[(3, 4), (1, 2), (2, 4)], impl=impl)
+        firsts = torch.autograd.grad(h, leaves, grad, create_graph=True)
+        results.append([h, *firsts, *torch.autograd.grad(sum((g * g).sum() for g in firsts), leaves)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
