@@ -106,16 +106,3 @@ def in_scan_order(valid_size: Tensor | None, line: int) -> Tensor | None:
 def empty_or_zeros(like: Tensor, valid_size: Tensor | None) -> Tensor:
     """A tensor for a kernel to write the images' pixels to: fresh, and zero where there is padding that it leaves."""
     return torch.empty_like(like) if valid_size is None else torch.zeros_like(like)
-
-
-def clear_padding(valid_size: Tensor | None, *maps: Tensor | None) -> None:
-    """Write zeros into the padding of fresh maps ``[B, .., H, W]``, and to nothing else."""
-    if valid_size is None:
-        return
-    for i, (height, width) in enumerate(valid_size.tolist()):
-        for one in maps:
-            if one is not None:
-                one[i, ..., height:, :].zero_()
-                one[i, ..., :height, width:].zero_()
-
-

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..directions import scan_axes
-from ..valid_size import clear_padding, in_scan_order
+from ..valid_size import in_scan_order
 from .c_structs import DTYPE_CODES, LineScanCall, as_image, as_taps
 from .library import load, run
 
@@ -38,7 +38,6 @@ def line_scan(
     h = torch.empty_like(x)
     if h.numel():
         _run(load().gspn_line_scan, direction, segment, valid_size, x=x, taps=taps, lam=lam, h=h)
-    clear_padding(valid_size, h)
     return h
 
 
@@ -55,7 +54,6 @@ def line_scan_backward(
             load().gspn_line_scan_backward, direction, segment, valid_size, x=None if dlam is None else x, taps=taps,
             lam=lam, h=h, grad=grad, dx=dx, dtaps=dtaps, dlam=dlam,
         )  # fmt: skip
-        clear_padding(valid_size, dx, dtaps, dlam)
     elif dtaps is not None:
         dtaps.zero_()
     return dx, dtaps, dlam

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..directions import DIRECTIONS
-from ..valid_size import clear_padding, in_scan_order
+from ..valid_size import in_scan_order
 from .c_structs import DTYPE_CODES, Image, PropagateCall, as_image
 from .library import load, run
 
@@ -73,7 +73,6 @@ def propagate(
     if y.numel():
         projections = (tap_proj, lam_proj, u_proj, skip_proj)
         _run(load().gspn_propagate, x, proxy, *projections, directions, segment, valid_size, y=as_image(y))
-    clear_padding(valid_size, y)
     return y
 
 
@@ -94,7 +93,6 @@ def propagate_backward(
             dlam_proj=dlam.data_ptr(), du_proj=du.data_ptr(), dskip_proj=_address(dskip),
         )  # fmt: skip
         dproxy.copy_(channels_last)
-        clear_padding(valid_size, dx)  # in the proxy's gradient the kernels begin with zeros
     else:
         for gradient in (dproxy, dtap, dlam, du, dskip):
             if gradient is not None:

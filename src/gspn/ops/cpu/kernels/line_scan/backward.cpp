@@ -311,6 +311,7 @@ const LineScanKernel line_scan_backward = {
       dispatch_on_dtype(call.dtype, [&](auto type) {
         using T = decltype(type);
         plan.columns ? backward_columns<T>(own, plan, item, scratch) : backward<T>(own, plan, item, scratch);
+        WorkItem<T>(own, plan, item).clear_padding_of_outputs(call, item);
       });
     },
     [](const LineScanCall& call, const LineScanPlan& plan) {

@@ -16,7 +16,7 @@ struct LineScanCall {
   int32_t dtype;
   int32_t reverse;  // the first line scanned is the last one of the image
   int64_t batch, channels, groups, lines, cross;
-  int64_t segment;  // >= 1; the number of lines for a global scan
+  int64_t segment;       // >= 1; the number of lines for a global scan
   const int64_t* sizes;  // [batch][2], the lines and the cross extent of each image; null: they fill their maps
   Image x, lam, h;
   Taps taps;

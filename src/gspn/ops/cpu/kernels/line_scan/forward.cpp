@@ -156,6 +156,7 @@ const LineScanKernel line_scan_forward = {
       dispatch_on_dtype(call.dtype, [&](auto type) {
         using T = decltype(type);
         plan.columns ? forward_columns<T>(own, plan, item, scratch) : forward<T>(own, plan, item, scratch);
+        WorkItem<T>(own, plan, item).clear_padding_of_outputs(call, item);
       });
     },
     [](const LineScanCall& call, const LineScanPlan& plan) {

@@ -567,7 +567,9 @@ void backward(const PropagateCall& all, const PropagatePlan& plan, int64_t index
     return;
   }
   for (int64_t block = plan.blocks * chunk / plan.chunks; block < plan.blocks * (chunk + 1) / plan.chunks; ++block) {
-    Backward<T>(call, plan, batch, block, dproxy, scratch).run(0, call.direction_count);
+    const Backward<T> all_directions(call, plan, batch, block, dproxy, scratch);
+    all_directions.run(0, call.direction_count);
+    clear_padding_of<T>(all, call, call.dx, all_directions.channels);
   }
 }
 

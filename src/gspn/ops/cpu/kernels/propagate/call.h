@@ -19,7 +19,7 @@ struct PropagateCall {
   int32_t directions[4];
   int64_t batch, channels, groups, proxy_channels, height, width;
   int64_t proxy_row, proxy_image;
-  int64_t segment;  // >= 1; beyond the number of lines for a global scan
+  int64_t segment;       // >= 1; beyond the number of lines for a global scan
   const int64_t* sizes;  // [batch][2], the height and width of each image; null: they fill their maps
   Image x, y;
   const void *proxy, *tap_proj, *lam_proj, *u_proj, *skip_proj;
@@ -54,8 +54,8 @@ struct PropagatePlan {
   int64_t spans;                  // runs of whole segments that an item is one of; 1 unless `separate`
   int64_t chunks;                 // backward: runs of blocks that add to the same part of the proxy's gradient
   int64_t items;
-  int64_t pixels;                 // of a map
-  void* packed;  // [blocks][packed_size]: the projections as the kernels read them
+  int64_t pixels;  // of a map
+  void* packed;    // [blocks][packed_size]: the projections as the kernels read them
   int64_t packed_size;
   void* parts;         // `separate`: [direction][batch][blocks][pixels][lanes], of which an image takes the first
   void* proxy_parts;   // backward: [chunks][batch][proxy_image]

@@ -175,6 +175,7 @@ void forward(const PropagateCall& all, const PropagatePlan& plan, int64_t index,
   } else {
     block.run_staged();
   }
+  if (!plan.separate) clear_padding_of<T>(all, call, call.y, block.channels);
 }
 
 }  // namespace

@@ -85,6 +85,7 @@ void merge_directions(const PropagateCall& all, const PropagatePlan& plan, int64
     }
     write_block<T>(sum, to, channels);
   }
+  clear_padding_of<T>(all, call, to, channels);
 }
 
 template <class A>
