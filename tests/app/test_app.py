@@ -164,6 +164,24 @@ def test_the_command_serves_this_machine_alone_by_default(run_command, monkeypat
     assert "pip install -U pillow" in output
 
 
+def test_digits_are_those_of_the_command(models, tmp_path):
+    values = ["--class", "3", "--number", "2", "--steps", "2", "--guidance", "1.5", "--seed", "7", "--no-grid"]
+    command = ["class-conditional", "sample", "gspn_denoiser.mnist5k", *values, "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    files = sorted(tmp_path.rglob("*.png"))
+    drawn = class_conditional.draw(models.denoiser, "3", number=2, size=28, steps=2, guidance=1.5, seed=7)
+    assert len(files) == len(drawn) == 2
+    for file, image in zip(files, drawn, strict=True):
+        assert _equal(Image.open(file).convert("RGB"), image.convert("RGB"))
+
+
+@pytest.mark.parametrize("host", ["", " ", "0", "0x0", "²", "127.1", "1.2.3.4:5", "a b", "9" * 5000])
+def test_a_host_that_the_system_would_guess_at_is_refused(host, models):
+    with pytest.raises(UsageError, match="is not an address; give one such as"), serve(models, host=host):
+        pass
+
+
 # The server
 
 
