@@ -13,6 +13,17 @@ from propagate_cases import ALL, NAMES, make_arguments
 from support import CPU_IMPLS, DTYPES, every_pair, make_inputs, threads
 from valid_size_cases import Results, alone, assert_equals_alone, poisoned, random_sizes, sizes_as
 
+@pytest.fixture
+def fresh_memory_is_nan(monkeypatch) -> None:
+    """What the kernels leave in their outputs shows."""
+    allocate = torch.empty_like
+
+    def poisoned_memory(*args, **kwargs):
+        return allocate(*args, **kwargs).fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty_like", poisoned_memory)
+
+
 SIZES = random_sizes(40, 9, 11)
 FEW = random_sizes(5, 5, 6)
 
@@ -37,6 +48,7 @@ def propagated(x: Tensor, proxy: Tensor, grad: Tensor, *, projections: tuple, ho
     return {"y": y} | dict(zip(NAMES[: 5 + (projections[-1] is not None)], grads, strict=False))
 
 
+@pytest.mark.usefixtures("fresh_memory_is_nan")
 @every_pair(
     impl=CPU_IMPLS, direction=gspn.DIRECTIONS, segment=[None, 1, 4], dtype=DTYPES, groups=[1, 2, 4],
     layout=["contiguous", "channels_last", "transposed", "sliced"], gated=[True, False],
@@ -59,6 +71,7 @@ def test_a_line_scan_of_40_sizes_is_each_image_alone(
         assert all(torch.equal(actual[name], plain[name]) for name in actual)
 
 
+@pytest.mark.usefixtures("fresh_memory_is_nan")
 @every_pair(direction=gspn.DIRECTIONS, segment=[None, 3], layout=["contiguous", "channels_last"], groups=[1, 40])
 def test_a_line_scan_on_the_cpu_gives_the_same_bits_as_alone(direction, segment, layout, groups) -> None:
     # Blocks of channels are added up in an order that depends on neither the batch nor the threads.
@@ -76,6 +89,7 @@ def test_a_line_scan_on_the_cpu_gives_the_same_bits_as_alone(direction, segment,
                     assert torch.equal(result, expected[name]), (isa, count, name)
 
 
+@pytest.mark.usefixtures("fresh_memory_is_nan")
 @every_pair(
     impl=CPU_IMPLS, segment=[None, 1, 4], dtype=DTYPES, groups=[1, 2, 16], states=[2, 3],
     layout=["contiguous", "channels_last", "transposed"], skip=[True, False],
@@ -98,6 +112,7 @@ def test_propagate_of_40_sizes_is_each_image_alone(impl, segment, dtype, groups,
     assert_equals_alone(actual, plain, exact)
 
 
+@pytest.mark.usefixtures("fresh_memory_is_nan")
 @every_pair(channels=[3, 16, 40], size=[(40, 33), (6, 150)], count=[1, 4], layout=["contiguous", "channels_last"])
 def test_propagate_on_the_cpu_gives_the_same_bits_as_alone(channels, size, count, layout) -> None:
     # Many threads for few channels cut a call by directions; large maps are walked in tiles, or where they are.
@@ -114,6 +129,7 @@ def test_propagate_on_the_cpu_gives_the_same_bits_as_alone(channels, size, count
             torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("fresh_memory_is_nan")
 def test_a_large_map_is_gathered_in_its_own_memory() -> None:
     # Beyond half a megabyte a block, a contiguous result is staged where it will be.
     sizes = [(130, 100), (7, 128), (130, 128)]
@@ -332,3 +348,27 @@ def test_the_operators_read_and_write_nothing_beyond_the_map_for_any_sizes() -> 
     whole = gspn.line_scan(x[:1], taps[:1], lam[:1], direction="left")
     h = torch.ops.gspn.line_scan(x, taps, lam, "left", None, "cpu", sizes)
     assert torch.equal(h[:1], whole) and not h[1].any()
+
+
+def test_rows_of_an_image_and_onnx_refuse_sizes() -> None:
+    nn = pytest.importorskip("gspn.nn", reason="needs gspn[train]")
+    from gspn.distributed.modules import replacement
+
+    forward = replacement("", nn.GSPN2d(4), None)
+    with pytest.raises(NotImplementedError, match="valid_size has no meaning for rows of an image"):
+        forward(torch.zeros(1, 4, 5, 6), [(5, 6)])
+    pytest.importorskip("onnxscript", reason="needs gspn[export]")
+    import gspn.export  # noqa: F401
+
+    class Scan(torch.nn.Module):
+        def forward(self, x, taps, sizes):
+            return gspn.line_scan(x, taps, direction="down", valid_size=sizes)
+
+    x, taps, _, _ = make_inputs(2, 4, 5, 6, 2, torch.float32)
+    with pytest.raises(torch.onnx.OnnxExporterError) as failure:
+        torch.onnx.export(Scan(), (x, taps, torch.tensor([[5, 6], [1, 2]])), dynamo=True, verbose=False)
+    reasons, error = [], failure.value
+    while error is not None:
+        reasons.append(str(error))
+        error = error.__cause__
+    assert any("valid_size has no translation to ONNX" in reason for reason in reasons), reasons
