@@ -16,7 +16,7 @@ import typer
 from common import Csv, print_table, write_csv
 
 import gspn
-import gspn.models  # noqa: F401  (registers its models with timm)
+import gspn.models
 from gspn.bench.timing import Candidate, time_interleaved
 
 Call = Callable[[torch.Tensor | None], object]

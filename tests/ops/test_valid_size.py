@@ -13,9 +13,10 @@ from propagate_cases import ALL, NAMES, make_arguments
 from support import CPU_IMPLS, DTYPES, every_pair, make_inputs, threads
 from valid_size_cases import Results, alone, assert_equals_alone, poisoned, random_sizes, sizes_as
 
+
 @pytest.fixture
 def fresh_memory_is_nan(monkeypatch) -> None:
-    """What the kernels leave in their outputs shows."""
+    """An element that no kernel writes shows."""
     allocate = torch.empty_like
 
     def poisoned_memory(*args, **kwargs):
@@ -32,7 +33,6 @@ def scan(
     x: Tensor, taps: Tensor, lam: Tensor | None, grad: Tensor, h: Tensor | None, *, how: tuple, valid_size=None
 ) -> Results:
     """The state and every gradient at ``h``, or at that state."""
-    direction, segment, impl = how
     state = torch.ops.gspn.line_scan(x, taps, lam, *how, valid_size)
     dx, dtaps, dlam = torch.ops.gspn.line_scan_backward(
         grad, state if h is None else h, None if lam is None else x, taps, lam, *how, True, lam is not None, valid_size
@@ -137,7 +137,9 @@ def test_a_large_map_is_gathered_in_its_own_memory() -> None:
     filled = poisoned([x, proxy], sizes, float("nan"))
     y = torch.ops.gspn.propagate(*filled, *projections, ALL, None, "cpu", torch.tensor(sizes))
     for i, (h, w) in enumerate(sizes):
-        own = torch.ops.gspn.propagate(x[i : i + 1, :, :h, :w], proxy[i : i + 1, :, :h, :w], *projections, ALL, None, "cpu")
+        own = torch.ops.gspn.propagate(
+            x[i : i + 1, :, :h, :w], proxy[i : i + 1, :, :h, :w], *projections, ALL, None, "cpu"
+        )
         assert torch.equal(y[i, :, :h, :w], own[0])
         assert not y[i, :, h:].any() and not y[i, :, :, w:].any()
 
@@ -228,9 +230,11 @@ def test_vmap(impl, mapped) -> None:
         sizes if mapped in ("sizes", "both") else sizes[0],
         tap_proj if mapped == "projections" else tap_proj[0],
     )
-    in_dims = tuple(
-        0 if one.dim() > other.dim() else None for one, other in zip(chosen, [*(m[0] for m in maps), sizes[0], tap_proj[0]], strict=True)
-    )
+    one_of_each = (*(one[0] for one in maps), sizes[0], tap_proj[0])
+    in_dims = tuple(0 if one.dim() > other.dim() else None for one, other in zip(chosen, one_of_each, strict=True))
+
+    def entry(k: int) -> list[Tensor]:
+        return [one if dim is None else one[k] for one, dim in zip(chosen, in_dims, strict=True)]
 
     def call(x, proxy, taps, lam, sizes, tap_proj):
         h = gspn.line_scan(x, taps, lam, direction="up", segment=2, valid_size=sizes, impl=impl)
@@ -238,14 +242,13 @@ def test_vmap(impl, mapped) -> None:
 
     actual = torch.func.vmap(call, in_dims)(*chosen)
     for k in range(3):
-        expected = call(*(one if dim is None else one[k] for one, dim in zip(chosen, in_dims, strict=True)))
-        torch.testing.assert_close(actual[k], expected)
+        torch.testing.assert_close(actual[k], call(*entry(k)))
 
     def loss(*tensors):
         return call(*tensors).pow(2).sum()
 
     grads = torch.func.vmap(torch.func.grad(loss), in_dims)(*chosen)
-    torch.testing.assert_close(grads[2], torch.func.grad(loss)(*(one if d is None else one[2] for one, d in zip(chosen, in_dims, strict=True))))
+    torch.testing.assert_close(grads[2], torch.func.grad(loss)(*entry(2)))
 
 
 def test_compiled_once_for_all_sizes() -> None:
@@ -358,7 +361,7 @@ def test_rows_of_an_image_and_onnx_refuse_sizes() -> None:
     with pytest.raises(NotImplementedError, match="valid_size has no meaning for rows of an image"):
         forward(torch.zeros(1, 4, 5, 6), [(5, 6)])
     pytest.importorskip("onnxscript", reason="needs gspn[export]")
-    import gspn.export  # noqa: F401
+    import gspn.export
 
     class Scan(torch.nn.Module):
         def forward(self, x, taps, sizes):

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 _MODEL = "The directory of a run, the name of a timm model with weights, or hf-hub:OWNER/NAME."
 
 _FIT = (
-    "How images come to the model: resized and cropped to its input; whole, with the same resize and no crop; or native, "
-    "at their own size. Images of several sizes are padded to the largest of their batch, and each is classified as if "
-    "it were alone."
+    "How images come to the model: resized and cropped to its input; whole, with the same resize and no crop; or "
+    "native, at their own size. Images of several sizes are padded to the largest of their batch, and each is "
+    "classified as if it were alone."
 )
 
 

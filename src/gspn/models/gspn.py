@@ -248,7 +248,7 @@ class GSPN(nn.Module):
         run = last if stop_early else end
         valid_size = as_valid_size(valid_size, x)
         x, valid_size = self.stem(x, valid_size), reduced(valid_size, self.stem.stride)
-        for i, stage in enumerate(self.stages[: run + 1]):
+        for i, stage in enumerate(cast("Sequence[Stage]", self.stages[: run + 1])):
             x, valid_size = stage(x, valid_size), reduced(valid_size, stage.stride)
             if i in take:
                 intermediates.append(self.norm(x) if norm and i == end else x)
@@ -280,7 +280,7 @@ class GSPN(nn.Module):
         """
         valid_size = as_valid_size(valid_size, x)
         x, valid_size = self.stem(x, valid_size), reduced(valid_size, self.stem.stride)
-        for stage in self.stages:
+        for stage in cast("Sequence[Stage]", self.stages):
             x, valid_size = stage(x, valid_size), reduced(valid_size, stage.stride)
         return self.norm(x)
 
@@ -307,7 +307,7 @@ class GSPN(nn.Module):
         """
         valid_size = as_valid_size(valid_size, x)
         x = self.forward_features(x, valid_size)
-        for module in (self.stem, *self.stages):
+        for module in (self.stem, *cast("Sequence[Stage]", self.stages)):
             valid_size = reduced(valid_size, module.stride)
         return self.forward_head(x, valid_size=valid_size)
 

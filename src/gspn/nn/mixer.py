@@ -91,7 +91,7 @@ class GSPNMixer(nn.Module):
         ``valid_size [B, 2]`` are the sizes of images that are smaller than the map, see :func:`gspn.propagate`. The
         result in the padding has no meaning.
         """
-        x = within(self.in_proj(x), valid_size)  # [B, C, H, W]
+        x = self.in_proj(within(x, valid_size))  # [B, C, H, W], zero where x is: there is no bias
         x = self.conv_dw(x)
         x = self.gspn(x) if valid_size is None else self.gspn(x, valid_size)
         x = self.grn(within(self.norm(x), valid_size))

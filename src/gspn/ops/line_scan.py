@@ -7,8 +7,8 @@ from torch import Tensor
 from .directions import Direction, scan_axes
 from .implementations import check_impl
 from .torch_library import apply_line_scan
-from .validation import autocast, check_is_tensor, check_segment
 from .valid_size import Sizes, as_valid_size
+from .validation import autocast, check_is_tensor, check_segment
 
 
 def line_scan(

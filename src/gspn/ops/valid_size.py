@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 Sizes = Tensor | Sequence[Sequence[int]]
-"""What users pass as ``valid_size``."""
+"""A ``valid_size`` as users pass it."""
 
 
 def as_valid_size(valid_size: Any, x: Tensor) -> Tensor | None:
-    """``valid_size`` as an int64 tensor ``[B, 2]`` on x's device, of a tensor anywhere or a list of pairs; None for None.
+    """``valid_size``, a tensor anywhere or a list of pairs, as int64 ``[B, 2]`` on x's device; None for None.
 
     Sizes that are there to be read without waiting for a device are checked too.
 
@@ -53,7 +53,7 @@ def check_valid_size(x: Tensor, valid_size: Tensor | None, has_data: bool = Fals
     # Those on a GPU are not read, which would be to wait for it: the kernels take no pixel beyond the map.
     if not has_data or type(valid_size) is not Tensor or valid_size.device.type != "cpu":
         return
-    if torch._C._functorch.is_functorch_wrapped_tensor(valid_size):
+    if torch._C._functorch.is_functorch_wrapped_tensor(valid_size):  # pyright: ignore[reportAttributeAccessIssue]
         return
     height, width = x.shape[-2:]
     for i, (rows, columns) in enumerate(valid_size.tolist()):

@@ -61,7 +61,10 @@ def for_amd(chosen: Chosen, arch: str, warp_size: int) -> None:
 
 def images_of_several_sizes(arch: int) -> None:
     """Print as JSON the bytes of stack that each kernel takes with the sizes of images."""
-    sizes, (grad, *arguments) = torch.empty(16, 2, dtype=torch.int64, device="meta"), make_arguments(16, 96, 56, 56, 8, 1)
+    sizes, (grad, *arguments) = (
+        torch.empty(16, 2, dtype=torch.int64, device="meta"),
+        make_arguments(16, 96, 56, 56, 8, 1),
+    )
     grad, *arguments = (one.to("meta") if isinstance(one, torch.Tensor) else one for one in (grad, *arguments))
     x, taps = grad, torch.empty(16, 96, 3, 56, 56, device="meta")
     with recorded() as launches:

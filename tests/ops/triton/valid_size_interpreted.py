@@ -26,7 +26,7 @@ def _check_line_scan(
     from gspn.ops.triton import line_scan as kernels
     from gspn.ops.triton.planner import Limits
 
-    def scan(x, taps, lam, grad, h, *, module, **how) -> Results:  # noqa: ANN001
+    def scan(x, taps, lam, grad, h, *, module, **how) -> Results:
         state = module.line_scan(x, taps, lam, direction, segment, **how)
         grads = module.line_scan_backward(
             grad, state if h is None else h, None if lam is None else x, taps, lam, direction, segment, True,
@@ -72,7 +72,7 @@ def _check_propagate(arguments: tuple, sizes: list[Size], *, row: int | None = N
     grad, x, proxy, *rest = arguments
     limits = limits_of(grad.device)._replace(row=row)
 
-    def run(grad, x, proxy, *, module, rest=rest, **how) -> Results:  # noqa: ANN001
+    def run(grad, x, proxy, *, module, rest=rest, **how) -> Results:
         y = module.propagate(x, proxy, *rest, **how)
         grads = module.propagate_backward(grad, x, proxy, *rest, **how)
         return {name: one for name, one in zip(NAMES, (y, *grads), strict=True) if one is not None}

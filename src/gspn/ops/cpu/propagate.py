@@ -57,8 +57,9 @@ def _run(
     call = PropagateCall(
         dtype=DTYPE_CODES[x.dtype], direction_count=len(directions), directions=_codes(directions),
         batch=batch, channels=channels, groups=tap_proj.shape[1], proxy_channels=proxy.shape[1], height=height,
-        width=width, proxy_row=channels_last.stride(2), proxy_image=channels_last.stride(0), sizes=_address(sizes),
-        segment=longest if segment is None else min(segment, longest), x=as_image(x), proxy=channels_last.data_ptr(), tap_proj=tap_proj.data_ptr(), lam_proj=lam_proj.data_ptr(),
+        width=width, proxy_row=channels_last.stride(2), proxy_image=channels_last.stride(0),
+        segment=longest if segment is None else min(segment, longest), sizes=_address(sizes), x=as_image(x),
+        proxy=channels_last.data_ptr(), tap_proj=tap_proj.data_ptr(), lam_proj=lam_proj.data_ptr(),
         u_proj=u_proj.data_ptr(), skip_proj=_address(skip_proj), **outputs,
     )  # fmt: skip
     run(function, call, f"propagate over {batch} x {channels} maps of {height} x {width}")

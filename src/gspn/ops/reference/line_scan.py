@@ -6,6 +6,8 @@ outside the image, or before the first line, touches nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -51,7 +53,8 @@ def line_scan(
 ) -> Tensor:
     """``h_i = lam_i x_i + w_i h_{i-1}``, line by line; see :func:`gspn.line_scan`."""
     if valid_size is not None:
-        return put_together([line_scan(*own, direction, segment) for own in each_image(valid_size, x, taps, lam)], x)
+        how: Any = direction, segment
+        return put_together([line_scan(*own, *how) for own in each_image(valid_size, x, taps, lam)], x)
     axes = scan_axes(direction)
     groups = taps.shape[1]
     if x.numel() == 0:
@@ -82,7 +85,7 @@ def line_scan_backward(
     ``dx = lam g``, ``dlam = x g``, ``dtaps[k, i, j] = sum_group g[i, j] h[i-1, j+k-1]``.
     """
     if valid_size is not None:
-        how = direction, segment, need_taps, need_lam
+        how: Any = direction, segment, need_taps, need_lam
         own = [line_scan_backward(*maps, *how) for maps in each_image(valid_size, grad, h, x, taps, lam)]
         dx, dtaps, dlam = ([grads[i] for grads in own] for i in range(3))
         return (

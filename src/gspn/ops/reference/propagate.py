@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def propagate(
 ) -> Tensor:  # fmt: skip
     """The composition of ``stochastic_taps`` and ``line_scan``; see :func:`gspn.propagate`."""
     if valid_size is not None:
-        how = tap_proj, lam_proj, u_proj, skip_proj, directions, segment
+        how: Any = (tap_proj, lam_proj, u_proj, skip_proj, directions, segment)
         return put_together([propagate(*own, *how) for own in each_image(valid_size, x, proxy)], x)
     y = compose(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, line_scan)
     return torch.empty_like(x).copy_(y)
@@ -36,9 +36,9 @@ def propagate_backward(
     and a map ``P p`` gives ``P^T d`` to the proxy and the sum over pixels of ``d p^T`` to its projection.
     """
     if valid_size is not None:
-        how = tap_proj, lam_proj, u_proj, skip_proj, directions, segment
+        how: Any = (tap_proj, lam_proj, u_proj, skip_proj, directions, segment)
         own = [propagate_backward(*maps, *how) for maps in each_image(valid_size, grad, x, proxy)]
-        dx, dproxy, *of_projections = ([grads[i] for grads in own] for i in range(6))
+        dx, dproxy, *of_projections = (cast("list[Tensor]", [grads[i] for grads in own]) for i in range(6))
         zeros = (None if p is None else p.new_zeros(p.shape) for p in (tap_proj, lam_proj, u_proj, skip_proj))
         sums = (None if none is None else sum(grads, none) for grads, none in zip(of_projections, zeros, strict=True))
         return put_together(dx, x), put_together(dproxy, proxy), *sums  # pyright: ignore[reportReturnType]

@@ -129,9 +129,9 @@ def _shifted(map_: Tensor, axis: int, by: int) -> Tensor:
 
 
 def _has_previous(map_: Tensor, direction: str, segment: int | None, valid_size: Tensor | None) -> Tensor:
-    """True on an image's lines that are scanned after another one of their segment; broadcasts over ``[B, C, 3, H, W]``.
+    """True on an image's lines that are scanned after another one of their segment; in the padding it may be anything.
 
-    In the padding it may be anything.
+    Broadcasts over ``[B, C, 3, H, W]``.
     """
     axes = scan_axes(direction)
     count = map_.shape[axes.line]

@@ -11,6 +11,7 @@ in forward mode, goes through the composition (:mod:`gspn.ops.unfused`), which h
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -57,8 +58,13 @@ def _check(
 def composed_propagate(*arguments):
     """``propagate`` as its parts, each an operation with derivatives of every order in both modes."""
     *tensors, _, segment, impl, valid_size = arguments
-    names: Any = _check(*arguments)
-    return compose(*tensors, names, segment, lambda *one: apply_line_scan(*one, impl, valid_size), valid_size)
+    scan = functools.partial(_scan, impl, valid_size)
+    how: Any = (*tensors, _check(*arguments), segment, scan, valid_size)
+    return compose(*how)
+
+
+def _scan(impl, valid_size, *arguments):
+    return apply_line_scan(*arguments, impl, valid_size)
 
 
 # --- propagate --------------------------------------------------------------------------------------------------------

@@ -255,9 +255,7 @@ def backward_kernel(
             b_before = load_lines(w, m_taps, LINES, REVERSE)
             b_here = load_lines(tap(w, s_taps_tap, 1), m_taps, LINES, REVERSE)
             b_after = load_lines(tap(w, s_taps_tap, 2), m_taps, LINES, REVERSE)
-            b_carried = load_state(
-                b_carried, between, i_round, i_visit, i_first, i_cross, n_row, BLOCK_C, TILES, FAST
-            )
+            b_carried = load_state(b_carried, between, i_round, i_visit, i_first, i_cross, n_row, BLOCK_C, TILES, FAST)
             dx_tile, dlam_tile = move(dx, i_line, i_first), move(dlam, i_line, i_first)
             dw = move(dtaps, i_line, i_first)
             # ``b_carried`` is what the line scanned next sends; ``b_previous`` the states of the lines scanned before.

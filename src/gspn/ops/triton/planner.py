@@ -448,7 +448,8 @@ def plan_together(
         return None
     together = Sizes(sizes.batch * len(codes), sizes.channels, sizes.channels, longest, longest)
     layout, choice = (
-        _Layout(one, tensors, itemsize, segment, 1 if padded else 4) for one in (sizes._replace(groups=sizes.channels), together)
+        _Layout(one, tensors, itemsize, segment, 1 if padded else 4)
+        for one in (sizes._replace(groups=sizes.channels), together)
     )
     for one in (layout, choice):
         if {*one.own.values()} != {CHANNEL}:

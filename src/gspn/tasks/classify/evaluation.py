@@ -97,10 +97,10 @@ def evaluate(
 ) -> Evaluation:
     """Accuracy, confusions and speed of a trained classifier on a data set.
 
-    Images are resized, cropped and normalised as the model's configuration says, or by ``fit`` not cropped, or neither
-    resized nor cropped. Batches of images of several sizes are padded, and each image is classified as if it were alone,
-    which needs a model of :mod:`gspn.models`. Under ``torchrun`` each process
-    evaluates a share of the images, and each returns the result of all.
+    Images are resized, cropped and normalised as the model's configuration says; ``fit`` leaves out the crop, or the
+    resize too. Batches of images of several sizes are padded, and each image is classified as if it were alone, which
+    needs a model of :mod:`gspn.models`. Under ``torchrun`` each process evaluates a share of the images, and each
+    returns the result of all.
 
     Args:
         model: A name or path that :func:`~gspn.tasks.classify.model.load_model` accepts, or a timm model.
@@ -114,7 +114,7 @@ def evaluate(
         device: `auto` uses a GPU if there is one.
         channels_last: Use this memory format for images and weights.
         fit: `crop`: the model's own resize and crop. `whole`: the same resize, which keeps the aspect ratio, and no
-            crop. `native`: neither; objects then have the size that they have in the files.
+            crop. `native`: no resize and no crop, so that objects have the size that they have in the files.
         console: Shows a progress bar if it is a terminal; none by default.
 
     Raises:
@@ -133,8 +133,8 @@ def evaluate(
     classifier = model.eval() if isinstance(model, nn.Module) else load_model(model)
     if fit != "crop" and "valid_size" not in inspect.signature(classifier.forward).parameters:
         raise UsageError(
-            f"fit={fit!r} pads images of several sizes, which {type(classifier).__name__} does not take; use a model of "
-            "gspn.models, or fit='crop'."
+            f"fit={fit!r} pads images of several sizes, which {type(classifier).__name__} does not take; use a model "
+            "of gspn.models, or fit='crop'."
         )
     options = dict(options or {})
     own_names = label_names(classifier)

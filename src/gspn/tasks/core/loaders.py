@@ -214,7 +214,9 @@ def share_loader(
     data = require("gspn.data")
     share = ShareBatches(len(dataset), batch_size=batch_size, processes=processes, process=process)
     whole = data.SkipCorrupt(dataset, training=False)
-    return EvalLoader(make_loader(whole, share, workers, pin, padded), share, data.CorruptImages(whole), facts_of(dataset))
+    return EvalLoader(
+        make_loader(whole, share, workers, pin, padded), share, data.CorruptImages(whole), facts_of(dataset)
+    )
 
 
 def open_data(name: str, split: str, root: Any = None, /, *, captions: bool = False, **options: Any) -> Any:
@@ -346,7 +348,7 @@ def make_loader(
     dataset: torch_data.Dataset[Any], batches: torch_data.Sampler[list[Any]], workers: int, pin: bool,
     padded: bool = False,
 ) -> torch_data.DataLoader[Any]:  # fmt: skip
-    """Batches of (images, targets, broken images), or of ``padded`` images and their sizes, in the order of ``batches``."""
+    """Batches of (images, targets, broken images), in the order of ``batches``; sizes come after ``padded`` images."""
     data = require("gspn.data")
     return torch_data.DataLoader(
         dataset,
