@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.utils import data as torch_data
@@ -219,8 +219,12 @@ def share_loader(
     )
 
 
-def open_data(name: str, split: str, root: Any = None, /, *, captions: bool = False, **options: Any) -> Any:
-    """A data set of (PIL image, class index) with ``classes``, or a :class:`gspn.data.CaptionedImages`.
+def open_data(
+    name: str, split: str, root: Any = None, /, *, kind: Literal["labelled", "captioned", "mapped"] = "labelled",
+    **options: Any,
+) -> Any:  # fmt: skip
+    """A data set of (PIL image, class index) with ``classes``, or a :class:`gspn.data.CaptionedImages`, or a
+    :class:`gspn.data.MappedImages`.
 
     Raises:
         UsageError: there is no data set of that name, split or directory.
@@ -228,8 +232,8 @@ def open_data(name: str, split: str, root: Any = None, /, *, captions: bool = Fa
     require("PIL", "timm")
     data = require("gspn.data")
     try:
-        opened = data.open_captions if captions else data.open_dataset
-        dataset = opened(name, split, root=root, **options)
+        opens = {"labelled": data.open_dataset, "captioned": data.open_captions, "mapped": data.open_maps}[kind]
+        dataset = opens(name, split, root=root, **options)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise UsageError(f"data {name!r}, split {split!r}: {' '.join(str(error).split())}") from None
     except ImportError as error:
