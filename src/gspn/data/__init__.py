@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .base import LabelledImages, Relabelled
     from .captions.base import CaptionedImages
     from .captions.emoji import EmojiCaptions
-    from .corrupt_images import CorruptImages, CorruptImageWarning, SkipCorrupt, collate
+    from .corrupt_images import CorruptImages, CorruptImageWarning, SkipCorrupt, collate, collate_padded
     from .deterministic_augmentation import DeterministicAugmentation
     from .digits import Digits, MNIST5k
     from .emoji import Emoji, EmojiRecord
@@ -25,8 +25,8 @@ __all__ = [
     "MAX_PIXELS", "CaptionedImages", "CorruptImageError", "CorruptImageWarning", "CorruptImages",
     "DeterministicAugmentation", "Digits", "Emoji", "EmojiCaptions", "EmojiRecord", "LabelledImages", "LeftOut",
     "LeftOutWarning", "MNIST5k", "MapClasses", "MapRule", "MappedImages", "Relabelled", "SkipCorrupt", "class_of",
-    "collate", "help_text", "image_files", "index_of_classes", "load_image", "load_map", "natural_order",
-    "open_captions", "open_dataset", "open_maps", "to_rgb", "trimmed",
+    "collate", "collate_padded", "help_text", "image_files", "index_of_classes", "load_image", "load_map",
+    "natural_order", "open_captions", "open_dataset", "open_maps", "to_rgb", "trimmed",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_exports(
@@ -35,7 +35,9 @@ __getattr__, __dir__ = lazy_exports(
         **dict.fromkeys(("LabelledImages", "Relabelled"), ".base"),
         "CaptionedImages": ".captions.base",
         "EmojiCaptions": ".captions.emoji",
-        **dict.fromkeys(("CorruptImages", "CorruptImageWarning", "SkipCorrupt", "collate"), ".corrupt_images"),
+        **dict.fromkeys(
+            ("CorruptImages", "CorruptImageWarning", "SkipCorrupt", "collate", "collate_padded"), ".corrupt_images"
+        ),
         "DeterministicAugmentation": ".deterministic_augmentation",
         **dict.fromkeys(("Digits", "MNIST5k"), ".digits"),
         **dict.fromkeys(("Emoji", "EmojiRecord"), ".emoji"),

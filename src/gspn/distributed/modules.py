@@ -80,7 +80,10 @@ def replacement(name: str, module: nn.Module, rows: ImageRows) -> Callable[..., 
     return None
 
 
-def _propagate(module: Any, rows: ImageRows, x: Tensor) -> Tensor:  # a GSPN2d: its decorator hides what it has
+def _propagate(module: Any, rows: ImageRows, x: Tensor, valid_size: Any = None) -> Tensor:
+    # A GSPN2d: its decorator hides what it has.
+    if valid_size is not None:
+        raise NotImplementedError("valid_size has no meaning for rows of an image; pass whole images of one size.")
     if module.alignment != "image":
         raise NotImplementedError(f"alignment={module.alignment!r} is not computed on some rows; use 'image'.")
     of = rows.map_of(x)
