@@ -238,7 +238,7 @@ class _Recorder(TorchDispatchMode):
 class Projections(nn.Module):
     """What a self-attention does for each token by itself: queries, keys, values, the projection out, and its scale."""
 
-    def __init__(self, attention: Attention) -> None:
+    def __init__(self, attention: Any) -> None:
         super().__init__()
         self.to_q, self.to_k, self.to_v = attention.to_q, attention.to_k, attention.to_v
         self.to_out = attention.to_out[0]
@@ -271,7 +271,7 @@ class OnMap(nn.Module):
         return self.mixer(hidden_states.flatten(2).transpose(1, 2), map_size=tuple(hidden_states.shape[2:]))
 
 
-def empty_mixer(candidate: str, attention: Attention, segment: int) -> GSPNTokenMixer:
+def empty_mixer(candidate: str, attention: Any, segment: int) -> GSPNTokenMixer:
     """The mixer that an adapter puts in the place of an attention, without weights."""
     options: dict[str, Any] = {SHARED: {"groups": 1}, LOCAL: {"segment": segment}}.get(candidate, {})
     biases = {"bias": attention.to_v.bias is not None, "out_bias": attention.to_out[0].bias is not None}
@@ -281,7 +281,7 @@ def empty_mixer(candidate: str, attention: Attention, segment: int) -> GSPNToken
 
 def mixer_layers(attention: Layer, segment: int) -> list[Layer]:
     """The layers that stand for a self-attention of a UNet: its projections, and GSPN's mixers in its place."""
-    tokens, module = attention.inputs[0], cast("Attention", attention.function)
+    tokens, module = attention.inputs[0], cast("Any", attention.function)
     (batch, count, dim), side = tokens.shape, math.isqrt(tokens.rows)
     if side * side != count:
         raise ValueError(f"{tokens.shape=} are not the tokens of a square map.")

@@ -25,11 +25,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gspn._errors import UsageError
 from gspn._files import replaced
+from gspn.diffusers.mounting import self_attention_blocks
 
+from .accuracy_check import Accuracy
 from .attention import SELF_ATTENTION, attention_backend
 from .environment import Environment, free_memory
 from .timing import Stopwatch
-from .unet import BACKENDS, GSPN, LOCAL, NO_MIXER, SHARED, PassThrough, UNetSweep
+from .unet import BACKENDS, GSPN, LOCAL, NO_MIXER, SHARED, PassThrough, UNetSweep, check_sizes, mixer_accuracies
 from .unet_layers import (
     COMMON,
     MIXER,
@@ -46,7 +48,7 @@ from .unet_layers import (
     unet_layers,
 )
 
-WHOLE_CALL = "whole call"
+WHOLE_CALL, TOKEN_MIXER = "whole call", "token mixer"
 _STRIP_MS = 200.0  # of a strip: long enough for its matrix products to run at their rate
 _STRIP_ELEMENTS = (1 << 20, 1 << 24)  # of a strip's first input: the one that the time is guessed from, and the most
 _SLOW_MS, _VERY_SLOW_MS = 2000.0, 15000.0  # calls that take longer have at most two samples, and one
@@ -194,8 +196,24 @@ class LayerBench:
         self._clock = Stopwatch(self.sweep.device, processor_time=self.processor_time, evict=False)
         self.kernels = attention_kernels(self.sweep)
 
+    def check(self) -> dict[str, list[Accuracy]]:
+        """Compare GSPN's mixers of every width of the UNet with their float64 specification."""
+        attentions = {
+            block.attn1.query_dim: block.attn1 for block in self_attention_blocks(empty_unet(self.sweep)).values()
+        }
+        device, dtype = self.sweep.device, self.sweep.dtype
+        accuracies = {}
+        for name in (GSPN, SHARED, LOCAL):
+            mixers = {
+                dim: cast("Any", built(empty_mixer(name, attention, self.sweep.segment), device, dtype))
+                for dim, attention in attentions.items()
+            }
+            accuracies[name] = mixer_accuracies(mixers, device, dtype)
+        return accuracies
+
     def run(self, sizes: Sequence[int]) -> list[LayerTime]:
         """Time what the table lacks, and return its rows for these sizes: the layers, attention, and whole calls."""
+        check_sizes(sizes)
         sizes = sorted(set(sizes))
         levels: dict[tuple[str, int], dict[int, tuple[Layer, int]]] = defaultdict(dict)
         for size in sizes:
@@ -257,7 +275,7 @@ class LayerBench:
         function = layer.built(device, dtype)
         least, most = (layer.strip(elements // layer.row_elements) for elements in _STRIP_ELEMENTS)
         ms = self._clock(layer.call(function, least, device, dtype))
-        rows = max(least, min(most, layer.strip(int(least * _STRIP_MS / ms))))
+        rows = max(least, min(most, layer.strip(int(least * _STRIP_MS / max(ms, 1e-3)))))
         self._timed(row, layer.call(function, rows, device, dtype), rows / layer.rows)
 
     def _cores(self, kernel: str, level: Mapping[int, tuple[Layer, int]]) -> None:
@@ -417,7 +435,7 @@ class Total:
     candidate: str
     size: int
     by_kind: Mapping[str, float]
-    """Milliseconds of each kind of layer; the token mixer's are under :data:`~gspn.bench.unet_layers.MIXER`."""
+    """Milliseconds of each kind of layer, :data:`TOKEN_MIXER` the last."""
     fitted: bool
     """Whether a part is fitted and not measured."""
     whole_ms: float | None
@@ -441,18 +459,37 @@ def candidates(rows: Sequence[LayerTime]) -> list[str]:
     return [*attentions, *(name for name in (GSPN, SHARED, LOCAL) if name in kinds), NO_MIXER]
 
 
+def totals(rows: Sequence[LayerTime]) -> list[Total]:
+    """The sums of all candidates at all sizes of a table, by size."""
+    sizes = sorted({row.size for row in rows if row.kind in COMMON})
+    return [total(rows, name, size) for size in sizes for name in candidates(rows)]
+
+
+def fits(rows: Sequence[LayerTime]) -> list[str]:
+    """The powers that attention was fitted to, in words."""
+    powers = {}
+    for row in rows:
+        if row.exponent is not None:
+            error = "" if row.exponent_error is None else f" ± {row.exponent_error:.3f}"
+            powers.setdefault((row.kind, row.layer, row.input.split("x")[-1]), (row.size, f"{row.exponent:.3f}{error}"))
+    return [
+        f"{kind}, {layer}, {dim} channels: tokens^{power} from {size} x {size} on"
+        for (kind, layer, dim), (size, power) in powers.items()
+    ]
+
+
 def total(rows: Sequence[LayerTime], candidate: str, size: int) -> Total:
     """The sum of a candidate's layers at one size."""
     mixer = () if candidate == NO_MIXER else (candidate,)
     if candidate.startswith(SELF_ATTENTION):
         mixer = (MIXER, candidate)
-    by_kind: dict[str, float] = dict.fromkeys((*COMMON, MIXER), 0.0)
+    by_kind: dict[str, float] = dict.fromkeys((*COMMON, TOKEN_MIXER), 0.0)
     fitted, whole = False, None
     for row in rows:
         if row.size != size:
             continue
         if row.kind in COMMON or row.kind in mixer:
-            by_kind[MIXER if row.kind in mixer else row.kind] += row.number * row.ms
+            by_kind[TOKEN_MIXER if row.kind in mixer else row.kind] += row.number * row.ms
             fitted |= row.number > 0 and row.samples == 0
         elif row.kind == WHOLE_CALL and row.layer == candidate:
             whole = row.ms
