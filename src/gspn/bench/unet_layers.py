@@ -177,9 +177,9 @@ def unet_layers(sweep: UNetSweep, size: int) -> Counter[Layer]:
         for name, weight in weights.items():
             if weight.ndim == 4:
                 weights[name] = weight.to(memory_format=torch.channels_last)
-        recorder = _Recorder(unet)
+        recorder, inputs = _Recorder(unet), sweep.inputs(size)
         with recorder, torch.no_grad():
-            torch.func.functional_call(unet, weights, (), sweep.inputs(size))
+            torch.func.functional_call(unet, weights, (), inputs)
     return recorder.layers
 
 
