@@ -8,6 +8,8 @@ guidance, beside the weights, without the memory that kernels take while they ru
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import typer
 from common import Csv, print_table, write_csv
@@ -28,8 +30,8 @@ def unet(candidate: str, size: int, dtype: torch.dtype) -> dict[str, object]:
     """The memory of a call of the UNet."""
     sweep = UNetSweep(arch="sdxl", dtype=dtype)
     model = empty_unet(sweep)
-    for block in self_attention_blocks(model).values() if candidate != SELF_ATTENTION else ():
-        block.attn1 = OnMap(empty_mixer(candidate, block.attn1, sweep.segment))  # type: ignore[assignment]
+    for name, block in self_attention_blocks(model).items() if candidate != SELF_ATTENTION else ():
+        model.set_submodule(name, OnMap(empty_mixer(candidate, block.attn1, sweep.segment)))
     peak = call_cost(model, lambda call: call(**sweep.inputs(size)), CPU, dtype=dtype).peak_bytes
     weights = model_bytes(model) * dtype.itemsize // 4
     return row("UNet", candidate, size, dtype, weights, peak)
@@ -38,11 +40,12 @@ def unet(candidate: str, size: int, dtype: torch.dtype) -> dict[str, object]:
 def decoder(tiled: bool, size: int, dtype: torch.dtype) -> dict[str, object]:
     """The memory of decoding one image with SDXL's VAE."""
     with torch.device("meta"):
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=1024, force_upcast=False,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        )  # fmt: skip
-        nn.Module.to(vae, dtype)  # that of diffusers warns
+        vae: Any = AutoencoderKL.from_config({
+            "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 1024,
+            "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "force_upcast": False,
+        })  # fmt: skip
+    nn.Module.to(vae, dtype)  # that of diffusers warns
     peak = decoder_cost(vae, height=size, width=size, tiled=tiled, device=CPU).peak_bytes
     return row("VAE", "tiles" if tiled else "whole", size, dtype, model_bytes(vae), peak)
 
