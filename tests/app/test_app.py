@@ -176,6 +176,12 @@ def test_digits_are_those_of_the_command(models, tmp_path):
         assert _equal(Image.open(file).convert("RGB"), image.convert("RGB"))
 
 
+@pytest.mark.parametrize("host", ["", " ", "0", "0x0", "²", "127.1", "1.2.3.4:5", "a b", "9" * 5000])
+def test_a_host_that_the_system_would_guess_at_is_refused(host, models):
+    with pytest.raises(UsageError, match="is not an address; give one such as"), serve(models, host=host):
+        pass
+
+
 # The server
 
 

@@ -28,6 +28,7 @@ NASTY = [
 # Arguments with which each command ends before its work begins.
 NOTHING = "/nonexistent/nothing"
 BASE = {
+    ("app",): ["--classifier", NOTHING],
     ("explain",): [NOTHING],
     ("export",): [NOTHING, "--output", f"{NOTHING}.onnx"],
     ("classify", "evaluate"): [NOTHING, "--data", NOTHING],

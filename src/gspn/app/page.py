@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +45,26 @@ _CSS = """
 """
 
 
+def check_host(host: str) -> None:
+    """Refuse what the system would take for an address and nobody would, such as 0 for all of this machine's.
+
+    Raises:
+        UsageError: it is neither an IP address, written in full, nor a name.
+
+    Example:
+        >>> check_host("0")
+        Traceback (most recent call last):
+        gspn._errors.UsageError: --host '0' is not an address; give one such as 127.0.0.1, or 0.0.0.0 for all.
+    """
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        if not re.fullmatch(r"(?!0x)(?=.*[a-z])[a-z0-9]([a-z0-9.-]*[a-z0-9])?", host, re.ASCII | re.IGNORECASE):
+            raise UsageError(
+                f"--host {host[:100]!r} is not an address; give one such as {LOCAL}, or 0.0.0.0 for all."
+            ) from None
+
+
 def build_page(models: Models) -> gr.Blocks:
     """Put the tabs together; no model is loaded yet."""
     shipped = Names()
@@ -76,6 +98,7 @@ def serve(models: Models, *, host: str = LOCAL, port: int | None = None) -> Iter
     Raises:
         UsageError: the address or the port cannot be used.
     """
+    check_host(host)
     with tempfile.TemporaryDirectory(prefix="gspn-app-") as folder, _environment(GRADIO_TEMP_DIR=folder, **_QUIET):
         page = build_page(models)
         try:

@@ -48,10 +48,11 @@ def page(
     require("gradio", extra="app")
     import PIL
 
-    from gspn.app.page import LOCAL, serve
+    from gspn.app.page import LOCAL, check_host, serve
 
     if int(PIL.__version__.partition(".")[0]) < _SAFE_PILLOW:
         warn(f"Pillow {PIL.__version__} does not decode JPEG files safely; pip install -U pillow")
+    check_host(host)
     models = Models(
         Names(classifier=classifier, denoiser=denoiser, text_to_image=text_to_image, adapter=adapter), device.value
     )
