@@ -40,7 +40,7 @@ ITEM = 2  # bytes of a number
 
 @dataclass(frozen=True)
 class Link:
-    """What connects the cards: bytes a second that each card sends, at 80 % of the peak, and seconds of an exchange."""
+    """A network of cards: bytes a second that each card sends, at 80 % of the peak, and seconds of an exchange."""
 
     name: str
     rate: float

@@ -22,7 +22,7 @@ TABLE = RESULTS / "unet-layers-sdxl-amd-epyc-zen4-1-thread.csv"
 
 
 def cost(candidate: str, size: int, dtype: torch.dtype = torch.bfloat16) -> CallCost:
-    """What the estimate says of a call of SDXL's UNet."""
+    """The estimate of a call of SDXL's UNet."""
     sweep = UNetSweep(arch="sdxl", dtype=dtype)
     unet = empty_unet(sweep)
     for name, block in self_attention_blocks(unet).items() if candidate == GSPN else ():

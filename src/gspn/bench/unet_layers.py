@@ -148,11 +148,11 @@ def empty_unet(sweep: UNetSweep) -> UNet2DConditionModel:
 
 def layer_modules(unet: nn.Module) -> dict[str, nn.Module]:
     """The layers of a UNet by name: modules of the known types that are not inside of another."""
-    found: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}
     for name, module in unet.named_modules():
-        if isinstance(module, tuple(_KINDS)) and not any(name.startswith(f"{outer}.") for outer in found):
-            found[name] = module
-    return found
+        if isinstance(module, tuple(_KINDS)) and not any(name.startswith(f"{outer}.") for outer in layers):
+            layers[name] = module
+    return layers
 
 
 def module_name(module: nn.Module) -> str:
@@ -236,7 +236,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class Projections(nn.Module):
-    """What a self-attention does for each token by itself: queries, keys, values, the projection out, and its scale."""
+    """The part of a self-attention that treats tokens one by one: queries, keys, values, projection out, and scale."""
 
     def __init__(self, attention: Any) -> None:
         super().__init__()
@@ -251,7 +251,7 @@ class Projections(nn.Module):
 
 
 def attention_core(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """What a self-attention does between tokens, as diffusers does it: ``[B, N, D]`` to ``[B, N, D]``."""
+    """The part of a self-attention between tokens, computed as in diffusers: ``[B, N, D]`` to ``[B, N, D]``."""
     query, key, value = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
