@@ -134,17 +134,18 @@ class LayerTimes:
             raise UsageError(f"{self.path} has a row that cannot be read: {error}") from None
         self.rows[row.key], self._cells[row.key] = row, cells
 
-    def add(self, row: LayerTime) -> None:
-        """Keep a row and write the file."""
-        self.rows[row.key] = row
+    def add(self, row: LayerTime) -> LayerTime:
+        """Keep a row and write the file; the row is returned with the digits of the file, for a run that continues."""
         date = datetime.now(UTC).isoformat(timespec="seconds")
         own = {name: _cell(value) for name, value in asdict(row).items()}
         self._cells[row.key] = {"bench": "unet-layers", **own, **self._shared, "date": date}
+        row = self.rows[row.key] = read_row(self._cells[row.key])
         if self.path is not None:
             with replaced(self.path) as part, part.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, self._columns, lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(self._cells.values())
+        return row
 
 
 def read_row(cells: Mapping[str, str]) -> LayerTime:
@@ -249,8 +250,7 @@ class LayerBench:
         """The row of an earlier run about the same, with the number of calls that is known now."""
         known = self.times.rows.get(row.key)
         if known is not None and row.number > known.number:
-            known = replace(known, number=row.number)
-            self.times.add(known)
+            known = self.times.add(replace(known, number=row.number))
         if known is None:
             self.progress(f"{row.size} x {row.size}: {row.kind}, {row.layer} on {row.input}")
         return known
@@ -262,9 +262,7 @@ class LayerBench:
         else:  # long enough to have warmed up by itself
             samples = [first, *([self._clock(call)] if self.repeats > 1 and first < _VERY_SLOW_MS else [])]
         ms, low = statistics.median(samples) / strip, min(samples) / strip
-        row = replace(row, ms=ms, low_ms=low, samples=len(samples), strip=strip)
-        self.times.add(row)
-        return row
+        return self.times.add(replace(row, ms=ms, low_ms=low, samples=len(samples), strip=strip))
 
     def _linear(self, size: int, layer: Layer, number: int) -> None:
         """Time a layer whole, or as a strip that takes about :data:`_STRIP_MS`."""
