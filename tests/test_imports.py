@@ -76,9 +76,10 @@ PUBLIC = {
         "DIRECTIONS", "Direction", "__version__", "analysis", "available_impls", "line_scan", "propagate",
         "stochastic_taps",
     ],
-    "gspn.nn": ["GSPN2d", "GSPNBlock", "GSPNMixer", "SelfAttention2d"],
+    "gspn.nn": ["CompactGSPN2d", "GSPN2d", "GSPNBlock", "GSPNMixer", "SelfAttention2d"],
     "gspn.models": ["GSPN", "GSPNDenoiser2DModel"],
     "gspn.diffusers": ["ClassConditionalPipeline", "GSPNAdapter", "GSPNDenoiser2DModel", "GSPNTokenMixer"],
+    "gspn.timm": ["GSPNAdapter", "GSPNTokenMixer"],
     "gspn.export": ["to_onnx", "to_pt2"],
     "gspn.analysis": [
         "Cost", "ImageInfluence", "Influence", "ScanStability", "affinity_matrix", "affinity_rows", "count_cost",

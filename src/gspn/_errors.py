@@ -19,6 +19,13 @@ class MissingExtraError(ImportError):
     """A package of an optional extra is not installed; the message is the line that installs it."""
 
 
+class ProcessLostError(RuntimeError):
+    """A process that shares the work has ended, or does not answer; the message is one line.
+
+    The command line shows it without a traceback, on every process: the first may be the one that has ended.
+    """
+
+
 def require(*modules: str, extra: str = "train") -> ModuleType:
     """Import ``modules`` and return the first.
 

@@ -15,6 +15,7 @@ from gspn.data import (
     Digits,
     SkipCorrupt,
     collate,
+    collate_padded,
     open_dataset,
 )
 
@@ -164,3 +165,13 @@ def test_a_foreign_data_set_is_guarded(tmp_path) -> None:
     dataset = SkipCorrupt(Files(), training=True)
     assert dataset[1][1:] == (5, 1)
     assert dataset.filename(1) == "Files/1"
+
+
+def test_padded_batches_hold_each_image_at_the_top_left() -> None:
+    samples = [(torch.rand(3, h, w), target, corrupt) for h, w, target, corrupt in ((4, 7, 1, -1), (5, 2, -1, 3))]
+    images, sizes, targets, corrupt = collate_padded(samples)
+    assert images.shape == (2, 3, 5, 7) and sizes.dtype == torch.int64
+    for padded, (h, w), (image, *_) in zip(images, sizes.tolist(), samples, strict=True):
+        assert torch.equal(padded[:, :h, :w], image)
+        assert not padded[:, h:].any() and not padded[:, :, w:].any()
+    assert (targets.tolist(), corrupt.tolist()) == ([1, -1], [-1, 3])

@@ -14,10 +14,12 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gspn
 import gspn.models
+from distributed.rows_support import average, near, near_whole, over
 from gspn.distributed import ImageRows
 from gspn.distributed.rows import Map
 from gspn.models import GSPNDenoiser2DModel
@@ -28,39 +30,6 @@ from tasks.processes import start_many
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
 
 FEATURES = dict(dims=(8, 12, 16), depths=(1, 1, 1), num_classes=5)
-
-
-def _worker(checks: Any, folder: Path, groups: int = 1) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank, count = dist.get_rank(), dist.get_world_size() // groups
-    group = None
-    for first in range(0, dist.get_world_size(), count):
-        made = dist.new_group(list(range(first, first + count)))
-        group = made if first <= rank < first + count else group
-    for check in checks:
-        torch.manual_seed(1)
-        random.seed(1)
-        check(group if groups > 1 else None)
-        dist.barrier()
-    (folder / str(rank)).touch()
-    dist.destroy_process_group()
-
-
-def _over(count: int, folder: Path, *checks: Any, groups: int = 1) -> None:
-    start_many(count, folder / "printed.txt", _worker, checks, folder, groups)
-    assert len(list(folder.glob("[0-9]"))) == count, (folder / "printed.txt").read_text()
-
-
-def _near(one: Tensor, other: Tensor, what: str = "") -> None:
-    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11, msg=lambda text: f"{what}: {text}")
-
-
-def _average(parameters: Any, group: Any) -> list[Tensor]:
-    """The gradients' averages over the processes, as DistributedDataParallel takes them."""
-    grads = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
-    for grad in grads:
-        dist.all_reduce(grad, group=group)
-    return [grad / dist.get_world_size(group) for grad in grads]
 
 
 def check_propagate(group: Any) -> None:
@@ -92,11 +61,11 @@ def check_propagate(group: Any) -> None:
         own = [one.clone().requires_grad_() for one in tensors]
         part = rows.propagate(rows.take(own[0]), rows.take(own[1]), *own[2:], segment=segment)
         loss = rows.mean(part * rows.take(weight))
-        _near(loss, (y * weight).mean(), "loss")
-        _near(rows.gather(part), y, "y")
+        near(loss, (y * weight).mean(), "loss")
+        near(rows.gather(part), y, "y")
         loss.backward()
-        for i, (one, expected) in enumerate(zip(_average(own, group), whole, strict=True)):
-            _near(one, expected.grad, f"gradient of argument {i}, {tensors[0].shape}")  # type: ignore[arg-type]
+        for i, (one, expected) in enumerate(zip(average(own, group), whole, strict=True)):
+            near(one, expected.grad, f"gradient of argument {i}, {tensors[0].shape}")  # type: ignore[arg-type]
 
 
 def _models() -> list[tuple[str, nn.Module, Any]]:
@@ -130,43 +99,7 @@ def check_models(group: Any) -> None:
         if "checkpoints" in name:
             model.set_grad_checkpointing()
         call = call or (lambda model, x: model(x))
-        _near_whole(name, model, call, image, group)
-
-
-def _near_whole(name: str, model: nn.Module, call: Any, image: Tensor, group: Any) -> None:
-    torch.manual_seed(3)
-    image = image.clone().requires_grad_()
-    whole = _listed(call(model, image))
-    torch.manual_seed(2)
-    weights = [torch.randn_like(one) for one in whole]
-    sum((one * weight).mean() for one, weight in zip(whole, weights, strict=True)).backward()  # type: ignore[union-attr]
-    expected = [one.grad for one in (image, *model.parameters()) if one.grad is not None]
-    model.zero_grad()
-    image.grad = None
-
-    rows = ImageRows(image.shape[2], image.shape[3], multiple=2, group=group)
-    torch.manual_seed(3)
-    with rows.applied(model):
-        parts = _listed(call(model, rows.take(image)))
-        losses = []
-        for part, weight, one in zip(parts, weights, whole, strict=True):
-            if part.dim() == 4:
-                _near(rows.gather(part), one, name)
-                of = rows.map_of(part)
-                mine = weight[:, :, of.starts[rows.rank] : of.starts[rows.rank + 1]]
-                losses.append(rows.mean(part * mine))
-            else:
-                _near(part, one, name)
-                losses.append((part * weight).mean())
-        sum(losses).backward()  # type: ignore[union-attr]
-    assert "forward" not in vars(next(one for one in model.modules() if isinstance(one, GSPN2d)))
-    actual = _average([one for one in (image, *model.parameters()) if one.grad is not None], group)
-    for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
-        _near(one, other, f"{name}: gradient {i}")
-
-
-def _listed(out: Any) -> list[Tensor]:
-    return list(out) if isinstance(out, list | tuple) else [out]
+        near_whole(name, model, call, image, group)
 
 
 def check_autocast(group: Any) -> None:
@@ -201,6 +134,47 @@ def check_sent(group: Any) -> None:
     assert sum(sent) == 4 * formula
 
 
+def check_order(group: Any) -> None:
+    """Rows are on their way while the proxy, or the middle of a convolution, is computed; gradients too."""
+    events: list[str] = []
+    plain, plain_conv = dist.all_to_all_single, F.conv2d
+
+    class Work:
+        def __init__(self, work: Any) -> None:
+            self.work = work
+
+        def wait(self) -> None:
+            events.append("wait")
+            self.work.wait()
+
+    def sent(*args: Any, **more: Any) -> Work:
+        events.append("send")
+        return Work(plain(*args, **more))
+
+    def conv(*args: Any, **more: Any) -> Tensor:
+        events.append("conv")
+        return plain_conv(*args, **more)
+
+    rows = ImageRows(16, 6, group=group)
+    x = rows.take(torch.randn(1, 4, 16, 6)).clone().requires_grad_()
+    inner = (dist.get_rank(group) > 0) + (dist.get_rank(group) < dist.get_world_size(group) - 1)
+    dist.all_to_all_single, F.conv2d = sent, conv
+    try:
+        for module, forward, backward in (
+            (GSPN2d(4), "send conv send wait wait send wait", "send wait send send wait wait"),
+            (nn.Conv2d(4, 4, 3, padding=1), "send conv wait" + " conv" * inner, "send wait"),
+        ):
+            with rows.applied(module):
+                y = module(x)
+            assert events == forward.split()
+            events.clear()
+            y.sum().backward()
+            assert events == backward.split()
+            events.clear()
+    finally:
+        dist.all_to_all_single, F.conv2d = plain, plain_conv
+
+
 def check_refusals(group: Any) -> None:
     rank, count = dist.get_rank(group), dist.get_world_size(group)
     rows = ImageRows(8, 6, group=group)
@@ -214,7 +188,7 @@ def check_refusals(group: Any) -> None:
     if rank:
         with pytest.raises(ValueError, match=f"rank {rank} is not in group"):
             ImageRows(8, 6, group=others)
-    with pytest.raises(ValueError, match="no row; use fewer processes or a larger image"):
+    with pytest.raises(ValueError, match=f"use fewer processes, or an image of at least {count} x 1 = {count} rows"):
         ImageRows(count - 1, 6, group=group)
     with pytest.raises(ValueError, match="cannot tell them apart"):
         rows.add(Map((*range(0, 8, 8 // count), 9), 6))
@@ -251,19 +225,19 @@ def check_batch(group: Any) -> None:
     with rows.applied(mixer):
         rows.mean(parallel(rows.take(mine)).square()).backward()
     for i, (one, other) in enumerate(zip(mixer.parameters(), expected, strict=True)):
-        _near(one.grad, other, f"gradient {i}")  # type: ignore[arg-type]
+        near(one.grad, other, f"gradient {i}")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_everything_is_as_on_one_process(count: int, tmp_path: Path) -> None:
-    _over(
-        count, tmp_path, check_propagate, check_models, check_autocast, check_sent,
+    over(
+        count, tmp_path, check_propagate, check_models, check_autocast, check_sent, check_order,
         *([check_refusals] if count == 2 else []),
     )  # fmt: skip
 
 
 def test_images_of_a_batch_and_rows_of_an_image(tmp_path: Path) -> None:
-    _over(4, tmp_path, check_propagate, check_batch, groups=2)
+    over(4, tmp_path, check_propagate, check_batch, groups=2)
 
 
 def _dies(folder: Path) -> None:

@@ -111,7 +111,7 @@ def test_packages_of_aotinductor_call_the_kernels(name, depths, tmp_path) -> Non
 
     if shutil.which("c++") is None:
         pytest.skip("AOTInductor needs a C++ compiler")
-    model = timm.create_model(name, num_classes=3, depths=depths).eval()  # the whole ones compile for minutes
+    model = timm.create_model(name, num_classes=3, depths=depths).eval()  # the whole ones compile for up to a minute
     x = torch.randn(2, 3, 64, 64)
     program = gspn.export.to_pt2(model, x, tmp_path / "model.pt2", dynamic={"x": {0: "batch"}})
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "compiled.pt2"))

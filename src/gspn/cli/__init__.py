@@ -8,7 +8,7 @@ import typer
 
 import gspn
 
-from . import autoencode, bench, class_conditional, classify, t2i
+from . import autoencode, bench, class_conditional, classify, dense, distill, t2i
 from .app import App
 from .convert import convert
 from .explain import explain
@@ -31,8 +31,10 @@ app.command()(convert)
 app.command()(export)
 app.add_typer(bench.app, name="bench")
 app.add_typer(classify.app, name="classify")
+app.add_typer(dense.app, name="dense")
 app.add_typer(class_conditional.app, name="class-conditional")
 app.add_typer(autoencode.app, name="autoencode")
+app.add_typer(distill.app, name="distill")
 app.add_typer(t2i.app, name="t2i")
 
 

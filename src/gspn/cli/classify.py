@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,21 @@ if TYPE_CHECKING:
     from gspn.tasks.classify import Evaluation
 
 _MODEL = "The directory of a run, the name of a timm model with weights, or hf-hub:OWNER/NAME."
+
+_FIT = (
+    "How images come to the model: resized and cropped to its input; whole, with the same resize and no crop; or "
+    "native, at their own size. Images of several sizes are padded to the largest of their batch, and each is "
+    "classified as if it were alone."
+)
+
+
+class FitName(StrEnum):
+    """The choices of ``--fit``."""
+
+    crop = "crop"
+    whole = "whole"
+    native = "native"
+
 
 app = App(help="Train, evaluate and apply image classifiers: the models of gspn, and any of timm.")
 
@@ -72,6 +88,7 @@ def evaluate(
     channels_last: Annotated[
         bool, typer.Option("--channels-last", help="Use the channels_last layout for images and weights.")
     ] = False,
+    fit: Annotated[FitName, typer.Option(help=_FIT)] = FitName.crop,
     output: Results = None,
     confusion: Annotated[
         Path | None, figure_file(help="Plot of the confusion matrix to write", endings=(".png", ".pdf", ".svg"))
@@ -83,7 +100,7 @@ def evaluate(
     console = Console()
     result = task.evaluate(
         model, data=data, root=root, split=split, batch_size=batch_size, workers=workers,
-        precision=precision.value, device=device.value, channels_last=channels_last, console=console,
+        precision=precision.value, device=device.value, channels_last=channels_last, fit=fit.value, console=console,
     )  # fmt: skip
     if not result.is_main:
         return
@@ -101,6 +118,7 @@ def _facts(result: Evaluation) -> dict[str, str]:
     return {
         "model": f"{result.model}, {result.parameters / 1e6:.2f} M parameters",
         "data": f"{result.data}/{result.split}, {result.images:,} images, {len(result.classes)} classes",
+        **({} if result.fit == "crop" else {"images": f"{result.fit}, padded to the largest of a batch"}),
         "top-1": f"{result.top1:.2f} %",
         "top-5": f"{result.top5:.2f} %",
         "loss": f"{result.loss:.4f}",

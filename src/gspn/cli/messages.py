@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gspn._console import Console
-from gspn._errors import MissingExtraError, UsageError
+from gspn._errors import MissingExtraError, ProcessLostError, UsageError
 from gspn._files import printable
 
 _SHOWN = 5
@@ -37,6 +37,9 @@ def one_line_errors() -> Iterator[None]:
         raise failed(f"{error.format_message().rstrip('.')}.{help_}", 2) from None
     except MissingExtraError as error:
         raise failed(str(error)) from None
+    except ProcessLostError as error:
+        _print_line("[bold red]error:[/]", str(error))  # on every process: the first may be the one that is lost
+        raise typer.Exit(1) from None
     except OSError as error:
         if error.errno == errno.EPIPE:  # whoever reads the output has stopped, as `head` does
             raise

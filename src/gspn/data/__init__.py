@@ -10,20 +10,23 @@ if TYPE_CHECKING:
     from .base import LabelledImages, Relabelled
     from .captions.base import CaptionedImages
     from .captions.emoji import EmojiCaptions
-    from .corrupt_images import CorruptImages, CorruptImageWarning, SkipCorrupt, collate
+    from .corrupt_images import CorruptImages, CorruptImageWarning, SkipCorrupt, collate, collate_padded
     from .deterministic_augmentation import DeterministicAugmentation
     from .digits import Digits, MNIST5k
     from .emoji import Emoji, EmojiRecord
     from .files import LeftOut, LeftOutWarning, image_files, natural_order
     from .folder import class_of, index_of_classes
     from .images import MAX_PIXELS, CorruptImageError, load_image, to_rgb, trimmed
-    from .registry import help_text, open_captions, open_dataset
+    from .maps.base import MapClasses, MappedImages
+    from .maps.decoding import MapRule, load_map
+    from .registry import help_text, open_captions, open_dataset, open_maps
 
 __all__ = [
     "MAX_PIXELS", "CaptionedImages", "CorruptImageError", "CorruptImageWarning", "CorruptImages",
     "DeterministicAugmentation", "Digits", "Emoji", "EmojiCaptions", "EmojiRecord", "LabelledImages", "LeftOut",
-    "LeftOutWarning", "MNIST5k", "Relabelled", "SkipCorrupt", "class_of", "collate", "help_text", "image_files",
-    "index_of_classes", "load_image", "natural_order", "open_captions", "open_dataset", "to_rgb", "trimmed",
+    "LeftOutWarning", "MNIST5k", "MapClasses", "MapRule", "MappedImages", "Relabelled", "SkipCorrupt", "class_of",
+    "collate", "collate_padded", "help_text", "image_files", "index_of_classes", "load_image", "load_map",
+    "natural_order", "open_captions", "open_dataset", "open_maps", "to_rgb", "trimmed",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_exports(
@@ -32,13 +35,17 @@ __getattr__, __dir__ = lazy_exports(
         **dict.fromkeys(("LabelledImages", "Relabelled"), ".base"),
         "CaptionedImages": ".captions.base",
         "EmojiCaptions": ".captions.emoji",
-        **dict.fromkeys(("CorruptImages", "CorruptImageWarning", "SkipCorrupt", "collate"), ".corrupt_images"),
+        **dict.fromkeys(
+            ("CorruptImages", "CorruptImageWarning", "SkipCorrupt", "collate", "collate_padded"), ".corrupt_images"
+        ),
         "DeterministicAugmentation": ".deterministic_augmentation",
         **dict.fromkeys(("Digits", "MNIST5k"), ".digits"),
         **dict.fromkeys(("Emoji", "EmojiRecord"), ".emoji"),
         **dict.fromkeys(("LeftOut", "LeftOutWarning", "image_files", "natural_order"), ".files"),
         **dict.fromkeys(("class_of", "index_of_classes"), ".folder"),
         **dict.fromkeys(("MAX_PIXELS", "CorruptImageError", "load_image", "to_rgb", "trimmed"), ".images"),
-        **dict.fromkeys(("help_text", "open_captions", "open_dataset"), ".registry"),
+        **dict.fromkeys(("MapClasses", "MappedImages"), ".maps.base"),
+        **dict.fromkeys(("MapRule", "load_map"), ".maps.decoding"),
+        **dict.fromkeys(("help_text", "open_captions", "open_dataset", "open_maps"), ".registry"),
     },
 )

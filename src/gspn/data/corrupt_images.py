@@ -174,6 +174,36 @@ def collate(batch: Sequence[tuple[Any, ...]]) -> tuple[Any, Tensor, Tensor]:
         (torch.Size([2, 3, 2, 2]), tensor([ 4, -1]), tensor([-1, 17]))
     """
     images = default_collate([sample[0] for sample in batch])
+    return images, *_labels(batch)
+
+
+def collate_padded(batch: Sequence[tuple[Any, ...]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Make a batch of images of several sizes, each at the top left of a map of zeros that holds the largest.
+
+    Args:
+        batch: samples as for :func:`collate`, with images as tensors ``[C, h, w]``.
+
+    Returns:
+        Images ``[B, C, H, W]``; sizes ``[B, 2]`` int64, the height and width of each image, which are the
+        ``valid_size`` of :func:`gspn.propagate` and of the backbones; targets and corrupt as :func:`collate` has them.
+
+    Example:
+        >>> import torch
+        >>> from gspn.data import collate_padded
+        >>> images, sizes, targets, _ = collate_padded([(torch.ones(3, 2, 5), 4), (torch.ones(3, 6, 1), 0)])
+        >>> images.shape, sizes.tolist(), targets
+        (torch.Size([2, 3, 6, 5]), [[2, 5], [6, 1]], tensor([4, 0]))
+    """
+    images = [sample[0] for sample in batch]
+    sizes = torch.tensor([image.shape[-2:] for image in images])
+    padded = images[0].new_zeros(len(images), images[0].shape[0], *sizes.amax(0).tolist())
+    for whole, image in zip(padded, images, strict=True):
+        whole[:, : image.shape[1], : image.shape[2]] = image
+    return padded, sizes, *_labels(batch)
+
+
+def _labels(batch: Sequence[tuple[Any, ...]]) -> tuple[Tensor, Tensor]:
+    """Targets and corrupt."""
     targets = torch.tensor([int(sample[1]) for sample in batch])
     corrupt = torch.tensor([int(sample[2]) if len(sample) > 2 else -1 for sample in batch])
-    return images, targets, corrupt
+    return targets, corrupt

@@ -153,22 +153,31 @@ def row_folders(local: Path | None, cache: str | None) -> list[Path]:
 
 
 def row_image(value: Any, folders: Sequence[Path], *, max_pixels: int = MAX_PIXELS, name: str) -> Image.Image:
-    """The image of a row of ``datasets``, as :func:`load_image` opens it: its bytes, or a file of one of ``folders``.
-
-    A path is a part of the data, which nobody has checked, so no other file is read.
+    """The image of a row of ``datasets``, as :func:`load_image` opens it.
 
     Raises:
         CorruptImageError: the row holds no image, or it cannot be decoded.
     """
+    return load_image(row_file(value, folders, name=name), max_pixels=max_pixels, name=name)
+
+
+def row_file(value: Any, folders: Sequence[Path], *, name: str) -> Path | IO[bytes]:
+    """The file that a row of ``datasets`` holds: its bytes, or the path of a file of one of ``folders``.
+
+    A path is a part of the data, which nobody has checked, so no other file is read.
+
+    Raises:
+        CorruptImageError: the row holds no image.
+    """
     value = value if isinstance(value, dict) else {"bytes": value}
     if value.get("bytes"):
-        return load_image(io.BytesIO(value["bytes"]), max_pixels=max_pixels, name=name)
+        return io.BytesIO(value["bytes"])
     if not value.get("path"):
         raise CorruptImageError(name, "the row holds no image")
     path = Path(value["path"]).resolve()
     if not (path.is_file() and any(path.is_relative_to(folder.resolve()) for folder in folders)):
         raise CorruptImageError(name, f"the row holds no bytes, and {str(path)!r} is not a file of this data set")
-    return load_image(path, max_pixels=max_pixels, name=name)
+    return path
 
 
 def trimmed(image: Image.Image, width: int = 1, height: int = 1) -> Image.Image:

@@ -18,9 +18,10 @@ from .._files import printable
 if TYPE_CHECKING:
     from .base import LabelledImages
     from .captions.base import CaptionedImages
+    from .maps.base import MappedImages
     from .timm_datasets import Stream
 
-Kind = Literal["labelled", "captioned"]
+Kind = Literal["labelled", "captioned", "mapped"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,27 @@ ENTRIES: Mapping[Kind, tuple[Entry, ...]] = {
             "hfds/<name>",
             "captions.hub:open_rows",
             "a data set of the Hugging Face hub, root its cache; or a local folder that datasets opens",
+            "optional",
+            ("datasets",),
+        ),
+    ),
+    "mapped": (
+        Entry(
+            "earth",
+            "earth.dataset:Earth",
+            "satellite image, climates, land and elevation of the Earth; root is the cache of gspn dense earth",
+            "optional",
+        ),
+        Entry(
+            "folder",
+            "maps.folder:MappedFolder",
+            "images in root/train/images, maps of the same names in root/train/labels, classes in root/classes.txt",
+            "required",
+        ),
+        Entry(
+            "hfds/<name>",
+            "maps.hub:open_mapped_rows",
+            "a data set of the Hugging Face hub with a column of images and one of maps; root is its cache",
             "optional",
             ("datasets",),
         ),
@@ -182,6 +204,34 @@ def open_captions(
         'grinning face with smiling eyes'
     """
     return _open("captioned", name, split, root, options)
+
+
+def open_maps(
+    name: str, split: str = "train", root: str | os.PathLike[str] | None = None, **options: Any
+) -> MappedImages:
+    """Open images with a map of the same size by the name of their data set: a class or a number for each pixel.
+
+    :data:`ENTRIES` lists the names. A map is an image of one channel without loss, or a ``.npy``; see
+    :func:`~gspn.data.maps.decoding.load_map`. Values that are neither a class nor ignored are errors of their file.
+
+    Args:
+        name: the name of the data set.
+        split: ``"train"``, ``"val"``, ``"test"``, ``"all"``, ...
+        root: the folder of the data, or its cache; only for data sets that have one.
+        **options: ``transform`` for all. For folders and ``hfds/``: ``classes`` (names in the order of their values) or
+            ``unit`` (maps hold numbers), ``ignore`` (a value that is ignored, 255 by default), ``first`` (the value of
+            the first class), ``scale`` (the factor from values to numbers) and ``max_pixels``; ``images`` and
+            ``labels`` are the names of the two folders, or ``image_column`` and ``map_column`` those of the columns.
+            For ``"earth"``: ``target`` and ``tile``.
+
+    Returns:
+        A map-style data set of ``((image, map), index)``, with ``classes`` or ``unit``.
+
+    Raises:
+        ValueError: the name is unknown, the root is missing or has no such split, or an option does not apply.
+        ImportError: a package that the data set needs is not installed.
+    """
+    return _open("mapped", name or "folder", split, root, options)
 
 
 def _open(kind: Kind, name: str, split: str, root: str | os.PathLike[str] | None, options: dict[str, Any]) -> Any:

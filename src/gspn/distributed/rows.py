@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..nn.options import check_options
 from ..ops import DIRECTIONS, Direction, propagate
-from .exchange import Group, exchange, total
+from .exchange import Group, exchange, start, total
 
 _Interval = tuple[int, int]
 
@@ -39,8 +39,9 @@ class ImageRows:
 
         2 B C N (R - 1) / R^2  +  B S N (R - 1) / R        x and the result, and the proxy, of which each has all
 
-    numbers. A convolution receives the few rows that it needs of the neighbours; a norm over the map, sums. The results
-    are those of the whole image but for rounding, in the dtype of the input.
+    numbers. A convolution receives the few rows that it needs of the neighbours; a norm over the map, sums. Rows are on
+    their way while the proxy, or the rows that need no others, are computed. The results are those of the whole image
+    but for rounding, in the dtype of the input.
 
     Every exchange has its true derivative. So if each process computes the same loss of the whole image, such as by
     :meth:`mean`, the **average** of the gradients over the processes is the gradient of the whole image. That is what
@@ -75,6 +76,7 @@ class ImageRows:
         self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise ValueError(f"rank {dist.get_rank()} is not in {group=}; pass the group of its own image.")
+        self._multiple = multiple
         parts = math.ceil(height / multiple)
         starts = [parts * r // self.count * multiple for r in range(self.count)]
         self._maps: list[Map] = []
@@ -92,9 +94,10 @@ class ImageRows:
             return
         for rank in range(self.count):
             if of.rows(rank) < 1:
+                lines = self._multiple * (round(self._maps[0].starts[-1] / of.starts[-1]) if self._maps else 1)
                 raise ValueError(
                     f"a map of {of.starts[-1]}x{of.width} leaves rank {rank} of {self.count} no row; use fewer "
-                    "processes or a larger image."
+                    f"processes, or an image of at least {self.count} x {lines} = {self.count * lines} rows."
                 )
             for other in self._maps:
                 if (other.rows(rank), other.width) == (of.rows(rank), of.width):
@@ -110,14 +113,32 @@ class ImageRows:
         Raises:
             ValueError: There is none.
         """
-        for one in self._maps:
-            if x.dim() == 4 and tuple(x.shape[2:]) == (one.rows(self.rank), one.width):
-                return one
+        of = self.known(*x.shape[2:]) if x.dim() == 4 else None
+        if of is not None:
+            return of
         known = ", ".join(f"{one.rows(self.rank)}x{one.width}" for one in self._maps)
         raise ValueError(
             f"rank {self.rank} of {self.count}: {tuple(x.shape)} is not a part of this image, of whose maps the rank "
             f"has {known}; pass what ImageRows.take returns."
         )
+
+    def map_of_tokens(self, x: Tensor) -> Map:
+        """The map whose rows tokens ``[B, rows W, C]`` are, in row-major order.
+
+        Raises:
+            ValueError: There is none, or more than one.
+        """
+        matching = [one for one in self._maps if x.dim() == 3 and x.shape[1] == one.rows(self.rank) * one.width]
+        if len(matching) != 1:
+            raise ValueError(
+                f"rank {self.rank} of {self.count}: {tuple(x.shape)} are the tokens of {len(matching)} maps of this "
+                "image; it has to be one."
+            )
+        return matching[0]
+
+    def known(self, rows: int, width: int) -> Map | None:
+        """The map of which this process has so many rows of a width, or None."""
+        return next((one for one in self._maps if (one.rows(self.rank), one.width) == (rows, width)), None)
 
     def take(self, image: Tensor) -> Tensor:
         """The rows that this process has of a whole image ``[B, C, H, W]``.
@@ -132,8 +153,11 @@ class ImageRows:
 
     def gather(self, x: Tensor) -> Tensor:
         """The whole map ``[B, C, H, W]`` on every process, of the rows of each."""
+        return self._start_gather(x)()
+
+    def _start_gather(self, x: Tensor) -> Callable[[], Tensor]:
         of = self.map_of(x)
-        return self.between(x, of, [(0, of.starts[-1])] * self.count)
+        return self.start_between(x, of, [(0, of.starts[-1])] * self.count)
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of a map over all its pixels, batch entries and channels: the same on every process."""
@@ -142,26 +166,61 @@ class ImageRows:
 
     def between(self, x: Tensor, of: Map, requested: Sequence[_Interval]) -> Tensor:
         """Rows of a map, whose rows are ``x``: rank r gets those of the interval ``requested[r]``."""
-        here = of.starts[self.rank]
-        parts = []
-        for low, high in (_overlap(self._interval(of, self.rank), one) for one in requested):
-            parts.append(x[:, :, low - here : high - here])
-        mine = (_overlap(self._interval(of, rank), requested[self.rank]) for rank in range(self.count))
-        shapes = [(*x.shape[:2], high - low, x.shape[3]) for low, high in mine]
-        return torch.cat(exchange(parts, shapes, self.group), dim=2)
+        return self.start_between(x, of, requested)()
 
-    @staticmethod
-    def _interval(of: Map, rank: int) -> _Interval:
+    def start_between(self, x: Tensor, of: Map, requested: Sequence[_Interval]) -> Callable[[], Tensor]:
+        """:meth:`between`, begun: the function that is returned waits for the rows."""
+        here, after = self.interval(of)
+        low, high = _overlap((here, after), requested[self.rank])
+        finish = self.start_around(x, of, requested)
+
+        def whole() -> Tensor:
+            above, below = finish()
+            own = x[:, :, low - here : high - here]
+            return torch.cat([*above, own, *below], dim=2) if above or below else own
+
+        return whole
+
+    def start_around(
+        self, x: Tensor, of: Map, requested: Sequence[_Interval]
+    ) -> Callable[[], tuple[list[Tensor], list[Tensor]]]:
+        """Begin an exchange; the function that is returned waits for the rows of others, those above and those below.
+
+        They are of the interval ``requested[r]`` on rank r, but for its own. Nothing is exchanged if nobody lacks any.
+        """
+        intervals = [self.interval(of, rank) for rank in range(self.count)]
+        if all(low <= first and last <= high for (low, high), (first, last) in zip(intervals, requested, strict=True)):
+            return lambda: ([], [])
+        here, _ = intervals[self.rank]
+        parts, shapes = [], []
+        for rank, interval in enumerate(intervals):
+            sent = _overlap(intervals[self.rank], requested[rank]) if rank != self.rank else (here, here)
+            parts.append(x[:, :, sent[0] - here : sent[1] - here])
+            low, high = _overlap(interval, requested[self.rank]) if rank != self.rank else (here, here)
+            shapes.append((*x.shape[:2], high - low, x.shape[3]))
+        finish = start(parts, shapes, self.group)
+
+        def around() -> tuple[list[Tensor], list[Tensor]]:
+            received = finish()
+            return received[: self.rank], received[self.rank + 1 :]
+
+        return around
+
+    def interval(self, of: Map, rank: int | None = None) -> _Interval:
+        """The rows of a map that a process has, this one by default."""
+        rank = self.rank if rank is None else rank
         return of.starts[rank], of.starts[rank + 1]
 
     # --- Operators ---
 
     def propagate(
-        self, x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor,
+        self, x: Tensor, proxy: Tensor | Callable[[Tensor], Tensor], tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor,
         skip_proj: Tensor | None = None, merge: Tensor | None = None, *, directions: Sequence[Direction] = DIRECTIONS,
         segment: int | None = None, impl: str = "auto",
     ) -> Tensor:  # fmt: skip
         """:func:`gspn.propagate` over the whole map; ``x [B, C, rows, W]`` and ``proxy [B, S, rows, W]`` are its rows.
+
+        ``proxy`` may also be a function from x to it, which is then computed while x is sent.
 
         Raises:
             ValueError: There are fewer channels than processes; or as :meth:`map_of`.
@@ -173,14 +232,14 @@ class ImageRows:
         some = slice(bounds[self.rank], bounds[self.rank + 1])
         heights = [of.rows(rank) for rank in range(self.count)]
         batch, width = x.shape[0], of.width
-        columns = torch.cat(
-            exchange(
-                [x[:, low:high] for low, high in itertools.pairwise(bounds)],
-                [(batch, some.stop - some.start, height, width) for height in heights], self.group,
-            ), dim=2,
+        finish = start(
+            [x[:, low:high] for low, high in itertools.pairwise(bounds)],
+            [(batch, some.stop - some.start, height, width) for height in heights], self.group,
         )  # fmt: skip
+        finish_proxy = self._start_gather(proxy if isinstance(proxy, Tensor) else proxy(x))
+        columns = torch.cat(finish(), dim=2)  # [B, C / R, H, W]
         y = propagate(
-            columns, self.gather(proxy), _taps_of(tap_proj, some, channels), lam_proj[:, some], u_proj[:, some],
+            columns, finish_proxy(), _taps_of(tap_proj, some, channels), lam_proj[:, some], u_proj[:, some],
             None if skip_proj is None else skip_proj[:, some], merge, directions=directions, segment=segment, impl=impl,
         )  # fmt: skip
         own = torch.cat(
@@ -197,9 +256,11 @@ class ImageRows:
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Let a model take and give rows of the image, until the block ends.
 
-        That is every network of :mod:`gspn.nn` and :mod:`gspn.models`: its ``GSPN2d``, convolutions, response norms,
-        average pooling and drop path compute what they would of the whole map. What a pooling returns, and all after
-        it, is the same on every process. What a model draws at random besides, such as classes to drop, is so where the
+        That is every network of :mod:`gspn.nn` and :mod:`gspn.models`, and a ``UNet2DConditionModel`` of diffusers with
+        a :class:`gspn.diffusers.GSPNAdapter` mounted: ``GSPN2d``, convolutions, up- and downsampling, group and
+        response norms, average pooling and drop path compute what they would of the whole map. Self-attention that a
+        UNet has left attends to the tokens of all processes. What a pooling returns, and all after it, is the same on
+        every process. What a model draws at random besides, such as classes to drop, is so where the
         processes of an image have the same random state. The block has to contain the backward pass if the model
         recomputes what it did not keep, for checkpointed blocks.
 

@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 import onnxscript
 import torch
-from onnxscript import FLOAT, ir
+from onnxscript import FLOAT, INT64, ir
 from onnxscript import opset18 as op
 from onnxscript.function_libs.torch_lib.registration import torch_op
 
@@ -115,12 +115,18 @@ class _Lines:
         return op.Slice(states, first, op.Add(first, self.count), _ints(self.axis))
 
 
+def _refuse_sizes(valid_size: Any) -> None:
+    if valid_size is not None:
+        raise NotImplementedError("valid_size has no translation to ONNX; export the model for images of one size.")
+
+
 @torch_op("gspn::line_scan", trace_only=True)
 def line_scan(
     x: FLOAT, taps: FLOAT, lam: Optional[FLOAT] = None, direction: str = "", segment: Optional[int] = None,
-    impl: str = "",
+    impl: str = "", valid_size: Optional[INT64] = None,
 ) -> FLOAT:  # fmt: skip
     """:func:`gspn.line_scan`."""
+    _refuse_sizes(valid_size)
     axes = scan_axes(direction)
     source = _wide(x) if lam is None else op.Mul(_wide(x), _wide(lam))
     ordered = op.Transpose(_wide(taps), perm=[0, 2, 1, 3, 4])  # [B, 3, G, H, W]
@@ -140,9 +146,10 @@ def _exists(x: Any, axis: int) -> Any:
 @torch_op("gspn::propagate", trace_only=True)
 def propagate(
     x: FLOAT, proxy: FLOAT, tap_proj: FLOAT, lam_proj: FLOAT, u_proj: FLOAT, skip_proj: Optional[FLOAT] = None,
-    directions: str = "", segment: Optional[int] = None, impl: str = "",
+    directions: str = "", segment: Optional[int] = None, impl: str = "", valid_size: Optional[INT64] = None,
 ) -> FLOAT:  # fmt: skip
     """:func:`gspn.propagate`, with the merge folded into the projections as the operator has it."""
+    _refuse_sizes(valid_size)
     groups, proxy_channels, image, wide = tap_proj.shape[1], proxy.shape[1], _wide(x), _wide(proxy)
 
     def project(projection: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..nn import GSPNBlock
+from ..ops.valid_size import Sizes, as_valid_size, reduced, valid_mask, within
 from .official_checkpoint import checkpoint_filter_fn
 
 Lines = int | None | Sequence["int | None"]
@@ -34,16 +36,20 @@ class Stem(nn.Module):
         super().__init__()
         if stride not in (2, 4):
             raise ValueError(f"{stride=}: the stem reduces the image by 2 or by 4.")
+        self.stride = stride
         self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
         self.norm1 = LayerNorm2d(dim // 2, eps=1e-5, **dd)
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=stride // 2, padding=1, **dd)
         self.norm2 = LayerNorm2d(dim, eps=1e-5, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, in_chans, H, W]`` to ``[B, dim, ceil(H / stride), ceil(W / stride)]``."""
-        x = self.act(self.norm1(self.conv1(x)))  # [B, dim / 2, H / 2, W / 2]
-        return self.norm2(self.conv2(x))
+    def forward(self, x: Tensor, valid_size: Tensor | None = None) -> Tensor:
+        """``[B, in_chans, H, W]`` to ``[B, dim, ceil(H / stride), ceil(W / stride)]``; ``valid_size`` as for the model.
+
+        The sizes of the results are ``ceil(valid_size / stride)``.
+        """
+        x = self.act(self.norm1(self.conv1(within(x, valid_size))))  # [B, dim / 2, H / 2, W / 2]
+        return self.norm2(self.conv2(within(x, reduced(valid_size, 2))))
 
 
 class Stage(nn.Module):
@@ -66,6 +72,7 @@ class Stage(nn.Module):
         super().__init__()
         self.grad_checkpointing = False
         self.downsample: nn.Module = nn.Identity()
+        self.stride = 1 if in_dim == dim else 2
         if in_dim != dim:
             conv = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, **dd)
             self.downsample = nn.Sequential(OrderedDict(conv=conv, norm=LayerNorm2d(dim, eps=1e-5, **dd)))
@@ -76,12 +83,18 @@ class Stage(nn.Module):
             )
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, in_dim, H, W]`` to ``[B, dim, H', W']``."""
-        x = self.downsample(x)
+    def forward(self, x: Tensor, valid_size: Tensor | None = None) -> Tensor:
+        """``[B, in_dim, H, W]`` to ``[B, dim, H', W']``; ``valid_size`` are the sizes of the images in ``x``.
+
+        The sizes of the results are ``ceil(valid_size / stride)``.
+        """
+        x = self.downsample(within(x, valid_size))
+        valid_size = reduced(valid_size, self.stride)
         if self.grad_checkpointing:
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
+            return checkpoint_seq([partial(block, valid_size=valid_size) for block in self.blocks], x)
+        for block in self.blocks:
+            x = block(x, valid_size)
+        return x
 
 
 class GSPN(nn.Module):
@@ -210,7 +223,7 @@ class GSPN(nn.Module):
 
     def forward_intermediates(
         self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False, stop_early: bool = False,
-        output_fmt: str = "NCHW", intermediates_only: bool = False,
+        output_fmt: str = "NCHW", intermediates_only: bool = False, valid_size: Sizes | None = None,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:  # fmt: skip
         """Compute the features and the intermediate features of selected stages.
 
@@ -221,6 +234,8 @@ class GSPN(nn.Module):
             stop_early: whether to skip the stages after the last selected one.
             output_fmt: ``"NCHW"``.
             intermediates_only: whether to return the list only.
+            valid_size: as for :meth:`forward`. The images' parts of each map are ``ceil(valid_size / reduction)``, by
+                the ``reduction`` in ``feature_info``; what is beyond has no meaning.
 
         Returns:
             The features as :meth:`forward_features` returns them, and a list of ``[B, C_i, H_i, W_i]``.
@@ -231,9 +246,10 @@ class GSPN(nn.Module):
         intermediates = []
         end = len(self.stages) - 1
         run = last if stop_early else end
-        x = self.stem(x)
-        for i, stage in enumerate(self.stages[: run + 1]):
-            x = stage(x)
+        valid_size = as_valid_size(valid_size, x)
+        x, valid_size = self.stem(x, valid_size), reduced(valid_size, self.stem.stride)
+        for i, stage in enumerate(cast("Sequence[Stage]", self.stages[: run + 1])):
+            x, valid_size = stage(x, valid_size), reduced(valid_size, stage.stride)
             if i in take:
                 intermediates.append(self.norm(x) if norm and i == end else x)
         if intermediates_only:
@@ -257,19 +273,61 @@ class GSPN(nn.Module):
             self.reset_classifier(0, "")
         return take
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """``[B, in_chans, H, W]`` to the normalized map ``[B, num_features, H', W']``."""
-        x = self.stem(x)
-        x = self.stages(x)
+    def forward_features(self, x: Tensor, valid_size: Sizes | None = None) -> Tensor:
+        """``[B, in_chans, H, W]`` to the normalized map ``[B, num_features, H', W']``; ``valid_size`` as for forward.
+
+        The images' parts of the map are ``ceil(valid_size / reduction)``; what is beyond has no meaning.
+        """
+        valid_size = as_valid_size(valid_size, x)
+        x, valid_size = self.stem(x, valid_size), reduced(valid_size, self.stem.stride)
+        for stage in cast("Sequence[Stage]", self.stages):
+            x, valid_size = stage(x, valid_size), reduced(valid_size, stage.stride)
         return self.norm(x)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """``[B, num_features, H', W']`` to logits ``[B, num_classes]``, or to the classifier's input."""
+    def forward_head(self, x: Tensor, pre_logits: bool = False, valid_size: Tensor | None = None) -> Tensor:
+        """``[B, num_features, H', W']`` to logits ``[B, num_classes]``, or to the classifier's input.
+
+        ``valid_size [B, 2]`` are the sizes of the images' parts of this map.
+        """
+        x = _pooled(x, valid_size, getattr(getattr(self.head, "global_pool", None), "pool_type", ""))
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, in_chans, H, W]`` to ``[B, num_classes]``."""
-        return self.forward_head(self.forward_features(x))
+    def forward(self, x: Tensor, valid_size: Sizes | None = None) -> Tensor:
+        """``[B, in_chans, H, W]`` to ``[B, num_classes]``.
+
+        Args:
+            x: images; those of several sizes are padded to one, each at the top left. What is in the padding has no
+                influence.
+            valid_size: the height and width of each image: int64 ``[B, 2]`` on any device, or a list of pairs. The
+                result of each image is the one it has alone, to rounding. None for images that fill ``x``.
+
+        Raises:
+            NotImplementedError: there are sizes, and a pooling other than ``"avg"`` and ``"max"``, or scans that depend
+                on the size of the map; see :class:`gspn.nn.GSPN2d`.
+        """
+        valid_size = as_valid_size(valid_size, x)
+        x = self.forward_features(x, valid_size)
+        for module in (self.stem, *cast("Sequence[Stage]", self.stages)):
+            valid_size = reduced(valid_size, module.stride)
+        return self.forward_head(x, valid_size=valid_size)
+
+
+def _pooled(x: Tensor, valid_size: Tensor | None, pool: str) -> Tensor:
+    """``[B, C, 1, 1]``, the pooled pixels of each image, which pooled again are the same; ``x`` without sizes."""
+    if valid_size is None:
+        return x
+    kind, pixels = pool.removeprefix("fast"), valid_size.prod(1).view(-1, 1, 1, 1)
+    if kind == "avg":
+        return within(x, valid_size).sum((2, 3), keepdim=True) / pixels.clamp(min=1)
+    if kind == "max":
+        largest = torch.where(valid_mask(valid_size, x), x, -torch.inf).amax((2, 3), keepdim=True)
+        return torch.where(pixels > 0, largest, 0)
+    raise NotImplementedError(f"global_pool={pool!r} has no valid_size; use 'avg' or 'max'.")
+
+
+# A trace of torch.fx does not know whether there are sizes: it keeps the calls as they are.
+for _name in ("as_valid_size", "reduced", "within", "_pooled"):
+    torch.fx.wrap(_name)
 
 
 def lines_of_blocks(name: str, lines: Lines | Sequence[Lines], depths: Sequence[int]) -> list[list[int | None]]:

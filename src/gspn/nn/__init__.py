@@ -1,4 +1,6 @@
-"""Modules: the propagation in four directions, its token mixer, the block of a model; attention to compare with."""
+"""Modules: the propagation in four directions, also in a latent space, its token mixer, the block of a model; attention
+to compare with.
+"""
 
 from .._errors import MissingExtraError
 
@@ -9,7 +11,8 @@ except ImportError as error:
 
 from .attention import SelfAttention2d
 from .block import GSPNBlock
+from .compact import CompactGSPN2d
 from .gspn2d import GSPN2d
 from .mixer import GSPNMixer
 
-__all__ = ["GSPN2d", "GSPNBlock", "GSPNMixer", "SelfAttention2d"]
+__all__ = ["CompactGSPN2d", "GSPN2d", "GSPNBlock", "GSPNMixer", "SelfAttention2d"]

@@ -11,7 +11,10 @@ from timm.layers.mlp import Mlp
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
+from ..ops.valid_size import within
 from .mixer import GSPNMixer
+
+torch.fx.wrap("within")  # a trace does not know whether there are sizes
 
 
 class LocalPerceptionUnit(nn.Module):
@@ -21,8 +24,9 @@ class LocalPerceptionUnit(nn.Module):
         super().__init__()
         self.conv_dw = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, dim, H, W]`` to ``[B, dim, H, W]``."""
+    def forward(self, x: Tensor, valid_size: Tensor | None = None) -> Tensor:
+        """``[B, dim, H, W]`` to ``[B, dim, H, W]``; ``valid_size`` as for :class:`GSPNMixer`."""
+        x = within(x, valid_size)
         return x + self.conv_dw(x)
 
 
@@ -69,9 +73,9 @@ class GSPNBlock(nn.Module):
         self.ls2 = scale()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, dim, H, W]`` to ``[B, dim, H, W]``."""
-        x = self.lpu1(x)
-        x = x + self.drop_path1(self.ls1(self.mixer(self.norm1(x))))
-        x = self.lpu2(x)
+    def forward(self, x: Tensor, valid_size: Tensor | None = None) -> Tensor:
+        """``[B, dim, H, W]`` to ``[B, dim, H, W]``; ``valid_size`` as for :class:`GSPNMixer`."""
+        x = x if isinstance(self.lpu1, nn.Identity) else self.lpu1(x, valid_size)
+        x = x + self.drop_path1(self.ls1(self.mixer(self.norm1(x), valid_size)))
+        x = x if isinstance(self.lpu2, nn.Identity) else self.lpu2(x, valid_size)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

@@ -14,6 +14,7 @@ from ..ops import DIRECTIONS, Direction, propagate
 from ..ops import flop_counts as _flop_counts  # noqa: F401  (lets torch's counter see the scans)
 from ..ops.directions import scan_axes
 from ..ops.implementations import check_impl
+from ..ops.valid_size import Sizes
 from ..ops.validation import check_directions, check_reference_lines, check_scannable, check_segment
 from .official_alignment import propagate_official
 from .options import check_options
@@ -125,16 +126,27 @@ class GSPN2d(nn.Module):
                 nn.init.uniform_(projection, -bound, bound)
         nn.init.ones_(self.merge)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, H, W]`` to ``[B, C, H, W]``."""
+    def forward(self, x: Tensor, valid_size: Sizes | None = None) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, C, H, W]``; ``valid_size`` as for :func:`gspn.propagate`.
+
+        Raises:
+            NotImplementedError: there are sizes, and an option that depends on the size of the map:
+                ``reference_lines`` or ``alignment="official"``.
+        """
         x = _checked(x, self.dim)
+        sizes: dict[str, Any] = {} if valid_size is None else {"valid_size": valid_size}
+        if sizes and (self.reference_lines is not None or self.alignment == "official"):
+            raise NotImplementedError(
+                f"valid_size is not for reference_lines={self.reference_lines}, alignment={self.alignment!r}, which "
+                "depend on the size of the map; pass images of each size in a batch of their own."
+            )
         # Under autocast the proxy may have another dtype than x; the scan runs in that of x.
         proxy = self.proxy(x).to(x.dtype)  # [B, S, H, W]
         lam_proj = over_normalized_axis(self.lam_proj, x, self.directions, self.segment, self.reference_lines)
         function = propagate_official if self.alignment == "official" else propagate
         return function(
             x, proxy, self.tap_proj, lam_proj, self.u_proj, self.skip_proj, self.merge, directions=self.directions,
-            segment=self.segment, impl=self.impl,
+            segment=self.segment, impl=self.impl, **sizes,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

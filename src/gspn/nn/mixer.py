@@ -9,6 +9,7 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
+from ..ops.valid_size import within
 from .gspn2d import GSPN2d
 
 
@@ -24,7 +25,9 @@ def _channel_norms(x: Tensor) -> Tensor:
     return (squares(x) + torch.finfo(x.dtype).tiny).sqrt()
 
 
-torch.fx.wrap("_channel_norms")  # the formula depends on the dtype, which a trace does not know
+# The formula depends on the dtype, and what is done on whether there are sizes, neither of which a trace knows.
+torch.fx.wrap("_channel_norms")
+torch.fx.wrap("within")
 
 
 class ResponseNorm(GlobalResponseNorm):
@@ -82,10 +85,14 @@ class GSPNMixer(nn.Module):
         self.grn = ResponseNorm(inner, channels_last=False, **dd)
         self.out_proj = nn.Conv2d(inner, dim, 1, bias=False, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, dim, H, W]`` to ``[B, dim, H, W]``."""
-        x = self.in_proj(x)  # [B, C, H, W]
+    def forward(self, x: Tensor, valid_size: Tensor | None = None) -> Tensor:
+        """``[B, dim, H, W]`` to ``[B, dim, H, W]``.
+
+        ``valid_size [B, 2]`` are the sizes of images that are smaller than the map, see :func:`gspn.propagate`. The
+        result in the padding has no meaning.
+        """
+        x = self.in_proj(within(x, valid_size))  # [B, C, H, W], zero where x is: there is no bias
         x = self.conv_dw(x)
-        x = self.gspn(x)
-        x = self.grn(self.norm(x))
+        x = self.gspn(x) if valid_size is None else self.gspn(x, valid_size)
+        x = self.grn(within(self.norm(x), valid_size))
         return self.out_proj(x)  # [B, dim, H, W]

@@ -33,7 +33,10 @@ class Backend(Protocol):
 class LineScan(Protocol):
     """The functions of ``gspn/ops/NAME/line_scan.py``. Results are new tensors; no argument is written to."""
 
-    def line_scan(self, x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None) -> Tensor:
+    def line_scan(
+        self, x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None,
+        valid_size: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The state ``h``, of the shape, dtype and strides of ``torch.empty_like(x)``; see :func:`gspn.line_scan`.
 
         Args:
@@ -42,12 +45,14 @@ class LineScan(Protocol):
             lam: ``[B, C, H, W]``, or None for ones.
             direction: one of :data:`gspn.DIRECTIONS`.
             segment: lines after which the scan restarts, or None.
+            valid_size: int64 ``[B, 2]`` on x's device, the height and width of each image, or None. Whatever the
+                values, no pixel beyond the map is read or written. Results and gradients in the padding are 0.
         """
         ...
 
     def line_scan_backward(
         self, grad: Tensor, h: Tensor, x: Tensor | None, taps: Tensor, lam: Tensor | None, direction: str,
-        segment: int | None, need_taps: bool, need_lam: bool,
+        segment: int | None, need_taps: bool, need_lam: bool, valid_size: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """The gradients ``dx``, ``dtaps`` and ``dlam``, with the shape, dtype and layout of x, taps and lam.
 
@@ -63,7 +68,7 @@ class Propagate(Protocol):
 
     def propagate(
         self, x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: Tensor | None,
-        directions: tuple[str, ...], segment: int | None,
+        directions: tuple[str, ...], segment: int | None, valid_size: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """``y``, of the shape, dtype and strides of ``torch.empty_like(x)``; see :func:`gspn.ops.unfused.compose`.
 
@@ -76,12 +81,13 @@ class Propagate(Protocol):
             skip_proj: ``[C, S]``, the sum over the directions of skip times merge; None for no skip.
             directions: D of :data:`gspn.DIRECTIONS`, each once.
             segment: lines after which every scan restarts, or None.
+            valid_size: as for :meth:`LineScan.line_scan`.
         """
         ...
 
     def propagate_backward(
         self, grad: Tensor, x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor,
-        skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None,
+        skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None, valid_size: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
         """The gradients ``dx, dproxy, dtap_proj, dlam_proj, du_proj, dskip_proj`` for ``grad``, that of ``y``.
 

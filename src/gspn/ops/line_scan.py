@@ -7,6 +7,7 @@ from torch import Tensor
 from .directions import Direction, scan_axes
 from .implementations import check_impl
 from .torch_library import apply_line_scan
+from .valid_size import Sizes, as_valid_size
 from .validation import autocast, check_is_tensor, check_segment
 
 
@@ -17,6 +18,7 @@ def line_scan(
     *,
     direction: Direction,
     segment: int | None = None,
+    valid_size: Sizes | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Scan a feature map line by line, each pixel taking a weighted sum of three neighbours on the previous line.
@@ -49,6 +51,11 @@ def line_scan(
         direction: ``"down"``, ``"up"``, ``"right"`` or ``"left"``, the way information flows.
         segment: number of lines, at least 1, after which the recurrence restarts; None for a global scan. The last
             segment may be shorter.
+        valid_size: the height and width of each image, for images of several sizes in one batch: an int64 tensor
+            ``[B, 2]`` on any device, or a list of pairs, each from 0 to the map's. Each image lies at the top left of
+            its map and is scanned as if it were alone: scans begin and end, and segments are counted, at its own
+            border. What stands in the padding has no influence; results and gradients there are 0. None for images
+            that fill their maps.
         impl: ``"auto"``, the fastest that runs for this device and dtype; or one that :func:`gspn.available_impls`
             lists, which raises if it cannot run.
 
@@ -56,8 +63,9 @@ def line_scan(
         ``h``, of the shape, dtype and device of ``x``, and of its memory layout where ``x`` is dense.
 
     Raises:
-        TypeError: an argument is not a tensor, not floating point, or the dtypes differ; ``segment`` is not an integer.
-        ValueError: a shape, device, direction, segment or impl does not fit.
+        TypeError: an argument is not a tensor, not floating point, or the dtypes differ; ``segment`` or ``valid_size``
+            are not integers.
+        ValueError: a shape, device, direction, segment, size or impl does not fit.
         NotImplementedError: the ``impl`` named cannot run on this device or dtype.
         ImportError: the ``impl`` named needs a package that is not installed.
 
@@ -72,6 +80,8 @@ def line_scan(
         tensor([1., 2., 3., 4.])
         >>> gspn.line_scan(x, taps, direction="up", segment=2)[0, 0, :, 0]
         tensor([2., 1., 2., 1.])
+        >>> gspn.line_scan(x, taps, direction="up", valid_size=[(3, 2)])[0, 0, :, 0]
+        tensor([3., 2., 1., 0.])
     """
     scan_axes(direction)
     check_impl(impl)
@@ -81,4 +91,4 @@ def line_scan(
     if lam is not None:
         check_is_tensor("lam", lam)
     x, taps, lam = autocast(x, taps, lam)
-    return apply_line_scan(x, taps, lam, direction, segment, impl)
+    return apply_line_scan(x, taps, lam, direction, segment, impl, as_valid_size(valid_size, x))

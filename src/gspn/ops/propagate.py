@@ -9,6 +9,7 @@ from torch import Tensor
 from .directions import DIRECTIONS, Direction
 from .implementations import check_impl
 from .torch_library import apply_propagate, composed_propagate
+from .valid_size import Sizes, as_valid_size
 from .validation import (
     autocast,
     check_directions,
@@ -31,6 +32,7 @@ def propagate(
     *,
     directions: Sequence[Direction] = DIRECTIONS,
     segment: int | None = None,
+    valid_size: Sizes | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Propagate over the whole image: scans in four directions with maps predicted from a proxy, gated and merged.
@@ -66,6 +68,12 @@ def propagate(
         directions: the D directions of the projections' first axis, each at most once.
         segment: number of lines, at least 1, after which every scan restarts; None for global scans, which connect
             every pixel with every other.
+        valid_size: the height and width of each image, for images of several sizes in one batch: an int64 tensor
+            ``[B, 2]`` on any device, or a list of pairs, each from 0 to the map's. Each image lies at the top left of
+            its map and is computed as if it were alone: taps sum to one over its own neighbours, scans begin and end,
+            and segments are counted, at its own border. What stands in the padding has no influence; results and
+            gradients there are 0, and the projections' gradients are sums over the images' pixels. None for images
+            that fill their maps.
         impl: ``"auto"``, the fastest that runs for this device and dtype; or one that :func:`gspn.available_impls`
             lists, which raises if it cannot run.
 
@@ -73,8 +81,9 @@ def propagate(
         ``y``, of the shape, dtype and device of ``x``, and of its memory layout where ``x`` is dense.
 
     Raises:
-        TypeError: an argument is not a tensor, not floating point, or the dtypes differ; ``segment`` is not an integer.
-        ValueError: a shape, device, direction, segment or impl does not fit.
+        TypeError: an argument is not a tensor, not floating point, or the dtypes differ; ``segment`` or ``valid_size``
+            are not integers.
+        ValueError: a shape, device, direction, segment, size or impl does not fit.
         NotImplementedError: the ``impl`` named cannot run on this device or dtype.
         ImportError: the ``impl`` named needs a package that is not installed.
 
@@ -91,6 +100,10 @@ def propagate(
                 [8., 8., 8.]])
         >>> gspn.propagate(x, proxy, tap_proj[:1], gate[:1], gate[:1], directions=["down"])[0, 0, :, 0]
         tensor([1., 2., 3.])
+        >>> gspn.propagate(x, proxy, tap_proj, gate, gate, valid_size=[(2, 2)])[0, 0]
+        tensor([[6., 6., 0.],
+                [6., 6., 0.],
+                [0., 0., 0.]])
     """
     check_impl(impl)
     check_segment(segment)
@@ -120,4 +133,5 @@ def propagate(
         skip_proj = None if skip_proj is None else skip_proj * weight
     skip_proj = None if skip_proj is None else skip_proj.sum(0)  # [C, S]
     call = composed_propagate if impl == "reference" else apply_propagate
-    return call(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, ",".join(directions), segment, impl)
+    sizes = as_valid_size(valid_size, x)
+    return call(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, ",".join(directions), segment, impl, sizes)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .directions import Direction, scan_axes
+from .valid_size import Sizes, as_valid_size, within
 
 
 def _memory_order(tensor: Tensor) -> list[int]:
@@ -17,7 +18,7 @@ def _memory_order(tensor: Tensor) -> list[int]:
     return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
-def stochastic_taps(logits: Tensor, *, direction: Direction) -> Tensor:
+def stochastic_taps(logits: Tensor, *, direction: Direction, valid_size: Sizes | None = None) -> Tensor:
     """Turn logits into taps that are positive and sum to one over the neighbours that exist.
 
     With a the logits and σ the sigmoid, at each pixel::
@@ -37,6 +38,8 @@ def stochastic_taps(logits: Tensor, *, direction: Direction) -> Tensor:
     Args:
         logits: ``[B, G, 3, H, W]``, any floating-point dtype and strides.
         direction: ``"down"``, ``"up"``, ``"right"`` or ``"left"``: the direction of the scan the taps are for.
+        valid_size: as for :func:`gspn.line_scan`: neighbours beyond an image's own border do not exist, and the taps in
+            the padding are 0.
 
     Returns:
         The taps, ``[B, G, 3, H, W]`` in the dtype and, where ``logits`` is dense, the memory layout of ``logits``.
@@ -61,17 +64,23 @@ def stochastic_taps(logits: Tensor, *, direction: Direction) -> Tensor:
     if logits.dim() != 5 or logits.shape[2] != 3:
         raise ValueError(f"{logits.shape=}: logits must be [B, G, 3, H, W], three for each pixel of each group.")
     cross = scan_axes(direction).cross
+    valid_size = as_valid_size(valid_size, logits)
+    logits = within(logits, valid_size)
     size = logits.shape[cross]
     position = torch.arange(size, device=logits.device)
     offset = torch.arange(-1, 2, device=logits.device)
     neighbour = position + offset.unsqueeze(-1)  # [3, n]
     missing = (neighbour < 0) | (neighbour >= size)
-    missing = missing.unsqueeze(-2) if cross == -1 else missing.unsqueeze(-1)  # [3, 1, W] or [3, H, 1]
+    if valid_size is not None:
+        # The last position of an image lacks its neighbour too. In the padding there are taps, which are cut off below.
+        last = valid_size[:, 0 if cross == -2 else 1, None] - 1 == position  # [B, n]
+        missing = missing | (last.unsqueeze(1) & (offset == 1).unsqueeze(-1))  # [B, 3, n]
+    missing = missing.unsqueeze(-2) if cross == -1 else missing.unsqueeze(-1)  # [.., 3, 1, W] or [.., 3, H, 1]
 
     # In memory order throughout, since PyTorch's softmax and masked_fill would transpose taps of a channels_last map.
     order = _memory_order(logits)
     inverse = [order.index(axis) for axis in range(5)]
-    missing = missing[None, None].permute(order)
+    missing = (missing[None, None] if valid_size is None else missing.unsqueeze(1)).permute(order)
     ordered = logits.permute(order)
 
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -82,4 +91,4 @@ def stochastic_taps(logits: Tensor, *, direction: Direction) -> Tensor:
     values = finite.detach()
     values.copy_(values.clamp(min=torch.finfo(acc).min))
     log_gate = torch.where(missing, -torch.inf, logsigmoid(finite))
-    return log_gate.softmax(dim=order.index(2)).to(logits.dtype).permute(inverse)
+    return within(log_gate.softmax(dim=order.index(2)).to(logits.dtype).permute(inverse), valid_size)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .directions import Direction
 from .stochastic_taps import stochastic_taps
+from .valid_size import within
 
 
 def project(proxy: Tensor, weight: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def project_taps(proxy: Tensor, weight: Tensor) -> Tensor:
 def compose(
     x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: Tensor | None,
     directions: Sequence[str], segment: int | None,
-    scan: Callable[[Tensor, Tensor, Tensor, str, int | None], Tensor],
+    scan: Callable[[Tensor, Tensor, Tensor, str, int | None], Tensor], valid_size: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     r"""The sum over the directions of the scans, gated, and the skip.
 
@@ -53,7 +54,8 @@ def compose(
         skip_proj: ``[C, S]``, the sum over the directions of skip times merge; None for none.
         directions: D of them.
         segment: as for :func:`gspn.line_scan`.
-        scan: ``(x, taps, lam, direction, segment)`` to ``h``, a ``line_scan``.
+        scan: ``(x, taps, lam, direction, segment)`` to ``h``, a ``line_scan`` over images of these sizes.
+        valid_size: ``[B, 2]``, the height and width of each image, or None.
 
     Returns:
         ``y``, of the shape and dtype of ``x``.
@@ -62,9 +64,11 @@ def compose(
     if dtype.itemsize == 1:  # PyTorch stores 8-bit floats and does not compute with them
         dtype = torch.float32
         x, proxy = x.to(dtype), proxy.to(dtype)
+    x, proxy = within(x, valid_size), within(proxy, valid_size)
     y = None if skip_proj is None else project(proxy, skip_proj.to(dtype)) * x  # [B, C, H, W]
     for d, direction in enumerate(cast("Sequence[Direction]", directions)):
-        taps = stochastic_taps(project_taps(proxy, tap_proj[d].to(dtype)), direction=direction)  # [B, G, 3, H, W]
+        logits = project_taps(proxy, tap_proj[d].to(dtype))
+        taps = stochastic_taps(logits, direction=direction, valid_size=valid_size)  # [B, G, 3, H, W]
         lam = project(proxy, lam_proj[d].to(dtype))  # [B, C, H, W]
         h = scan(x, taps, lam, direction, segment)  # [B, C, H, W]
         out = project(proxy, u_proj[d].to(dtype)) * h

@@ -59,6 +59,28 @@ def for_amd(chosen: Chosen, arch: str, warp_size: int) -> None:
     json.dump(results, sys.stdout)
 
 
+def images_of_several_sizes(arch: int) -> None:
+    """Print as JSON the bytes of stack that each kernel takes with the sizes of images."""
+    sizes, (grad, *arguments) = (
+        torch.empty(16, 2, dtype=torch.int64, device="meta"),
+        make_arguments(16, 96, 56, 56, 8, 1),
+    )
+    grad, *arguments = (one.to("meta") if isinstance(one, torch.Tensor) else one for one in (grad, *arguments))
+    x, taps = grad, torch.empty(16, 96, 3, 56, 56, device="meta")
+    with recorded() as launches:
+        line_scan(x, taps, x, "left", None, Limits(), sizes)
+        line_scan_backward(x, x, x, taps, x, "down", None, True, True, Limits(), sizes)
+        propagate(*arguments, limits=Limits(), valid_size=sizes)
+        propagate_backward(grad, *arguments, limits=Limits(), valid_size=sizes)
+    # Of alike launches the first; those before the scans, which are as without sizes, are left out.
+    chosen = {}
+    for launch in launches:
+        if "p_sizes" in launch.tensors:
+            how = launch.plan.constants.get("ADJOINT"), launch.plan.constants.get("OF_TAPS")
+            chosen.setdefault((launch.kernel.__name__, *how), launch)
+    json.dump([(str(key), compile_launch(launch, arch).stack) for key, launch in chosen.items()], sys.stdout)
+
+
 def host_work() -> None:
     """Print as JSON what calls of propagate do on the host, once they are compiled, with launches that do nothing.
 

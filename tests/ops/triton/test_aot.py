@@ -127,6 +127,13 @@ def test_propagate_does_not_spill_and_is_no_longer(arch: int, triton_cache: Path
             assert row["barriers_a_line"] <= barriers, what
 
 
+def test_images_of_several_sizes_do_not_spill(triton_cache: Path) -> None:
+    stacks = json.loads(_run("images_of_several_sizes(90)", triton_cache))
+    assert len(stacks) == 6, stacks  # both line scans, a scan and its adjoint, the gradients of gates and of taps
+    for kernel, stack in stacks:
+        assert stack <= (32 if "gradients" in kernel else 0), (kernel, stack)
+
+
 def test_little_is_done_on_the_host(triton_cache: Path) -> None:
     # Launches, PyTorch's kernels, calls of functions. A processor of 2025 takes some 0.1 us for a call.
     most = {"side by side": (3, 1, 150), "in turn": (5, 1, 280), "backward": (6, 6, 380)}

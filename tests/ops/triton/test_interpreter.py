@@ -26,9 +26,12 @@ PROPAGATE = [
 ]
 
 
+VALID_SIZE = ["line_scans, long_line_scans, sizes_through_the_operator", "propagates", "long_propagates"]
+CASES = {"interpreted": LINE_SCAN, "propagate_interpreted": PROPAGATE, "valid_size_interpreted": VALID_SIZE}
+
+
 @pytest.mark.parametrize(
-    ("module", "functions"),
-    [*(("interpreted", names) for names in LINE_SCAN), *(("propagate_interpreted", names) for names in PROPAGATE)],
+    ("module", "functions"), [(module, names) for module, lists in CASES.items() for names in lists]
 )
 def test_interpreted(module: str, functions: str) -> None:
     paths = [str(ROOT / "tests"), str(Path(__file__).parent)]

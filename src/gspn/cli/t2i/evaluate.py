@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -42,22 +43,26 @@ def evaluate(
 
     The text score is the cosine between an image's features and those that its prompt predicts, by a ridge regression
     from sentences to features that is fitted on the reference. The rank is the median rank of an image's own prompt
-    among all prompts of the set.
+    among all prompts of the set. For several GPUs start it with torchrun: the processes share the images.
     """
+    from gspn.tasks.core.devices import distributed_context
     from gspn.tasks.text_to_image.evaluate import evaluate as run
 
-    console = Console()
+    console, is_main = Console(), os.environ.get("RANK", "0") == "0"
     results = []
-    for directory in samples:
-        result = run(
-            directory, reference, root=root, size=size, distractors=distractors, features=features,
-            batch_size=batch_size, device=device.value, console=console,
-        )  # fmt: skip
-        results.append(result)
-        if output is not None:
-            path = output / f"{directory.name}.json"
-            result.write_json(path)
-            wrote(path)
+    with distributed_context():
+        for directory in samples:
+            result = run(
+                directory, reference, root=root, size=size, distractors=distractors, features=features,
+                batch_size=batch_size, device=device.value, console=console,
+            )  # fmt: skip
+            results.append(result)
+            if output is not None and is_main:
+                path = output / f"{directory.name}.json"
+                result.write_json(path)
+                wrote(path)
+    if not is_main:
+        return
     table = Table("", box=None, header_style="bold", padding=(0, 2, 0, 0))
     for heading in ("images", "FID", "KID x 1000", "IS", "precision", "recall", "text score", "rank", "top 1"):
         table.add_column(heading, justify="right")

@@ -64,6 +64,9 @@ def sample(
     offload: Annotated[
         Offload, typer.Option(help="Keep whole models, the UNet's skip tensors, or both in host memory.")
     ] = Offload.none,
+    shard_image: Annotated[bool, typer.Option(
+        "--shard-image", help="Under torchrun: split each image by rows over the processes. Needs --adapter."
+    )] = False,
     precision: Annotated[PrecisionName, typer.Option(help="Precision of the weights.")] = PrecisionName.fp32,
     device: Device = DeviceName.auto,
     check: Annotated[bool, typer.Option(help="Estimate time and memory first, and refuse what does not fit.")] = True,
@@ -73,7 +76,8 @@ def sample(
 ) -> None:  # fmt: skip
     """Draw images from text, each a PNG that records its origin.
 
-    The same seed gives the same images for any batch size. Time and memory are estimated before the run starts.
+    The same seed gives the same images for any batch size. For several GPUs start it with torchrun: the processes share
+    the images, or with --shard-image the rows of each image. Time and memory are estimated before the run starts.
     """
     width, height = (None, None) if size is None else parse_size(size)
     from gspn.tasks.text_to_image.sample import UpscalingConfig
@@ -91,9 +95,10 @@ def sample(
         model, prompts, output=output, upscale=upscaling if upscale else False, console=console, adapter=adapter,
         negative=negative, number=number, height=height, width=width, steps=steps, guidance=guidance,
         scheduler=scheduler, seed=seed, batch_size=batch_size, precision=precision.value, device=device.value,
-        tiling=tiling.value, offload=offload.value, check=check, estimate_only=estimate_only,
+        tiling=tiling.value, offload=offload.value, shard_image=shard_image, check=check,
+        estimate_only=estimate_only,
     )  # fmt: skip
-    if estimate_only:
+    if estimate_only or not result.is_main:
         return
     kept = len(result.records) - result.drawn
     wrote(

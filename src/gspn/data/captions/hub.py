@@ -102,16 +102,24 @@ def open_rows(
     **options: Any,
 ) -> CaptionedRows:
     """Open ``hfds/<name>``; see ``open_captions``."""
+    rows, folders = load_rows(name, split, root, config=config, revision=revision)
+    return CaptionedRows(rows, name, folders=folders, **options)
+
+
+def load_rows(
+    name: str, split: str, root: str | os.PathLike[str] | None, *, config: str | None, revision: str | None
+) -> tuple[Any, Sequence[Path]]:
+    """The ``datasets.Dataset`` of ``hfds/<name>``, and the folders that paths in its rows may lead to."""
     datasets = _datasets()
     rest = name.partition("/")[2]
     local = next((path for path in (*([Path(root) / rest] if root else []), Path(rest)) if path.is_dir()), None)
     if local is not None and any((local / mark).is_file() for mark in (_SAVED, _SAVED_SPLITS)):
         if config or revision:
             raise ValueError(f"{config=}, {revision=} do not apply to {str(local)!r}, which was saved to disk.")
-        return CaptionedRows(_saved(local, split), name, **options)
+        return _saved(local, split), ()
     cache = None if root is None or local is not None else os.fspath(root)
     dataset = datasets.load_dataset(str(local or rest), config, split=split, revision=revision, cache_dir=cache)
-    return CaptionedRows(dataset, name, folders=row_folders(local, cache), **options)
+    return dataset, row_folders(local, cache)
 
 
 def _saved(folder: Path, split: str) -> Any:

@@ -16,7 +16,7 @@ import torch
 
 from .c_structs import LineScanCall, PropagateCall
 
-_INTERFACE_VERSION = 5
+_INTERFACE_VERSION = 6
 
 # Why the kernels refuse a call: the numbers are those of `Status` in kernels/common/workers.h.
 _REFUSALS = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..directions import DIRECTIONS
+from ..valid_size import in_scan_order
 from .c_structs import DTYPE_CODES, Image, PropagateCall, as_image
 from .library import load, run
 
@@ -44,18 +45,21 @@ def _address(tensor: Tensor | None) -> int | None:
 
 def _run(
     function: Callable[..., int], x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor,
-    skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None, **outputs: Image | int | None,
+    skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None, valid_size: Tensor | None,
+    **outputs: Image | int | None,
 ) -> None:  # fmt: skip
     batch, channels, height, width = x.shape
     tap_proj, lam_proj, u_proj = tap_proj.contiguous(), lam_proj.contiguous(), u_proj.contiguous()
     skip_proj = None if skip_proj is None else skip_proj.contiguous()
     channels_last = _channels_last(*proxy.shape, dtype=tap_proj.dtype).copy_(proxy)
     longest = max(height, width)
+    sizes = in_scan_order(valid_size, -2)
     call = PropagateCall(
         dtype=DTYPE_CODES[x.dtype], direction_count=len(directions), directions=_codes(directions),
         batch=batch, channels=channels, groups=tap_proj.shape[1], proxy_channels=proxy.shape[1], height=height,
-        width=width, proxy_row=channels_last.stride(2), segment=longest if segment is None else min(segment, longest),
-        x=as_image(x), proxy=channels_last.data_ptr(), tap_proj=tap_proj.data_ptr(), lam_proj=lam_proj.data_ptr(),
+        width=width, proxy_row=channels_last.stride(2), proxy_image=channels_last.stride(0),
+        segment=longest if segment is None else min(segment, longest), sizes=_address(sizes), x=as_image(x),
+        proxy=channels_last.data_ptr(), tap_proj=tap_proj.data_ptr(), lam_proj=lam_proj.data_ptr(),
         u_proj=u_proj.data_ptr(), skip_proj=_address(skip_proj), **outputs,
     )  # fmt: skip
     run(function, call, f"propagate over {batch} x {channels} maps of {height} x {width}")
@@ -63,19 +67,19 @@ def _run(
 
 def propagate(
     x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: Tensor | None,
-    directions: tuple[str, ...], segment: int | None,
+    directions: tuple[str, ...], segment: int | None, valid_size: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The forward; see :func:`gspn.propagate`."""
     y = torch.empty_like(x)
     if y.numel():
         projections = (tap_proj, lam_proj, u_proj, skip_proj)
-        _run(load().gspn_propagate, x, proxy, *projections, directions, segment, y=as_image(y))
+        _run(load().gspn_propagate, x, proxy, *projections, directions, segment, valid_size, y=as_image(y))
     return y
 
 
 def propagate_backward(
     grad: Tensor, x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor,
-    skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None,
+    skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None, valid_size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """All gradients; see :func:`gspn.ops.reference.propagate_backward`."""
     dx, dproxy = torch.empty_like(x), torch.empty_like(proxy)
@@ -85,9 +89,9 @@ def propagate_backward(
     if x.numel():
         channels_last = _channels_last(*proxy.shape, dtype=tap_proj.dtype)
         _run(
-            load().gspn_propagate_backward, x, proxy, *projections, directions, segment, grad=as_image(grad),
-            dx=as_image(dx), dproxy=channels_last.data_ptr(), dtap_proj=dtap.data_ptr(), dlam_proj=dlam.data_ptr(),
-            du_proj=du.data_ptr(), dskip_proj=_address(dskip),
+            load().gspn_propagate_backward, x, proxy, *projections, directions, segment, valid_size,
+            grad=as_image(grad), dx=as_image(dx), dproxy=channels_last.data_ptr(), dtap_proj=dtap.data_ptr(),
+            dlam_proj=dlam.data_ptr(), du_proj=du.data_ptr(), dskip_proj=_address(dskip),
         )  # fmt: skip
         dproxy.copy_(channels_last)
     else:

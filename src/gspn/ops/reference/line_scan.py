@@ -6,12 +6,15 @@ outside the image, or before the first line, touches nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..directions import scan_axes
 from ..validation import state_dtype
+from .images import each_image, put_together
 
 
 def _grouped_lines(map_: Tensor, groups: int, line: int) -> Tensor:
@@ -45,8 +48,13 @@ def _tap_grads(grad: Tensor, state: Tensor) -> Tensor:
     return torch.stack([before, (grad * state).sum(-2), after])
 
 
-def line_scan(x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None) -> Tensor:
+def line_scan(
+    x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None, valid_size: Tensor | None = None
+) -> Tensor:
     """``h_i = lam_i x_i + w_i h_{i-1}``, line by line; see :func:`gspn.line_scan`."""
+    if valid_size is not None:
+        how: Any = direction, segment
+        return put_together([line_scan(*own, *how) for own in each_image(valid_size, x, taps, lam)], x)
     axes = scan_axes(direction)
     groups = taps.shape[1]
     if x.numel() == 0:
@@ -70,12 +78,21 @@ def line_scan(x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segme
 
 def line_scan_backward(
     grad: Tensor, h: Tensor, x: Tensor | None, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None,
-    need_taps: bool, need_lam: bool,
+    need_taps: bool, need_lam: bool, valid_size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """The adjoint scan: with ``g_i = grad_i + w_{i+1}^T g_{i+1}``, the gradients
 
     ``dx = lam g``, ``dlam = x g``, ``dtaps[k, i, j] = sum_group g[i, j] h[i-1, j+k-1]``.
     """
+    if valid_size is not None:
+        how: Any = direction, segment, need_taps, need_lam
+        own = [line_scan_backward(*maps, *how) for maps in each_image(valid_size, grad, h, x, taps, lam)]
+        dx, dtaps, dlam = ([grads[i] for grads in own] for i in range(3))
+        return (
+            put_together(dx, h if x is None else x),
+            put_together(dtaps, taps) if need_taps else None,
+            put_together(dlam, lam) if need_lam and lam is not None else None,
+        )
     axes = scan_axes(direction)
     groups = taps.shape[1]
     if grad.numel() == 0:

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..stochastic_taps import stochastic_taps
 from ..unfused import compose, project, project_taps
+from .images import each_image, put_together
 from .line_scan import line_scan, line_scan_backward
 
 
 def propagate(
     x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: Tensor | None,
-    directions: tuple[str, ...], segment: int | None,
+    directions: tuple[str, ...], segment: int | None, valid_size: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The composition of ``stochastic_taps`` and ``line_scan``; see :func:`gspn.propagate`."""
+    if valid_size is not None:
+        how: Any = (tap_proj, lam_proj, u_proj, skip_proj, directions, segment)
+        return put_together([propagate(*own, *how) for own in each_image(valid_size, x, proxy)], x)
     y = compose(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, line_scan)
     return torch.empty_like(x).copy_(y)
 
 
 def propagate_backward(
     grad: Tensor, x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor,
-    skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None,
+    skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None, valid_size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of the composition, each map's in turn; with ``w = stochastic_taps(a)`` those of the logits are
 
@@ -31,6 +35,13 @@ def propagate_backward(
 
     and a map ``P p`` gives ``P^T d`` to the proxy and the sum over pixels of ``d p^T`` to its projection.
     """
+    if valid_size is not None:
+        how: Any = (tap_proj, lam_proj, u_proj, skip_proj, directions, segment)
+        own = [propagate_backward(*maps, *how) for maps in each_image(valid_size, grad, x, proxy)]
+        dx, dproxy, *of_projections = (cast("list[Tensor]", [grads[i] for grads in own]) for i in range(6))
+        zeros = (None if p is None else p.new_zeros(p.shape) for p in (tap_proj, lam_proj, u_proj, skip_proj))
+        sums = (None if none is None else sum(grads, none) for grads, none in zip(of_projections, zeros, strict=True))
+        return put_together(dx, x), put_together(dproxy, proxy), *sums  # pyright: ignore[reportReturnType]
     dtype = x.dtype
     if dtype.itemsize == 1:  # PyTorch stores 8-bit floats and does not compute with them
         grad, x, proxy = (t.to(torch.float32) for t in (grad, x, proxy))

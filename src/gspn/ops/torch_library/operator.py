@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -47,7 +48,16 @@ def register(
     """
     qualified = f"gspn::{name}"
     torch.library.define(qualified, schema)
-    torch.library.impl(qualified, "CompositeExplicitAutograd", run)
+    op = getattr(torch.ops.gspn, name).default
+    arguments = op._schema.arguments
+    # Those that may have derivatives come first.
+    tensors = len(list(itertools.takewhile(lambda argument: "Tensor" in str(argument.type), arguments)))
+
+    def completed(args: Sequence[Any]) -> tuple[Any, ...]:
+        # The dispatcher leaves out what is equal to a default at the end, and every default is None.
+        return (*args, *(None,) * (len(arguments) - len(args)))
+
+    torch.library.impl(qualified, "CompositeExplicitAutograd", lambda *args: run(*completed(args)))
 
     def traced(*args):
         if torch.onnx.is_in_onnx_export() and "gspn.export" not in sys.modules:
@@ -57,10 +67,9 @@ def register(
                 "call gspn.export.to_onnx.",
                 stacklevel=2,
             )
-        return fake(*args)
+        return fake(*completed(args))
 
     torch.library.register_fake(qualified, traced)
-    op = getattr(torch.ops.gspn, name).default
 
     def mapped(call: Callable[..., Any], info: Any, in_dims: tuple, *args: Any):
         if info.batch_size:
@@ -71,8 +80,10 @@ def register(
         empty = tree_map(lambda result: result.new_empty(0, *result.shape), results)
         return empty, tree_map(lambda _: 0, empty)
 
-    torch.library.register_vmap(qualified, lambda *args: mapped(op, *args))
-    tensors = sum("Tensor" in str(argument.type) for argument in op._schema.arguments)  # which come first
+    def registered_vmap(info: Any, in_dims: tuple, *args: Any):
+        return mapped(op, info, completed(in_dims), *completed(args))
+
+    torch.library.register_vmap(qualified, registered_vmap)
     without_autograd = torch._C._after_autograd_keyset
 
     class Node(torch.autograd.Function):
@@ -89,6 +100,7 @@ def register(
             return (*differentiate(ctx, *grads), None)
 
     def autograd(keys, *args):
+        args = completed(args)
         differentiated = False
         if torch.is_grad_enabled():
             for t in args[:tensors]:
@@ -145,6 +157,7 @@ def register(
                     )
 
     def apply(*args):
+        args = completed(args)
         if torch.compiler.is_compiling():
             return op(*args)
         if _in_forward_mode():

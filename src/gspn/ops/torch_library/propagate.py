@@ -11,6 +11,7 @@ in forward mode, goes through the composition (:mod:`gspn.ops.unfused`), which h
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,44 +20,51 @@ from torch import Tensor
 
 from ..implementations import check_impl, resolve
 from ..unfused import compose
+from ..valid_size import check_valid_size
 from ..validation import check_propagate, split_directions
 from .line_scan import apply_line_scan
 from .operator import fold, register
 
 _ARGUMENTS = (
     "Tensor x, Tensor proxy, Tensor tap_proj, Tensor lam_proj, Tensor u_proj, Tensor? skip_proj, "
-    "str directions, SymInt? segment, str impl"
+    "str directions, SymInt? segment, str impl, Tensor? valid_size=None"
 )
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.directions, ctx.segment, ctx.impl = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.directions, ctx.segment, ctx.impl, valid_size = inputs
+    ctx.save_for_backward(*tensors, valid_size)
 
 
-def _one_by_one(call, info, in_dims, tensors, rest):
+def _one_by_one(call, info, in_dims, arguments):
     """A mapped projection is another operator for each entry."""
     return [
-        call(*(t if dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims, strict=True)), *rest)
+        call(*(t if dim is None else t.select(dim, i) for t, dim in zip(arguments, in_dims, strict=True)))
         for i in range(info.batch_size)
     ]
 
 
 def _check(
-    x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, impl, grad=None, has_data=False
+    x, proxy, tap_proj, lam_proj, u_proj, skip_proj, directions, segment, impl, valid_size, grad=None, has_data=False
 ) -> tuple[str, ...]:
     """The directions of these arguments; raise if they are not arguments of the operator."""
     check_impl(impl)
     names = split_directions(directions)
     check_propagate(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, len(names), segment, has_data, grad=grad)
+    check_valid_size(x, valid_size)
     return names
 
 
 def composed_propagate(*arguments):
     """``propagate`` as its parts, each an operation with derivatives of every order in both modes."""
-    *tensors, _, segment, impl = arguments
-    how: Any = (*tensors, _check(*arguments), segment, lambda *scan: apply_line_scan(*scan, impl))
+    *tensors, _, segment, impl, valid_size = arguments
+    scan = functools.partial(_scan, impl, valid_size)
+    how: Any = (*tensors, _check(*arguments), segment, scan, valid_size)
     return compose(*how)
+
+
+def _scan(impl, valid_size, *arguments):
+    return apply_line_scan(*arguments, impl, valid_size)
 
 
 # --- propagate --------------------------------------------------------------------------------------------------------
@@ -64,8 +72,8 @@ def composed_propagate(*arguments):
 
 def _run(x, *others):
     names = _check(x, *others, has_data=True)
-    *projections, _, segment, impl = others
-    return resolve(impl, x, "propagate").propagate(x, *projections, names, segment)
+    *projections, _, segment, impl, valid_size = others
+    return resolve(impl, x, "propagate").propagate(x, *projections, names, segment, valid_size=valid_size)
 
 
 def _fake(x, *others):
@@ -74,18 +82,18 @@ def _fake(x, *others):
 
 
 def _differentiate(ctx, grad):
-    tensors = ctx.saved_tensors  # once: under torch.utils.checkpoint a second look would be refused
-    grads = _apply_propagate_backward(grad, *tensors, ctx.directions, ctx.segment, ctx.impl)
+    *tensors, valid_size = ctx.saved_tensors  # once: under torch.utils.checkpoint a second look would be refused
+    grads = _apply_propagate_backward(grad, *tensors, ctx.directions, ctx.segment, ctx.impl, valid_size)
     needed = zip(grads, tensors, ctx.needs_input_grad[:6], strict=True)
-    return (*(g if need and t is not None else None for g, t, need in needed), None, None, None)
+    return (*(g if need and t is not None else None for g, t, need in needed), *(None,) * 4)
 
 
-def _vmap(call, info, in_dims, x, proxy, tap_proj, lam_proj, u_proj, skip_proj, *rest):
-    projections = (tap_proj, lam_proj, u_proj, skip_proj)
+def _vmap(call, info, in_dims, x, proxy, *others):
+    *others, valid_size = others
     if all(dim is None for dim in in_dims[2:6]):
-        y = call(*fold((x, proxy), in_dims[:2], info.batch_size), *projections, *rest)
-        return y.unflatten(0, (info.batch_size, -1)), 0
-    return torch.stack(_one_by_one(call, info, in_dims[:6], (x, proxy, *projections), rest)), 0
+        x, proxy, valid_size = fold((x, proxy, valid_size), (*in_dims[:2], in_dims[-1]), info.batch_size)
+        return call(x, proxy, *others, valid_size).unflatten(0, (info.batch_size, -1)), 0
+    return torch.stack(_one_by_one(call, info, in_dims, (x, proxy, *others, valid_size))), 0
 
 
 apply_propagate = register(
@@ -100,8 +108,9 @@ apply_propagate = register(
 
 def _run_backward(grad, x, *others):
     names = _check(x, *others, grad=grad, has_data=True)
-    *projections, _, segment, impl = others
-    *grads, dskip = resolve(impl, x, "propagate").propagate_backward(grad, x, *projections, names, segment)
+    *projections, _, segment, impl, valid_size = others
+    backend = resolve(impl, x, "propagate")
+    *grads, dskip = backend.propagate_backward(grad, x, *projections, names, segment, valid_size=valid_size)
     # An operator cannot return None: the gradient of a skip that is not there is an empty tensor.
     return (*grads, x.new_empty(0) if dskip is None else dskip)
 
@@ -134,17 +143,17 @@ def _composition_backward(*arguments):
 
 
 def _differentiate_backward(ctx, *cotangents):
-    present, gradients = _compose_backward(ctx.saved_tensors, ctx.directions, ctx.segment, ctx.impl)
+    *tensors, valid_size = ctx.saved_tensors
+    present, gradients = _compose_backward(tensors, ctx.directions, ctx.segment, ctx.impl, valid_size)
     pull: Any = torch.func.vjp(gradients, *present)[1]
     second = pull(cotangents[: len(present) - 1])
     # Only the skip, the last tensor, may be missing.
-    return (*second, *(None,) * (10 - len(second)))
+    return (*second, *(None,) * (11 - len(second)))
 
 
 def _vmap_backward(call, info, in_dims, *arguments):
     # Every entry has projection gradients of its own, so nothing can be folded into the batch.
-    tensors, rest = arguments[:7], arguments[7:]
-    results = _one_by_one(call, info, in_dims[:7], tensors, rest)
+    results = _one_by_one(call, info, in_dims, arguments)
     return tuple(torch.stack(grads) for grads in zip(*results, strict=True)), (0,) * 6
 
 

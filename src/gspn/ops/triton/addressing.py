@@ -78,6 +78,21 @@ def share(n_blocks, n_groups, n_lines, n_run, n_runs, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def share_of_image(mine, p_sizes, i_lines, n_lines, n_cross, n_run, REVERSE: tl.constexpr):
+    """The :class:`Share` of a program whose image is smaller than its map, and the image's lines and their length.
+
+    ``sizes [B, 2]`` are the two of each image; ``i_lines``, 0 or 1, which of them is the lines. A program may be left
+    without any.
+    """
+    p_sizes += mine.i_batch * 2
+    n_own = tl.minimum(tl.load(p_sizes + i_lines), n_lines).to(tl.int32)
+    n_own_cross = tl.minimum(tl.load(p_sizes + 1 - i_lines), n_cross).to(tl.int32)
+    n = tl.maximum(tl.minimum(n_run, n_own - mine.i_start), 0)
+    i_low = n_own - mine.i_start - n if REVERSE else mine.i_start
+    return Share(mine.i_block, mine.i_group, mine.i_batch, mine.i_start, i_low, i_low + n), n_own, n_own_cross
+
+
+@triton.jit
 def in_elements(n_channels, n_cross, n_lines, n_run, FAST: tl.constexpr, ALIGN: tl.constexpr):
     """The sizes of a scan, those along FAST no longer in units of ALIGN elements."""
     if FAST == 0:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..directions import scan_axes
+from ..valid_size import empty_or_zeros, in_scan_order
 from .gradients_kernels import factors_kernel, gradients_kernel
 from .launch import Launch
 from .planner import Plan
@@ -101,8 +102,9 @@ class Gradients:
     def __init__(
         self, x: Tensor, grad: Tensor, rows: Tensor, largest: Tensor | None, tap_proj: Tensor, lam_proj: Tensor,
         u_proj: Tensor, skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None, ptx: bool,
+        valid_size: Tensor | None = None,
     ) -> None:  # fmt: skip
-        self.dx = dx = torch.empty_like(x)
+        self.dx = dx = empty_or_zeros(x, valid_size)
         together = directions_of_launch(x.numel(), len(directions))
         how = (rows.shape[1], tap_proj.shape[1], skip_proj is not None, directions, segment, ptx, together, _PROGRAMS)
         self._plans = plans = _plan(x.shape, x.stride(), grad.stride(), dx.stride(), *how)
@@ -130,7 +132,7 @@ class Gradients:
         }  # fmt: skip
         self._others: dict[str, Tensor | None] = {
             "p_h": self._states[0], "p_g": self._states[1], "p_proxy": rows, "p_dproxy": self._dproxy, **written,
-            "p_sums": self._sums,
+            "p_sums": self._sums, "p_sizes": in_scan_order(valid_size, -2),
         }  # fmt: skip
 
     def __iter__(self) -> Iterator[tuple[int, tuple[Tensor, Tensor], list[Launch]]]:

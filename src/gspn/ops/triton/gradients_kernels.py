@@ -243,6 +243,13 @@ def _place(i_tile, n_image_tiles, n_rows, n_columns, n_pixels, NARROW: tl.conste
 
 
 @triton.jit
+def _in_image(p_sizes, i_batch, i_row, i_column):
+    """Which pixels are those of an image, where images are smaller than their maps."""
+    p_sizes += i_batch * 2
+    return (i_row < tl.load(p_sizes)) & (i_column < tl.load(p_sizes + 1))
+
+
+@triton.jit
 def _add_to_proxy(p_image_sum, o_proxy, b_dproxy, m, m_summed):
     """Adds to the proxy's gradient what an earlier block of the program, or an earlier direction, has not begun."""
     b_dproxy += tl.load(p_image_sum + o_proxy, mask=m_summed, other=0.0)
@@ -262,7 +269,7 @@ def gradients_kernel(
     p_x, s_x_batch, s_x_channel, s_x_row, s_x_column,
     p_grad, s_grad_batch, s_grad_channel, s_grad_row, s_grad_column,
     p_dx, s_dx_batch, s_dx_channel, s_dx_row, s_dx_column,
-    p_total, p_h, p_g, s_direction, p_proxy, p_dproxy, p_factors, p_large, p_sums,
+    p_total, p_h, p_g, s_direction, p_proxy, p_dproxy, p_factors, p_large, p_sums, p_sizes,
     n_channels, n_rows, n_columns, n_segment, n_image_tiles, n_tiles, n_run, n_span_blocks,
     n_directions, n_all, i_first_direction, i_axes,
     OF_TAPS: tl.constexpr, UNIFORM: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr, SEGMENTED: tl.constexpr,
@@ -280,6 +287,8 @@ def gradients_kernel(
     ``factors`` and ``large`` are what :func:`factors_kernel` writes.
     ``sums [programs, ..]``: program by program the gradients of taps (of each channel three taps, one after the other),
     lam, u and skip, one after the other.
+    ``sizes [B, 2]``: the height and width of each image, if they are smaller than their maps. Then neither ``dx`` nor
+    ``total`` is written to in the padding, the states there may be anything, and the proxy is zero.
     The third number of a program is that of its WIDTH channels of the proxy: more would not leave registers for the
     rest.
     """
@@ -324,6 +333,10 @@ def gradients_kernel(
                 i_batch, i_first, i_row, i_column, m_pixels = _place(
                     i_tile, n_image_tiles, n_rows, n_columns, n_pixels, NARROW, OFFSET
                 )
+                m_there = n >= 0
+                if p_sizes is not None:
+                    m_pixels = m_pixels & _in_image(p_sizes, i_batch, i_row, i_column)
+                    m_there = m_pixels
                 n_left = n_pixels - i_first
                 p_image = p_proxy + (i_batch * S * n_pixels + i_first)
                 b_p = _load(p_image, i_s[:, None] * n_pixels, n.to(OFFSET), (i_s[:, None] < S) & m_pixels)
@@ -333,18 +346,18 @@ def gradients_kernel(
                 o_image = i_batch * s_dx_batch + o_block
                 o_pixel = i_row * s_dx_row + i_column * s_dx_column
                 if UNIFORM:
-                    b_x = _load(p_x + o_image, o_dx, o_pixel, n >= 0)
+                    b_x = _load(p_x + o_image, o_dx, o_pixel, m_there)
                     b_grad = _load(p_grad + o_image, o_dx, o_pixel, m_pixels)
                 else:
                     b_x = _load(
                         p_x + (i_batch * s_x_batch + i_lowest * s_x_channel), i_channel.to(OFFSET) * s_x_channel,
-                        i_row * s_x_row + i_column * s_x_column, n >= 0,
+                        i_row * s_x_row + i_column * s_x_column, m_there,
                     )  # fmt: skip
                     b_grad = _load(
                         p_grad + (i_batch * s_grad_batch + i_lowest * s_grad_channel),
                         i_channel.to(OFFSET) * s_grad_channel, i_row * s_grad_row + i_column * s_grad_column, m_pixels,
                     )  # fmt: skip
-                b_h = _load(p_states + o_image, o_dx, o_pixel, n >= 0)
+                b_h = _load(p_states + o_image, o_dx, o_pixel, m_there)
                 b_sum_u, b_dproxy = _add_gradient(b_sum_u, b_dproxy, b_grad * b_h, p, p_weights, 4, TF32, PTX)
                 b_dx = tl.zeros([16, 16], tl.float32)
                 if i_direction == 0:  # noqa: SIM102 (only the other is known to the compiler)
@@ -368,8 +381,11 @@ def gradients_kernel(
                 else:
                     b_dx += _load(p_total + o_image, o_dx, o_pixel, m_so_far)
                     n_last = tl.where(i_direction == n_all - 1, n_left, 0)
-                    _store(p_total + o_image, o_dx, o_pixel, b_dx, m_writes, n < n_left - n_last)
-                    _store(p_dx + o_image, o_dx, o_pixel, b_dx, m_writes, n < n_last)
+                    m_total, m_last = n < n_left - n_last, n < n_last
+                    if p_sizes is not None:
+                        m_total, m_last = m_total & m_pixels, m_last & m_pixels
+                    _store(p_total + o_image, o_dx, o_pixel, b_dx, m_writes, m_total)
+                    _store(p_dx + o_image, o_dx, o_pixel, b_dx, m_writes, m_last)
             p_out = p_sums + (3 * n_gates + i_gates)
             tl.store(p_out + o_gates, b_sum_lam, mask=m_sums)
             tl.store(p_out + n_gates + o_gates, b_sum_u, mask=m_sums)
@@ -381,6 +397,7 @@ def gradients_kernel(
             horizontal, reverse = i_axis & 1 != 0, i_axis & 2 != 0
             s_line = tl.where(horizontal, s_dx_column, s_dx_row).to(OFFSET)
             s_cross = tl.where(horizontal, s_dx_row, s_dx_column).to(OFFSET)
+            i_lines = horizontal.to(tl.int32)
             n_lines = tl.where(horizontal, n_columns, n_rows)
             n_cross = tl.where(horizontal, n_rows, n_columns)
             p_previous = p_states + (o_block + tl.where(reverse, s_line, -s_line))
@@ -390,10 +407,16 @@ def gradients_kernel(
                 i_batch, i_first, i_row, i_column, m_pixels = _place(
                     i_tile, n_image_tiles, n_rows, n_columns, n_pixels, NARROW, OFFSET
                 )
+                if p_sizes is not None:
+                    m_pixels = m_pixels & _in_image(p_sizes, i_batch, i_row, i_column)
+                    n_lines = tl.load(p_sizes + (i_batch * 2 + i_lines)).to(tl.int32)
+                    n_cross = tl.load(p_sizes + (i_batch * 2 + 1 - i_lines)).to(tl.int32)
                 n_left = n_pixels - i_first
                 i_line, i_cross = tl.where(horizontal, i_column, i_row), tl.where(horizontal, i_row, i_column)
                 i_step = tl.where(reverse, n_lines - 1 - i_line, i_line)
                 m_carries = i_step % n_segment != 0 if SEGMENTED else i_step != 0
+                if p_sizes is not None:
+                    m_carries = m_carries & m_pixels
                 m_has_before, m_has_after = i_cross > 0, i_cross < n_cross - 1
 
                 p_image = p_proxy + (i_batch * S * n_pixels + i_first)

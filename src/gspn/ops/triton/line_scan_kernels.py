@@ -16,6 +16,7 @@ from .addressing import (
     load_state,
     move,
     share,
+    share_of_image,
     states,
     store_lines,
     store_state,
@@ -32,7 +33,7 @@ def forward_kernel(
     p_taps, s_taps_batch, s_taps_channel, s_taps_cross, s_taps_line, s_taps_tap,
     p_lam, s_lam_batch, s_lam_channel, s_lam_cross, s_lam_line,
     p_h, s_h_batch, s_h_channel, s_h_cross, s_h_line,
-    p_states, n_groups, n_channels, n_cross, n_lines, n_run, n_runs, n_segment,
+    p_states, p_sizes, n_groups, n_channels, n_cross, n_lines, n_run, n_runs, n_segment,
     FAST: tl.constexpr, ALIGN: tl.constexpr, TAPS_ALIGN: tl.constexpr, UNIFORM: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, HALO: tl.constexpr,
     LINES: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr,
@@ -40,7 +41,8 @@ def forward_kernel(
 ):  # fmt: skip
     """``h``, for ``n_run`` lines a program and ``n_channels`` of each of ``n_groups`` groups, or of all if it is None.
 
-    Taps are SHARED by the channels of a group.
+    Taps are SHARED by the channels of a group. ``sizes [B, 2]``: the lines and the cross extent of each image, if they
+    are smaller than their maps. The padding of the map is not written to.
     """
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     HAS_LAM: tl.constexpr = p_lam is not None
@@ -49,6 +51,9 @@ def forward_kernel(
         # Registers that hold offsets are dear: where all images agree in their strides, they share them.
         s_lam_channel, s_lam_cross, s_lam_line = s_x_channel, s_x_cross, s_x_line
     mine = share(tl.cdiv(n_channels, BLOCK_C), n_groups, n_lines, n_run, n_runs, REVERSE)
+    n_row = n_cross
+    if p_sizes is not None:
+        mine, n_lines, n_cross = share_of_image(mine, p_sizes, 0, n_lines, n_cross, n_run, REVERSE)
     c, n = tl.arange(0, BLOCK_C)[:, None, None], tl.arange(0, BLOCK_N)[None, :, None]
     t, g = tl.arange(0, LINES)[None, None, :], tl.arange(0, GROUP)[None, None, :]
     m_channels = mine.i_block * BLOCK_C + c < n_channels
@@ -72,7 +77,7 @@ def forward_kernel(
     TILES: tl.constexpr = HALO // LINES if HALO > 0 else 1
     MAY_OVERRUN: tl.constexpr = TILES * LINES > 1
     n_visits = tl.cdiv(n_cross, BLOCK_N - 2 * HALO) * TILES if HALO > 0 else TILES
-    between = states(p_states, channel, cross, n_cross, BLOCK_C, FAST)
+    between = states(p_states, channel, cross, n_row, BLOCK_C, FAST)
     n_rounds = tl.cdiv(mine.i_high - mine.i_low, TILES * LINES)
 
     for i_round in tl.range(0, n_rounds, num_stages=STAGES):
@@ -98,7 +103,7 @@ def forward_kernel(
             b_before = load_lines(w, m_taps, LINES, REVERSE)
             b_here = load_lines(tap(w, s_taps_tap, 1), m_taps, LINES, REVERSE)
             b_after = load_lines(tap(w, s_taps_tap, 2), m_taps, LINES, REVERSE)
-            b_state = load_state(b_state, between, i_round, i_visit, i_first, i_cross, n_cross, BLOCK_C, TILES, FAST)
+            b_state = load_state(b_state, between, i_round, i_visit, i_first, i_cross, n_row, BLOCK_C, TILES, FAST)
             h_tile = move(h, i_line, i_first)
             i_phase = i_step % n_segment if SEGMENTED else i_step
             # GROUP lines are stored together, as wide as one thread's store: no state waits in a register for others.
@@ -126,7 +131,7 @@ def forward_kernel(
                     i_stored_line = i_line + i_stored + g
                     m_stored = m_owned & (i_stored_line >= mine.i_low) & (i_stored_line < mine.i_high)
                 store_lines(h_tile, i_stored, b_states, m_stored, GROUP, REVERSE)
-            store_state(b_state, between, i_round, i_visit, i_first, i_cross, n_cross, m_kept, BLOCK_C, TILES, FAST)
+            store_state(b_state, between, i_round, i_visit, i_first, i_cross, n_row, m_kept, BLOCK_C, TILES, FAST)
         if HALO > 0:
             # The next round's states come from other threads.
             tl.debug_barrier()
@@ -142,7 +147,7 @@ def backward_kernel(
     p_dx, s_dx_batch, s_dx_channel, s_dx_cross, s_dx_line,
     p_dtaps, s_dtaps_batch, s_dtaps_channel, s_dtaps_cross, s_dtaps_line, s_dtaps_tap, s_dtaps_block,
     p_dlam, s_dlam_batch, s_dlam_channel, s_dlam_cross, s_dlam_line,
-    p_states, n_groups, n_channels, n_cross, n_lines, n_run, n_runs, n_segment,
+    p_states, p_sizes, n_groups, n_channels, n_cross, n_lines, n_run, n_runs, n_segment,
     FAST: tl.constexpr, ALIGN: tl.constexpr, TAPS_ALIGN: tl.constexpr, UNIFORM: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, HALO: tl.constexpr,
     LINES: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr,
@@ -163,6 +168,9 @@ def backward_kernel(
         s_lam_channel, s_lam_cross, s_lam_line = s_grad_channel, s_grad_cross, s_grad_line
         s_dlam_channel, s_dlam_cross, s_dlam_line = s_dx_channel, s_dx_cross, s_dx_line
     mine = share(tl.cdiv(n_channels, BLOCK_C), n_groups, n_lines, n_run, n_runs, REVERSE)
+    n_row = n_cross
+    if p_sizes is not None:
+        mine, n_lines, n_cross = share_of_image(mine, p_sizes, 0, n_lines, n_cross, n_run, REVERSE)
     c, n = tl.arange(0, BLOCK_C)[:, None, None], tl.arange(0, BLOCK_N)[None, :, None]
     t, g = tl.arange(0, LINES)[None, None, :], tl.arange(0, GROUP)[None, None, :]
     channel, cross = tl.arange(0, BLOCK_C)[:, None], tl.arange(0, BLOCK_N)[None, :]
@@ -202,7 +210,7 @@ def backward_kernel(
     TILES: tl.constexpr = HALO // LINES if HALO > 0 else 1
     MAY_OVERRUN: tl.constexpr = TILES * LINES > 1
     n_visits = tl.cdiv(n_cross, BLOCK_N - 2 * HALO) * TILES if HALO > 0 else TILES
-    between = states(p_states, channel, cross, n_cross, BLOCK_C, FAST)
+    between = states(p_states, channel, cross, n_row, BLOCK_C, FAST)
     n_rounds = tl.cdiv(mine.i_high - mine.i_low, TILES * LINES)
 
     for i_round in tl.range(0, n_rounds, num_stages=STAGES):
@@ -247,9 +255,7 @@ def backward_kernel(
             b_before = load_lines(w, m_taps, LINES, REVERSE)
             b_here = load_lines(tap(w, s_taps_tap, 1), m_taps, LINES, REVERSE)
             b_after = load_lines(tap(w, s_taps_tap, 2), m_taps, LINES, REVERSE)
-            b_carried = load_state(
-                b_carried, between, i_round, i_visit, i_first, i_cross, n_cross, BLOCK_C, TILES, FAST
-            )
+            b_carried = load_state(b_carried, between, i_round, i_visit, i_first, i_cross, n_row, BLOCK_C, TILES, FAST)
             dx_tile, dlam_tile = move(dx, i_line, i_first), move(dlam, i_line, i_first)
             dw = move(dtaps, i_line, i_first)
             # ``b_carried`` is what the line scanned next sends; ``b_previous`` the states of the lines scanned before.
@@ -300,7 +306,7 @@ def backward_kernel(
                     store_lines(dw, i_stored, b_dbefore, m_taps_stored, GROUP, REVERSE, SHARED)
                     store_lines(tap(dw, s_dtaps_tap, 1), i_stored, b_dhere, m_taps_stored, GROUP, REVERSE, SHARED)
                     store_lines(tap(dw, s_dtaps_tap, 2), i_stored, b_dafter, m_taps_stored, GROUP, REVERSE, SHARED)
-            store_state(b_carried, between, i_round, i_visit, i_first, i_cross, n_cross, m_kept, BLOCK_C, TILES, FAST)
+            store_state(b_carried, between, i_round, i_visit, i_first, i_cross, n_row, m_kept, BLOCK_C, TILES, FAST)
         if HALO > 0:
             # The next round's states come from other threads.
             tl.debug_barrier()

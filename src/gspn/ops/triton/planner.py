@@ -411,21 +411,22 @@ def _chunks(layout: _Layout, proxy_channels: int, limits: Limits) -> _Chunks:
 
 def plan_propagate(
     sizes: Sizes, tensors: _Tensors, itemsize: int, proxy_channels: int, *, reverse: bool, segment: int | None,
-    limits: Limits, direction: int = 0, adjoint: bool = False, gated: bool = True,
+    limits: Limits, direction: int = 0, adjoint: bool = False, gated: bool = True, padded: bool = False,
 ) -> Plan:  # fmt: skip
     """The launch of ``scan_kernel`` for images of these sizes and strides and a proxy of ``proxy_channels``.
 
-    ``direction`` is the number of its projections among those of all directions.
+    ``direction`` is the number of its projections among those of all directions. ``padded`` images may be smaller than
+    their maps: their lines then begin and end anywhere, and pixels are taken one by one.
     """
     # A block's channels may be of several groups: the layout of images knows no groups.
-    layout = _Layout(sizes._replace(groups=sizes.channels), tensors, itemsize, segment, 4)
+    layout = _Layout(sizes._replace(groups=sizes.channels), tensors, itemsize, segment, 1 if padded else 4)
     chunks = _chunks(layout, proxy_channels, limits)
     n_chunks = math.ceil(sizes.cross / chunks.pixels)
     of_rows = {
         "i_direction": direction, "n_per_group": sizes.channels // sizes.groups, "n_chunks": n_chunks,
         "n_rows": max(chunks.group // n_chunks, 1), "i_codes": None, "s_out_direction": None, "n_images": None,
     }  # fmt: skip
-    whole = not chunks.halo and sizes.cross % chunks.pixels == 0
+    whole = not padded and not chunks.halo and sizes.cross % chunks.pixels == 0
     return _plan_lanes(
         layout, chunks, proxy_channels, reverse, of_rows, PITCH=_power_of_two(n_chunks), WHOLE=whole, ADJOINT=adjoint,
         GATED=gated, PTX=limits.ptx, TOGETHER=False,
@@ -434,7 +435,7 @@ def plan_propagate(
 
 def plan_together(
     sizes: Sizes, tensors: _Tensors, itemsize: int, proxy_channels: int, codes: Sequence[int], *, segment: int | None,
-    limits: Limits, adjoint: bool = False, gated: bool = True,
+    limits: Limits, adjoint: bool = False, gated: bool = True, padded: bool = False,
 ) -> Plan | None:  # fmt: skip
     """The launch of ``scan_kernel`` for several directions side by side, None where each has rows enough for a card.
 
@@ -447,7 +448,8 @@ def plan_together(
         return None
     together = Sizes(sizes.batch * len(codes), sizes.channels, sizes.channels, longest, longest)
     layout, choice = (
-        _Layout(one, tensors, itemsize, segment, 4) for one in (sizes._replace(groups=sizes.channels), together)
+        _Layout(one, tensors, itemsize, segment, 1 if padded else 4)
+        for one in (sizes._replace(groups=sizes.channels), together)
     )
     for one in (layout, choice):
         if {*one.own.values()} != {CHANNEL}:
@@ -464,8 +466,8 @@ def plan_together(
     }  # fmt: skip
     plan = _plan_lanes(
         layout, chunks, proxy_channels, False, of_rows, PITCH=_power_of_two(math.ceil(longest / chunks.pixels)),
-        WHOLE=sizes.cross % chunks.pixels == sizes.lines % chunks.pixels == 0, ADJOINT=adjoint, GATED=gated,
-        PTX=limits.ptx, TOGETHER=True,
+        WHOLE=not padded and sizes.cross % chunks.pixels == sizes.lines % chunks.pixels == 0, ADJOINT=adjoint,
+        GATED=gated, PTX=limits.ptx, TOGETHER=True,
     )  # fmt: skip
     segmented = segment is not None and segment < longest
     return replace(

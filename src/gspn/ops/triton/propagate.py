@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from ..directions import scan_axes
+from ..valid_size import empty_or_zeros, in_scan_order, within
 from .gradients import Gradients, directions_of_launch
 from .launch import Launch, limits_of, scratch
 from .planner import Limits, Plan, Sizes, Strides, plan_propagate, plan_together
@@ -61,22 +62,22 @@ def projections(tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: T
 
 def plan_scan(
     source: Tensor, out: Tensor, weights: Projections, d: int, direction: str, segment: int | None, limits: Limits, *,
-    adjoint: bool = False, gated: bool = False,
+    adjoint: bool = False, gated: bool = False, padded: bool = False,
 ) -> Plan:  # fmt: skip
     """The plan of a scan of ``source [B, C, H, W]`` to ``out`` by the ``d``-th projections.
 
     The gate of what goes in is lam, for an adjoint scan u; what comes out is multiplied by u if ``gated``, and the skip
-    added by the first one. The tensors may be on the meta device.
+    added by the first one. ``padded``: images may be smaller than their maps. The tensors may be on the meta device.
     """
     _, groups, _, states = weights.taps.shape
-    how = (source.element_size(), groups, states, d, direction, segment, limits, adjoint, gated)
+    how = (source.element_size(), groups, states, d, direction, segment, limits, adjoint, gated, padded)
     return _plan_scan(source.shape, source.stride(), out.stride(), *how)
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan_scan(
     shape: tuple[int, ...], source: tuple[int, ...], out: tuple[int, ...], itemsize: int, groups: int, states: int,
-    d: int, direction: str, segment: int | None, limits: Limits, adjoint: bool, gated: bool,
+    d: int, direction: str, segment: int | None, limits: Limits, adjoint: bool, gated: bool, padded: bool,
 ) -> Plan:  # fmt: skip
     batch, channels, *_ = shape
     axes = scan_axes(direction)
@@ -86,21 +87,22 @@ def _plan_scan(
     )
     return plan_propagate(
         Sizes(batch, channels, groups, shape[axes.cross], shape[axes.line]), tuple(views), itemsize, states,
-        reverse=axes.reverse, segment=segment, limits=limits, direction=d, adjoint=adjoint, gated=gated,
+        reverse=axes.reverse, segment=segment, limits=limits, direction=d, adjoint=adjoint, gated=gated, padded=padded,
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan_together(
     shape: tuple[int, ...], source: tuple[int, ...], out: tuple[int, ...], itemsize: int, groups: int, states: int,
-    directions: tuple[str, ...], segment: int | None, limits: Limits, adjoint: bool = False, gated: bool = True,
+    directions: tuple[str, ...], segment: int | None, limits: Limits, padded: bool, adjoint: bool = False,
+    gated: bool = True,
 ) -> Plan | None:  # fmt: skip
     batch, channels, height, width = shape
     codes = [scan_axes(name).reverse + 2 * (scan_axes(name).line == -1) for name in directions]
     views = tuple((name, Strides(s[0], s[1], s[3], s[2])) for name, s in (("in", source), ("out", out)))
     return plan_together(
         Sizes(batch, channels, groups, width, height), views, itemsize, states, codes, segment=segment, limits=limits,
-        adjoint=adjoint, gated=gated,
+        adjoint=adjoint, gated=gated, padded=padded,
     )  # fmt: skip
 
 
@@ -111,54 +113,60 @@ def _plan_sum(elements: int, count: int) -> Plan:
 
 def prepare_scan(
     plan: Plan, source: Tensor, before: Tensor | None, out: Tensor, proxy: Proxy, weights: Projections,
-    direction: str | None = None,
+    direction: str | None = None, valid_size: Tensor | None = None,
 ) -> Launch:  # fmt: skip
     """The launch of a plan, which writes to ``out`` its sum with ``before``; without a direction that of several."""
     constants = plan.constants
     line = -2 if direction is None else scan_axes(direction).line
+    sizes = in_scan_order(valid_size, line)
     skips = constants["GATED"] and not plan.integers["i_direction"]
     tensors = {
         "p_in": source, "p_out": out, "p_before": before, "p_proxy": proxy.packed(line, plan),
         "p_columns": proxy.packed(-1, plan) if direction is None else None, "p_largest": proxy.largest,
         "p_taps": weights.taps, "p_lam": weights.lam, "p_u": weights.u, "p_skip": weights.skip if skips else None,
-        "p_states": scratch(plan, weights.lam),
+        "p_states": scratch(plan, weights.lam), "p_sizes": sizes,
     }  # fmt: skip
     return Launch(scan_kernel, plan, tensors)
 
 
 def propagate(
     x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: Tensor | None,
-    directions: tuple[str, ...], segment: int | None, limits: Limits | None = None,
+    directions: tuple[str, ...], segment: int | None, limits: Limits | None = None, valid_size: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``y``; see :func:`gspn.propagate`. ``limits`` is for tests."""
-    y = torch.empty_like(x)
+    y = empty_or_zeros(x, valid_size)
     if x.numel() == 0:
         return y
     limits = limits or limits_of(x.device)
-    proxies = Proxy(proxy)
+    proxies, padded = Proxy(within(proxy, valid_size)), valid_size is not None
     weights = projections(tap_proj, lam_proj, u_proj, skip_proj)
     plan = _plan_together(
         x.shape, x.stride(), y.stride(), x.element_size(), weights.taps.shape[1], proxy.shape[1], directions, segment,
-        limits,
+        limits, padded,
     )  # fmt: skip
     if plan is not None:
         proxies.pack({-2: plan, -1: plan})
         parts = y.new_empty((len(directions), y.numel()), dtype=torch.float32)
-        prepare_scan(plan, x, None, parts, proxies, weights).run()
+        parts = parts.zero_() if padded else parts
+        prepare_scan(plan, x, None, parts, proxies, weights, None, valid_size).run()
         Launch(sum_kernel, _plan_sum(y.numel(), len(directions)), {"p_parts": parts, "p_out": y}).run()
         return y
     total = y if y.dtype == torch.float32 or len(directions) == 1 else torch.empty_like(y, dtype=torch.float32)
-    plans = [plan_scan(x, y, weights, d, name, segment, limits, gated=True) for d, name in enumerate(directions)]
+    plans = [
+        plan_scan(x, y, weights, d, name, segment, limits, gated=True, padded=padded)
+        for d, name in enumerate(directions)
+    ]
     proxies.pack({scan_axes(name).line: plan for name, plan in zip(directions, plans, strict=True)})
     for d, (direction, plan) in enumerate(zip(directions, plans, strict=True)):
         before, out = None if d == 0 else total, y if d == len(directions) - 1 else total
-        prepare_scan(plan, x, before, out, proxies, weights, direction).run()
+        prepare_scan(plan, x, before, out, proxies, weights, direction, valid_size).run()
     return y
 
 
 def propagate_backward(
     grad: Tensor, x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor,
     skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None, limits: Limits | None = None,
+    valid_size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """``dx, dproxy, dtap_proj, dlam_proj, du_proj, dskip_proj``. ``limits`` is for tests."""
     if x.numel() == 0:
@@ -166,14 +174,14 @@ def propagate_backward(
         zeros = (torch.zeros_like(t) if t is proxy else t.new_zeros(t.shape) for t in present)
         return (torch.empty_like(x), *zeros, None if skip_proj is None else skip_proj.new_zeros(skip_proj.shape))  # type: ignore[return-value]
     limits = limits or limits_of(x.device)
-    proxies = Proxy(proxy)
+    proxies, padded = Proxy(within(proxy, valid_size)), valid_size is not None
     weights = projections(tap_proj, lam_proj, u_proj, skip_proj)
     sources = (x, False), (grad, True)
     like_states = torch.empty_like(x, device="meta")
     pair = [
         _plan_together(
             x.shape, source.stride(), like_states.stride(), x.element_size(), weights.taps.shape[1], proxy.shape[1],
-            directions, segment, limits, adjoint, False,
+            directions, segment, limits, padded, adjoint, False,
         )
         for source, adjoint in sources
     ]  # fmt: skip
@@ -181,21 +189,22 @@ def propagate_backward(
     together = len(beside) == 2 and directions_of_launch(x.numel(), len(directions)) > 1
     in_turn = [
         [
-            plan_scan(source, like_states, weights, d, name, segment, limits, adjoint=adjoint)
+            plan_scan(source, like_states, weights, d, name, segment, limits, adjoint=adjoint, padded=padded)
             for source, adjoint in sources
         ]
         for d, name in enumerate(() if together else directions)
     ]
     by_line = {scan_axes(name).line: plans[0] for name, plans in zip(directions, in_turn, strict=False)}
     proxies.pack(dict.fromkeys((-2, -1), beside[0]) if together else by_line)
-    gradients = Gradients(x, grad, proxies.rows, proxies.largest, *weights, directions, segment, limits.ptx)
+    how = directions, segment, limits.ptx, valid_size
+    gradients = Gradients(x, grad, proxies.rows, proxies.largest, *weights, *how)
     for first, states, launches in gradients:
         for i, (source, _) in enumerate(sources):
             if together:
-                prepare_scan(beside[i], source, None, states[i], proxies, weights).run()
+                prepare_scan(beside[i], source, None, states[i], proxies, weights, None, valid_size).run()
             else:
                 for d, out in enumerate(states[i], first):
-                    prepare_scan(in_turn[d][i], source, None, out, proxies, weights, directions[d]).run()
+                    prepare_scan(in_turn[d][i], source, None, out, proxies, weights, directions[d], valid_size).run()
         for launch in launches:
             launch.run()
     return gradients.results(proxy)

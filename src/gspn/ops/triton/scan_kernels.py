@@ -22,7 +22,19 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .addressing import States, in_elements, integers, load_state, move, share, states, store_state, tile, view
+from .addressing import (
+    States,
+    in_elements,
+    integers,
+    load_state,
+    move,
+    share,
+    share_of_image,
+    states,
+    store_state,
+    tile,
+    view,
+)  # fmt: skip
 from .neighbour_shuffle import chunk_neighbours, join_lines, split_lines
 from .taps import stochastic, within_reach
 
@@ -197,7 +209,7 @@ _OF_DIRECTIONS = ["i_direction", "n_per_group", "i_codes", "s_out_direction", "n
 def scan_kernel(
     p_in, s_in_batch, s_in_channel, s_in_cross, s_in_line,
     p_out, s_out_batch, s_out_channel, s_out_cross, s_out_line,
-    p_before, p_proxy, p_columns, p_largest, p_taps, p_lam, p_u, p_skip, p_states, i_direction, n_per_group,
+    p_before, p_proxy, p_columns, p_largest, p_taps, p_lam, p_u, p_skip, p_states, p_sizes, i_direction, n_per_group,
     i_codes, s_out_direction, n_images,
     n_groups, n_channels, n_cross, n_lines, n_run, n_runs, n_segment, n_chunks, n_rows,
     FAST: tl.constexpr, ALIGN: tl.constexpr,
@@ -220,6 +232,9 @@ def scan_kernel(
     TOGETHER, programs of all directions run side by side, each direction to an ``out`` of its own. Strides and sizes
     are then those of ``"down"``, ``columns`` is the proxy packed for lines along the width, and ``i_codes`` has two
     bits for each direction: whether it is reversed, and whether its lines follow each other along the width.
+
+    ``sizes [B, 2]``: the lines and the cross extent of each image, as strides and sizes are, if images are smaller than
+    their maps. The padding of the map is not written to, and that of the proxy is zero.
     """
     FOURS: tl.constexpr = (S + 3) // 4
     MAPS: tl.constexpr = 4 + (1 if GATED else 0) + (0 if p_skip is None else 1)
@@ -242,6 +257,10 @@ def scan_kernel(
     is_spare = mine.i_batch >= n_images if TOGETHER else False
     if is_spare:
         return
+    n_all_lines, n_row = n_lines, n_cross
+    if p_sizes is not None:
+        i_lines = m_along_width.to(tl.int32) if TOGETHER else 0
+        mine, n_lines, n_cross = share_of_image(mine, p_sizes, i_lines, n_lines, n_cross, n_run, REVERSE)
 
     lane = tl.arange(0, LANES)[None, :]
     i_lane = lane % GROUP
@@ -275,7 +294,7 @@ def scan_kernel(
 
     four = tl.arange(0, 4)[None, None, :]
     s_line = PIXELS * FOURS * PITCH * 4
-    p_proxy += mine.i_batch * n_lines * s_line
+    p_proxy += mine.i_batch * n_all_lines * s_line
     # In 64 bits: rows of weights are counted over all directions.
     o_row = o_channel + i_direction.to(tl.int64) * n_channels
     of = Projections(p_taps, o_row // n_per_group * (3 * S), p_lam, p_u, o_row * S, p_skip, o_channel * S)
@@ -301,7 +320,7 @@ def scan_kernel(
     TILES: tl.constexpr = HALO // LINES if HALO > 0 else 1
     MAY_OVERRUN: tl.constexpr = HALO > 0
     n_visits = tl.cdiv(n_cross, BLOCK - 2 * HALO) * TILES if HALO > 0 else TILES
-    between = states(p_states, 0, i_pixel, n_cross, 1, FAST)
+    between = states(p_states, 0, i_pixel, n_row, 1, FAST)
     n_rounds = tl.cdiv(mine.i_high - mine.i_low, TILES * LINES)
 
     for i_round in tl.range(0, n_rounds, num_stages=1):
@@ -331,7 +350,7 @@ def scan_kernel(
                     there = States(between.p + p, between.o)
                     b_states = b_states + (
                         load_state(
-                            b_left_there[p], there, i_round, i_visit, i_first, i_cross + p, n_cross, 1, TILES, FAST
+                            b_left_there[p], there, i_round, i_visit, i_first, i_cross + p, n_row, 1, TILES, FAST
                         ),
                     )
             o_proxy = tl.expand_dims(tl.minimum(i_proxy, n_chunks - 1), 2) * 4 + four
@@ -438,7 +457,7 @@ def scan_kernel(
                 for p in tl.static_range(PIXELS):
                     there = States(between.p + p, between.o)
                     store_state(
-                        b_states[p], there, i_round, i_visit, i_first, i_cross + p, n_cross, m_kept, 1, TILES, FAST
+                        b_states[p], there, i_round, i_visit, i_first, i_cross + p, n_row, m_kept, 1, TILES, FAST
                     )
         if HALO > 0:
             # The next round's states come from other threads.

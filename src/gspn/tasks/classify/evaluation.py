@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import statistics
 import time
@@ -21,7 +22,7 @@ from ..._files import write_text
 from ..core.devices import make_accelerator, peak_memory_mib, process_info, to_device
 from ..core.loaders import class_names, open_data, share_loader, with_classes
 from ..core.progress import progress_bar
-from .model import label_names, load_model, resolve_preprocessing
+from .model import Fit, label_names, load_model, resolve_preprocessing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,6 +63,8 @@ class Evaluation:
     device: str
     precision: Precision
     batch_size: int
+    fit: Fit = "crop"
+    """How the images were brought to the model."""
     broken: tuple[str, ...] = ()
     """Names of images in this process's share that could not be read; they do not count."""
     is_main: bool = True
@@ -89,12 +92,15 @@ def evaluate(
     precision: Precision = "fp32",
     device: Literal["auto", "cpu"] = "auto",
     channels_last: bool = False,
+    fit: Fit = "crop",
     console: Console | None = None,
 ) -> Evaluation:
     """Accuracy, confusions and speed of a trained classifier on a data set.
 
-    Images are resized, cropped and normalised as the model's configuration says. Under ``torchrun`` each process
-    evaluates a share of the images, and each returns the result of all.
+    Images are resized, cropped and normalised as the model's configuration says; ``fit`` leaves out the crop, or the
+    resize too. Batches of images of several sizes are padded, and each image is classified as if it were alone, which
+    needs a model of :mod:`gspn.models`. Under ``torchrun`` each process evaluates a share of the images, and each
+    returns the result of all.
 
     Args:
         model: A name or path that :func:`~gspn.tasks.classify.model.load_model` accepts, or a timm model.
@@ -107,10 +113,13 @@ def evaluate(
         precision: `bf16` and `fp16` use autocast.
         device: `auto` uses a GPU if there is one.
         channels_last: Use this memory format for images and weights.
+        fit: `crop`: the model's own resize and crop. `whole`: the same resize, which keeps the aspect ratio, and no
+            crop. `native`: no resize and no crop, so that objects have the size that they have in the files.
         console: Shows a progress bar if it is a terminal; none by default.
 
     Raises:
-        UsageError: the model or the data cannot be found, or they differ in the number of classes.
+        UsageError: the model or the data cannot be found, they differ in the number of classes, or the model does not
+            take images of several sizes in a batch.
         MissingExtraError: a package of ``gspn[train]`` is not installed.
 
     Example:
@@ -122,6 +131,11 @@ def evaluate(
     from torchmetrics.classification import MulticlassConfusionMatrix
 
     classifier = model.eval() if isinstance(model, nn.Module) else load_model(model)
+    if fit != "crop" and "valid_size" not in inspect.signature(classifier.forward).parameters:
+        raise UsageError(
+            f"fit={fit!r} pads images of several sizes, which {type(classifier).__name__} does not take; use a model "
+            "of gspn.models, or fit='crop'."
+        )
     options = dict(options or {})
     own_names = label_names(classifier)
     count = int(classifier.num_classes)  # type: ignore[arg-type]
@@ -142,8 +156,9 @@ def evaluate(
     classifier = classifier.to(where)
     if channels_last:
         classifier = classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    dataset.transform = resolve_preprocessing(classifier).transform()
-    loader = share_loader(dataset, batch_size=batch_size, workers=workers, **process_info(accelerator))
+    dataset.transform = resolve_preprocessing(classifier).transform(fit)
+    info = process_info(accelerator)
+    loader = share_loader(dataset, batch_size=batch_size, workers=workers, padded=fit != "crop", **info)
     confusions = MulticlassConfusionMatrix(count).to(where)
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
@@ -174,6 +189,7 @@ def evaluate(
         device=torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
         precision=precision,
         batch_size=batch_size,
+        fit=fit,
         broken=tuple(loader.broken.names.values()),
         is_main=accelerator.is_main_process,
     )
@@ -207,7 +223,7 @@ def _model_speed(model: nn.Module, loader: Any, accelerator: Any, channels_last:
 @torch.inference_mode()
 def evaluate_batches(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, ...]],
     accelerator: Accelerator,
     *,
     channels_last: bool = False,
@@ -215,7 +231,8 @@ def evaluate_batches(
 ) -> dict[str, Any]:
     """``loss``, ``top1`` and ``top5`` (in percent) and number of ``images`` over the batches of all processes.
 
-    Images whose target is -1 do not count. Every process needs the same number of batches. ``watch`` is called with
+    A batch is ``(images, targets)``, or ``(images, sizes, targets)``, with the model's ``valid_size``. Images whose
+    target is -1 do not count. Every process needs the same number of batches. ``watch`` is called with
     the logits ``[B, K]`` and the targets ``[B]`` that count, on the device.
     """
     was_training = model.training
@@ -223,11 +240,11 @@ def evaluate_batches(
     # Apple's GPU has no float64, which sums of millions of losses need.
     device = torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for images, targets in batches:
+    for images, *sizes, targets in batches:
         images = to_device(images, accelerator.device, channels_last)
-        targets = targets.to(accelerator.device, non_blocking=True)
+        targets, *sizes = (one.to(accelerator.device, non_blocking=True) for one in (targets, *sizes))
         with accelerator.autocast():
-            logits = model(images)
+            logits = model(images, *sizes)
         logits = logits.float()  # [B, K]
         counts = targets >= 0
         logits, targets = logits[counts], targets[counts]

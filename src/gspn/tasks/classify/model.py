@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+Fit = Literal["crop", "whole", "native"]
+"""How images come to the model: resized and cropped to its input; resized alone; or at their own size."""
+
 # Of the original weights.
 _SOURCE_KEYS = (
     "url", "file", "hf_hub_id", "hf_hub_filename", "state_dict", "source", "tag", "notes", "label_names",
@@ -39,11 +42,22 @@ class Preprocessing:
     interpolation: str
     crop_pct: float
 
-    def transform(self) -> Any:
-        """The evaluation transform, by timm: PIL image to ``[3, H, W]``."""
+    def transform(self, fit: Fit = "crop") -> Any:
+        """The evaluation transform, by timm: PIL image to ``[3, H, W]``.
+
+        With ``whole`` the image is resized as for the crop, and none of it is cut off; with ``native`` it is not
+        resized either.
+        """
         composed = require("timm.data").create_transform(**asdict(self), is_training=False)
+        # timm's evaluation begins with a resize and a crop.
+        steps = composed.transforms[{"crop": 0, "whole": 2, "native": 2}[fit] :]
+        if fit == "whole":
+            from torchvision.transforms import InterpolationMode, Resize
+
+            side = int(min(self.input_size[-2:]) / self.crop_pct)
+            steps.insert(0, Resize(side, InterpolationMode(self.interpolation)))
         height, width = self.input_size[-2:]
-        composed.transforms.insert(0, partial(require("gspn.data").trimmed, width=width, height=height))
+        composed.transforms = [partial(require("gspn.data").trimmed, width=width, height=height), *steps]
         return composed
 
 

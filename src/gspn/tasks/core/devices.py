@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from gspn.distributed.exchange import naming_lost_process
 
 from ..._errors import UsageError, require
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+T = TypeVar("T")
 
 # One process may wait for another that encodes or evaluates for all.
 _LONGEST_WAIT = timedelta(hours=6)
@@ -74,6 +79,62 @@ def inference_device(name: str) -> torch.device:
     """
     gpu = torch.accelerator.current_accelerator(check_available=True) if name == "auto" else None
     return gpu or torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that share the work of a task that does not train: one, or those that ``torchrun`` started.
+
+    All have to call the methods that exchange something, in the same order.
+    """
+
+    device: torch.device
+    """Where this one computes."""
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def join(cls, device: str) -> Processes:
+        """Connect to the others; ``device`` is as for :func:`inference_device`, a GPU for each process."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls(inference_device(device))
+        accelerator = make_accelerator(device=device)
+        where = accelerator.device
+        if where.type == "cpu":
+            where = torch.device("cpu")  # "cpu:0" is another device for fake tensors
+        return cls(where, accelerator.process_index, accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """The items that this process works on."""
+        return items[self.rank :: self.count]
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes in their order.
+
+        Raises:
+            ProcessLostError: Another process has ended.
+        """
+        values: list[Any] = [value] * self.count
+        if self.count > 1:
+            with naming_lost_process():
+                torch.distributed.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        """``x``, contiguous, with the numbers of the process ``source``; raises as :meth:`gather` does."""
+        if self.count > 1:
+            with naming_lost_process():
+                torch.distributed.broadcast(x.view(torch.uint8), source)  # not every backend knows every dtype
+        return x
+
+    def wait(self) -> None:
+        """Wait for the others; raises as :meth:`gather` does."""
+        self.gather(None)
 
 
 @contextmanager

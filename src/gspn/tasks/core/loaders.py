@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.utils import data as torch_data
@@ -155,21 +155,24 @@ class TrainLoader:
 
 @dataclass
 class EvalLoader:
-    """Evaluation batches; the target of an image that does not count is -1."""
+    """Evaluation batches; the target of an image that does not count is -1.
+
+    A batch is ``(images, targets)``, or ``(images, sizes, targets)`` of images that are padded to one size.
+    """
 
     loader: torch_data.DataLoader[Any]
     share: ShareBatches
     broken: Any
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         seen = 0
-        for images, targets, broken in loaded(self.loader):
+        for *images, targets, broken in loaded(self.loader):
             left = max(self.share.real - seen, 0)
             seen += len(targets)
             targets[left:] = -1
             self.broken.add(broken[:left])
-            yield images, targets
+            yield *images, targets
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -204,17 +207,24 @@ def _set_transform(dataset: Any, transforms: Mapping[int, Any], size: int) -> No
 
 
 def share_loader(
-    dataset: Any, *, batch_size: int, workers: int, processes: int = 1, process: int = 0, pin: bool = False
-) -> EvalLoader:
-    """The batches of a process's share of the data, in order, each image once."""
+    dataset: Any, *, batch_size: int, workers: int, processes: int = 1, process: int = 0, pin: bool = False,
+    padded: bool = False,
+) -> EvalLoader:  # fmt: skip
+    """The batches of a process's share of the data, in order, each image once; ``padded`` if their sizes differ."""
     data = require("gspn.data")
     share = ShareBatches(len(dataset), batch_size=batch_size, processes=processes, process=process)
     whole = data.SkipCorrupt(dataset, training=False)
-    return EvalLoader(make_loader(whole, share, workers, pin), share, data.CorruptImages(whole), facts_of(dataset))
+    return EvalLoader(
+        make_loader(whole, share, workers, pin, padded), share, data.CorruptImages(whole), facts_of(dataset)
+    )
 
 
-def open_data(name: str, split: str, root: Any = None, /, *, captions: bool = False, **options: Any) -> Any:
-    """A data set of (PIL image, class index) with ``classes``, or a :class:`gspn.data.CaptionedImages`.
+def open_data(
+    name: str, split: str, root: Any = None, /, *, kind: Literal["labelled", "captioned", "mapped"] = "labelled",
+    **options: Any,
+) -> Any:  # fmt: skip
+    """A data set of (PIL image, class index) with ``classes``, or a :class:`gspn.data.CaptionedImages`, or a
+    :class:`gspn.data.MappedImages`.
 
     Raises:
         UsageError: there is no data set of that name, split or directory.
@@ -222,8 +232,8 @@ def open_data(name: str, split: str, root: Any = None, /, *, captions: bool = Fa
     require("PIL", "timm")
     data = require("gspn.data")
     try:
-        opened = data.open_captions if captions else data.open_dataset
-        dataset = opened(name, split, root=root, **options)
+        opens = {"labelled": data.open_dataset, "captioned": data.open_captions, "mapped": data.open_maps}[kind]
+        dataset = opens(name, split, root=root, **options)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise UsageError(f"data {name!r}, split {split!r}: {' '.join(str(error).split())}") from None
     except ImportError as error:
@@ -339,15 +349,17 @@ def class_names(dataset: Any) -> list[str]:
 
 
 def make_loader(
-    dataset: torch_data.Dataset[Any], batches: torch_data.Sampler[list[Any]], workers: int, pin: bool
-) -> torch_data.DataLoader[Any]:
-    """Batches of (images, targets, broken images), in the order of ``batches``."""
+    dataset: torch_data.Dataset[Any], batches: torch_data.Sampler[list[Any]], workers: int, pin: bool,
+    padded: bool = False,
+) -> torch_data.DataLoader[Any]:  # fmt: skip
+    """Batches of (images, targets, broken images), in the order of ``batches``; sizes come after ``padded`` images."""
+    data = require("gspn.data")
     return torch_data.DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=pin,
-        collate_fn=require("gspn.data").collate,
+        collate_fn=data.collate_padded if padded else data.collate,
         # Running workers learn of the next epoch; restarting them would cost seconds per epoch.
         persistent_workers=workers > 0,
     )

@@ -74,6 +74,41 @@ class ModelExecution:
 
 
 @dataclass(frozen=True)
+class MixerConfig(ModelExecution):
+    """GSPN mixers that learn to replace a teacher's self-attention; the base of a distillation's ``model`` section."""
+
+    proxy_dim: int | None = setting(None, 1)
+    """null: an eighth of the channels that are scanned."""
+    groups: int | None = setting(None, 1)
+    """null: separate taps for each channel; 1: shared taps."""
+    segment: int | None = setting(None, 1)
+    """null: global scans."""
+    normalize_scans: bool = True
+    """Record each layer's number of lines at ``data.size`` as its ``reference_lines``, so that its states are as large
+    at any other size; false: the paper's operator."""
+    skip: bool = True
+    proxy_bias: bool = True
+    """Give taps and gates a constant part, which `fit` needs."""
+    initialize: Literal["fit", "copy", "random"] = "fit"
+    """`random`; `copy`: from the teacher's projections to values and to the output; `fit`: copies, and constant gates
+    by least squares against the attention: :mod:`gspn.tasks.core.gate_fitting`."""
+    init_from: str | None = None
+    """An adapter to continue from; replaces all settings of the mixers."""
+
+    def check_start(self) -> None:
+        """Refuse options that exclude each other.
+
+        Raises:
+            UsageError: ``initialize`` needs what ``proxy_bias`` takes away.
+        """
+        if self.initialize == "fit" and not self.proxy_bias:
+            raise UsageError(
+                "model.initialize is 'fit' and model.proxy_bias false: constant gates need it. Set "
+                "model.initialize=copy, or model.proxy_bias=true."
+            )
+
+
+@dataclass(frozen=True)
 class SamplesConfig:
     """The images that a generative model draws during training, always from the same noise."""
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from ..._errors import UsageError
 from ..._files import printable, read_tensors, write_text
-from ..core.devices import make_accelerator
+from ..core.devices import Processes
 from ..core.progress import progress_bar
 from .features import FeatureModel, Features, feature_model
 from .images import ImageSet
@@ -65,6 +65,7 @@ def compare_images(
 ) -> tuple[dict[str, Any], Features, Features]:
     """Compare two sets of images of one size by the features of :func:`~.features.feature_model`.
 
+    Under ``torchrun`` each process computes the features of a share of the batches, and returns the result of all.
     ``cache`` is a directory that keeps the reference's features for the next time.
 
     Returns:
@@ -74,9 +75,9 @@ def compare_images(
         UsageError: A set is too small, or the feature model is unknown.
         MissingExtraError: A package is not installed.
     """
-    where = make_accelerator(device=device).device
-    model = feature_model(features).to(where)
-    fake = _features(model, samples, batch_size, where, console)
+    processes = Processes.join(device)
+    model = feature_model(features).to(processes.device)
+    fake = _features(model, samples, batch_size, processes, console)
     real = None
     path = cache and cache / f"{type(model).__name__.lower()}-{reference.digest()}.safetensors"
     if path is not None and path.is_file():
@@ -84,10 +85,12 @@ def compare_images(
             real = _stored(path, len(reference))
         except (UsageError, OSError) as error:
             line = escape(f"{error} It is computed again, and replaced.")
-            console.print(f"[yellow]warning:[/] {line}", highlight=False, soft_wrap=True)
-    if real is None:
-        real = _features(model, reference, batch_size, where, console)
-        if path is not None:
+            if processes.is_main:
+                console.print(f"[yellow]warning:[/] {line}", highlight=False, soft_wrap=True)
+    known = all(processes.gather(real is not None))
+    if real is None or not known:
+        real = _features(model, reference, batch_size, processes, console)
+        if path is not None and processes.is_main:
             save_tensors(path, real._asdict())
     kid, kid_std = kernel_distance(real.pooled, fake.pooled)
     score, score_std = inception_score(fake.logits)
@@ -123,12 +126,18 @@ def _stored(path: Path, count: int) -> Features:
 
 @torch.inference_mode()
 def _features(
-    model: FeatureModel, images: ImageSet, batch_size: int, device: torch.device, console: Console
+    model: FeatureModel, images: ImageSet, batch_size: int, processes: Processes, console: Console
 ) -> Features:
     """The features of a set of images, on the CPU."""
-    parts: list[Features] = []
-    with progress_bar(console, f"features of {images.name}", len(images)) as advance:
-        for batch in images.pixels.split(batch_size):
-            parts.append(Features(*(one.float().cpu() for one in model(batch.to(device).float() / 255))))
-            advance(len(batch))
+    batches = images.pixels.split(batch_size)
+    own: dict[int, Features] = {}
+    shown = console if processes.is_main else None
+    count = sum(map(len, processes.share(batches)))
+    with progress_bar(shown, f"features of {images.name}", count) as advance:
+        for number in processes.share(range(len(batches))):
+            outputs = model(batches[number].to(processes.device).float() / 255)
+            own[number] = Features(*(one.float().cpu() for one in outputs))
+            advance(len(batches[number]))
+    everyone = {number: part for some in processes.gather(own) for number, part in some.items()}
+    parts = [everyone[number] for number in range(len(batches))]
     return Features(*(torch.cat(one) for one in zip(*parts, strict=True)))

@@ -27,7 +27,8 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """
     inputs: Any = nn.Identity()  # which are features already
     inputs.num_features = real.shape[1]
-    metric = require("torchmetrics.image.fid").FrechetInceptionDistance(feature=inputs)
+    # Here and below: every process has all features, and torchmetrics would add those of the others again.
+    metric = require("torchmetrics.image.fid").FrechetInceptionDistance(feature=inputs, sync_on_compute=False)
     metric.set_dtype(torch.float64)
     _update(metric, real, fake)
     return max(float(metric.compute()), 0.0)  # rounding may leave the distance of a set to itself below zero
@@ -43,7 +44,7 @@ def kernel_distance(
     size = min(subset_size, len(real), len(fake))
     with _seeded(seed):
         metric = require("torchmetrics.image.kid").KernelInceptionDistance(
-            feature=nn.Identity(), subsets=subsets, subset_size=size
+            feature=nn.Identity(), subsets=subsets, subset_size=size, sync_on_compute=False
         )
         _update(metric, real, fake)
         mean, deviation = metric.compute()
@@ -57,7 +58,7 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> tuple
     """
     with _seeded(seed):
         metric = require("torchmetrics.image.inception").InceptionScore(
-            feature=nn.Identity(), splits=min(splits, len(logits))
+            feature=nn.Identity(), splits=min(splits, len(logits)), sync_on_compute=False
         )
         metric.update(logits.double())
         mean, deviation = metric.compute()

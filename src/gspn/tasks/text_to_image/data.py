@@ -111,7 +111,7 @@ def _encode_split(
     data: DataConfig, split: str, pipeline: Any, directory: Path, device: str, console: Console | None,
     sizes: Sequence[int] | None,
 ) -> EncodedSplit:  # fmt: skip
-    images = open_data(data.name, split, data.root, captions=True, **data.options)
+    images = open_data(data.name, split, data.root, kind="captioned", **data.options)
 
     def encoded(size: int, output: Path) -> LatentSet:
         cache_latents(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ..core.devices import Processes
 from ..diffusion.autoencoder import vae_scale_factor
 from .conditioning import has_further_conditions
 
@@ -42,6 +44,61 @@ def tiles(vae: Any, on: bool, *, side: int | None = None) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(vae, name, value)
+
+
+@contextmanager
+def shared_tiles(vae: Any, processes: Processes) -> Iterator[None]:
+    """Within the block, each process decodes and encodes some of a VAE's tiles, and all have the whole result.
+
+    diffusers' own tiling runs twice: first to see the tiles, then to blend what the processes have computed of them. So
+    the result is that of one process, bit for bit. All processes have to decode, or encode, the same.
+    """
+    methods = {"tiled_decode": vae.decoder, "_tiled_encode": vae.encoder}
+    for name, part in methods.items():
+        setattr(vae, name, partial(_tiled, getattr(vae, name), part, processes))
+    try:
+        yield
+    finally:
+        for name in methods:
+            delattr(vae, name)
+
+
+def _tiled(method: Callable[..., Any], part: Any, processes: Processes, x: Tensor, **options: Any) -> Any:
+    tiles: list[Tensor] = []
+    channels = part.conv_out.out_channels
+
+    def record(tile: Tensor) -> Tensor:
+        tiles.append(tile)
+        return tile.new_zeros(len(tile), channels, 1, 1)
+
+    with _replaced_forward(part, record):
+        method(x, **options)
+    own = {number: part(tiles[number]) for number in processes.share(range(len(tiles)))}
+    # The layout too: what diffusers computes of the tiles depends on it in the last bit.
+    known: dict[int, tuple[torch.Size, torch.memory_format]] = {}
+    for some in processes.gather({number: (result.shape, _layout(result)) for number, result in own.items()}):
+        known |= some
+    results = []
+    for number, tile in enumerate(tiles):
+        shape, layout = known[number]
+        result = own.pop(number).contiguous() if number in own else tile.new_empty(shape)
+        results.append(processes.broadcast(result, number % processes.count).contiguous(memory_format=layout))
+    with _replaced_forward(part, lambda _: results.pop(0)):
+        return method(x, **options)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+@contextmanager
+def _replaced_forward(module: Any, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def tile_sides(vae: Any, side: int | None = None) -> tuple[int, int]:

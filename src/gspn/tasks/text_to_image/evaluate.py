@@ -144,7 +144,7 @@ class Reference:
         self.data, _, split = name.rpartition(":")
         if not self.data:
             raise UsageError(f"{name!r} is not a data set with its split; give one such as emoji:train.")
-        captioned = open_data(self.data, split, root, captions=True)
+        captioned = open_data(self.data, split, root, kind="captioned")
         items = [(captioned.filename(i), i) for i in range(len(captioned))]
         self.images, kept = read_images(name, items, lambda i: (captioned.image(i), -1), (height, width))
         self.captions = [captioned.captions(i) for i in kept]
@@ -200,7 +200,7 @@ def evaluate(
     scorer = reference.scorer(real.pooled)
     candidates = None
     if distractors is not None:
-        other = open_data(reference.data, distractors, reference.root, captions=True)
+        other = open_data(reference.data, distractors, reference.root, kind="captioned")
         candidates = embed_sentences([other.captions(i)[0] for i in range(len(other))])
     text = scorer.score(fake.pooled, embed_sentences(prompts), candidates)
     index = {some[0]: i for i, some in enumerate(reference.captions)}

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gspn.tasks.core.attention_matching import recorded
 from gspn.tasks.text_to_image.conditioning import Conditioning, encode_prompts, unet_arguments
-from gspn.tasks.text_to_image.distill.attention_matching import Distiller, recorded
+from gspn.tasks.text_to_image.distill.attention_matching import Distiller
 from gspn.tasks.text_to_image.distill.initialization import fit_gates
 from tasks.text_to_image.t2i_support import make_adapter
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusers_support import inputs, make_unet
 from gspn._errors import UsageError
 from gspn.diffusers import GSPNAdapter
+from gspn.tasks.core.devices import Processes
 from gspn.tasks.text_to_image.conditioning import Conditioning, encode_prompts, unet_arguments
 from gspn.tasks.text_to_image.decoding import tiles, to_pixels
 from gspn.tasks.text_to_image.sample import SampleRequest, estimate, sampling
@@ -181,12 +182,13 @@ def test_all_stages_are_counted(sd):
     text = encode_prompts(sd, ["cat"])
     stages = (Stage(64, 64, 6), Stage(128, 128, 2, 0.4, 2))
 
-    def counted(split=False, **options):
+    def counted(split=False, processes=1, rows=False, **options):
         config = UpscalingConfig(**options)
         request = SampleRequest(
-            model=sd, prompts=("cat",), output=Path("none"), number=3, batch_size=2, upscale=config
+            model=sd, prompts=("cat",), output=Path("none"), number=3, batch_size=2, upscale=config, shard_image=rows
         )  # fmt: skip
-        return estimate_stages(RunPlan(request, sd, None, CPU, "fp32", stages, text, text, False, "none", split, {}))
+        those = Processes(CPU, 0, processes)
+        return estimate_stages(RunPlan(request, sd, None, those, "fp32", stages, text, text, False, "none", split, {}))
 
     first, second, decoding = counted()
     one = unet_cost(sd.unet, text, height=64, width=64, factor=8, batch=4, device=CPU)
@@ -197,6 +199,11 @@ def test_all_stages_are_counted(sd):
     assert halved[1].flops == second.flops and halved[1].peak_bytes < 0.6 * second.peak_bytes
     more = counted(dilated=True, space="pixels")
     assert more[0] == first and more[1].flops > 1.5 * second.flops
+    # The first of two processes draws the first of two batches; or half of the rows of both.
+    images, rows = counted(processes=2), counted(processes=2, rows=True)
+    assert images[1].flops == rows[1].flops == second.flops / 2
+    assert images[1].peak_bytes == second.peak_bytes and rows[1].peak_bytes < 0.6 * second.peak_bytes
+    assert (images[2].flops, rows[2].flops) == (decoding.flops * 2 / 3, decoding.flops)
 
 
 def test_short_memory(sd, tmp_path, monkeypatch):

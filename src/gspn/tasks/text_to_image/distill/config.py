@@ -9,35 +9,20 @@ from typing import ClassVar, Literal
 
 from ...._errors import UsageError
 from ...core.config import setting
-from ...core.sections import Configuration, EmaConfig, ModelExecution, OptimConfig, RunConfig, ScheduleConfig
+from ...core.sections import Configuration, EmaConfig, MixerConfig, OptimConfig, RunConfig, ScheduleConfig
 from ..config import DataConfig, SamplesConfig
 
 
 @dataclass(frozen=True)
-class AdapterConfig(ModelExecution):
+class AdapterConfig(MixerConfig):
     """The student: the teacher's UNet with GSPN in place of its self-attention. ``compile`` compiles both."""
 
     layers: list[str] | None = None
     """Levels or names of modules; null: all. See :meth:`gspn.diffusers.GSPNAdapter.from_model`."""
-    proxy_dim: int | None = setting(None, 1)
-    """null: an eighth of each layer's width."""
-    groups: int | None = setting(None, 1)
-    """null: separate taps for each channel; 1: shared taps."""
-    segment: int | None = setting(None, 1)
-    """null: global scans."""
     segments: dict[str, int | None] = field(default_factory=dict, metadata={"range": (1,)})
     """Segments by level, instead of ``segment``."""
-    normalize_scans: bool = True
-    """Record each layer's number of lines at ``data.size`` as its ``reference_lines``, so that its states are as large
-    at any other size; false: the paper's operator."""
-    skip: bool = True
-    proxy_bias: bool = True
-    """Give taps and gates a constant part, which `fit` needs."""
-    initialize: Literal["fit", "copy", "random"] = "fit"
-    """`random`; `copy`: from the teacher's ``to_v`` and ``to_out``; `fit`: copies, and constant gates by least squares
-    against the attention: :func:`~.initialization.fit_gates`."""
     init_from: str | None = None
-    """An adapter to continue from, by path, hub id or name; replaces all settings above."""
+    """An adapter to continue from, by path, hub id or name; replaces all settings of the mixers."""
     weights: Literal["fp32", "bf16", "fp16"] = "fp32"
     """The dtype of the teacher's frozen weights. The adapter's are fp32, so a lower one needs a lower
     ``run.precision``, too."""
@@ -102,11 +87,7 @@ class DistillConfig(Configuration):
                 f"distillation.block_epochs is {loss.block_epochs}, more than schedule.epochs {self.schedule.epochs}, "
                 "which includes them; lower it."
             )
-        if model.initialize == "fit" and not model.proxy_bias:
-            raise UsageError(
-                "model.initialize is 'fit' and model.proxy_bias false: constant gates need it. Set "
-                "model.initialize=copy, or model.proxy_bias=true."
-            )
+        model.check_start()
         if model.weights != "fp32" and self.run.precision == "fp32":
             raise UsageError(
                 f"model.weights is {model.weights!r} and run.precision 'fp32': the adapter's fp32 weights beside them "

@@ -55,11 +55,11 @@ class StageEstimate:
     steps: int
     """Denoising steps; 0 for decoding."""
     flops: int
-    """Of all calls for all images, as :class:`CallCost` counts them."""
+    """Of all calls of one process, as :class:`CallCost` counts them."""
     peak_bytes: int
     """Memory in use beyond what is allocated before the stage."""
     seconds: float | None = None
-    """For all images; None before they are timed."""
+    """Of all calls; None before they are timed."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,11 @@ def estimate_memory(plan: RunPlan) -> tuple[RunPlan, Estimate]:
 
     def attempt(choice: tuple[str, bool]) -> tuple[RunPlan, Estimate]:
         candidate = replace(plan, offload=choice[0], split_guidance=choice[1])
-        return candidate, Estimate(estimate_stages(candidate), free_memory(plan.device), str(plan.device))
+        return candidate, Estimate(estimate_stages(candidate), available, str(plan.device))
+
+    # All processes decide the same, by the least memory; those of one machine share that of the CPU.
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if plan.device.type == "cpu" else 1
+    available = min(plan.processes.gather(free_memory(plan.device))) // sharing
 
     *choices, last = itertools.product(offloads, splits)
     return next((one for one in map(attempt, choices) if one[1].fits), None) or attempt(last)
@@ -148,13 +152,21 @@ def memory_remedies(plan: RunPlan, estimate: Estimate | None) -> list[str]:
 
 
 def estimate_stages(plan: RunPlan) -> tuple[StageEstimate, ...]:
-    """Operations and memory of a run's stages and of decoding, without times."""
+    """Operations and memory of a run's stages and of decoding, without times, in each process.
+
+    Where processes share the rows of an image, each has its part of the UNet's maps, all latents, and in tiles its part
+    of the VAE's operations.
+    """
     unet, vae, upscaling, factor = plan.pipeline.unet, plan.pipeline.vae, plan.request.upscale, plan.factor
     guided, split = plan.negative is not None, plan.split_guidance
     calls, batch = (2 if guided and split else 1), plan.batch_size * (2 if guided and not split else 1)
     # Offloaded models return to the device while they compute, so their weights count as well.
     weights = model_bytes(unet) + model_bytes(vae) if plan.offload in MODELS else 0
 
+    rows = plan.processes.count if plan.request.shard_image else 1
+    batches = math.ceil(plan.images / plan.batch_size / (plan.processes.count if rows == 1 else 1))
+    images = min(plan.images, batches * plan.batch_size)
+    vae_share = rows if plan.tiled else 1
     cost = partial(unet_cost, unet, plan.text, factor=factor, device=plan.device, offload=plan.offload in SKIPS)
     decoding = partial(decoder_cost, vae, tiled=plan.tiled, device=plan.device)
     estimates, count = [], len(plan.stages)
@@ -167,19 +179,22 @@ def estimate_stages(plan: RunPlan) -> tuple[StageEstimate, ...]:
             sub_maps = cost(height=h, width=w, batch=batch * s * s)
             flops, peak = flops + sub_maps.flops, max(peak, sub_maps.peak_bytes)
         maps = 4 * _LATENT_MAPS * plan.batch_size * unet.config.in_channels * stage.height * stage.width // factor**2
-        flops, peak = flops * calls * stage.steps * math.ceil(plan.images / plan.batch_size), peak + maps
+        flops, peak = flops * calls * stage.steps * batches // rows, peak // rows + maps
         if upscaling is not None and upscaling.space == "pixels" and number > 1:
             # Encoding is counted as decoding, which is slightly more.
             for size in (plan.stages[number - 2], stage):
                 vae_cost = decoding(height=size.height, width=size.width)
-                flops, peak = flops + vae_cost.flops * plan.images, max(peak, vae_cost.peak_bytes + maps)
+                flops, peak = flops + vae_cost.flops * images // vae_share, max(peak, vae_cost.peak_bytes + maps)
         name = f"stage {number} of {count}" if count > 1 else "denoising"
         peak = int(peak * MARGIN) + weights
         estimates.append(StageEstimate(name, stage.height, stage.width, stage.steps, flops, peak))
     last = plan.stages[-1]
     vae_cost = decoding(height=last.height, width=last.width)
     peak = int((vae_cost.peak_bytes + _PIXEL_MAPS * 4 * 3 * last.height * last.width) * MARGIN) + weights
-    return (*estimates, StageEstimate("decoding", last.height, last.width, 0, vae_cost.flops * plan.images, peak))
+    return (
+        *estimates,
+        StageEstimate("decoding", last.height, last.width, 0, vae_cost.flops * images // vae_share, peak),
+    )
 
 
 def base_flops(plan: RunPlan, height: int, width: int) -> tuple[int, int]:

@@ -23,12 +23,12 @@ from gspn.diffusers.timesteps import set_timesteps
 from ...._console import default_console
 from ...._errors import UsageError
 from ...._locks import DirectoryLock
-from ...core.devices import inference_device
+from ...core.devices import Processes, distributed_context
 from ...diffusion.digests import fingerprint
 from ...diffusion.images import ImageRecord, is_sampled, save_png
 from ...diffusion.schedulers import check_chain, named_scheduler
 from ..conditioning import Conditioning, encode_nothing, encode_prompts
-from ..decoding import TILED_FROM, tiles, to_images, to_pixels
+from ..decoding import TILED_FROM, shared_tiles, tiles, to_images, to_pixels
 from ..pipelines import PIPELINES, load_adapter, load_pipeline
 from .denoising import GuidanceInputs
 from .estimate import (
@@ -44,6 +44,7 @@ from .estimate import (
 from .offload import MODELS, OFFLOADS, SKIPS, offloaded_skips
 from .progressive_upscaling import Stage, UpscalingConfig, plan_stages, segments_beyond, stage_sizes, trained_size
 from .stage_runner import RunProgress, StageCache, StageRunner, read_settings
+from .unet_by_rows import check_rows
 
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtypes of the weights."""
@@ -56,7 +57,8 @@ class SampleRequest:
     """A request for images.
 
     Image i has prompt i modulo their number. Its noise is drawn on the CPU and depends on the seed and i alone: the
-    batch size changes nothing but rounding.
+    batch size changes nothing but rounding. Under ``torchrun`` each process draws every N-th batch, with the files of
+    one process; with ``shard_image`` all draw every image together, each some rows of it.
 
     Attributes:
         model: A directory, a shipped name or a hub id (:func:`~gspn.tasks.text_to_image.pipelines.load_pipeline`), or
@@ -81,6 +83,7 @@ class SampleRequest:
         tiling: Whether the VAE works in tiles: ``"on"``, ``"off"``, or ``"auto"``, above 1536 x 1536 pixels.
         offload: What to keep in host memory: ``"none"``, ``"model"``, ``"activations"``, ``"all"``, or ``"auto"``, what
             does not fit.
+        shard_image: Split each image by rows over the processes of ``torchrun``; for a model with an adapter.
         split_guidance: Call the UNet twice a step instead of once with twice the batch; None: if it does not fit else.
         check: Estimate time and memory first, and refuse what does not fit.
         estimate_only: Draw nothing.
@@ -107,6 +110,7 @@ class SampleRequest:
     device: str = "auto"
     tiling: str = "auto"
     offload: str = "none"
+    shard_image: bool = False
     split_guidance: bool | None = None
     check: bool = True
     estimate_only: bool = False
@@ -150,7 +154,8 @@ class RunPlan:
     request: SampleRequest
     pipeline: Any
     scheduler: Any
-    device: torch.device
+    processes: Processes
+    """Those that share the images, or with ``shard_image`` the rows of each."""
     precision: str
     stages: tuple[Stage, ...]
     text: Conditioning
@@ -163,6 +168,20 @@ class RunPlan:
     """As in the request; None until :func:`~.estimate.estimate_memory` decides."""
     segments: Mapping[str, int]
     """The lines after which each mixer's scans restart beyond the first stage, by the mixer's name."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.processes.device
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the images that it draws; of those that share each image, the first one does."""
+        return self.processes.is_main or not self.request.shard_image
+
+    def all_agree(self, fact: bool) -> bool:
+        """Whether a fact is true in all processes that draw an image."""
+        return all(self.processes.gather(fact)) if self.request.shard_image else fact
 
     @property
     def factor(self) -> int:
@@ -221,7 +240,12 @@ class RunPlan:
             "scheduler_options": options,
             "weights": fingerprint(self.pipeline.unet) + fingerprint(self.pipeline.vae),
         }  # fmt: skip
-        return StageCache(request.output, settings)
+        if request.shard_image:
+            settings["shard_image"] = self.processes.count  # which changes rounding
+        # The first process begins it for all.
+        cache = StageCache(request.output, settings) if self.processes.is_main else None
+        self.processes.wait()
+        return cache or StageCache(request.output, settings)
 
 
 @dataclass(frozen=True)
@@ -232,10 +256,12 @@ class SampleResult:
     records: tuple[CaptionRecord, ...]
     """Those of all images, in order; empty where only an estimate was requested."""
     drawn: int
-    """The number of images that this call drew; the others were finished before."""
+    """The number of images that this call drew, in all processes; the others were finished before."""
     seconds: float
     estimate: Estimate | None
     """None where nothing was checked."""
+    is_main: bool = True
+    """Whether this is the process that prints."""
 
 
 def sample(
@@ -275,28 +301,39 @@ def sample(
 
 def run(request: SampleRequest, console: Console) -> SampleResult:
     """Carry out a request: resolve it, estimate it, draw the images and write them."""
-    with contextlib.ExitStack() as stack:
-        if not request.estimate_only:
-            stack.enter_context(DirectoryLock(request.output))
-        plan = resolve(request, stack)
+    with distributed_context(), contextlib.ExitStack() as stack:
+        processes = Processes.join(request.device)
+        if not processes.is_main:
+            console = Console(quiet=True)
+        elif not request.estimate_only:
+            stack.enter_context(DirectoryLock(request.output))  # one process holds the directory for all
+        plan = resolve(request, processes, stack)
         plan, cache, estimated = estimate(plan, stack, console)
         if request.estimate_only:
-            return SampleResult(request.output, (), 0, 0.0, estimated)
+            return SampleResult(request.output, (), 0, 0.0, estimated, processes.is_main)
+        if request.shard_image:
+            stack.enter_context(shared_tiles(plan.pipeline.vae, processes))
         records, start = plan.records(), time.perf_counter()
         try:
             drawn = write(request.output, draw(plan, records, cache, console))
         except torch.OutOfMemoryError as error:
             remedies = ", ".join(memory_remedies(plan, estimated))
             raise UsageError(f"out of memory: {str(error).splitlines()[0]} Try: {remedies}.") from None
-    return SampleResult(request.output, records, drawn, time.perf_counter() - start, estimated)
+        drawn = sum(processes.gather(drawn))
+    return SampleResult(request.output, records, drawn, time.perf_counter() - start, estimated, processes.is_main)
 
 
-def resolve(request: SampleRequest, stack: contextlib.ExitStack) -> RunPlan:
+def resolve(request: SampleRequest, processes: Processes, stack: contextlib.ExitStack) -> RunPlan:
     """Load the model, mount the adapter, encode the prompts and plan the stages.
 
     All changes to the pipeline are undone when ``stack`` closes.
     """
-    device = inference_device(request.device)
+    device = processes.device
+    if request.shard_image and processes.count == 1:
+        raise UsageError(
+            "--shard-image splits an image over several processes, and this is one; start them with torchrun "
+            "--nproc-per-node N --no-python gspn t2i sample ... --shard-image, or leave it out."
+        )
     _check_offload(request.offload, device)
     before = read_settings(request.output) or {}
     if before and request.upscale is None:
@@ -317,7 +354,7 @@ def resolve(request: SampleRequest, stack: contextlib.ExitStack) -> RunPlan:
     for model in (pipeline.unet, pipeline.vae):  # a trainer that samples leaves them in training mode
         stack.callback(model.train, model.training)
         model.eval()
-    offload = _place(pipeline, device, request.offload)
+    offload = _place(pipeline, processes, request.offload)
     if adapter is not None and adapter.mounted_on is not pipeline.unet:
         try:
             adapter.mount(pipeline.unet)
@@ -327,6 +364,9 @@ def resolve(request: SampleRequest, stack: contextlib.ExitStack) -> RunPlan:
         stack.callback(adapter.unmount)
         pipeline.unet.eval()
     stack.enter_context(tiles(pipeline.vae, tiled))
+    if request.shard_image:
+        dilated = request.upscale is not None and request.upscale.dilated
+        check_rows(pipeline.unet, stages, factor, processes.count, dilated=dilated)
     text, negative = encode_prompts(pipeline, request.prompts), None
     if request.guidance != 1:
         prompt = request.negative
@@ -339,8 +379,9 @@ def resolve(request: SampleRequest, stack: contextlib.ExitStack) -> RunPlan:
         )  # fmt: skip
     # A run that continues keeps what it decided, however much memory is free now.
     split = before.get("split_guidance") if request.split_guidance is None else request.split_guidance
+    processes.wait()  # all have looked before one writes
     return RunPlan(
-        request, pipeline, scheduler, device, precision, stages, text, negative, tiled, offload, split, segments
+        request, pipeline, scheduler, processes, precision, stages, text, negative, tiled, offload, split, segments
     )
 
 
@@ -365,7 +406,7 @@ def estimate(
         plan.pipeline.enable_model_cpu_offload(device=plan.device)
         stack.callback(plan.pipeline.to, "cpu")
         stack.callback(plan.pipeline.remove_all_hooks)
-    if estimated is not None:
+    if estimated is not None and plan.processes.is_main:
         estimated = estimate_times(estimated, plan, *small, flops)
         console.print(estimated.table())
     if plan.offload in SKIPS and not request.estimate_only:
@@ -376,22 +417,27 @@ def estimate(
 def draw(
     plan: RunPlan, records: Sequence[CaptionRecord], cache: StageCache | None, console: Console
 ) -> Iterator[tuple[CaptionRecord, Image.Image]]:
-    """Draw the images that are missing; with a cache, finished ones are left as they are."""
+    """Draw the images that are missing, of this process's batches; with a cache, finished ones are left as they are."""
     runner, directory = StageRunner(plan, cache), plan.request.output
     batches = [records[i : i + plan.batch_size] for i in range(0, len(records), plan.batch_size)]
+    if not plan.request.shard_image:
+        batches = plan.processes.share(batches)
     steps = sum(stage.steps for stage in plan.stages)
     with RunProgress(console, len(plan.stages), steps * len(batches)) as progress:
         for batch in batches:
-            missing = [one for one in batch if cache is None or not is_sampled(directory, one)]
+            missing = [one for one in batch if cache is None or not plan.all_agree(is_sampled(directory, one))]
             if not missing:
                 progress.steps_done(steps)
                 continue
             # The whole batch is drawn, even for a few missing images: rounding depends on the batch.
             latents = runner.draw([one.index for one in batch], progress)
             for one in missing:
+                if not plan.writes and not plan.tiled:
+                    continue  # nobody needs this process to decode
                 progress.describe(f"image {one.index}: decoding")
                 pixels = to_pixels(plan.pipeline, latents[[one.index - batch[0].index]])
-                yield one, to_images(plan.pipeline, pixels)[0]
+                if plan.writes:
+                    yield one, to_images(plan.pipeline, pixels)[0]
 
 
 def write(directory: Path, images: Iterable[tuple[CaptionRecord, Image.Image]]) -> int:
@@ -439,13 +485,14 @@ def _check_offload(offload: str, device: torch.device) -> None:
         )
 
 
-def _place(pipeline: Any, device: torch.device, offload: str) -> str:
+def _place(pipeline: Any, processes: Processes, offload: str) -> str:
     """Move a pipeline to its device, unless its models are offloaded; returns what is offloaded."""
+    device = processes.device
     if offload in MODELS:
         return offload
     if device.type != "cpu" and offload == "auto":
         models = [model for model in pipeline.components.values() if isinstance(model, torch.nn.Module)]
-        if sum(map(model_bytes, models)) > _AUTO_OFFLOAD_SHARE * free_memory(device):
+        if sum(map(model_bytes, models)) > _AUTO_OFFLOAD_SHARE * min(processes.gather(free_memory(device))):
             pipeline.to("cpu")
             return "model"
     try:

@@ -27,6 +27,7 @@ from ...diffusion.shard_cache import save_tensors
 from ..decoding import to_latents, to_pixels
 from .denoising import denoise, draw_noise, first_step, image_generators
 from .progressive_upscaling import DilatedSampling, Stage, enlarge, segmented_scans, skip_residual
+from .unet_by_rows import UNetByRows
 
 if TYPE_CHECKING:
     from .sampling import RunPlan
@@ -156,6 +157,7 @@ class StageRunner:
 
     def __init__(self, plan: RunPlan, cache: StageCache | None) -> None:
         self._plan, self._cache = plan, cache
+        self._unet = UNetByRows(plan.pipeline.unet) if plan.request.shard_image else plan.pipeline.unet
 
     def draw(self, indices: Sequence[int], progress: RunProgress) -> Tensor:
         """The finished latents ``[B, C, h, w]`` of the images with these indices.
@@ -168,7 +170,7 @@ class StageRunner:
         for number, stage in enumerate(stages[finished:], start=finished):
             with progress.stage(number, stage, indices):
                 latents = self._draw_stage(number, latents, indices, progress)
-            if self._cache is not None:
+            if self._cache is not None and self._plan.writes:
                 for index, one in zip(indices, latents, strict=True):
                     self._cache.save(index, number, one)
         return latents
@@ -180,7 +182,7 @@ class StageRunner:
                 shape = self._shape(self._plan.stages[number])
                 latents = [self._cache.load(index, number, shape) for index in indices]
                 present = [one for one in latents if one is not None]
-                if len(present) == len(latents):
+                if self._plan.all_agree(len(present) == len(latents)):
                     return number + 1, torch.stack(present).to(self._plan.device)
         return 0, None
 
@@ -190,7 +192,7 @@ class StageRunner:
 
     def _draw_stage(self, number: int, before: Tensor | None, indices: Sequence[int], progress: RunProgress) -> Tensor:
         plan, stage, config = self._plan, self._plan.stages[number], self._plan.request.upscale
-        unet, steps, inputs = plan.pipeline.unet, plan.request.steps, plan.guidance_inputs(indices)
+        steps, inputs = plan.request.steps, plan.guidance_inputs(indices)
         scheduler = type(plan.scheduler).from_config(plan.scheduler.config)  # without the history of earlier stages
         set_timesteps(scheduler, steps, plan.device)
         generators = image_generators(plan.request.seed, indices, number)
@@ -208,10 +210,10 @@ class StageRunner:
             if config.skip_residual:
                 blend = skip_residual(scheduler, clean, noise, begin, config.skip_power)
             if config.dilated and stage.dilation > 1:
-                refine = DilatedSampling(unet, scheduler, inputs, stage.dilation, plan.factor, begin, config)
-        with segmented_scans(unet, segments):
+                refine = DilatedSampling(self._unet, scheduler, inputs, stage.dilation, plan.factor, begin, config)
+        with segmented_scans(plan.pipeline.unet, segments):
             return denoise(
-                unet, scheduler, latents, inputs, height=stage.height, width=stage.width, generators=generators,
+                self._unet, scheduler, latents, inputs, height=stage.height, width=stage.width, generators=generators,
                 begin=begin, blend=blend, refine=refine, on_step=progress.steps_done,
             )  # fmt: skip
 

@@ -17,7 +17,7 @@
 namespace gspn {
 
 // The Python side mirrors the structs of the C interface field by field; this number guards them.
-constexpr int32_t kInterfaceVersion = 5;
+constexpr int32_t kInterfaceVersion = 6;
 
 enum DType : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
@@ -26,6 +26,9 @@ struct Image {
   void* data;  // null: absent
   int64_t batch, channel, row, column;
 };
+
+// The extent of an image that lies in the first rows and columns of a map: any number that was asked for, within it.
+GSPN_INLINE int64_t extent_within(int64_t asked, int64_t map) { return asked < 0 ? 0 : asked < map ? asked : map; }
 
 struct LineScanCall;
 struct LineScanPlan;

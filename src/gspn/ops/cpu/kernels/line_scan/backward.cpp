@@ -278,10 +278,12 @@ void backward(const LineScanCall& call, const LineScanPlan& plan, int64_t index,
 }
 
 template <class T>
-void merge_taps(const LineScanCall& call, const LineScanPlan& plan, int64_t index) {
+void merge_taps(const LineScanCall& all, const LineScanPlan& plan, int64_t index) {
   using A = typename StateOf<T>::type;
-  const int64_t batch = index / call.groups, group = index % call.groups;
-  const int64_t plane = call.lines * call.cross, stride = call.batch * call.groups * 3 * plane;
+  const int64_t batch = index / all.groups, group = index % all.groups;
+  const int64_t plane = plan.pixels, stride = all.batch * all.groups * 3 * plane;
+  LineScanCall memory;
+  const LineScanCall& call = all.of_image(batch, memory);
   const Image& image = call.dtaps.image;
   const int64_t slow = plan.columns ? call.cross : call.lines, fast = plan.columns ? call.lines : call.cross;
   const int64_t slow_stride = plan.columns ? image.column : image.row,
@@ -304,9 +306,12 @@ void merge_taps(const LineScanCall& call, const LineScanPlan& plan, int64_t inde
 extern const LineScanKernel line_scan_backward, line_scan_merge_taps;
 const LineScanKernel line_scan_backward = {
     [](const LineScanCall& call, const LineScanPlan& plan, int64_t item, char* scratch) {
+      LineScanCall memory;
+      const LineScanCall& own = call.of_image(plan.image_of(call, item), memory);
       dispatch_on_dtype(call.dtype, [&](auto type) {
         using T = decltype(type);
-        plan.columns ? backward_columns<T>(call, plan, item, scratch) : backward<T>(call, plan, item, scratch);
+        plan.columns ? backward_columns<T>(own, plan, item, scratch) : backward<T>(own, plan, item, scratch);
+        WorkItem<T>(own, plan, item).clear_padding_of_outputs(call, item);
       });
     },
     [](const LineScanCall& call, const LineScanPlan& plan) {

@@ -58,6 +58,8 @@ LineScanPlan make_plan(const LineScanCall& call, int64_t vector_bytes, int64_t t
   }
   plan.items = work * plan.spans;
 
+  plan.pixels = call.lines * call.cross;
+
   const int64_t m = plan.interleaved ? plan.block : 1;
   plan.pitch = round_up(call.cross * m + 2 * m + lanes, lanes) + lanes;
   // A few lines, so that they stay in the first-level cache; of columns whole cache lines, and where they are staged
@@ -114,9 +116,8 @@ GSPN_EXPORT int32_t gspn_line_scan_backward(const LineScanCall* call, int64_t th
   // The columns' sweep adds up a group's channels in memory, which has to be in the state's type.
   const bool half = size_of(call->dtype) == 2;
   const bool partial = call->shared_taps() && call->dtaps.image.data && (plan.blocks > 1 || (plan.columns && half));
-  const int64_t pixels = call->lines * call->cross;
-  const Memory partials(partial ? plan.blocks * call->batch * call->groups * 3 * pixels * size_of_state(call->dtype)
-                                : 0);
+  const int64_t sums = plan.blocks * call->batch * call->groups * 3 * plan.pixels;
+  const Memory partials(partial ? sums * size_of_state(call->dtype) : 0);
   if (partials.failed()) return kOutOfMemory;
   plan.partials = partials.get();
   bool done = run(chosen.line_scan_backward, *call, plan, plan.items, threads);

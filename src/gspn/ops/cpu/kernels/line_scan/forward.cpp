@@ -151,9 +151,12 @@ void forward(const LineScanCall& call, const LineScanPlan& plan, int64_t index, 
 extern const LineScanKernel line_scan_forward;
 const LineScanKernel line_scan_forward = {
     [](const LineScanCall& call, const LineScanPlan& plan, int64_t item, char* scratch) {
+      LineScanCall memory;
+      const LineScanCall& own = call.of_image(plan.image_of(call, item), memory);
       dispatch_on_dtype(call.dtype, [&](auto type) {
         using T = decltype(type);
-        plan.columns ? forward_columns<T>(call, plan, item, scratch) : forward<T>(call, plan, item, scratch);
+        plan.columns ? forward_columns<T>(own, plan, item, scratch) : forward<T>(own, plan, item, scratch);
+        WorkItem<T>(own, plan, item).clear_padding_of_outputs(call, item);
       });
     },
     [](const LineScanCall& call, const LineScanPlan& plan) {

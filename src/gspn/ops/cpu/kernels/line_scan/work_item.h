@@ -10,6 +10,7 @@
 // that nothing, not even a NaN, is multiplied by a zero that stands for "does not exist".
 #pragma once
 
+#include "../common/padding.h"
 #include "../common/scratch.h"
 #include "call.h"
 #include "views.h"
@@ -106,10 +107,25 @@ struct WorkItem {
             image.column,
             image.channel};
   }
+  // Zeros in the padding of an output, in the channels of this item; `map` is the call for the whole map.
+  void clear_padding_of(const LineScanCall& map, const Image& image, int64_t channel, int64_t channels,
+                        int64_t offset = 0) const {
+    T* data = image.data ? address(image, channel, 0) + offset : nullptr;
+    clear_padding(data, image, channels, map.lines, map.cross, call.lines, call.cross);
+  }
+  void clear_padding_of_outputs(const LineScanCall& map, int64_t index) const {
+    if (!map.sizes || index % plan.spans != 0) return;
+    if (!map.grad.data) return clear_padding_of(map, map.h, channel, channels);
+    clear_padding_of(map, map.dx, channel, channels);
+    clear_padding_of(map, map.dlam, channel, channels);
+    for (int64_t k = 0; k < 3 && !(shared && block); ++k) {
+      clear_padding_of(map, map.dtaps.image, group, shared ? 1 : channels, k * map.dtaps.tap);
+    }
+  }
   // This block's part of the sum over a group's channels: one plane for each tap.
   A* partial_taps(int64_t tap) const {
     const int64_t plane = ((block * call.batch + batch) * call.groups + group) * 3 + tap;
-    return static_cast<A*>(plan.partials) + plane * call.lines * call.cross;
+    return static_cast<A*>(plan.partials) + plane * plan.pixels;
   }
 };
 

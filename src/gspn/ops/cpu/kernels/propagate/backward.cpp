@@ -547,10 +547,12 @@ struct Backward {
 // An item is a run of blocks of one batch entry, which add to one part of the proxy's gradient one after the other; or,
 // separate, one direction of one block, whose dx goes to a part as well.
 template <class T>
-void backward(const PropagateCall& call, const PropagatePlan& plan, int64_t index, char* memory) {
+void backward(const PropagateCall& all, const PropagatePlan& plan, int64_t index, char* memory) {
   using A = typename StateOf<T>::type;
   const int64_t chunk = index % plan.chunks, batch = index / plan.chunks;
-  const int64_t values = call.height * call.proxy_row;
+  PropagateCall own;
+  const PropagateCall& call = all.of_image(batch, own);
+  const int64_t values = call.proxy_image;
   A* dproxy = static_cast<A*>(plan.proxy_parts) + (chunk * call.batch + batch) * values;
   clear(dproxy, values);
   Scratch pieces(memory);
@@ -560,12 +562,14 @@ void backward(const PropagateCall& call, const PropagatePlan& plan, int64_t inde
   if (plan.separate) {
     const int64_t d = chunk % call.direction_count, block = chunk / call.direction_count;
     scratch.dx =
-        static_cast<A*>(plan.parts) + ((d * call.batch + batch) * plan.blocks + block) * call.pixels() * kLanes<A>;
+        static_cast<A*>(plan.parts) + ((d * call.batch + batch) * plan.blocks + block) * plan.pixels * kLanes<A>;
     Backward<T>(call, plan, batch, block, dproxy, scratch).run(d, d + 1);
     return;
   }
   for (int64_t block = plan.blocks * chunk / plan.chunks; block < plan.blocks * (chunk + 1) / plan.chunks; ++block) {
-    Backward<T>(call, plan, batch, block, dproxy, scratch).run(0, call.direction_count);
+    const Backward<T> all_directions(call, plan, batch, block, dproxy, scratch);
+    all_directions.run(0, call.direction_count);
+    clear_padding_of<T>(all, call, call.dx, all_directions.channels);
   }
 }
 

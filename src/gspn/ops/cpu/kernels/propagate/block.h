@@ -62,7 +62,7 @@ struct Walk {
         reverse(call.directions[d] == kUp || call.directions[d] == kLeft),
         lines(columns ? call.width : call.height),
         cross(columns ? call.height : call.width),
-        segment(minimum(call.segment, lines)) {}
+        segment(call.segment) {}
   GSPN_INLINE int64_t line(int64_t step) const { return reverse ? lines - 1 - step : step; }
   GSPN_INLINE bool starts_segment(int64_t step) const { return step % segment == 0; }
   // The rectangle of the lines from step `first` to before `last`.
@@ -99,7 +99,7 @@ struct ProxyLines {
   const A* data;
   int64_t line, cross, channels;
   ProxyLines(const PropagateCall& call, int64_t batch, bool columns)
-      : data(static_cast<const A*>(call.proxy) + batch * call.height * call.proxy_row),
+      : data(static_cast<const A*>(call.proxy) + batch * call.proxy_image),
         line(columns ? call.proxy_channels : call.proxy_row),
         cross(columns ? call.proxy_row : call.proxy_channels),
         channels(call.proxy_channels) {}

@@ -2,7 +2,7 @@
 // way.
 #pragma once
 
-#include "../common/simd.h"
+#include "../common/padding.h"
 #include "call.h"
 
 namespace gspn::GSPN_ISA {
@@ -24,6 +24,15 @@ template <class T>
 GSPN_INLINE T* pixel_of(const Image& image, const Channels& channels, int64_t row, int64_t column) {
   return static_cast<T*>(image.data) + channels.batch * image.batch + channels.first * image.channel + row * image.row +
          column * image.column;
+}
+
+// Zeros in the padding of an output; `map` is the call for the whole map and `own` the one for the image.
+template <class T>
+GSPN_INLINE void clear_padding_of(const PropagateCall& map, const PropagateCall& own, const Image& image,
+                                  const Channels& channels) {
+  if (!map.sizes) return;
+  clear_padding(pixel_of<T>(image, channels, 0, 0), image, channels.count, map.height, map.width, own.height,
+                own.width);
 }
 
 // A rectangle in scratch: the pixel at (row, column) of the image is a vector at data + (row - at.row) * row + ...

@@ -25,6 +25,7 @@ PropagatePlan make_plan(const PropagateCall& call, int64_t vector_bytes, int64_t
   plan.blocks = round_up(call.channels, lanes) / lanes;
   plan.shared = call.groups == 1 || call.channels / call.groups % lanes == 0;
   plan.items = call.batch * plan.blocks;
+  plan.pixels = call.pixels();
   plan.separate = plan.items < threads;
   plan.spans = 1;
   const int64_t outputs = plan.shared ? 2 : 5, taps = plan.shared ? 3 * count : 0;
@@ -71,7 +72,7 @@ void plan_backward(const PropagateCall& call, int64_t threads, PropagatePlan& pl
 
 // Bytes of the images of all blocks, once for each direction.
 int64_t parts_bytes(const PropagateCall& call, const PropagatePlan& plan, int64_t vector_bytes) {
-  return plan.separate ? call.direction_count * call.batch * plan.blocks * call.pixels() * vector_bytes : 0;
+  return plan.separate ? call.direction_count * call.batch * plan.blocks * plan.pixels * vector_bytes : 0;
 }
 
 // Before anything is divided, multiplied or read.
@@ -79,7 +80,8 @@ Status check(const PropagateCall* call, int64_t threads, bool backward) {
   if (!call) return kBadPointer;
   const PropagateCall& c = *call;
   if (!sizes_fit({c.batch, c.channels, c.proxy_channels, c.height, c.width}) ||
-      c.proxy_row < c.width * c.proxy_channels || !sizes_fit({c.batch, c.channels, c.height, c.proxy_row})) {
+      c.proxy_row < c.width * c.proxy_channels || !sizes_fit({c.batch, c.channels, c.height, c.proxy_row}) ||
+      c.proxy_image < c.height * c.proxy_row || !sizes_fit({c.batch, c.channels, c.proxy_image})) {
     return kBadSize;
   }
   for (const Image* image : {&c.x, &c.y, &c.grad, &c.dx}) {
@@ -135,7 +137,7 @@ GSPN_EXPORT int32_t gspn_propagate_backward(const PropagateCall* call, int64_t t
   plan_backward(*call, threads, plan);
   const Memory packed(plan.blocks * plan.packed_size * state);
   const Memory weights(call->batch * plan.blocks * plan.weight_size * state);
-  const Memory proxies(plan.chunks > 1 ? plan.chunks * call->batch * call->height * call->proxy_row * state : 0);
+  const Memory proxies(plan.chunks > 1 ? plan.chunks * call->batch * call->proxy_image * state : 0);
   const Memory parts(parts_bytes(*call, plan, chosen.vector_bytes));
   if (packed.failed() || weights.failed() || proxies.failed() || parts.failed()) return kOutOfMemory;
   plan.packed = packed.get(), plan.weight_parts = weights.get(), plan.parts = parts.get();

@@ -89,7 +89,7 @@ struct Forward {
   // One span of one direction, to a part of its own.
   void run_separately(int64_t d, int64_t span) const {
     A* part = static_cast<A*>(plan.parts) +
-              ((d * call.batch + channels.batch) * plan.blocks + channels.block) * call.pixels() * L;
+              ((d * call.batch + channels.batch) * plan.blocks + channels.block) * plan.pixels * L;
     const Tile<A> y = Tile<A>::by_rows(part, all());
     const Walk walk(call, d);
     const int64_t segments = (walk.lines + walk.segment - 1) / walk.segment, lines = tile_lines(walk);
@@ -160,11 +160,13 @@ struct Forward {
 };
 
 template <class T>
-void forward(const PropagateCall& call, const PropagatePlan& plan, int64_t index, char* memory) {
+void forward(const PropagateCall& all, const PropagatePlan& plan, int64_t index, char* memory) {
   const int64_t span = index % plan.spans;
   index /= plan.spans;
-  const int64_t direction = plan.separate ? index % call.direction_count : 0;
-  if (plan.separate) index /= call.direction_count;
+  const int64_t direction = plan.separate ? index % all.direction_count : 0;
+  if (plan.separate) index /= all.direction_count;
+  PropagateCall own;
+  const PropagateCall& call = all.of_image(index / plan.blocks, own);
   const Forward<T> block(call, plan, index / plan.blocks, index % plan.blocks, Scratch(memory));
   if (plan.separate) {
     block.run_separately(direction, span);
@@ -173,6 +175,7 @@ void forward(const PropagateCall& call, const PropagatePlan& plan, int64_t index
   } else {
     block.run_staged();
   }
+  if (!plan.separate) clear_padding_of<T>(all, call, call.y, block.channels);
 }
 
 }  // namespace

@@ -62,11 +62,13 @@ struct MergeScratch {
 
 // y = skip x, plus the directions that were computed separately, in their order; of a backward, dx = skip grad.
 template <class T>
-void merge_directions(const PropagateCall& call, const PropagatePlan& plan, int64_t index, char* memory) {
+void merge_directions(const PropagateCall& all, const PropagatePlan& plan, int64_t index, char* memory) {
   using A = typename StateOf<T>::type;
   constexpr int L = kLanes<A>;
-  const Image &from = call.dx.data ? call.grad : call.x, &to = call.dx.data ? call.dx : call.y;
   const int64_t block = index % plan.blocks, batch = index / plan.blocks;
+  PropagateCall own;
+  const PropagateCall& call = all.of_image(batch, own);
+  const Image &from = call.dx.data ? call.grad : call.x, &to = call.dx.data ? call.dx : call.y;
   const Channels channels(call, batch, block, L);
   const Packed<A> packed(call, plan, block);
   Scratch pieces(memory);
@@ -78,16 +80,17 @@ void merge_directions(const PropagateCall& call, const PropagatePlan& plan, int6
     start_with_skip<A>(call, packed, batch, in, sum);
     for (int64_t d = 0; d < call.direction_count; ++d) {
       const A* part = static_cast<const A*>(plan.parts) +
-                      (((d * call.batch + batch) * plan.blocks + block) * call.height + row) * call.width * L;
+                      (((d * call.batch + batch) * plan.blocks + block) * plan.pixels + row * call.width) * L;
       for (int64_t i = 0; i < call.width * L; i += L) store(scratch.out + i, load(scratch.out + i) + load(part + i));
     }
     write_block<T>(sum, to, channels);
   }
+  clear_padding_of<T>(all, call, to, channels);
 }
 
 template <class A>
 void merge_proxy(const PropagateCall& call, const PropagatePlan& plan, int64_t batch) {
-  const int64_t values = call.height * call.proxy_row;
+  const int64_t values = call.proxy_image;
   const A* parts = static_cast<const A*>(plan.proxy_parts) + batch * values;
   A* out = static_cast<A*>(call.dproxy) + batch * values;
   for (int64_t i = 0; i < values; ++i) out[i] = parts[i];

@@ -1,0 +1,234 @@
+"""A small ViT trained on emoji and distilled into GSPN in two stages, beside students with other latent widths, with
+one attention kept, and trained on the labels from nothing; and their speed and memory at larger sizes.
+
+    python benchmarks/distill_vit.py run [--entry LABEL]... [--seed N]...
+    python benchmarks/distill_vit.py speed
+    python benchmarks/distill_vit.py table
+
+A run is a ``gspn classify train`` or a ``gspn distill train`` in a process of its own with one thread. A run that ended
+is not repeated, and one that was stopped continues.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from common import (
+    Csv,
+    Jobs,
+    Root,
+    Step,
+    directory,
+    print_table,
+    read_csv,
+    run_all,
+    settings,
+    spread,
+    write_csv,
+)
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
+
+_ROOT = Path("runs/distill_vit")
+SIZE, DEPTH = 48, 9
+VIT = {"img_size": SIZE, "patch_size": 8, "embed_dim": 96, "depth": DEPTH, "num_heads": 3}
+NAME = "vit_tiny_patch16_224"
+TEACHER_EPOCHS, EPOCHS, BLOCK_EPOCHS = 30, 8, 4
+SEEDS = (0, 1)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A student: its latent width, blocks that keep their attention, and whether it learns from a teacher."""
+
+    label: str
+    latent_dim: int | None
+    keep: tuple[int, ...] = ()
+    distilled: bool = True
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def step(self, root: Path, seed: int) -> Step:
+        """The training of a seed."""
+        where = directory(root, "students", self.label, seed)
+        if not self.distilled:
+            arguments = ["scratch", "--latent-dim", str(self.latent_dim), "--output", str(where), "--seed", str(seed)]
+            return Step(arguments, where, resumes=True, script=__file__)
+        values = {
+            "schedule.epochs": EPOCHS, "distillation.block_epochs": BLOCK_EPOCHS, "model.latent_dim": self.latent_dim,
+            "model.keep_attention": list(self.keep), "run.eval_every": 4, "run.trackers": [], "run.seed": seed,
+            **self.settings,
+        }  # fmt: skip
+        teacher = str(_teacher(root).directory)
+        arguments = ["distill", "train", "--config", "emoji_vit", "--teacher", teacher, "--output", str(where)]
+        return Step([*arguments, *settings(values)], where, resumes=True)
+
+
+ENTRIES = (
+    Entry("latent 64", 64),
+    Entry("trained from nothing", 64, distilled=False),
+    Entry("latent 64, 1 of 9 attentions kept", 64, (DEPTH // 2,)),
+    Entry("latent 16", 16),
+    Entry("all 96 channels", None),
+    Entry("latent 64, end to end alone", 64, settings={"distillation.block_epochs": 0}),
+)
+
+
+def _teacher(root: Path) -> Step:
+    where = root / "teacher"
+    values = {
+        "model.name": NAME, "model.kwargs": VIT, "data.size": SIZE, "model.drop_path": 0.05,
+        "schedule.epochs": TEACHER_EPOCHS, "schedule.warmup_epochs": 2, "run.eval_every": 5, "run.trackers": [],
+        "run.seed": 0,
+    }  # fmt: skip
+    return Step(
+        ["classify", "train", "--config", "emoji_nano", "--output", str(where), *settings(values)], where, resumes=True
+    )
+
+
+@app.command()
+def run(
+    root: Root = _ROOT,
+    jobs: Jobs = 1,
+    entries: Annotated[list[str] | None, typer.Option("--entry", help="Label. Repeatable; default: all.")] = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="Repeatable; default: 0, 1.")] = None,
+) -> None:
+    """Train the teacher, then the students."""
+    _teacher(root).run()
+    chosen = [one for one in ENTRIES if entries is None or one.label in entries]
+    run_all([[entry.step(root, seed)] for seed in seeds or SEEDS for entry in chosen], jobs)
+
+
+@app.command(hidden=True)
+def scratch(
+    latent_dim: Annotated[int, typer.Option()],
+    output: Annotated[Path, typer.Option()],
+    seed: Annotated[int, typer.Option()] = 0,
+    resume: Annotated[bool, typer.Option("--resume")] = False,
+) -> None:
+    """Train a ViT with GSPN in the place of all attentions from random weights, on the labels."""
+    import timm
+    from timm.models.registry import register_model
+
+    from gspn.tasks.classify import TrainConfig, train
+    from gspn.timm import GSPNAdapter
+
+    @register_model
+    def emoji_vit_gspn(pretrained: bool = False, **kwargs: Any) -> Any:
+        model = timm.create_model(NAME, pretrained=pretrained, **{**VIT, **kwargs})
+        GSPNAdapter.from_model(model, latent_dim=latent_dim).mount(model)
+        return model
+
+    config = TrainConfig.load("emoji_nano").changed(**{
+        "model.name": "emoji_vit_gspn", "data.size": SIZE, "model.drop_path": 0.05, "schedule.epochs": EPOCHS,
+        "schedule.warmup_epochs": 1, "run.eval_every": 4, "run.trackers": [], "run.seed": seed, "run.output": output,
+    })  # fmt: skip
+    train(config, resume=resume)
+
+
+@app.command()
+def table(root: Root = _ROOT, output: Csv = None) -> None:
+    """The accuracy of the teacher and the students."""
+    rows = []
+    teacher = _teacher(root)
+    if teacher.done:
+        last = read_csv(teacher.directory / "metrics.csv")[-1]
+        top1 = max(float(last["top1"]), float(last["ema_top1"]))  # those that best/ holds
+        rows.append({"entry": "teacher, all attentions", "seed": 0, "epochs": last["epoch"], "top1": top1})
+    for entry in ENTRIES:
+        for seed in SEEDS:
+            step = entry.step(root, seed)
+            if not step.done:
+                continue
+            metrics = read_csv(step.directory / "metrics.csv")
+            last = metrics[-1]
+            row = {"entry": entry.label, "seed": seed, "epochs": last["epoch"]}
+            if entry.distilled:
+                first = next((one for one in metrics if int(one["epoch"]) == BLOCK_EPOCHS), None)
+                if first is not None and not entry.settings:
+                    row |= {"stage_one_top1": first["top1"], "stage_one_agreement": first["agreement"]}
+                row |= {key: last[key] for key in ("top1", "agreement", "eval_propagation", "eval_features")}
+            else:
+                row["top1"] = max(float(last["top1"]), float(last["ema_top1"]))
+            rows.append({**row, "seconds": f"{sum(float(one['seconds']) for one in metrics):.0f}"})
+    columns = ("stage_one_top1", "top1", "stage_one_agreement", "agreement", "eval_features")
+    labels = list(dict.fromkeys(row["entry"] for row in rows))
+
+    def cell(label: str, column: str) -> str:
+        values = [float(row[column]) for row in rows if row["entry"] == label and row.get(column)]
+        return spread(values, 3 if column.startswith("eval") else 1) if values else ""
+
+    print_table(
+        "emoji, 48 px", ["student", *columns], [[label, *(cell(label, one) for one in columns)] for label in labels]
+    )
+    write_csv(output, rows)
+
+
+@app.command()
+def speed(repeats: Annotated[int, typer.Option(min=1, help="Fewest samples of each.")] = 5, output: Csv = None) -> None:
+    """Inference of the ViT of this study, and of one block of ViT-SO/14's width: processor time of one thread.
+
+    Time of the processor and not of the clock, so that other work on the machine counts little. The calls take turns.
+    """
+    import timm
+    import torch
+
+    from gspn.bench import environment
+    from gspn.bench.timing import peak_memory
+    from gspn.timm import GSPNAdapter
+
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    wide = {"patch_size": 14, "embed_dim": 1152, "depth": 1, "num_heads": 16, "mlp_ratio": 3.7362}
+    for what, options, sizes, batch in (
+        ("the ViT of this study", VIT, (SIZE, 2 * SIZE, 4 * SIZE, 8 * SIZE), 4),
+        ("one block of ViT-SO/14", wide, (224, 518, 1036), 1),
+    ):
+        for size in sizes:
+            models = {}
+            dim, depth = options["embed_dim"], options["depth"]
+            for label, latent, keep in (
+                ("attention", 0, ()), ("latent 16", 16, ()), ("latent 64", 64, ()), (f"all {dim} channels", None, ()),
+                ("latent 64, 1 of 9 attentions kept", 64, (depth // 2,)),
+            ):  # fmt: skip
+                if keep and depth == 1:
+                    continue
+                model = timm.create_model(NAME, **{**options, "img_size": size}, num_classes=9).eval()
+                if latent != 0:
+                    GSPNAdapter.from_model(model, latent_dim=latent, keep_attention=keep).mount(model)
+                models[label] = model
+            images = torch.randn(batch, 3, size, size)
+            tokens = (size // options["patch_size"]) ** 2
+
+            def call(model: Any, images: Any = images) -> Any:
+                with torch.inference_mode():
+                    return model(images)
+
+            times: dict[str, list[float]] = {label: [] for label in models}
+            for turn in range(repeats + 1):
+                for label, model in models.items():
+                    begin = time.process_time()
+                    call(model)
+                    if turn:  # the first call warms up
+                        times[label].append(1000 * (time.process_time() - begin))
+            medians = {label: statistics.median(some) for label, some in times.items()}
+            here = environment.describe(torch.device("cpu"))
+            for label, model in models.items():
+                peak = peak_memory(lambda model=model: call(model), torch.device("cpu")) or 0
+                rows.append({
+                    "entry": label, "model": what, "batch": batch, "size": size, "tokens": tokens,
+                    "cpu_ms_p50": f"{medians[label]:.5g}",
+                    "speed_over_attention": f"{medians['attention'] / medians[label]:.3g}",
+                    "peak_mib": f"{peak / 2**20:.1f}", "samples": repeats, "device": here.device, "torch": here.torch,
+                })  # fmt: skip
+            write_csv(output, rows)  # after each size: the largest take long
+    columns = ("entry", "model", "tokens", "cpu_ms_p50", "speed_over_attention", "peak_mib")
+    print_table("inference, one thread", columns, [[row[key] for key in columns] for row in rows])
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""The presets that come with the package: one YAML file each, whose first comment describes it."""

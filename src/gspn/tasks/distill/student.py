@@ -1,0 +1,76 @@
+"""Opening teachers and students of distillation runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gspn.timm import GSPNAdapter
+from gspn.timm.adapter import is_adapter
+
+from ..._errors import UsageError
+from ..._files import printable
+from ..classify.model import load_model
+from .config import DistillConfig
+
+_RUN_CONFIG, _LAST = "config.yaml", "last"
+
+
+def load_student(run: str | Path, *, size: int | None = None) -> nn.Module:
+    """The student of a distillation run: its teacher's model with the adapter mounted, in evaluation mode on the CPU.
+
+    Args:
+        run: the directory of the run. The teacher that its configuration names has to be where it was.
+        size: height and width of the images to take; None for those of the training.
+
+    Raises:
+        UsageError: the run, its adapter or its teacher cannot be loaded, or the model does not take the size.
+    """
+    folder = Path(run)
+    if not is_run(folder):
+        raise UsageError(f"{printable(folder)} is not the directory of a distillation run.")
+    vit, adapter = open_vit(str(folder))
+    resize(vit, DistillConfig.load(folder / _RUN_CONFIG).data.size if size is None else size)
+    if adapter is not None:
+        adapter.mount(vit)
+    return vit.eval()
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a directory is that of a distillation run with a student."""
+    return (folder / _RUN_CONFIG).is_file() and is_adapter(folder / _LAST)
+
+
+def open_vit(source: str) -> tuple[Any, GSPNAdapter | None]:
+    """A vision transformer, and the adapter to mount on it if the source is a distillation run.
+
+    Raises:
+        UsageError: there is no such model.
+    """
+    folder = Path(source)
+    if not is_run(folder):
+        return load_model(source), None
+    vit, _ = open_vit(DistillConfig.load(folder / _RUN_CONFIG).teacher)
+    return vit, load_adapter(source)
+
+
+def load_adapter(source: str) -> GSPNAdapter:
+    """The adapter of a run, or of a directory that one was saved to."""
+    folder = Path(source)
+    return GSPNAdapter.from_pretrained(folder / _LAST if is_run(folder) else folder)
+
+
+def resize(vit: Any, size: int) -> None:
+    """Let a model take images of this height and width; position embeddings are interpolated.
+
+    Raises:
+        UsageError: the model does not take the size.
+    """
+    patch = vit.patch_embed.patch_size
+    if size % patch[0] or size % patch[1]:
+        raise UsageError(f"images of {size} x {size} pixels do not divide into patches of {patch[0]} x {patch[1]}.")
+    if tuple(vit.patch_embed.img_size) != (size, size):
+        vit.set_input_size((size, size))
+    vit.pretrained_cfg = {**vit.pretrained_cfg, "input_size": (3, size, size)}
