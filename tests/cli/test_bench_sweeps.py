@@ -73,6 +73,27 @@ def test_unet_writes_a_row_for_each_candidate(run, tmp_path):
     assert result.exit_code == 2 and "multiple of 64" in result.output
 
 
+def test_unet_by_layer_continues_its_table(run, tmp_path):
+    pytest.importorskip("diffusers.models", reason="needs gspn[diffusers]")
+    table, image = tmp_path / "layers.csv", tmp_path / "layers.png"
+    options = ["unet", "--by-layer", *QUICK, "--width", 20, "--size", "64..128", "--processor-time", "--slowest", 0,
+               "--steps", 7, "--output", table, "--plot", image]  # fmt: skip
+    result = run(*options)
+    assert result.exit_code == 0, result.output
+    rows = list(csv.DictReader(table.open()))
+    assert {row["size"] for row in rows} >= {"64", "128"} and len(rows) > 200
+    assert "7 steps" in result.output and "token mixer" in result.output and "~" in result.output
+    assert "tokens^" in result.output and image.read_bytes().startswith(b"\x89PNG")
+    written = table.read_text()
+    again = run(*options)  # only what is fitted is computed again, and comes out the same
+    assert [line for line in again.output.splitlines() if "GSPN" in line] == [
+        line for line in result.output.splitlines() if "GSPN" in line
+    ]
+    assert [line.rpartition(",")[0] for line in table.read_text().splitlines()] == [
+        line.rpartition(",")[0] for line in written.splitlines()
+    ]
+
+
 def test_models_writes_a_row_for_each_model(run, tmp_path):
     pytest.importorskip("matplotlib")
     table, image = tmp_path / "models.csv", tmp_path / "models.png"
@@ -147,6 +168,11 @@ def test_the_count_of_operations():
         (["models", "--plot", "image.bmp"], ["--plot", "image.bmp", ".png"]),
         (["propagate", "--impl", "cuda"], ["--impl", "'cuda'", "auto, triton, cpu, reference"]),
         (["unet", "--width", "7"], ["does not divide the channels"]),
+        (["unet", "--steps", "4"], ["--by-layer"]),
+        (["unet", "--by-layer", "--processor-time", "--threads", "2"], ["--threads 1"]),
+        (["unet", "--by-layer", "--size", "100"], ["multiple of 64"]),
+        (["mixer", "--size", "32..16"], ["'32..16'", "grow"]),
+        (["mixer", "--size", "2x"], ["'2x'", "512..16384"]),
     ],
 )
 def test_bad_options_are_named(run, options, shown):

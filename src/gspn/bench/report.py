@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from .unet_table import Total
+
 Cell = str | int | float | None
 
 
@@ -269,6 +271,63 @@ def plot_sweep(results: Sequence[Result], exponents: Mapping[str, float], title:
     _remove_frame(axis)
     axis.set_xlabel("pixels of the map", fontsize=9.5, color=MUTED)
     axis.set_ylabel("milliseconds a call", fontsize=9.5, color=MUTED)
+    _add_titles(figure, title, subtitle)
+    return figure
+
+
+def plot_layers(totals: Sequence[Total], title: str, subtitle: str) -> Figure:
+    """Seconds of a UNet's call over the size of the image, dashed where fitted; and the shares of its kinds of layers.
+
+    The totals are those of :func:`gspn.bench.unet_table.totals`; the shares are shown for the first candidate, which is
+    self-attention, and for GSPN.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    require("matplotlib", extra="plot")
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+
+    sizes = sorted({one.size for one in totals})
+    names = list(dict.fromkeys(one.candidate for one in totals))
+    colours = _colours(names)
+    figure = Figure(figsize=(13.2, 5.4), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.06))
+    curves, *panels = figure.subplots(1, 3, width_ratios=(2.1, 1, 1))
+    for name in names:
+        own = [one for one in totals if one.candidate == name]
+        measured = [one for one in own if not one.fitted]
+        style: dict[str, Any] = {"color": colours[name], "linewidth": 2, "markersize": 4.5}
+        curves.plot([one.size for one in own], [one.ms / 1e3 for one in own], "--o", markerfacecolor="white", **style)
+        curves.plot([one.size for one in measured], [one.ms / 1e3 for one in measured], "-o", label=name, **style)
+    curves.set_xscale("log")
+    curves.set_yscale("log")
+    curves.xaxis.set_major_locator(FixedLocator(sizes))
+    curves.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(value)}²"))
+    curves.xaxis.set_minor_locator(NullLocator())
+    curves.yaxis.set_minor_locator(NullLocator())
+    curves.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    curves.grid(color=GRID, zorder=0)
+    curves.set_title("seconds a call (dashed: fitted)", loc="left", fontsize=11, color=INK, fontweight="bold")
+    curves.legend(loc="upper left", frameon=False, fontsize=10, labelcolor=INK)
+    _remove_frame(curves)
+    kinds = list(totals[0].by_kind)
+    shades = dict(zip(kinds, (*_OTHERS, "#8fb9a8", _OURS[0]), strict=True))
+    for panel, name in zip(panels, (names[0], "GSPN"), strict=True):
+        own = [one for one in totals if one.candidate == name]
+        below = [0.0] * len(own)
+        for kind in kinds:
+            share = [one.by_kind[kind] / one.ms for one in own]
+            panel.bar(range(len(own)), share, 0.8, bottom=below, color=shades[kind], label=kind, zorder=2)
+            below = [low + part for low, part in zip(below, share, strict=True)]
+        panel.set_xticks(range(len(own)), [f"{one.size}²" for one in own], rotation=45)
+        panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        panel.set_title(f"shares, {name}", loc="left", fontsize=11, color=INK, fontweight="bold")
+        _remove_frame(panel)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower right", ncols=len(kinds), frameon=False, fontsize=10, labelcolor=INK
+    )
     _add_titles(figure, title, subtitle)
     return figure
 

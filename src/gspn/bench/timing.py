@@ -53,16 +53,23 @@ class Timing:
 
 
 class Stopwatch:
-    """Times single calls on one device, each from caches that hold nothing of it.
+    """Times single calls on one device, each from caches that hold nothing of it unless ``evict`` is false.
 
     Before each call a buffer larger than the last-level cache is read, not written: dirty lines would be written back
     while the call is timed. On CUDA that read also keeps the device busy until the host has queued the call and both
     events, so that a short kernel's time is its own and not the host's.
+
+    Args:
+        device: the device that the calls run on.
+        processor_time: whether to count the processor time of the process instead of the time that passes, on a CPU
+            that is shared with others. With several threads it is the sum of theirs.
+        evict: whether caches are emptied of the call on a CPU.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, processor_time: bool = False, evict: bool = True) -> None:
         self.device = device
-        size = 2 * last_level_cache(device)
+        self._now = time.process_time if processor_time else time.perf_counter
+        size = 2 * last_level_cache(device) if evict else 0
         if device.type == "cuda":
             size = max(size, 512 << 20)
             self._start = torch.cuda.Event(enable_timing=True)
@@ -73,9 +80,9 @@ class Stopwatch:
         """The time of one call, in milliseconds."""
         self._evict.sum()
         if self.device.type != "cuda":
-            begin = time.perf_counter()
+            begin = self._now()
             call()
-            return (time.perf_counter() - begin) * 1e3
+            return (self._now() - begin) * 1e3
         self._start.record()
         call()
         self._end.record()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
@@ -171,11 +171,7 @@ class UNetSweep(SizeSweep):
         Raises:
             UsageError: a size is not a multiple of 64, or the backend does not run here.
         """
-        for size in sizes:
-            if size < 64 or size % 64:
-                raise UsageError(
-                    f"size {size} is not a multiple of 64: the latent is an eighth of it, and is halved three times."
-                )
+        check_sizes(sizes)
         if BACKENDS[self.backend] is not None:
             try:
                 self.call(self.candidates[0], 64)()
@@ -196,22 +192,33 @@ class UNetSweep(SizeSweep):
         accuracies: dict[str, list[Accuracy]] = {}
         for name in self.candidates:
             mixers = {m.dim: m for m in self.unet(name).modules() if isinstance(m, GSPNTokenMixer)}
-            results: list[dict[str, Tensor]] = [{}, {}, {}]
-            for dim, mixer in mixers.items():
-                height, width = _CHECK_MAP
-                x = torch.randn(1, height * width, dim, generator=torch.Generator().manual_seed(dim))
-                x = x.to(self.device, self.dtype)
-                plain = copy.deepcopy(mixer)
-                setattr(plain.scan, "impl", "reference")  # noqa: B010  (pyright takes a module's attributes for tensors)
-                exact = copy.deepcopy(plain).double()
-                with torch.no_grad():
-                    for result, module, tokens in zip(
-                        results, (mixer, plain, exact), (x, x, x.double()), strict=True
-                    ):  # fmt: skip
-                        result[f"{dim} channels"] = module(tokens, map_size=_CHECK_MAP)
             if mixers:
-                accuracies[name] = compare(*results)
+                accuracies[name] = mixer_accuracies(mixers, self.device, self.dtype)
         return accuracies
+
+
+def check_sizes(sizes: Sequence[int]) -> None:
+    """Raise a ``UsageError`` unless all sizes of images are multiples of 64."""
+    for size in sizes:
+        if size < 64 or size % 64:
+            raise UsageError(
+                f"size {size} is not a multiple of 64: the latent is an eighth of it, and is halved three times."
+            )
+
+
+def mixer_accuracies(mixers: Mapping[int, GSPNTokenMixer], device: torch.device, dtype: torch.dtype) -> list[Accuracy]:
+    """Compare mixers, by their channels, with their float64 specification on a small map."""
+    height, width = _CHECK_MAP
+    results: list[dict[str, Tensor]] = [{}, {}, {}]
+    for dim, mixer in mixers.items():
+        x = torch.randn(1, height * width, dim, generator=torch.Generator().manual_seed(dim)).to(device, dtype)
+        plain = copy.deepcopy(mixer)
+        setattr(plain.scan, "impl", "reference")  # noqa: B010  (pyright takes a module's attributes for tensors)
+        exact = copy.deepcopy(plain).double()
+        with torch.no_grad():
+            for result, module, tokens in zip(results, (mixer, plain, exact), (x, x, x.double()), strict=True):
+                result[f"{dim} channels"] = module(tokens, map_size=_CHECK_MAP)
+    return compare(*results)
 
 
 def over_lower_bound(results: Sequence[Result]) -> dict[tuple[str, int], float]:

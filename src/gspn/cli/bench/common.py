@@ -55,10 +55,28 @@ def count(text: str) -> typer.models.OptionInfo:
     return typer.Option(metavar="N", min=1, max=_MOST, help=text)
 
 
+def _sizes(text: str) -> list[int]:
+    """The sizes that a value of ``--size`` stands for."""
+    first, dots, last = text.partition("..")
+    try:
+        size, end = int(first), int(last) if dots else int(first)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number nor a range such as 512..16384.") from None
+    if not 1 <= size <= end <= _MOST:
+        raise typer.BadParameter(f"{text!r} has to be at least 1, and a range has to grow.")
+    return [size << doubled for doubled in range((end // size).bit_length())]
+
+
 Channels = Annotated[int, count("Channels of the map.")]
 Sizes = Annotated[
     list[int] | None,
-    typer.Option("--size", metavar="N", min=1, max=_MOST, help="Height and width in pixels. Repeatable."),
+    typer.Option(
+        "--size",
+        metavar="N",
+        parser=_sizes,
+        callback=lambda values: sorted({size for one in values or [] for size in one}) or None,
+        help="Height and width in pixels, or a range such as 512..2048: each twice the one before. Repeatable.",
+    ),
 ]
 Layout = Annotated[str, choice("--memory-format", "LAYOUT", MEMORY_FORMATS, "The layout of maps and weights.")]
 Mode = Annotated[
