@@ -35,7 +35,7 @@ from .operator import fold, register
 def _check(x, taps, lam, direction, segment, impl, valid_size, has_data=False) -> None:
     check_impl(impl)
     check_line_scan(("x", x), taps, lam, direction, segment, has_data)
-    check_valid_size(x, valid_size)
+    check_valid_size(x, valid_size, has_data)
 
 
 def _run(x, taps, lam, direction, segment, impl, valid_size) -> Tensor:
@@ -92,7 +92,7 @@ apply_line_scan = register(
 def _check_backward(grad, h, x, taps, lam, direction, segment, impl, need_lam, valid_size, has_data=False) -> None:
     check_impl(impl)
     check_line_scan(("grad", grad), taps, lam, direction, segment, has_data, h=h, x=x)
-    check_valid_size(grad, valid_size)
+    check_valid_size(grad, valid_size, has_data)
     if need_lam and (x is None or lam is None):
         raise ValueError(
             f"{need_lam=} but {'x' if x is None else 'lam'} is None; pass both x and lam, or need_lam=False."

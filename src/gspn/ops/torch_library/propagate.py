@@ -51,7 +51,7 @@ def _check(
     check_impl(impl)
     names = split_directions(directions)
     check_propagate(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, len(names), segment, has_data, grad=grad)
-    check_valid_size(x, valid_size)
+    check_valid_size(x, valid_size, has_data)
     return names
 
 
