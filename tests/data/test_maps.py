@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -296,6 +297,17 @@ def test_classes_are_named(pets, tmp_path):
     for wrong in ("abc", [1], ["a", ""]):
         with pytest.raises(UsageError, match="class"):
             open_maps("folder", "train", root=pets, classes=wrong)
+
+
+def test_classes_of_unusual_files(tmp_path):
+    file = tmp_path / "classes.txt"
+    file.write_text("a  b\t#0000ff\n#ffffff #00ff00\nx#123456 #ff0000\n")
+    classes = read_classes(file)
+    assert classes.names == ("a  b", "#ffffff", "x#123456") and classes.colours[0] == (0, 0, 255)
+    started = time.process_time()
+    file.write_text("a" + " " * 100_000 + "b\n" + "\n".join(map(str, range(60_000))))
+    assert len(read_classes(file).names) == 60_001
+    assert time.process_time() - started < 5  # a time that grew with the square would be minutes
 
 
 def test_rows_of_datasets(tmp_path):
