@@ -198,7 +198,7 @@ def check_refusals(group: Any) -> None:
     mixer, image = GSPNMixer(4), torch.randn(1, 4, 8, 6)
     expected = mixer(image)
     with rows.applied(mixer):
-        with pytest.raises(NotImplementedError, match="in_proj.*forward that replaces"), rows.applied(mixer):
+        with pytest.raises(NotImplementedError, match=r"in_proj.*forward that replaces"), rows.applied(mixer):
             pass
         with pytest.raises(TypeError, match="cannot be copied or pickled"):
             copy.deepcopy(mixer)
