@@ -33,6 +33,7 @@ BASE = {
     ("export",): [NOTHING, "--output", f"{NOTHING}.onnx"],
     ("classify", "evaluate"): [NOTHING, "--data", NOTHING],
     ("classify", "predict"): [NOTHING, "--model", NOTHING],
+    ("dense", "earth"): ["--elevation", NOTHING],
     ("class-conditional", "latents"): ["--vae", NOTHING, "--data", NOTHING, "--output", NOTHING],
     ("class-conditional", "sample"): [NOTHING],
     ("class-conditional", "evaluate"): [NOTHING, "--reference", NOTHING],

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import struct
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from data_support import bomb, quadrants
 
 pytest.importorskip("timm", reason="needs gspn[train]")
 from gspn._errors import UsageError
-from gspn.data import CorruptImageError, MapClasses, MapRule, load_map, open_maps
+from gspn.data import CorruptImageError, MapClasses, MapRule, load_map, open_maps, to_rgb
 from gspn.data.maps.base import read_classes
 from gspn.data.maps.hub import MappedRows
 
@@ -107,10 +110,95 @@ def test_what_is_refused(data, message):
         load_map(io.BytesIO(data), CLASSES, name="label.png")
 
 
+def npy_header(header, body=b"\0" * 64):
+    return b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header.encode() + body
+
+
+@pytest.mark.parametrize("header", [
+    "(((((", "{", "{'descr':", "{1: 2, 'a': 3}", "-" * 4000 + "1",
+    *(f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}"
+      for shape in ("(-1, -5)", "(-1, 5)", "(5, -1)", "(True, 3)", "(0, 3)")),
+])  # fmt: skip
+def test_damaged_headers_of_arrays(header):
+    with pytest.raises(CorruptImageError, match="damaged header|no pixels|is an array of"):
+        load_map(io.BytesIO(npy_header(header)), CLASSES)
+
+
+def png_of_bits(bits, row, width):
+    """A grey PNG with a row of so few bits a pixel, which PIL does not write."""
+    data = b"\x89PNG\r\n\x1a\n"
+    header = width.to_bytes(4, "big") + b"\0\0\0\x01" + bytes([bits, 0, 0, 0, 0])
+    for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")):
+        part = kind + content
+        data += len(content).to_bytes(4, "big") + part + zlib.crc32(part).to_bytes(4, "big")
+    return data
+
+
+def tiff_of(values, bits, photometric):
+    """A TIFF with a row of these bytes, which PIL does not write."""
+    entries = {256: 8 * len(values) // bits, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1,
+               279: len(values)}  # fmt: skip
+    data = b"II*\0" + (8 + len(values)).to_bytes(4, "little") + bytes(values) + len(entries).to_bytes(2, "little")
+    return data + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items()) + bytes(4)
+
+
+def grey_bmp(bits, colours):
+    """A BMP with a palette of grey in order, which PIL does not write with these bits."""
+    palette = b"".join(bytes([grey, grey, grey, 0]) for grey in colours)
+    head = struct.pack("<IiiHHIIiiII", 40, 2, 1, 1, bits, 0, 4, 0, 0, len(colours), 0)
+    return struct.pack("<2sIHHI", b"BM", 58 + len(palette), 0, 0, 54 + len(palette)) + head + palette + b"\1\0\0\0"
+
+
+@pytest.mark.parametrize(("data", "message"), [
+    (b"P5\n3 1\n1\n\0\1\0", "a PGM with the largest value 1, to which decoders scale"),
+    (b"P2\n3 1\n2\n0 1 2\n", "largest value 2"),
+    (b"P5\n1 1\n300\n\0\1", "largest value 300"),
+    (b"P1\n3 1\n0 1 0\n", "1;I"),
+    (png_of_bits(4, b"\x01\x20", 3), r"samples \(L;4\) that decoders scale or invert"),
+    (png_of_bits(2, b"\x1b", 4), "L;2"),
+    (tiff_of([0x01, 0x20], 4, 1), "L;4"),
+    (tiff_of([0, 1], 8, 0), "L;I"),
+    (tiff_of([0x40], 1, 0), "1;I"),
+    (grey_bmp(8, (0, 255)), "a grey BMP of 8 bits, which PIL misreads"),
+    (grey_bmp(4, range(16)), "of 4 bits"),
+])  # fmt: skip
+def test_values_that_a_decoder_would_change_are_refused(data, message):
+    with pytest.raises(CorruptImageError, match=message):
+        load_map(io.BytesIO(data), MapRule(None))
+
+
+def test_values_that_only_look_as_if_they_were_changed():
+    for data, expected in (
+        (b"P5\n2 1\n65535\n\0\1\1\0", [1, 256]),
+        (b"P2\n2 1\n255\n1 2\n", [1, 2]),
+        (png_of_bits(1, b"\x40", 2), [0, 1]),
+        (tiff_of([1, 0, 0, 0, 0, 0, 0, 0x80], 32, 1), [1, 2**31]),
+        (grey_bmp(1, (0, 255)), [0, 0]),
+        (grey_bmp(8, range(256)), [1, 0]),
+        (grey_bmp(4, (3, 2, 1)), [0, 1]),
+    ):
+        assert load_map(io.BytesIO(data), MapRule(None)).tolist() == [expected]
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_orientation_is_that_of_the_image(form):
+    exif = Image.Exif()
+    exif[0x0112] = 8  # turned by a quarter
+    grey = Image.fromarray(VALUES)
+    shown = to_rgb(Image.open(io.BytesIO(image_bytes(grey, form, exif=exif))))
+    values = load_map(io.BytesIO(image_bytes(grey, form, exif=exif)), CLASSES)
+    assert listed(values) == listed(np.rot90(np.where(VALUES == 255, np.nan, VALUES)))
+    assert values.shape == (shown.height, shown.width)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"scale": 0.0}, "scale=0"),
+        ({"scale": 10**400}, "scale=1000"),
+        ({"scale": True}, "scale=True"),
+        ({"first": True}, "first=True"),
+        ({"ignore": 10**400}, "ignore=1000"),
         ({"scale": "x"}, "scale='x'"),
         ({"first": -1}, "first=-1"),
         ({"ignore": "sky"}, "ignore='sky'"),
@@ -209,6 +297,17 @@ def test_classes_are_named(pets, tmp_path):
     for wrong in ("abc", [1], ["a", ""]):
         with pytest.raises(UsageError, match="class"):
             open_maps("folder", "train", root=pets, classes=wrong)
+
+
+def test_classes_of_unusual_files(tmp_path):
+    file = tmp_path / "classes.txt"
+    file.write_text("a  b\t#0000ff\n#ffffff #00ff00\nx#123456 #ff0000\n")
+    classes = read_classes(file)
+    assert classes.names == ("a  b", "#ffffff", "x#123456") and classes.colours[0] == (0, 0, 255)
+    started = time.process_time()
+    file.write_text("a" + " " * 100_000 + "b\n" + "\n".join(map(str, range(60_000))))
+    assert len(read_classes(file).names) == 60_001
+    assert time.process_time() - started < 5  # a time that grew with the square would be minutes
 
 
 def test_rows_of_datasets(tmp_path):

@@ -201,6 +201,13 @@ def test_compiled_as_one_graph():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_layer_beyond_the_number_of_tensors_is_loaded(tmp_path):
+    adapter = GSPNAdapter.from_model(make(depth=30), keep_attention=range(29))
+    assert len(adapter.state_dict()) < 29
+    adapter.save_pretrained(tmp_path)
+    assert list(GSPNAdapter.from_pretrained(tmp_path).mixers) == ["blocks.29.attn"]
+
+
 def test_saved_and_loaded_alone(tmp_path):
     model = make()
     adapter = perturbed(GSPNAdapter.from_model(model, latent_dim=8, keep_attention=[1], groups=1))

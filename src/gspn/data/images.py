@@ -135,7 +135,7 @@ def to_rgb(image: Image.Image, *, name: str = "the image") -> Image.Image:
         image.load()
         if not (image.width and image.height):
             raise CorruptImageError(name, f"{image.width} x {image.height} has no pixels")
-        return _rgb(_upright(image), name)
+        return _rgb(upright(image), name)
     except CorruptImageError:
         raise
     except MemoryError as error:
@@ -215,7 +215,8 @@ def _open(file: IO[bytes], name: str) -> Image.Image:
         raise CorruptImageError(name, f"has a damaged header ({error})") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image

@@ -240,7 +240,10 @@ class GSPNAdapter(nn.Module):
         config, header = read_json(folder / CONFIG), read_header(folder / WEIGHTS)
         if not isinstance(config, dict) or config.pop("class", None) != _KIND:
             raise UsageError(f"{printable(folder / CONFIG)} is not that of a {_KIND}; name a directory that one wrote.")
-        check_numbers(config, printable(folder / CONFIG), len(header))
+        # The numbers of layers are their places, which may be beyond the number of tensors.
+        sizes = {key: len(value) if key == "layers" and isinstance(value, list) else value
+                 for key, value in config.items()}  # fmt: skip
+        check_numbers(sizes, printable(folder / CONFIG), len(header))
         with refusing(folder, CONSTRUCTOR):
             adapter = cls(**config, device="meta")
             check_size(adapter, header, folder)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from gspn._errors import UsageError
+from gspn.tasks.dense import predict
 from gspn.tasks.dense.inference import Windows, predict_map, predict_rows
 from gspn.tasks.dense.model import DenseModel
 from tasks.dense.dense_runs import CLASSES, NUMBERS, tiny_model
@@ -93,3 +97,31 @@ def test_windows_out_of_range():
             Windows(*arguments)
     assert Windows(32, 0.0).starts(64) == [0, 32]
     assert Windows(32, 0.5).starts(33) == [0, 1]
+
+
+def test_no_image_is_overwritten(tmp_path):
+    model, own = tiny_model(), tmp_path / "images"
+    own.mkdir()
+    for name in ("a.png", "a.overlay.jpg", "b.png"):
+        Image.new("RGB", (64, 64), "red").save(own / name)
+    before = (own / "a.png").read_bytes()
+    (tmp_path / "link").symlink_to(own)
+    for output in (own, tmp_path / "link"):
+        with pytest.raises(UsageError, match=r"a\.png is to be predicted, and would be overwritten"):
+            predict([own / "a.png"], model, output)
+    with pytest.raises(UsageError, match=r"would be written as .*a\.overlay\.png, which is a legend or of another"):
+        predict([own / "a.png", own / "a.overlay.jpg"], model, tmp_path / "maps")
+    assert before == (own / "a.png").read_bytes() and not (tmp_path / "maps").exists()
+    both = predict([own / "a.png", own / "a.overlay.jpg"], model, tmp_path / "maps", overlays=False)
+    assert [Path(one.map).name for one in both] == ["a.png", "a.overlay.png"]
+    (own / "b.png").rename(own / "legend.png")
+    for output, message in ((own, "overwritten by the legend"), (tmp_path / "maps", "which is a legend")):
+        with pytest.raises(UsageError, match=message):
+            predict([own / "legend.png"], model, output)
+
+
+def test_an_encoder_of_one_size_says_so(tmp_path):
+    Image.new("RGB", (40, 20)).save(tmp_path / "small.png")
+    model = tiny_model(CLASSES, "model.name=swin_tiny_patch4_window7_224", 'model.kwargs={"embed_dim": 12}')
+    with pytest.raises(UsageError, match="does not take 20 x 40 pixels at a time, of an image of 20 x 40"):
+        predict([tmp_path / "small.png"], model, tmp_path / "maps")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import timm
@@ -15,6 +16,7 @@ from gspn._errors import UsageError
 from gspn.tasks.classify import ModelConfig, evaluate
 from gspn.tasks.classify.model import Preprocessing, load_model, save_config, save_weights
 from gspn.tasks.core.attention_matching import recorded, sharing_copy
+from gspn.tasks.core.config import write_yaml
 from gspn.tasks.distill import DistillConfig, distill, load_student
 from gspn.tasks.distill.attention_matching import Distiller
 from gspn.tasks.distill.config import DistillationConfig
@@ -242,6 +244,16 @@ def test_another_teacher_does_not_resume(place, trained, tmp_path):
         distill(config.changed(teacher=str(trained)), resume=True)
     with pytest.raises(UsageError, match="not the directory of a distillation run"):
         load_student(place / "teacher")
+
+
+def test_a_run_that_names_itself_as_its_teacher(trained, tmp_path):
+    for name, teacher in (("a", "b"), ("b", "a"), ("c", "c")):
+        shutil.copytree(trained, tmp_path / name, ignore=shutil.ignore_patterns("checkpoints"))
+        config = DistillConfig.load(trained / "config.yaml").changed(teacher=str(tmp_path / teacher))
+        (tmp_path / name / "config.yaml").write_text(write_yaml(config))
+    for name in "abc":
+        with pytest.raises(UsageError, match="again"):
+            load_student(tmp_path / name)
 
 
 def test_presets():

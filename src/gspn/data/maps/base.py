@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import re
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ MapTransform = Callable[[Image.Image, Map], Any]
 Colour = tuple[int, int, int]
 
 CLASSES_FILE = "classes.txt"
-_LINE = re.compile(r"(?P<name>.*?)(?:\s+#(?P<colour>[0-9a-fA-F]{6}))?")
+_COLOUR = re.compile(r"\s#[0-9a-fA-F]{6}")
 _MOST_CLASSES = 65_536
 
 
@@ -50,7 +51,7 @@ class MapClasses:
         names = self.names
         if not names or len(names) > _MOST_CLASSES:
             raise UsageError(f"there are {len(names):,} classes; there have to be 1 to {_MOST_CLASSES:,}.")
-        wrong = next((name for i, name in enumerate(names) if not name or name in names[:i]), None)
+        wrong = next((name for name, count in Counter(names).items() if not name or count > 1), None)
         if wrong is not None:
             raise UsageError(f"the class {short(wrong)} is {'there twice' if wrong else 'without a name'}.")
         if not self.colours:
@@ -73,13 +74,14 @@ def read_classes(path: Path) -> MapClasses:
         OSError: it cannot be read.
     """
     lines = [line.strip() for line in read_text(path, most=1 << 24).splitlines() if line.strip()]
-    matches = [_LINE.fullmatch(line) for line in lines]
-    colours = [one["colour"] for one in matches if one and one["colour"]]
+    endings = [len(line) - 8 if _COLOUR.fullmatch(line[-8:]) else len(line) for line in lines]
+    names = tuple(line[:end].rstrip() for line, end in zip(lines, endings, strict=True))
+    colours = [line[-6:] for line, end in zip(lines, endings, strict=True) if end < len(line)]
     if colours and len(colours) < len(lines):
         raise UsageError(f"{printable(path)}: {len(colours)} of {len(lines)} classes have a colour; give all or none.")
     try:
         return MapClasses(
-            tuple(one["name"] for one in matches if one),
+            names,
             tuple((int(one[:2], 16), int(one[2:4], 16), int(one[4:], 16)) for one in colours),
         )
     except UsageError as error:

@@ -40,7 +40,7 @@ def _check(x, taps, lam, direction, segment, impl, valid_size, has_data=False) -
 
 def _run(x, taps, lam, direction, segment, impl, valid_size) -> Tensor:
     _check(x, taps, lam, direction, segment, impl, valid_size, has_data=True)
-    return resolve(impl, x, "line_scan").line_scan(x, taps, lam, direction, segment, valid_size=valid_size)
+    return resolve(impl, x, "line_scan").line_scan(x, taps, lam, direction, segment, valid_size)
 
 
 def _fake(x: Tensor, *others) -> Tensor:
@@ -102,7 +102,7 @@ def _check_backward(grad, h, x, taps, lam, direction, segment, impl, need_lam, v
 def _run_backward(grad, h, x, taps, lam, direction, segment, impl, need_taps, need_lam, valid_size):
     _check_backward(grad, h, x, taps, lam, direction, segment, impl, need_lam, valid_size, has_data=True)
     dx, dtaps, dlam = resolve(impl, h, "line_scan").line_scan_backward(
-        grad, h, x, taps, lam, direction, segment, need_taps, need_lam, valid_size=valid_size
+        grad, h, x, taps, lam, direction, segment, need_taps, need_lam, valid_size
     )
     # An operator cannot return None: a gradient that was not requested is an empty tensor.
     return dx, h.new_empty(0) if dtaps is None else dtaps, h.new_empty(0) if dlam is None else dlam

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,9 @@ def predict_rows(
         device: The device.
         forward: What is called in place of the model, such as a wrapper that computes in another precision.
         advance: Called with the number of windows that are done.
+
+    Raises:
+        UsageError: the encoder does not take windows of this size.
     """
     height, width = image.shape[-2:] if isinstance(image, Tensor) else image.shape[:2]
     call = model if forward is None else forward
@@ -87,7 +91,14 @@ def predict_rows(
         for first in range(0, len(lefts), batch):
             some = lefts[first : first + batch]
             inputs = torch.stack([_window(image, top, left, tall, wide, model, device) for left in some])
-            outputs = call(inputs).float()  # [B, K, tall, wide]
+            try:
+                outputs = call(inputs).float()  # [B, K, tall, wide]
+            except (AssertionError, ValueError) as error:  # timm's, of an encoder that is built for one size
+                reason = textwrap.shorten(" ".join(str(error).split()), 200)
+                raise UsageError(
+                    f"the model does not take {tall} x {wide} pixels at a time, of an image of {height} x {width}: "
+                    f"{reason} Set the window to the size of the training, and leave out smaller images."
+                ) from error
             for left, output in zip(some, outputs, strict=True):
                 band[:-1, :, left : left + wide] += output * weight
                 band[-1, :, left : left + wide] += weight
@@ -130,7 +141,7 @@ def predict_map(image: NDArray[np.uint8] | Tensor, model: DenseModel, windows: W
         >>> from gspn.tasks.dense.transforms import Normalization
         >>> normalization = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
         >>> target = Target(["water", "land"], [(0, 0, 255), (0, 128, 0)], None, 0.0, 1.0, normalization, 64)
-        >>> model = build_model(ModelConfig("resnet10t", decoder="Unet"), target).eval()  # doctest: +SKIP
+        >>> model = build_model(ModelConfig(name="resnet10t", decoder="Unet"), target).eval()  # doctest: +SKIP
         >>> image = np.zeros((100, 150, 3), np.uint8)
         >>> predict_map(image, model, Windows(64), device=torch.device("cpu")).shape  # doctest: +SKIP
         torch.Size([100, 150])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from .inference import Windows, predict_rows, to_map
 from .model import DenseModel, Target, load_model
 
 _MOST_INDICES = 256  # of a palette
+_LEGEND = "legend.png"
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def predict(
         One prediction for each image, in order. For an image that cannot be read, ``broken`` is set.
 
     Raises:
-        UsageError: the model cannot be named, a folder has no images, or two images would have one name.
+        UsageError: the model cannot be named, a folder has no images, or a file to write is also one of the images, or
+            that of another image.
         OSError: the directory cannot be written.
         MissingExtraError: a package of ``gspn[dense]`` is not installed.
     """
@@ -87,8 +89,8 @@ def predict(
     where = inference_device(device)
     net = net.to(where)
     windows = Windows(net.target.size if window is None else window, overlap, batch_size)
-    named = _named(images)
-    output = Path(output)
+    named, output = _named(images), Path(output)
+    files = _files(named, output, ".png" if net.target.classes else ".tif", overlays)
     predictions = []
     for name, path in named.items():
         opened = _open(path)
@@ -98,9 +100,8 @@ def predict(
         started = time.perf_counter()
         values = _predicted(np.asarray(opened), net, windows, where, printable(name), progress)
         seconds = time.perf_counter() - started
-        map_file = output / f"{name}{'.png' if net.target.classes else '.tif'}"
+        map_file, overlay_file = files[name]
         save_map(values, net.target, map_file)
-        overlay_file = output / f"{name}.overlay.png" if overlays else None
         if overlay_file is not None:
             drawn = values.astype(np.float32)
             coloured = overlay(opened, drawn, net.target) if net.target.classes else colour_map(drawn, net.target)
@@ -110,7 +111,7 @@ def predict(
             Prediction(os.fspath(path), str(map_file), overlay_file and str(overlay_file), round(seconds, 3))
         )
     if overlays and any(one.broken is None for one in predictions):
-        with replaced(output / "legend.png") as part:
+        with replaced(output / _LEGEND) as part:
             legend(net.target).save(part, format="PNG")
     return predictions
 
@@ -173,6 +174,36 @@ def _named(images: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
             )
         named[stem] = path
     return named
+
+
+def _files(
+    named: Mapping[str, Path], output: Path, ending: str, overlays: bool
+) -> dict[str, tuple[Path, Path | None]]:
+    """The files of the map and of the overlay of each image.
+
+    Raises:
+        UsageError: one of them is an image to predict, or that of another image too.
+    """
+    files = {
+        name: (output / f"{name}{ending}", output / f"{name}.overlay.png" if overlays else None) for name in named
+    }
+    images = {os.path.realpath(path) for path in named.values()}
+    written = {os.path.realpath(output / _LEGEND)} if overlays else set()
+    if images & written:
+        raise UsageError(f"{printable(output / _LEGEND)} is to be predicted, and would be overwritten by the legend.")
+    for name, path in named.items():
+        for file in filter(None, files[name]):
+            real = os.path.realpath(file)
+            if real in images:
+                raise UsageError(f"{printable(file)} is to be predicted, and would be overwritten; write to another "
+                                 "directory.")  # fmt: skip
+            if real in written:
+                raise UsageError(
+                    f"{printable(path)} would be written as {printable(file)}, which is a legend or of another image "
+                    "too; rename it, or write maps only."
+                )
+            written.add(real)
+    return files
 
 
 def _open(path: Path) -> Any:

@@ -47,13 +47,15 @@ def open_vit(source: str) -> tuple[Any, GSPNAdapter | None]:
     """A vision transformer, and the adapter to mount on it if the source is a distillation run.
 
     Raises:
-        UsageError: there is no such model.
+        UsageError: there is no such model, or the teachers of runs lead back to one of them.
     """
-    folder = Path(source)
-    if not is_run(folder):
-        return load_model(source), None
-    vit, _ = open_vit(DistillConfig.load(folder / _RUN_CONFIG).teacher)
-    return vit, load_adapter(source)
+    teacher, runs = source, set()
+    while is_run(Path(teacher)):
+        runs.add(Path(teacher).resolve())
+        teacher = DistillConfig.load(Path(teacher) / _RUN_CONFIG).teacher
+        if Path(teacher).resolve() in runs:
+            raise UsageError(f"{printable(source)}: its teacher, or that of its teacher, is {printable(teacher)} again.")
+    return load_model(teacher), load_adapter(source) if runs else None
 
 
 def load_adapter(source: str) -> GSPNAdapter:
