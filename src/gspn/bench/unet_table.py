@@ -117,12 +117,12 @@ class LayerTimes:
             try:
                 with path.open(newline="", encoding="utf-8") as file:
                     reader = csv.DictReader(file)
-                    columns, found = reader.fieldnames, list(reader)
+                    columns, lines = reader.fieldnames, list(reader)
             except (OSError, UnicodeDecodeError, csv.Error) as error:
                 raise UsageError(f"{path} cannot be read: {error}; move it, or name another file.") from None
             if columns != self._columns:
                 raise UsageError(f"{path} does not have the columns of this table; move it, or name another file.")
-            for cells in found:
+            for cells in lines:
                 self._keep(cells)
 
     def _keep(self, cells: dict[str, str]) -> None:
