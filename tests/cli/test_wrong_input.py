@@ -38,6 +38,7 @@ BASE = {
     ("class-conditional", "evaluate"): [NOTHING, "--reference", NOTHING],
     ("t2i", "sample"): ["prompt", "--model", NOTHING],
     ("t2i", "evaluate"): [NOTHING],
+    ("dense", "earth"): ["--elevation", NOTHING],  # else it builds where the packages are installed
 }
 
 
