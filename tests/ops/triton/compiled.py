@@ -145,8 +145,8 @@ def _line_scan(shape: tuple[int, ...], backward: bool) -> Launch:
     taps = torch.empty(batch, channels, 3, height, width, device="meta")
     with recorded() as launches:
         if backward:
-            line_scan_backward(x, x, x, taps, x, "down", None, True, True, Limits())
+            line_scan_backward(x, x, x, taps, x, "down", None, True, True, limits=Limits())
         else:
-            line_scan(x, taps, x, "down", None, Limits())
+            line_scan(x, taps, x, "down", None, limits=Limits())
     (launch,) = launches
     return launch
