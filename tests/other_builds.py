@@ -118,7 +118,10 @@ def _regions(call: Any) -> Iterator[tuple[int, int, int]]:
             span = (1 + taps + sum((count - 1) * stride for count, stride in axes)) * size
             field = image.data
         elif kind is ctypes.c_void_p:
-            span = elements[name if name in elements else name.removeprefix("d")] * state
+            if name == "sizes":  # int64, two for each image
+                span = 2 * call.batch * 8
+            else:
+                span = elements[name if name in elements else name.removeprefix("d")] * state
         else:
             continue
         if field:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("diffusers.models", reason="needs gspn[diffusers]")
 
+from gspn._errors import UsageError
 from gspn.bench import unet_layers, unet_table
 from gspn.bench.attention import SELF_ATTENTION
 from gspn.bench.environment import describe
@@ -110,6 +111,10 @@ def test_a_power_and_its_error():
         unet_table.fitted_power(points[:1], 64.0)
 
 
+def replaced_cell(row: list[str], at: int, value: str) -> list[str]:
+    return [*row[:at], value, *row[at + 1 :]]
+
+
 def test_a_run_continues_the_last_one(tmp_path, monkeypatch):
     path, sweep, calls = tmp_path / "layers.csv", UNetSweep(width=20), []
 
@@ -138,6 +143,21 @@ def test_a_run_continues_the_last_one(tmp_path, monkeypatch):
     path.write_text(other)
     with pytest.raises(ValueError, match="another processor"):
         LayerTimes(path, describe(CPU))
+    lines = path.read_text().replace("another processor", describe(CPU).device).splitlines()
+    ms, strip = (columns.index(name) for name in ("ms", "strip"))
+    last = next(csv.reader(lines[-1:]))
+    for damaged, says in (
+        ([*last, "7"], "more cells than there are columns"), (last[:ms], "fewer or more cells"),
+        (replaced_cell(last, ms, "nan"), "nan ms"), (replaced_cell(last, ms, "-1"), "-1.0 ms"),
+        (replaced_cell(last, strip, "0"), "for 0.0 of its rows"), (replaced_cell(last, ms, "\udcff"), "cannot be read"),
+    ):  # fmt: skip
+        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            file.write("\n".join(lines[:-1]) + "\n")
+            csv.writer(file).writerow(damaged)
+        with pytest.raises(UsageError, match=says):
+            LayerTimes(path, describe(CPU))
+    with pytest.raises(UsageError, match="cannot be read"):
+        LayerTimes(tmp_path, describe(CPU))
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="does not have the columns"):
         LayerTimes(path, describe(CPU))

@@ -175,3 +175,9 @@ def test_padded_batches_hold_each_image_at_the_top_left() -> None:
         assert torch.equal(padded[:, :h, :w], image)
         assert not padded[:, h:].any() and not padded[:, :, w:].any()
     assert (targets.tolist(), corrupt.tolist()) == ([1, -1], [-1, 3])
+
+
+@pytest.mark.parametrize("other", [torch.ones(1, 2, 2), torch.ones(3, 2, 2, dtype=torch.uint8), torch.ones(2, 2)])
+def test_padded_batches_refuse_images_of_several_kinds(other) -> None:
+    with pytest.raises(ValueError, match="of the same channels and dtype"):
+        collate_padded([(torch.ones(3, 4, 5), 1), (other, 2)])

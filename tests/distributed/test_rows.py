@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 import signal
@@ -194,6 +195,15 @@ def check_refusals(group: Any) -> None:
         rows.add(Map((*range(0, 8, 8 // count), 9), 6))
     with pytest.raises(ValueError, match=f"1 channels for {count} processes"):
         _on(rows, GSPN2d(1, proxy_dim=1), torch.zeros(1, 1, 8, 6))
+    mixer, image = GSPNMixer(4), torch.randn(1, 4, 8, 6)
+    expected = mixer(image)
+    with rows.applied(mixer):
+        with pytest.raises(NotImplementedError, match=r"in_proj.*forward that replaces"), rows.applied(mixer):
+            pass
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            copy.deepcopy(mixer)
+        torch.testing.assert_close(rows.gather(mixer(rows.take(image))), expected)
+    assert torch.equal(copy.deepcopy(mixer)(image), expected)
     for module in (
         nn.MaxPool2d(2), nn.MultiheadAttention(4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.LayerNorm((4, 8, 6)),
         nn.Softmax(2), SelfAttention2d(4, head_dim=4),

@@ -123,6 +123,9 @@ def test_modules(make) -> None:
         torch.testing.assert_close(result[i : i + 1, :, :h, :w], module(x[i : i + 1, :, :h, :w]))
     if isinstance(module, GSPN2d | SelfAttention2d):
         assert torch.equal(result, poisoned([result], sizes, 0.0)[0])
+    assert torch.equal(module(filled, sizes), result)
+    with pytest.raises(ValueError, match=r"valid_size\[1\]=\(8, 1\) is not within the map of 7 x 9"):
+        module(filled, [(7, 9), (8, 1), (4, 5), (7, 1)])
 
 
 def test_what_depends_on_the_size_of_the_map_is_refused() -> None:
@@ -136,6 +139,8 @@ def test_what_depends_on_the_size_of_the_map_is_refused() -> None:
             small(**options)(x, valid_size=FEW)
     with pytest.raises(ValueError, match="valid_size"):
         small()(x, valid_size=FEW[:2])
+    with pytest.raises(TypeError, match="heights and widths are integers"):
+        small().forward_head(torch.zeros(4, 12, 3, 3, dtype=torch.float64), valid_size=torch.ones(4, 2))
 
 
 def test_a_trace_and_a_compiled_model_take_sizes() -> None:

@@ -85,7 +85,7 @@ def test_every_backend_keeps_the_protocol(name) -> None:
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_a_backend_imports_what_all_of_them_share_and_no_other_backend(name) -> None:
-    shared = {"backend", "directions", "stochastic_taps", "unfused", "validation"}
+    shared = {"backend", "directions", "stochastic_taps", "unfused", "valid_size", "validation"}
     for path in Path(str(IMPLEMENTATIONS[name].__file__)).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level == 2:

@@ -329,6 +329,7 @@ def test_stochastic_taps_end_at_the_images_border() -> None:
         ([(5, 6), (-1, 6)], ValueError, r"valid_size\[1\]=\(-1, 6\)"),
         ([(5.0, 6.0)] * 2, TypeError, r"torch.float32: heights and widths are integers"),
         ([(5, 6), (5,)], TypeError, "pass a height and a width for each image"),
+        ([(5, 6), (None, 6)], TypeError, "pass a height and a width for each image"),
         ("large", TypeError, "pass a height and a width for each image"),
         (7, TypeError, "pass a height and a width for each image"),
     ],
@@ -349,8 +350,32 @@ def test_the_operators_read_and_write_nothing_beyond_the_map_for_any_sizes() -> 
     x, taps, lam, _ = make_inputs(2, 2, 4, 5, 2, torch.float32)
     sizes = torch.tensor([[9, 9], [-3, 4]])
     whole = gspn.line_scan(x[:1], taps[:1], lam[:1], direction="left")
-    h = torch.ops.gspn.line_scan(x, taps, lam, "left", None, "cpu", sizes)
-    assert torch.equal(h[:1], whole) and not h[1].any()
+    for impl in CPU_IMPLS:
+        h = torch.ops.gspn.line_scan(x, taps, lam, "left", None, impl, sizes)
+        torch.testing.assert_close(h[:1], whole)
+        assert not h[1].any()
+
+
+def test_the_operators_refuse_sizes_that_they_cannot_read() -> None:
+    arguments, grad = make_arguments(2, 2, 4, 5, 2, 2, torch.float32)
+    x, taps, lam, _ = make_inputs(2, 2, 4, 5, 2, torch.float32)
+    sizes = torch.tensor([[1, 2], [3, 4]])
+    freed = sizes.clone()
+    freed.untyped_storage().resize_(0)
+    for wrong, error, says in (
+        (sizes.to("meta"), ValueError, "valid_size.device=device.type='meta'.; move both to one device"),
+        (sizes.to_sparse(), TypeError, "valid_size.layout=torch.sparse_coo"),
+        (freed, ValueError, "needs more than the 0 bytes of its storage, which was freed"),
+    ):
+        for direction in ("down", "left"):
+            with pytest.raises(error, match=says):
+                torch.ops.gspn.line_scan(x, taps, lam, direction, None, "cpu", wrong)
+            with pytest.raises(error, match=says):
+                torch.ops.gspn.line_scan_backward(x, x, x, taps, lam, direction, None, "cpu", True, True, wrong)
+            with pytest.raises(error, match=says):
+                torch.ops.gspn.propagate(*arguments, ALL, None, "cpu", wrong)
+            with pytest.raises(error, match=says):
+                torch.ops.gspn.propagate_backward(grad, *arguments, ALL, None, "cpu", wrong)
 
 
 def test_rows_of_an_image_and_onnx_refuse_sizes() -> None:

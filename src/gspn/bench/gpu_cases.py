@@ -70,9 +70,9 @@ class Case:
             if self.op == "line_scan":
                 taps = torch.empty(batch, self.groups, 3, n, n, dtype=x.dtype, device="meta")
                 if backward:
-                    line_scan.line_scan_backward(x, x, x, taps, x, self.direction, None, True, True, limits)
+                    line_scan.line_scan_backward(x, x, x, taps, x, self.direction, None, True, True, limits=limits)
                 else:
-                    line_scan.line_scan(x, taps, x, self.direction, None, limits)
+                    line_scan.line_scan(x, taps, x, self.direction, None, limits=limits)
             else:
                 gate = torch.empty(4, c, self.states, device="meta")
                 taps = torch.empty(4, self.groups, 3, self.states, device="meta")

@@ -114,24 +114,28 @@ class LayerTimes:
         self._cells: dict[tuple[object, ...], dict[str, str]] = {}
         self.rows: dict[tuple[object, ...], LayerTime] = {}
         if path is not None and path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                if reader.fieldnames != self._columns:
-                    raise UsageError(f"{path} does not have the columns of this table; move it, or name another file.")
-                for cells in reader:
-                    self._keep(cells)
+            try:
+                with path.open(newline="", encoding="utf-8") as file:
+                    reader = csv.DictReader(file)
+                    columns, lines = reader.fieldnames, list(reader)
+            except (OSError, UnicodeDecodeError, csv.Error) as error:
+                raise UsageError(f"{path} cannot be read: {error}; move it, or name another file.") from None
+            if columns != self._columns:
+                raise UsageError(f"{path} does not have the columns of this table; move it, or name another file.")
+            for cells in lines:
+                self._keep(cells)
 
     def _keep(self, cells: dict[str, str]) -> None:
+        try:
+            row = read_row(cells)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{self.path} has a row that cannot be read: {error}") from None
         for name in ("device", "threads"):
             if cells[name] != self._shared[name]:
                 raise UsageError(
                     f"{self.path} has rows of {cells['device']} with {cells['threads']} threads, and this is "
                     f"{self._shared['device']} with {self._shared['threads']}; name another file."
                 )
-        try:
-            row = read_row(cells)
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"{self.path} has a row that cannot be read: {error}") from None
         self.rows[row.key], self._cells[row.key] = row, cells
 
     def add(self, row: LayerTime) -> LayerTime:
@@ -156,10 +160,15 @@ def read_row(cells: Mapping[str, str]) -> LayerTime:
     """
     kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
     values = {}
+    if None in cells or None in cells.values():  # as csv has them
+        raise ValueError("it has fewer or more cells than there are columns")
     for f in fields(LayerTime):
         text, kind = cells[f.name], str(f.type)
         values[f.name] = None if kind.endswith("None") and not text else kinds[kind.partition(" ")[0]](text)
-    return LayerTime(**values)
+    row = LayerTime(**values)
+    if not 0 <= row.ms < math.inf or not 0 < row.strip <= 1:
+        raise ValueError(f"{row.layer!r} has {row.ms} ms for {row.strip} of its rows")
+    return row
 
 
 def read_rows(path: Path) -> list[LayerTime]:

@@ -187,6 +187,9 @@ def collate_padded(batch: Sequence[tuple[Any, ...]]) -> tuple[Tensor, Tensor, Te
         Images ``[B, C, H, W]``; sizes ``[B, 2]`` int64, the height and width of each image, which are the
         ``valid_size`` of :func:`gspn.propagate` and of the backbones; targets and corrupt as :func:`collate` has them.
 
+    Raises:
+        ValueError: the images differ in their channels or dtype.
+
     Example:
         >>> import torch
         >>> from gspn.data import collate_padded
@@ -195,6 +198,12 @@ def collate_padded(batch: Sequence[tuple[Any, ...]]) -> tuple[Tensor, Tensor, Te
         (torch.Size([2, 3, 6, 5]), [[2, 5], [6, 1]], tensor([4, 0]))
     """
     images = [sample[0] for sample in batch]
+    for image in images:
+        if (image.shape[:-2], image.dtype) != (images[0].shape[:1], images[0].dtype):
+            raise ValueError(
+                f"images of shape {tuple(images[0].shape)} {images[0].dtype} and {tuple(image.shape)} {image.dtype} in "
+                "one batch: they have to be [C, h, w] of the same channels and dtype."
+            )
     sizes = torch.tensor([image.shape[-2:] for image in images])
     padded = images[0].new_zeros(len(images), images[0].shape[0], *sizes.amax(0).tolist())
     for whole, image in zip(padded, images, strict=True):

@@ -56,16 +56,30 @@ _CONTAINERS = {
 }  # fmt: skip
 
 
+class _Forward(functools.partial):
+    """The forward of a module for some rows, bound to the module and to the rows."""
+
+    def __reduce__(self) -> Any:
+        # A copy would take and give rows for ever.
+        raise TypeError("a model inside ImageRows.applied cannot be copied or pickled; do that outside the block.")
+
+
 def replacement(name: str, module: nn.Module, rows: ImageRows) -> Callable[..., Any] | None:
     """The forward of a module for these rows; None for its own.
 
     Raises:
-        NotImplementedError: It is not known whether the module treats each pixel by itself.
+        NotImplementedError: It is not known whether the module treats each pixel by itself; or its forward has been
+            replaced before.
     """
     own = f"{type(module).__module__}.{type(module).__qualname__}"
     function = _FORWARDS.get(type(module)) or _DIFFUSERS.get(own)
     if function is not None:
-        return functools.partial(function, module, rows)
+        if "forward" in vars(module):
+            raise NotImplementedError(
+                f"{name or 'the model'}, a {own}, has a forward that replaces its class's, as inside another "
+                "ImageRows.applied or with a hook of accelerate; leave that block, or remove the hook, before."
+            )
+        return _Forward(function, module, rows)
     known = (
         isinstance(module, _LEAVES)
         or own in _NAMES | _CONTAINERS

@@ -265,7 +265,9 @@ class ImageRows:
         recomputes what it did not keep, for checkpointed blocks.
 
         Raises:
-            NotImplementedError: The model has a module that is not known to treat each pixel by itself.
+            NotImplementedError: The model has a module that is not known to treat each pixel by itself, or whose
+                forward has been replaced, as it is inside such a block.
+            TypeError: The model is copied or pickled inside the block.
         """
         from .modules import replacement
 

@@ -284,11 +284,12 @@ class GSPN(nn.Module):
             x, valid_size = stage(x, valid_size), reduced(valid_size, stage.stride)
         return self.norm(x)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False, valid_size: Tensor | None = None) -> Tensor:
+    def forward_head(self, x: Tensor, pre_logits: bool = False, valid_size: Sizes | None = None) -> Tensor:
         """``[B, num_features, H', W']`` to logits ``[B, num_classes]``, or to the classifier's input.
 
         ``valid_size [B, 2]`` are the sizes of the images' parts of this map.
         """
+        valid_size = as_valid_size(valid_size, x)
         x = _pooled(x, valid_size, getattr(getattr(self.head, "global_pool", None), "pool_type", ""))
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 

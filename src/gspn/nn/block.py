@@ -11,10 +11,12 @@ from timm.layers.mlp import Mlp
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
-from ..ops.valid_size import within
+from ..ops.valid_size import Sizes, as_valid_size, within
 from .mixer import GSPNMixer
 
-torch.fx.wrap("within")  # a trace does not know whether there are sizes
+# A trace does not know whether there are sizes.
+for _name in ("as_valid_size", "within"):
+    torch.fx.wrap(_name)
 
 
 class LocalPerceptionUnit(nn.Module):
@@ -73,8 +75,9 @@ class GSPNBlock(nn.Module):
         self.ls2 = scale()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor, valid_size: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, valid_size: Sizes | None = None) -> Tensor:
         """``[B, dim, H, W]`` to ``[B, dim, H, W]``; ``valid_size`` as for :class:`GSPNMixer`."""
+        valid_size = as_valid_size(valid_size, x)
         x = x if isinstance(self.lpu1, nn.Identity) else self.lpu1(x, valid_size)
         x = x + self.drop_path1(self.ls1(self.mixer(self.norm1(x), valid_size)))
         x = x if isinstance(self.lpu2, nn.Identity) else self.lpu2(x, valid_size)

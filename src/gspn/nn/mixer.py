@@ -9,7 +9,7 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
-from ..ops.valid_size import within
+from ..ops.valid_size import Sizes, as_valid_size, within
 from .gspn2d import GSPN2d
 
 
@@ -26,8 +26,8 @@ def _channel_norms(x: Tensor) -> Tensor:
 
 
 # The formula depends on the dtype, and what is done on whether there are sizes, neither of which a trace knows.
-torch.fx.wrap("_channel_norms")
-torch.fx.wrap("within")
+for _name in ("_channel_norms", "as_valid_size", "within"):
+    torch.fx.wrap(_name)
 
 
 class ResponseNorm(GlobalResponseNorm):
@@ -85,12 +85,13 @@ class GSPNMixer(nn.Module):
         self.grn = ResponseNorm(inner, channels_last=False, **dd)
         self.out_proj = nn.Conv2d(inner, dim, 1, bias=False, **dd)
 
-    def forward(self, x: Tensor, valid_size: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, valid_size: Sizes | None = None) -> Tensor:
         """``[B, dim, H, W]`` to ``[B, dim, H, W]``.
 
         ``valid_size [B, 2]`` are the sizes of images that are smaller than the map, see :func:`gspn.propagate`. The
         result in the padding has no meaning.
         """
+        valid_size = as_valid_size(valid_size, x)
         x = self.in_proj(within(x, valid_size))  # [B, C, H, W], zero where x is: there is no bias
         x = self.conv_dw(x)
         x = self.gspn(x) if valid_size is None else self.gspn(x, valid_size)

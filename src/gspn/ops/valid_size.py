@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .validation import check_memory
+
 Sizes = Tensor | Sequence[Sequence[int]]
 """A ``valid_size`` as users pass it."""
 
@@ -29,31 +31,46 @@ def as_valid_size(valid_size: Any, x: Tensor) -> Tensor | None:
     if not isinstance(valid_size, Tensor):
         try:
             valid_size = torch.tensor(valid_size) if len(valid_size) else torch.zeros(0, 2, dtype=torch.int64)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{valid_size=}: pass a height and a width for each image ({error}).") from error
     if valid_size.dtype.is_floating_point or valid_size.dtype.is_complex or valid_size.dtype == torch.bool:
         raise TypeError(f"{valid_size.dtype=}: heights and widths are integers, so convert with .long().")
     valid_size = valid_size.to(torch.int64)
+    own = valid_size.to(x.device)
     if x.dim() >= 4:  # else the operator says what is wrong with x
-        check_valid_size(x, valid_size, has_data=not torch.compiler.is_compiling())
-    return valid_size.to(x.device)
+        compiling = torch.compiler.is_compiling()
+        check_valid_size(x, own, has_data=not compiling)
+        if not compiling:
+            _check_values(x, valid_size)
+    return own
 
 
 def check_valid_size(x: Tensor, valid_size: Tensor | None, has_data: bool = False) -> None:
-    """Raise unless ``valid_size`` is None, or int64 ``[B, 2]``; with data, of images within the map ``x``."""
+    """Raise unless ``valid_size`` is None, or int64 ``[B, 2]`` beside ``x [B, .., H, W]``; with data, in its memory."""
     if valid_size is None:
         return
     if valid_size.dtype != torch.int64:
         raise TypeError(f"{valid_size.dtype=}: sizes are int64, so convert with .long().")
+    if valid_size.layout is not torch.strided:
+        raise TypeError(f"{valid_size.layout=}: sizes need strides, so convert with .to_dense().")
     if valid_size.shape != (x.shape[0], 2):
         raise ValueError(
             f"valid_size.shape={tuple(valid_size.shape)} does not fit x.shape={tuple(x.shape)}: it must be "
             f"[{x.shape[0]}, 2], the height and width of each image."
         )
+    if valid_size.device != x.device:
+        raise ValueError(f"{x.device=} but {valid_size.device=}; move both to one device.")
+    if has_data and type(valid_size) is Tensor and not _is_wrapped(valid_size):
+        check_memory("valid_size", valid_size)
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _check_values(x: Tensor, valid_size: Tensor) -> None:
     # Those on a GPU are not read, which would be to wait for it: the kernels take no pixel beyond the map.
-    if not has_data or type(valid_size) is not Tensor or valid_size.device.type != "cpu":
-        return
-    if torch._C._functorch.is_functorch_wrapped_tensor(valid_size):  # pyright: ignore[reportAttributeAccessIssue]
+    if type(valid_size) is not Tensor or valid_size.device.type != "cpu" or _is_wrapped(valid_size):
         return
     height, width = x.shape[-2:]
     for i, (rows, columns) in enumerate(valid_size.tolist()):

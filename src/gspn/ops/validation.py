@@ -63,15 +63,20 @@ def _check_tensors(
                 f"{name}.shape={t.shape} does not fit {like}.shape={x.shape}: {name} must be [{lengths}], {meaning}."
             )
         if has_data:
-            size, needed = t.untyped_storage().nbytes(), t.nbytes
-            if size == needed and t.is_contiguous() and not t.storage_offset():
-                continue
-            last = t.storage_offset() + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-            if needed and (last + 1) * t.element_size() > size:
-                raise ValueError(
-                    f"{name}.shape={t.shape} needs more than the {size} bytes of its storage, which was freed or "
-                    f"resized; pass a tensor that has its data."
-                )
+            check_memory(name, t)
+
+
+def check_memory(name: str, t: Tensor) -> None:
+    """Raise ValueError unless all elements are within the tensor's storage."""
+    size, needed = t.untyped_storage().nbytes(), t.nbytes
+    if size == needed and t.is_contiguous() and not t.storage_offset():
+        return
+    last = t.storage_offset() + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    if needed and (last + 1) * t.element_size() > size:
+        raise ValueError(
+            f"{name}.shape={t.shape} needs more than the {size} bytes of its storage, which was freed or resized; pass "
+            "a tensor that has its data."
+        )
 
 
 _FREE = -1

@@ -13,6 +13,7 @@ import other_builds
 from gspn.ops.cpu import instruction_sets
 from propagate_cases import ALL, check_propagate, in_doubles, make_arguments
 from support import DTYPES, LAYOUTS, check_line_scan, every_pair, make_inputs, threads
+from valid_size_cases import alone, poisoned, random_sizes
 
 # What is built and how long it takes is in other_builds.py.
 pytestmark = pytest.mark.slow
@@ -46,6 +47,26 @@ def test_line_scan(dtype, layout, shape, groups) -> None:
 def test_propagate(dtype, layout, states, channels_groups) -> None:
     channels, groups = channels_groups
     check_propagate(*make_arguments(2, channels, 7, 18, states, groups, dtype, layout=layout), 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_images_of_several_sizes(dtype) -> None:
+    sizes = random_sizes(6, 7, 18)
+    (x, proxy, *rest), _ = make_arguments(6, 20, 7, 18, 3, 20, dtype)
+    maps = poisoned((x, proxy), sizes, float("nan"))
+
+    def results(x: torch.Tensor, proxy: torch.Tensor, valid_size: Any = None) -> dict[str, torch.Tensor]:
+        x, proxy = x.requires_grad_(), proxy.requires_grad_()
+        y = torch.ops.gspn.propagate(x, proxy, *rest, ALL, 5, "cpu", valid_size)
+        dx, dproxy = torch.autograd.grad(y.square().sum(), (x, proxy))
+        return {"y": y.detach(), "dx": dx, "dproxy": dproxy}
+
+    together = results(*maps, torch.tensor(sizes))
+    for name, expected in alone(results, (x.detach(), proxy.detach()), sizes).items():
+        if name == "dproxy":  # its sums are in another order
+            torch.testing.assert_close(together[name], expected)
+        else:
+            assert torch.equal(together[name], expected), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -44,8 +44,8 @@ def check(
     h = reference.line_scan(x, taps, lam, direction, segment)
     how = (direction, segment, True, lam is not None)
     actual = [
-        kernels.line_scan(x, taps, lam, direction, segment, limits),
-        *kernels.line_scan_backward(grad, h, None if lam is None else x, taps, lam, *how, limits),
+        kernels.line_scan(x, taps, lam, direction, segment, limits=limits),
+        *kernels.line_scan_backward(grad, h, None if lam is None else x, taps, lam, *how, limits=limits),
     ]
     plain = [h, *reference.line_scan_backward(grad, h, None if lam is None else x, taps, lam, *how)]
 

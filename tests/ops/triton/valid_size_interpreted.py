@@ -120,6 +120,29 @@ def long_propagates() -> None:
     gradients._PROGRAMS, gradients._STATES = everything
 
 
+def wild_sizes() -> None:
+    # Sizes on a device are not checked: beyond the map they are the map's, and below 0 there is no image.
+    from gspn.ops.triton import line_scan as scans
+    from gspn.ops.triton import propagate as propagations
+
+    wild = torch.tensor([(8, 2**31 + 1), (3, 7), (-3, 4), (4, 2**31 - 1 - 2**63)])
+    within = wild.clamp(torch.tensor(0), torch.tensor([3, 4]))
+    x, taps, lam, grad = make_inputs(4, 2, 3, 4, 1, torch.float32)
+    outer, inner, proxy, *rest = make_arguments(4, 2, 3, 4, 2, 1, directions=gspn.DIRECTIONS, segment=2)
+    results = []
+    for sizes in (wild, within):
+        of_scans = []
+        for direction in gspn.DIRECTIONS:
+            h = scans.line_scan(x, taps, lam, direction, 2, valid_size=sizes)
+            grads = scans.line_scan_backward(grad, h, x, taps, lam, direction, 2, True, True, valid_size=sizes)
+            of_scans += [h, *grads]
+        y = propagations.propagate(inner, proxy, *rest, valid_size=sizes)
+        grads = propagations.propagate_backward(outer, inner, proxy, *rest, valid_size=sizes)
+        results.append([*of_scans, y, *(one for one in grads if one is not None)])
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
 def sizes_through_the_operator() -> None:
     x, taps, lam, grad = make_inputs(3, 2, 3, 4, 1, torch.float32)
     x, taps, lam, grad = poisoned([x, taps, lam, grad], [(3, 4), (1, 2), (2, 4)], float("nan"))

@@ -61,6 +61,10 @@ def test_what_each_fit_does_with_an_image(model) -> None:
     image = Image.new("RGB", (60, 40))
     shapes = {fit: tuple(preprocessing.transform(fit)(image).shape) for fit in ("crop", "whole", "native")}
     assert shapes == {"crop": (3, 28, 28), "whole": (3, 28, 42), "native": (3, 40, 60)}
+    # Not gigabytes: of what is far longer than wide, the middle.
+    image = Image.new("RGB", (2, 60_000))
+    shapes = {fit: tuple(preprocessing.transform(fit)(image).shape) for fit in ("whole", "native")}
+    assert shapes == {"whole": (3, 448, 28), "native": (3, 32, 2)}
 
 
 def test_other_models_are_refused(folder) -> None:

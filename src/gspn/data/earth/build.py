@@ -17,7 +17,7 @@ from ..._errors import UsageError
 from ..._files import file_digest, printable, read_json, replaced_directory, short, write_text
 from ..._locks import DirectoryLock
 from .climates import CLIMATES, merge_climates
-from .sources import Advance, EarthSources, read_grey, read_image, read_land, read_zones
+from .sources import Advance, EarthSources, image_height, read_grey, read_image, read_land, read_zones
 
 INDEX = "earth.json"
 _VERSION = 1
@@ -34,8 +34,7 @@ def default_cache() -> Path:
 
 def build_steps(sources: EarthSources) -> int:
     """The steps that :func:`build_earth` advances by: the rows of the image, and one for each other map."""
-    with Image.open(sources.image) as image:
-        return image.height + 2 + (sources.elevation is not None)
+    return image_height(sources.image) + 2 + (sources.elevation is not None)
 
 
 def build_earth(sources: EarthSources, root: Path, advance: Advance | None = None) -> Path:

@@ -53,7 +53,11 @@ def find_sources(elevation: Path | None = None) -> EarthSources:
 
     Raises:
         MissingExtraError: a package is not installed; the message is the line that installs it.
+        UsageError: ``elevation`` is not an image as :func:`read_grey` takes it.
+        OSError: ``elevation`` cannot be read.
     """
+    if elevation is not None:
+        read_grey(elevation)  # so that this is known before the other maps are built
     paths_by_kind: dict[str, Path] = {}
     for kind, (package, file) in _PACKAGED.items():
         spec = importlib.util.find_spec(package)
@@ -63,6 +67,19 @@ def find_sources(elevation: Path | None = None) -> EarthSources:
             raise MissingExtraError(f"the Earth needs {package}/{file}, which is not installed: {_INSTALL}")
         paths_by_kind[kind] = paths[0]
     return EarthSources(**paths_by_kind, elevation=elevation)
+
+
+def image_height(path: Path) -> int:
+    """The height of the satellite image, which is not decoded.
+
+    Raises:
+        UsageError: it is not a JPEG or PNG file.
+    """
+    with open_regular(path) as file:
+        try:
+            return Image.open(file, formats=["JPEG", "PNG"]).height
+        except Exception as error:  # of decoders
+            raise CorruptImageError(str(path), f"cannot be decoded ({printable(error)[:200]})") from error
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def each_image(valid_size: Tensor, *maps: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """For each image the maps ``[1, .., h, w]`` that it has, cut from ``[B, .., H, W]``."""
-    for i, (height, width) in enumerate(valid_size.tolist()):
+    for i, (height, width) in enumerate(valid_size.clamp(min=0).tolist()):
         yield tuple(None if one is None else one[i : i + 1, ..., :height, :width] for one in maps)
 
 

@@ -35,12 +35,12 @@ from .operator import fold, register
 def _check(x, taps, lam, direction, segment, impl, valid_size, has_data=False) -> None:
     check_impl(impl)
     check_line_scan(("x", x), taps, lam, direction, segment, has_data)
-    check_valid_size(x, valid_size)
+    check_valid_size(x, valid_size, has_data)
 
 
 def _run(x, taps, lam, direction, segment, impl, valid_size) -> Tensor:
     _check(x, taps, lam, direction, segment, impl, valid_size, has_data=True)
-    return resolve(impl, x, "line_scan").line_scan(x, taps, lam, direction, segment, valid_size=valid_size)
+    return resolve(impl, x, "line_scan").line_scan(x, taps, lam, direction, segment, valid_size)
 
 
 def _fake(x: Tensor, *others) -> Tensor:
@@ -92,7 +92,7 @@ apply_line_scan = register(
 def _check_backward(grad, h, x, taps, lam, direction, segment, impl, need_lam, valid_size, has_data=False) -> None:
     check_impl(impl)
     check_line_scan(("grad", grad), taps, lam, direction, segment, has_data, h=h, x=x)
-    check_valid_size(grad, valid_size)
+    check_valid_size(grad, valid_size, has_data)
     if need_lam and (x is None or lam is None):
         raise ValueError(
             f"{need_lam=} but {'x' if x is None else 'lam'} is None; pass both x and lam, or need_lam=False."
@@ -102,7 +102,7 @@ def _check_backward(grad, h, x, taps, lam, direction, segment, impl, need_lam, v
 def _run_backward(grad, h, x, taps, lam, direction, segment, impl, need_taps, need_lam, valid_size):
     _check_backward(grad, h, x, taps, lam, direction, segment, impl, need_lam, valid_size, has_data=True)
     dx, dtaps, dlam = resolve(impl, h, "line_scan").line_scan_backward(
-        grad, h, x, taps, lam, direction, segment, need_taps, need_lam, valid_size=valid_size
+        grad, h, x, taps, lam, direction, segment, need_taps, need_lam, valid_size
     )
     # An operator cannot return None: a gradient that was not requested is an empty tensor.
     return dx, h.new_empty(0) if dtaps is None else dtaps, h.new_empty(0) if dlam is None else dlam

@@ -51,7 +51,7 @@ def _check(
     check_impl(impl)
     names = split_directions(directions)
     check_propagate(x, proxy, tap_proj, lam_proj, u_proj, skip_proj, len(names), segment, has_data, grad=grad)
-    check_valid_size(x, valid_size)
+    check_valid_size(x, valid_size, has_data)
     return names
 
 
@@ -73,7 +73,7 @@ def _scan(impl, valid_size, *arguments):
 def _run(x, *others):
     names = _check(x, *others, has_data=True)
     *projections, _, segment, impl, valid_size = others
-    return resolve(impl, x, "propagate").propagate(x, *projections, names, segment, valid_size=valid_size)
+    return resolve(impl, x, "propagate").propagate(x, *projections, names, segment, valid_size)
 
 
 def _fake(x, *others):
@@ -110,7 +110,7 @@ def _run_backward(grad, x, *others):
     names = _check(x, *others, grad=grad, has_data=True)
     *projections, _, segment, impl, valid_size = others
     backend = resolve(impl, x, "propagate")
-    *grads, dskip = backend.propagate_backward(grad, x, *projections, names, segment, valid_size=valid_size)
+    *grads, dskip = backend.propagate_backward(grad, x, *projections, names, segment, valid_size)
     # An operator cannot return None: the gradient of a skip that is not there is an empty tensor.
     return (*grads, x.new_empty(0) if dskip is None else dskip)
 

@@ -78,6 +78,12 @@ def share(n_blocks, n_groups, n_lines, n_run, n_runs, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def extent_within(p_size, n_map):
+    """An extent of an image within its map, of which any number may have been asked for."""
+    return tl.minimum(tl.maximum(tl.load(p_size), 0), n_map).to(tl.int32)
+
+
+@triton.jit
 def share_of_image(mine, p_sizes, i_lines, n_lines, n_cross, n_run, REVERSE: tl.constexpr):
     """The :class:`Share` of a program whose image is smaller than its map, and the image's lines and their length.
 
@@ -85,8 +91,7 @@ def share_of_image(mine, p_sizes, i_lines, n_lines, n_cross, n_run, REVERSE: tl.
     without any.
     """
     p_sizes += mine.i_batch * 2
-    n_own = tl.minimum(tl.load(p_sizes + i_lines), n_lines).to(tl.int32)
-    n_own_cross = tl.minimum(tl.load(p_sizes + 1 - i_lines), n_cross).to(tl.int32)
+    n_own, n_own_cross = extent_within(p_sizes + i_lines, n_lines), extent_within(p_sizes + 1 - i_lines, n_cross)
     n = tl.maximum(tl.minimum(n_run, n_own - mine.i_start), 0)
     i_low = n_own - mine.i_start - n if REVERSE else mine.i_start
     return Share(mine.i_block, mine.i_group, mine.i_batch, mine.i_start, i_low, i_low + n), n_own, n_own_cross

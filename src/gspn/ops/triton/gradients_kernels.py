@@ -24,6 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .addressing import extent_within
 from .taps import exp2, inverse, within_reach
 
 
@@ -398,8 +399,9 @@ def gradients_kernel(
             s_line = tl.where(horizontal, s_dx_column, s_dx_row).to(OFFSET)
             s_cross = tl.where(horizontal, s_dx_row, s_dx_column).to(OFFSET)
             i_lines = horizontal.to(tl.int32)
-            n_lines = tl.where(horizontal, n_columns, n_rows)
-            n_cross = tl.where(horizontal, n_rows, n_columns)
+            n_all_lines = tl.where(horizontal, n_columns, n_rows)
+            n_all_cross = tl.where(horizontal, n_rows, n_columns)
+            n_lines, n_cross = n_all_lines, n_all_cross
             p_previous = p_states + (o_block + tl.where(reverse, s_line, -s_line))
             large = tl.load(p_large + i_factors) > 0
             b_sum_before, b_sum_here, b_sum_after = b_zero, b_zero, b_zero
@@ -409,8 +411,8 @@ def gradients_kernel(
                 )
                 if p_sizes is not None:
                     m_pixels = m_pixels & _in_image(p_sizes, i_batch, i_row, i_column)
-                    n_lines = tl.load(p_sizes + (i_batch * 2 + i_lines)).to(tl.int32)
-                    n_cross = tl.load(p_sizes + (i_batch * 2 + 1 - i_lines)).to(tl.int32)
+                    n_lines = extent_within(p_sizes + (i_batch * 2 + i_lines), n_all_lines)
+                    n_cross = extent_within(p_sizes + (i_batch * 2 + 1 - i_lines), n_all_cross)
                 n_left = n_pixels - i_first
                 i_line, i_cross = tl.where(horizontal, i_column, i_row), tl.where(horizontal, i_row, i_column)
                 i_step = tl.where(reverse, n_lines - 1 - i_line, i_line)

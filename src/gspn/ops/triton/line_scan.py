@@ -68,8 +68,8 @@ def prepare_backward(
 
 
 def line_scan(
-    x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None, limits: Limits | None = None,
-    valid_size: Tensor | None = None,
+    x: Tensor, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None, valid_size: Tensor | None = None,
+    limits: Limits | None = None,
 ) -> Tensor:  # fmt: skip
     """``h``; see :func:`gspn.line_scan`. ``limits`` is for tests."""
     h = empty_or_zeros(x, valid_size)
@@ -80,7 +80,7 @@ def line_scan(
 
 def line_scan_backward(
     grad: Tensor, h: Tensor, x: Tensor | None, taps: Tensor, lam: Tensor | None, direction: str, segment: int | None,
-    need_taps: bool, need_lam: bool, limits: Limits | None = None, valid_size: Tensor | None = None,
+    need_taps: bool, need_lam: bool, valid_size: Tensor | None = None, limits: Limits | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """``dx`` and, where needed, ``dtaps`` and ``dlam``, in one sweep. ``limits`` is for tests."""
     dx = empty_or_zeros(h if x is None else x, valid_size)

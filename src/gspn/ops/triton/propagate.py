@@ -131,7 +131,7 @@ def prepare_scan(
 
 def propagate(
     x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor, skip_proj: Tensor | None,
-    directions: tuple[str, ...], segment: int | None, limits: Limits | None = None, valid_size: Tensor | None = None,
+    directions: tuple[str, ...], segment: int | None, valid_size: Tensor | None = None, limits: Limits | None = None,
 ) -> Tensor:  # fmt: skip
     """``y``; see :func:`gspn.propagate`. ``limits`` is for tests."""
     y = empty_or_zeros(x, valid_size)
@@ -165,8 +165,8 @@ def propagate(
 
 def propagate_backward(
     grad: Tensor, x: Tensor, proxy: Tensor, tap_proj: Tensor, lam_proj: Tensor, u_proj: Tensor,
-    skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None, limits: Limits | None = None,
-    valid_size: Tensor | None = None,
+    skip_proj: Tensor | None, directions: tuple[str, ...], segment: int | None, valid_size: Tensor | None = None,
+    limits: Limits | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """``dx, dproxy, dtap_proj, dlam_proj, du_proj, dskip_proj``. ``limits`` is for tests."""
     if x.numel() == 0:

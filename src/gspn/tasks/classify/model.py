@@ -45,8 +45,9 @@ class Preprocessing:
     def transform(self, fit: Fit = "crop") -> Any:
         """The evaluation transform, by timm: PIL image to ``[3, H, W]``.
 
-        With ``whole`` the image is resized as for the crop, and none of it is cut off; with ``native`` it is not
-        resized either.
+        With ``whole`` the image is resized as for the crop, and not cropped; with ``native`` it is not resized either.
+        Of an image that is stretched more than 16 times as much as the model's input, each takes the middle
+        (:func:`gspn.data.trimmed`): it would pad a whole batch to its length.
         """
         composed = require("timm.data").create_transform(**asdict(self), is_training=False)
         # timm's evaluation begins with a resize and a crop.
