@@ -169,7 +169,7 @@ def _check_samples(image: Image.Image, file: IO[bytes], name: str) -> str:
     Raises:
         CorruptImageError: it scales or inverts them, or misreads them.
     """
-    tiles = getattr(image, "tile", ())  # of images from files alone
+    tiles: Any = getattr(image, "tile", None)  # of images from files
     codec, _, _, arguments = tiles[0] if tiles else ("", None, 0, "")
     samples = str(arguments if isinstance(arguments, str) else arguments[0])
     if codec.startswith("ppm") and samples != "1;I" and arguments[1] not in (255, 65535):
