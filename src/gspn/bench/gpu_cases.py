@@ -76,11 +76,11 @@ class Case:
             else:
                 gate = torch.empty(4, c, self.states, device="meta")
                 taps = torch.empty(4, self.groups, 3, self.states, device="meta")
-                arguments = (x, proxy, taps, gate, gate, gate[0], DIRECTIONS, None, limits)
+                arguments = (x, proxy, taps, gate, gate, gate[0], DIRECTIONS, None)
                 if backward:
-                    propagate.propagate_backward(x, *arguments)
+                    propagate.propagate_backward(x, *arguments, limits=limits)
                 else:
-                    propagate.propagate(*arguments)
+                    propagate.propagate(*arguments, limits=limits)
         return launches, others.count
 
     def _image(self, channels: int) -> Tensor:

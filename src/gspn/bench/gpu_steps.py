@@ -576,7 +576,7 @@ class _ModelLaunches(TorchDispatchMode):
         if name in ("propagate", "propagate_backward"):
             *tensors, directions, segment, _ = args
             with recorded() as launches:
-                getattr(propagate, name)(*tensors, tuple(directions.split(",")), segment, self._limits)
+                getattr(propagate, name)(*tensors, tuple(directions.split(",")), segment, limits=self._limits)
             self.launches += launches
         return func(*args, **(kwargs or {}))
 
