@@ -55,7 +55,13 @@ def replaced_directory(path: Path) -> Iterator[Path]:
 
     Its files are on the disk before it takes the place of the old one. Directories cannot change places in one step
     everywhere: a process that stops in between leaves the old one as ``.part-old-...``, and none under the name.
+
+    Raises:
+        UsageError: the directory is the current one or the root, which nothing takes the place of.
+        OSError: it cannot be written.
     """
+    if path.name in ("", ".."):
+        raise UsageError(f"the directory {printable(path)} is not replaced as a whole; name one inside it.")
     part, old = path.with_name(f".part-{os.getpid()}-{path.name}"), path.with_name(f"{_OLD}{path.name}")
     with naming(path):
         remove(part)

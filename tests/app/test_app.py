@@ -347,7 +347,7 @@ def test_an_upload_that_is_refused_is_one_line_on_the_page(tab, data, said, monk
     toast = tab.locator(".toast-body")
     toast.wait_for()
     text = toast.inner_text()
-    assert tab.locator("#affinity-map img").count() == 0  # that of the image before
+    tab.locator("#affinity-map img").wait_for(state="detached")  # that of the image before
     assert said in text
     assert "Traceback" not in text and "/tmp" not in text
     toast.get_by_test_id("toast-close").click()

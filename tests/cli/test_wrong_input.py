@@ -33,12 +33,12 @@ BASE = {
     ("export",): [NOTHING, "--output", f"{NOTHING}.onnx"],
     ("classify", "evaluate"): [NOTHING, "--data", NOTHING],
     ("classify", "predict"): [NOTHING, "--model", NOTHING],
-    ("dense", "earth"): ["--elevation", NOTHING],
     ("class-conditional", "latents"): ["--vae", NOTHING, "--data", NOTHING, "--output", NOTHING],
     ("class-conditional", "sample"): [NOTHING],
     ("class-conditional", "evaluate"): [NOTHING, "--reference", NOTHING],
     ("t2i", "sample"): ["prompt", "--model", NOTHING],
     ("t2i", "evaluate"): [NOTHING],
+    ("dense", "earth"): ["--elevation", NOTHING],  # else it builds where the packages are installed
 }
 
 

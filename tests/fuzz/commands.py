@@ -22,6 +22,8 @@ _GROUPS = {
     "AutoencodeConfig": ("autoencode", "train"),
     "DistillConfig": ("t2i", "distill"),
     "TextToImageConfig": ("t2i", "train"),
+    "DenseConfig": ("dense", "train"),
+    "VitDistillConfig": ("distill",),
 }
 _SET = (
     "optim.lr=1e-3", "data.size=32", "data.batch_size=8", "schedule.epochs=2", "ema.decay=null", "run.trackers=[]",
@@ -50,13 +52,14 @@ def make(rng: Random) -> Input:
         files, options = dict(_sound()), ["--model", "model", "--top", "2", "images"]
         argv = ["classify", "predict", *(["--json"] if rng.random() < 0.5 else [])]
     else:
-        kind = rng.choice(CONFIGURATIONS)
+        name = rng.choice(list(CONFIGURATIONS))
+        kind = CONFIGURATIONS[name]
         files = {"config.yaml": kind.preset_text(rng.choice(kind.preset_names())).encode()}
         options = ["--config", rng.choice(("config.yaml", *kind.preset_names()))]
         for setting in rng.sample(_SET, rng.randint(0, 2)):
             options += ["--set", setting]
         # First, so that no damaged option takes it for its value.
-        argv = [*_GROUPS[kind.__name__], "--dry-run"]
+        argv = [*_GROUPS[name], "--dry-run"]
     if rng.random() < 0.5:
         at = rng.randrange(len(options))
         name, equals, _ = options[at].partition("=")

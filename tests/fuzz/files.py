@@ -26,20 +26,29 @@ from timm.models import save_for_hf
 
 import gspn.diffusers
 from gspn._errors import UsageError
-from gspn.data import CorruptImageError, open_captions, open_dataset
+from gspn.data import CorruptImageError, open_captions, open_dataset, open_maps
 from gspn.tasks.autoencode import AutoencodeConfig
 from gspn.tasks.class_conditional import ClassConditionalConfig, load_pipeline, open_latents
 from gspn.tasks.class_conditional.sampling import SampleRecord
 from gspn.tasks.classify import TrainConfig
 from gspn.tasks.classify.model import load_model
 from gspn.tasks.core.checkpoints import CheckpointStore, Training
+from gspn.tasks.core.sections import Configuration
+from gspn.tasks.dense import DenseConfig
+from gspn.tasks.dense.config import ModelConfig
+from gspn.tasks.dense.model import Target as MapTarget
+from gspn.tasks.dense.model import build_model, save_model
+from gspn.tasks.dense.model import load_model as load_dense
+from gspn.tasks.dense.transforms import Normalization
 from gspn.tasks.diffusion.images import open_images, read_record, save_png
 from gspn.tasks.diffusion.latents import ImagesRecord, LatentIndex, VaeRecord
 from gspn.tasks.diffusion.shard_cache import Shard, write_json
+from gspn.tasks.distill import DistillConfig as VitDistillConfig
 from gspn.tasks.text_to_image.distill.config import DistillConfig
 from gspn.tasks.text_to_image.pipelines import load_adapter
 from gspn.tasks.text_to_image.sample.stage_runner import read_settings
 from gspn.tasks.text_to_image.train.config import TextToImageConfig
+from gspn.timm import GSPNAdapter
 
 from .mutate import damaged_file
 from .runner import Input, Target
@@ -48,7 +57,11 @@ Files = dict[str, Any]
 """Names and bytes; a kind of special file in place of bytes."""
 
 SPECIAL = ("pipe", "folder", "link to nothing", "link to itself", "link to /dev/zero", "empty")
-CONFIGURATIONS = (TrainConfig, ClassConditionalConfig, AutoencodeConfig, DistillConfig, TextToImageConfig)
+CONFIGURATIONS: dict[str, type[Configuration]] = {
+    "TrainConfig": TrainConfig, "ClassConditionalConfig": ClassConditionalConfig, "AutoencodeConfig": AutoencodeConfig,
+    "DistillConfig": DistillConfig, "TextToImageConfig": TextToImageConfig, "DenseConfig": DenseConfig,
+    "VitDistillConfig": VitDistillConfig,
+}  # fmt: skip
 
 
 def file_target(
@@ -137,15 +150,15 @@ def _content(folder: Path) -> Files:
 
 def _presets() -> Files:
     return {
-        f"{kind.__name__}-{name}.yaml": yaml.safe_dump(yaml.safe_load(kind.preset_text(name))).encode()
-        for kind in CONFIGURATIONS
+        f"{kind_name}-{name}.yaml": yaml.safe_dump(yaml.safe_load(kind.preset_text(name))).encode()
+        for kind_name, kind in CONFIGURATIONS.items()
         for name in kind.preset_names()
     }
 
 
 def _read_presets(folder: Path) -> None:
     for path in folder.iterdir():
-        kind = next(kind for kind in CONFIGURATIONS if path.name.startswith(f"{kind.__name__}-"))
+        kind = CONFIGURATIONS[path.name.partition("-")[0]]
         assert kind.load(path).changed() == kind.load(path)
 
 
@@ -172,6 +185,37 @@ def _read_pipeline(folder: Path) -> None:
 
 def _read_adapter(folder: Path) -> None:
     assert load_adapter(folder).config is not None
+
+
+def _vit() -> torch.nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=16, depth=2, num_heads=2, num_classes=3)
+
+
+def _vit_adapter() -> Files:
+    with tempfile.TemporaryDirectory() as name:
+        GSPNAdapter.from_model(_vit(), latent_dim=8).save_pretrained(Path(name) / "adapter")
+        return _content(Path(name) / "adapter")
+
+
+def _read_vit_adapter(folder: Path) -> None:
+    adapter, vit = GSPNAdapter.from_pretrained(folder), _vit()
+    with contextlib.suppress(ValueError), adapter.mounted(vit), torch.inference_mode():  # it may be of another model
+        assert vit(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+
+
+def _dense_model() -> Files:
+    with tempfile.TemporaryDirectory() as name:
+        half = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        target = MapTarget(["a", "b"], [(0, 0, 0), (255, 0, 0)], None, 0.0, 1.0, half, 64)
+        decoder: dict[str, Any] = {"decoder_channels": [16, 8, 8, 8, 4]}
+        config = ModelConfig(name="test_resnet", decoder="Unet", decoder_kwargs=decoder)
+        model = build_model(config, target)
+        save_model(Path(name), model, model.state_dict(), {})
+        return _content(Path(name))
+
+
+def _read_dense_model(folder: Path) -> None:
+    assert load_dense(folder).target.outputs >= 1
 
 
 # --- What runs write --------------------------------------------------------------------------------------------------
@@ -354,11 +398,42 @@ def _read_classes(folder: Path) -> None:
                 assert images[i][0].mode == "RGB"
 
 
+def _maps() -> Files:
+    """Maps in each format, with values that are right as classes and as numbers."""
+    values = np.arange(30, dtype=np.uint8).reshape(5, 6) % 3
+    files: Files = {"classes.txt": b"a #ff0000\nb #00ff00\nc #0000ff\n"}
+    for number, (ending, form, kind) in enumerate((
+        ("png", "PNG", np.uint8), ("png", "PNG", np.uint16), ("tif", "TIFF", np.float32), ("tif", "TIFF", np.int32),
+        ("bmp", "BMP", np.uint8), ("pgm", "PPM", np.uint8), ("npy", "", np.int64), ("npy", "", np.float16),
+    )):  # fmt: skip
+        file = io.BytesIO()
+        if form:
+            Image.fromarray(values.astype(kind)).save(file, form)
+        else:
+            np.save(file, np.asfortranarray(values.astype(kind)))
+        files[f"labels/{number}.{ending}"] = file.getvalue()
+        files[f"images/{number}.png"] = png()
+    return files
+
+
+def _read_maps(folder: Path) -> None:
+    for options in ({}, {"unit": "m", "scale": 0.5}):
+        images = open_maps("folder", "all", folder, **options)
+        for i in range(len(images)):
+            with contextlib.suppress(CorruptImageError):
+                image, values = images.sample(i)
+                assert image.mode == "RGB" and values.dtype == np.float32 and values.shape == image.size[::-1]
+                assert not np.isinf(values).any() and (options or not (values[~np.isnan(values)] % 1).any())
+            images.filename(i)
+
+
 _WEIGHTS = Path(gspn.diffusers.__file__).parent / "weights"
 SOUND: dict[str, tuple[Callable[[], Files], Callable[[Path], object], int, bool]] = {
     "classifier": (classifier, _read_classifier, 10, False),
     "pipeline": (lambda: _content(_WEIGHTS / "gspn_denoiser.mnist5k"), _read_pipeline, 3, False),
     "adapter": (lambda: _content(_WEIGHTS / "gspn_adapter.emoji"), _read_adapter, 3, False),
+    "vit-adapter": (_vit_adapter, _read_vit_adapter, 20, False),
+    "dense-model": (_dense_model, _read_dense_model, 5, False),
     "latents": (_latents, _read_latents, 40, False),
     "records": (_records, _read_records, 60, False),
     "archive": (_archive, _read_archive, 60, False),
@@ -370,6 +445,7 @@ SOUND: dict[str, tuple[Callable[[], Files], Callable[[Path], object], int, bool]
     "captions-beside": (_beside, _captions("folder"), 40, True),
     "shards": (_shards, _captions("wds"), 60, True),
     "classes": (_classes, _read_classes, 30, True),
+    "maps": (_maps, _read_maps, 60, True),
 }
 TARGETS = [
     file_target("presets", _presets, _read_presets, 40, alone=True),

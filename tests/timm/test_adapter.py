@@ -201,6 +201,20 @@ def test_compiled_as_one_graph():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_no_other_file_is_lost_in_saving(tmp_path, monkeypatch):
+    adapter = GSPNAdapter.from_model(make())
+    adapter.save_pretrained(tmp_path / "own")
+    adapter.save_pretrained(tmp_path / "own")  # its own files are replaced
+    (tmp_path / "own" / "notes.txt").write_text("kept")
+    with pytest.raises(UsageError, match=r"holds other files, such as notes\.txt"):
+        adapter.save_pretrained(tmp_path / "own")
+    assert (tmp_path / "own" / "notes.txt").read_text() == "kept"
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UsageError, match="not replaced as a whole"):
+        adapter.save_pretrained(".")
+
+
 def test_a_layer_beyond_the_number_of_tensors_is_loaded(tmp_path):
     adapter = GSPNAdapter.from_model(make(depth=30), keep_attention=range(29))
     assert len(adapter.state_dict()) < 29

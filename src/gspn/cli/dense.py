@@ -189,6 +189,7 @@ def earth(
         Path | None,
         typer.Option(
             metavar="PNG",
+            exists=True,
             dir_okay=False,
             help="earth-topology.png of npm's three-globe, for the elevation, which no other package has in metres.",
         ),

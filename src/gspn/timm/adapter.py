@@ -220,9 +220,20 @@ class GSPNAdapter(nn.Module):
         self.config[option] = lines
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``, mounted or not; a directory is replaced as a whole."""
+        """Write ``config.json`` and ``model.safetensors``, mounted or not; a directory is replaced as a whole.
+
+        Raises:
+            UsageError: the directory holds other files, which would be lost.
+        """
+        folder = Path(directory)
+        others = sorted({one.name for one in folder.iterdir()} - {CONFIG, WEIGHTS}) if folder.is_dir() else []
+        if others:
+            raise UsageError(
+                f"{printable(folder)} holds other files, such as {printable(others[0])}, and is replaced as a whole; "
+                "name a new directory."
+            )
         tensors: dict[str, Tensor] = {name: one.detach().cpu().contiguous() for name, one in self.state_dict().items()}
-        with replaced_directory(Path(directory)) as part:
+        with replaced_directory(folder) as part:
             (part / CONFIG).write_text(json.dumps({"class": _KIND, **self.config}, indent=2), encoding="utf-8")
             require("safetensors.torch").save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
 

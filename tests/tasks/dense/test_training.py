@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -246,14 +247,20 @@ def _tensors(folder):
     ],
 )  # fmt: skip
 def test_damaged_models_are_refused_in_one_line(finished, tmp_path, kind, message):
-    import shutil
-
     folder = tmp_path / "model"
     shutil.copytree(finished[0].output / "best", folder)
     damage(folder, kind)
     with pytest.raises(UsageError, match=message) as refused:
         load_model(folder)
     assert "\n" not in str(refused.value)
+
+
+def test_nothing_is_downloaded_where_the_configuration_leaves_it_open(finished, tmp_path):
+    folder = shutil.copytree(finished[0].output / "best", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    del config["encoder_weights"]  # the constructor's default is ImageNet's
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_model(folder).arguments["encoder_weights"] is None
 
 
 def test_no_model():

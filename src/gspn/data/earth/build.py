@@ -49,20 +49,22 @@ def build_earth(sources: EarthSources, root: Path, advance: Advance | None = Non
         UsageError: a file is damaged, they do not fit each other, or ``root`` holds something else.
         OSError: a file cannot be read, or the directory not be written.
     """
-    root = root.absolute()  # so that the current directory has a name
-    if root.exists() and not (root / INDEX).is_file() and (not root.is_dir() or any(root.iterdir())):
-        raise UsageError(f"{printable(root)} holds other files; name a new directory.")
+    others = root.exists() and not (root / INDEX).is_file() and (not root.is_dir() or any(root.iterdir()))
+    if others or not root.name:
+        raise UsageError(f"{printable(root)} holds other files, or is the current directory; name a new one.")
     step = advance or (lambda _: None)
     root.parent.mkdir(parents=True, exist_ok=True)
     with DirectoryLock(root.parent / f"{root.name}.building"):
+        # The small files first, so that one that is damaged is refused at once.
+        climates = merge_climates(read_grey(sources.climate), read_zones(sources.zones))
+        grey = None if sources.elevation is None else Image.fromarray(read_grey(sources.elevation)).convert("F")
         image = read_image(sources.image)
         height = image.shape[0]
         land = read_land(sources.land, height, step)
-        climate = _nearest(merge_climates(read_grey(sources.climate), read_zones(sources.zones)), height)
+        climate = _nearest(climates, height)
         step(1)
         maps: dict[str, NDArray[Any]] = {"image": image, "land": land, "climate": climate}
-        if sources.elevation is not None:
-            grey = Image.fromarray(read_grey(sources.elevation)).convert("F")
+        if grey is not None:
             metres = np.asarray(grey.resize((2 * height, height), Image.Resampling.BILINEAR)) * _HEIGHT_STEP
             maps["elevation"] = np.rint(metres).astype(np.int16)
             step(1)

@@ -53,11 +53,7 @@ def find_sources(elevation: Path | None = None) -> EarthSources:
 
     Raises:
         MissingExtraError: a package is not installed; the message is the line that installs it.
-        UsageError: ``elevation`` is not an image as :func:`read_grey` takes it.
-        OSError: ``elevation`` cannot be read.
     """
-    if elevation is not None:
-        read_grey(elevation)  # so that this is known before the other maps are built
     paths_by_kind: dict[str, Path] = {}
     for kind, (package, file) in _PACKAGED.items():
         spec = importlib.util.find_spec(package)

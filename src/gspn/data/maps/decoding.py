@@ -127,7 +127,9 @@ def _read_npy(file: IO[bytes], max_pixels: int, name: str) -> NDArray[Any]:
     try:
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, order, kind = read[np.lib.format.read_magic(file)](file, max_header_size=4096)
-    except Exception as error:  # numpy parses a header as Python: ValueError, TypeError, TokenError, RecursionError, ...
+    except (
+        Exception
+    ) as error:  # numpy parses a header as Python: ValueError, TypeError, TokenError, RecursionError, ...
         raise _damaged_header(error, name) from None
     if len(shape) != 2 or any(type(side) is not int for side in shape) or kind.kind not in "buif":
         raise CorruptImageError(name, f"is an array of {list(shape)} {kind}; a map is [height, width] of numbers")

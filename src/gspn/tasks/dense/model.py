@@ -271,6 +271,7 @@ def load_model(source: str | Path) -> DenseModel:
     saved.check_model_name(name.removeprefix("tu-"))
     if arguments.get("encoder_weights") is not None or arguments.get("aux_params") is not None:
         raise UsageError(f"{where}: encoder_weights and aux_params have to be null; set them so.")
+    arguments["encoder_weights"] = None  # where it is missing, the constructor would download some
     refused = _LOADING.intersection(arguments)
     if refused:
         raise UsageError(f"{where} has {min(refused)}, an option of timm's factory and not of a model; remove it.")

@@ -176,17 +176,13 @@ def _named(images: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
     return named
 
 
-def _files(
-    named: Mapping[str, Path], output: Path, ending: str, overlays: bool
-) -> dict[str, tuple[Path, Path | None]]:
+def _files(named: Mapping[str, Path], output: Path, ending: str, overlays: bool) -> dict[str, tuple[Path, Path | None]]:
     """The files of the map and of the overlay of each image.
 
     Raises:
         UsageError: one of them is an image to predict, or that of another image too.
     """
-    files = {
-        name: (output / f"{name}{ending}", output / f"{name}.overlay.png" if overlays else None) for name in named
-    }
+    files = {name: (output / f"{name}{ending}", output / f"{name}.overlay.png" if overlays else None) for name in named}
     images = {os.path.realpath(path) for path in named.values()}
     written = {os.path.realpath(output / _LEGEND)} if overlays else set()
     if images & written:

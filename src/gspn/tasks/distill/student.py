@@ -54,7 +54,9 @@ def open_vit(source: str) -> tuple[Any, GSPNAdapter | None]:
         runs.add(Path(teacher).resolve())
         teacher = DistillConfig.load(Path(teacher) / _RUN_CONFIG).teacher
         if Path(teacher).resolve() in runs:
-            raise UsageError(f"{printable(source)}: its teacher, or that of its teacher, is {printable(teacher)} again.")
+            raise UsageError(
+                f"{printable(source)}: its teacher, or that of its teacher, is {printable(teacher)} again."
+            )
     return load_model(teacher), load_adapter(source) if runs else None
 
 
