@@ -120,7 +120,7 @@ def npy_header(header, body=b"\0" * 64):
       for shape in ("(-1, -5)", "(-1, 5)", "(5, -1)", "(True, 3)", "(0, 3)")),
 ])  # fmt: skip
 def test_damaged_headers_of_arrays(header):
-    with pytest.raises(CorruptImageError, match="damaged header|no pixels|is an array of"):
+    with pytest.raises(CorruptImageError, match=r"damaged header|no pixels|is an array of"):
         load_map(io.BytesIO(npy_header(header)), CLASSES)
 
 
