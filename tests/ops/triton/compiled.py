@@ -68,8 +68,8 @@ def images_of_several_sizes(arch: int) -> None:
     grad, *arguments = (one.to("meta") if isinstance(one, torch.Tensor) else one for one in (grad, *arguments))
     x, taps = grad, torch.empty(16, 96, 3, 56, 56, device="meta")
     with recorded() as launches:
-        line_scan(x, taps, x, "left", None, Limits(), sizes)
-        line_scan_backward(x, x, x, taps, x, "down", None, True, True, Limits(), sizes)
+        line_scan(x, taps, x, "left", None, sizes, Limits())
+        line_scan_backward(x, x, x, taps, x, "down", None, True, True, sizes, Limits())
         propagate(*arguments, limits=Limits(), valid_size=sizes)
         propagate_backward(grad, *arguments, limits=Limits(), valid_size=sizes)
     # Of alike launches the first; those before the scans, which are as without sizes, are left out.

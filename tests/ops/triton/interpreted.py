@@ -122,12 +122,12 @@ def taps_that_point_nowhere() -> None:
         nowhere[:, :, :, :: segment or 3] = True
         nowhere = nowhere if forwards else nowhere.flip(3)
         nowhere = nowhere if vertical else nowhere.mT
-        results = []
+        results, limits = [], Limits(row=row)
         for number in (float(value), 0.0):
             w = taps.masked_fill(nowhere, number)
-            h = kernels.line_scan(x, w, lam, direction, segment, Limits(row=row))
-            how = (direction, segment, True, True, Limits(row=row))
-            results.append([h, *kernels.line_scan_backward(grad, h, x, w, lam, *how)])
+            h = kernels.line_scan(x, w, lam, direction, segment, limits=limits)
+            grads = kernels.line_scan_backward(grad, h, x, w, lam, direction, segment, True, True, limits=limits)
+            results.append([h, *grads])
         for poisoned, clean in zip(*results, strict=True):
             assert clean.isfinite().all()
             assert torch.equal(poisoned, clean), (direction, segment, cross, value)
