@@ -196,6 +196,9 @@ def check_refusals(group: Any) -> None:
     with pytest.raises(ValueError, match=f"1 channels for {count} processes"):
         _on(rows, GSPN2d(1, proxy_dim=1), torch.zeros(1, 1, 8, 6))
     mixer, image = GSPNMixer(4), torch.randn(1, 4, 8, 6)
+    told = "rank 0 has 1 of 4 channels in float32; rank 1 has 2 of 4 channels in float64"
+    with pytest.raises(ValueError, match=rf"^rank {rank} of 2: the processes have other images: {told}\."):
+        _on(rows, mixer, torch.zeros(rank + 1, 4, 8, 6, dtype=(torch.float32, torch.float64)[rank]))
     expected = mixer(image)
     with rows.applied(mixer):
         with pytest.raises(NotImplementedError, match=r"in_proj.*forward that replaces"), rows.applied(mixer):

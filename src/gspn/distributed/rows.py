@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..nn.options import check_options
 from ..ops import DIRECTIONS, Direction, propagate
-from .exchange import Group, exchange, start, total
+from .exchange import Group, exchange, naming_lost_process, start, total
 
 _Interval = tuple[int, int]
 
@@ -264,23 +264,47 @@ class ImageRows:
         processes of an image have the same random state. The block has to contain the backward pass if the model
         recomputes what it did not keep, for checkpointed blocks.
 
+        Each call of the model first compares the batch, channels and dtype of its image over the processes.
+
         Raises:
             NotImplementedError: The model has a module that is not known to treat each pixel by itself, or whose
                 forward has been replaced, as it is inside such a block.
             TypeError: The model is copied or pickled inside the block.
+            ValueError: The model is called, and the processes have other images than one another.
         """
         from .modules import replacement
 
         changed = {name: (one, replacement(name, one, self)) for name, one in model.named_modules()}
+        check = model.register_forward_pre_hook(self._check_alike, with_kwargs=True)
         try:
             for one, forward in changed.values():
                 if forward is not None:
                     one.forward = forward
             yield
         finally:
+            check.remove()
             for one, forward in changed.values():
                 if forward is not None:
                     del one.forward
+
+    def _check_alike(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Processes that send other numbers than the rest expect would wait for one another, or take them for what they
+        # are not.
+        images = (one for one in (*args, *kwargs.values()) if isinstance(one, Tensor) and one.dim() == 4)
+        image = next(images, None)
+        own = None if image is None else (*image.shape[:2], str(image.dtype).removeprefix("torch."))
+        seen: list[Any] = [None] * self.count
+        with naming_lost_process(self.group):
+            dist.all_gather_object(seen, own, self.group)
+        if len(set(seen)) > 1:
+            told = "; ".join(
+                f"rank {rank} has " + ("no image" if one is None else f"{one[0]} of {one[1]} channels in {one[2]}")
+                for rank, one in enumerate(seen)
+            )
+            raise ValueError(
+                f"rank {self.rank} of {self.count}: the processes have other images: {told}. Pass all of them rows "
+                "of the same images."
+            )
 
 
 def _overlap(one: _Interval, other: _Interval) -> _Interval:
