@@ -347,11 +347,11 @@ def test_an_upload_that_is_refused_is_one_line_on_the_page(tab, data, said, monk
     toast = tab.locator(".toast-body")
     toast.wait_for()
     text = toast.inner_text()
-    tab.locator("#affinity-map img").wait_for(state="detached")  # that of the image before
     assert said in text
     assert "Traceback" not in text and "/tmp" not in text
-    toast.get_by_test_id("toast-close").click()
+    toast.get_by_test_id("toast-close").click()  # before it closes itself
     toast.wait_for(state="detached")
+    tab.locator("#affinity-map img").wait_for(state="detached")  # that of the image before
     tab.locator(".examples button:visible").first.click()
     tab.locator("#affinity-map img").wait_for()
 
