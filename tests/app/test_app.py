@@ -400,10 +400,13 @@ def test_emoji_with_attention_and_gspn_are_those_that_the_library_draws(tab, mod
     tab.locator("#prompt textarea").fill("red  apple")
     tab.locator("#emoji-style").get_by_text("flat").click()
     _fill(tab, "#emoji-steps", steps)
+    tab.evaluate("""() => new MutationObserver(() => {
+        const [first, second] = ['attention', 'gspn'].map(key => document.querySelector(`#emoji-${key} img`));
+        window.firstAlone ||= Boolean(first && !second);
+    }).observe(document.body, {childList: true, subtree: true})""")
     tab.locator("#emoji-draw").click()
-    tab.locator("#emoji-attention img").wait_for()
-    assert tab.locator("#emoji-gspn img").count() == 0  # the first is shown while the second is drawn
     tab.locator("#emoji-gspn img").wait_for()
+    assert tab.evaluate("window.firstAlone")  # the first was shown while the second was drawn
     pipeline, adapter = models.text_to_image
     drawn = list(
         text_to_image.draw(
