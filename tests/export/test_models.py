@@ -125,5 +125,6 @@ def test_packages_of_aotinductor_call_the_kernels(name, depths, tmp_path) -> Non
 
     if shutil.which("c++") is None:
         pytest.skip("AOTInductor needs a C++ compiler")
-    # In a process of its own: it imports setuptools, which fails where another test has imported distutils before.
+    # In a process of its own, as people run it: after the rest of the suite, setuptools, which it imports, found the
+    # distutils of Python instead of its own.
     run_python(_AOTINDUCTOR.format(name=name, depths=depths, folder=str(tmp_path)))

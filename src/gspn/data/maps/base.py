@@ -70,7 +70,7 @@ def read_classes(path: Path) -> MapClasses:
     """The classes of a text file: a name in each line, and after it perhaps a colour such as ``#1f5a99``.
 
     Raises:
-        UsageError: the file is no such text.
+        UsageError: a class has no name or stands there twice, or some have a colour and others not.
         OSError: it cannot be read.
     """
     lines = [line.strip() for line in read_text(path, most=1 << 24).splitlines() if line.strip()]

@@ -96,7 +96,7 @@ def load_map(
     largest value is not 255 or 65535) are refused. The EXIF orientation is applied, as to images.
 
     Raises:
-        CorruptImageError: the file is no such map, is damaged, too large, or has values out of range.
+        CorruptImageError: the file has another format, is damaged, too large, or has values out of range.
         OSError: the file cannot be opened or read, or is a pipe, a socket or a device.
 
     Example:

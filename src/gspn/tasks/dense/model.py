@@ -247,7 +247,7 @@ def load_model(source: str | Path) -> DenseModel:
         source: The directory of a run, or its ``best`` or ``last``.
 
     Raises:
-        UsageError: there is no such directory, or its files are missing, damaged or of another model.
+        UsageError: the directory does not exist, or its files are missing, damaged or of another model.
     """
     library = smp()
     folders = [folder for folder in (Path(source), Path(source, "best"), Path(source, "last"))

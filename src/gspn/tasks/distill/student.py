@@ -47,7 +47,7 @@ def open_vit(source: str) -> tuple[Any, GSPNAdapter | None]:
     """A vision transformer, and the adapter to mount on it if the source is a distillation run.
 
     Raises:
-        UsageError: there is no such model, or the teachers of runs lead back to one of them.
+        UsageError: the model does not exist, or the teachers of runs lead back to one of them.
     """
     teacher, runs = source, set()
     while is_run(Path(teacher)):
