@@ -26,7 +26,12 @@ PROPAGATE = [
 ]
 
 
-VALID_SIZE = ["line_scans, long_line_scans, sizes_through_the_operator", "propagates", "long_propagates, wild_sizes"]
+VALID_SIZE = [
+    "line_scans, long_line_scans, sizes_through_the_operator",
+    "propagates",
+    "long_propagates, wild_sizes",
+    "forty_sizes",
+]
 CASES = {"interpreted": LINE_SCAN, "propagate_interpreted": PROPAGATE, "valid_size_interpreted": VALID_SIZE}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import gspn
 from support import make_inputs
-from valid_size_cases import Results, alone, assert_equals_alone, poisoned
+from valid_size_cases import Results, alone, assert_equals_alone, poisoned, random_sizes
 
 Size = tuple[int, int]
 
@@ -118,6 +118,12 @@ def long_propagates() -> None:
     arguments = make_arguments(2, 3, 3, 18, 9, 1, torch.bfloat16, directions=("left", "down"), layout="channels_last")
     _check_propagate(arguments, [(3, 17), (2, 7)])
     gradients._PROGRAMS, gradients._STATES = everything
+
+
+def forty_sizes() -> None:
+    sizes = random_sizes(40, 3, 2)
+    _check_line_scan(make_inputs(40, 1, 3, 2, 1, torch.float32), sizes, "up", 2)
+    _check_propagate(make_arguments(40, 1, 3, 2, 1, 1, directions=("left",)), sizes)
 
 
 def wild_sizes() -> None:
