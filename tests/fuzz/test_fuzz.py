@@ -22,6 +22,16 @@ from fuzz.runner import FOLDER, MEMORY, Find, Target, read_case, run
 
 CASES = sorted((FOLDER / "cases").glob("*.json"))
 
+EXTRAS = {"dense-model": ("segmentation_models_pytorch", "dense")}
+"""What some targets need beside the extras above: a module and the extra that brings it."""
+
+
+def need(target: str) -> None:
+    """Skip the test where the extra of its target is not installed."""
+    if target in EXTRAS:
+        module, extra = EXTRAS[target]
+        pytest.importorskip(module, reason=f"needs the extra {extra} of gspn")
+
 
 def refuse(finds: list[Find]) -> None:
     reports = [f"seed {find.seed}, written to {find.save()}:\n{find.problem}" for find in finds]
@@ -30,6 +40,7 @@ def refuse(finds: list[Find]) -> None:
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_inputs_of_fixed_seeds(target) -> None:
+    need(target.name)
     done, finds = run(target, range(target.quick))
     refuse(finds)
     assert done == target.quick
@@ -40,11 +51,13 @@ def test_inputs_of_fixed_seeds(target) -> None:
     [pytest.param(*case, id=path.stem) for path in CASES for case in [read_case(path)]],
 )
 def test_cases(name, made) -> None:
+    need(name)
     refuse(run(TARGETS[name], [0], lambda _: made)[1])
 
 
 @pytest.mark.parametrize("name", SOUND)
 def test_files_without_damage_are_read(name) -> None:
+    need(name)
     sound, read, *_ = SOUND[name]
     with written(sound()) as folder:
         read(folder)
