@@ -53,6 +53,12 @@ def test_a_resized_crop_shows_one_place_in_both(scale):
         assert (channel - expected)[inside, inside].abs().max() <= 1.5
 
 
+def test_a_crop_from_within_an_image_is_whole():
+    image, values = located(90, 120)
+    transform = RandomCrop(64, AugmentConfig(scale=(1.0, 1.5)), PLAIN)
+    assert not any(drawn(transform, image, values, seed)[1].isnan().any() for seed in range(60))
+
+
 def test_an_image_smaller_than_the_crop_is_continued():
     image, values = located(20, 50)
     pixels, maps = drawn(RandomCrop(32, AugmentConfig(scale=(1.0, 1.0), hflip=0.0), PLAIN), image, values, 0)

@@ -107,7 +107,7 @@ class RandomCrop:
         side = max(1, round(self.size / scale))
         tall, wide = min(side, height), min(side, width)
         top, left = (int(torch.randint(most + 1, ())) for most in (height - tall, width - wide))
-        return (top, left, tall, wide), scale
+        return (top, left, tall, wide), self.size / side  # as drawn, but for rounding: a whole side fills the crop
 
 
 def _pixels(image: Any) -> Tensor:
