@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ class ClassSums:
         self.sums[: pairs.numel()] += pairs.flatten().double()
         right, left = predicted == truth, counts
         place = pairs.numel()
-        for near in [*(near_border(target, distance) for distance in DISTANCES), counts]:
+        for near in [*near_border(target, DISTANCES), counts]:
             inside = left & near
             self.sums[place] += inside.sum()
             self.sums[place + 1] += (inside & right).sum()
@@ -130,19 +130,27 @@ def range_names() -> list[str]:
     return [*names, f"over {DISTANCES[-1]}"]
 
 
-def near_border(target: Tensor, distance: int) -> Tensor:
+def near_border(target: Tensor, distances: Sequence[int]) -> Iterator[Tensor]:
     """Where a pixel of another class is within so many pixels, diagonal steps counted as one: ``[H, W]``, bool.
 
     Ignored pixels are of no class and make no border.
 
+    Args:
+        target: A map ``[H, W]`` of classes, NaN where it is ignored.
+        distances: In rising order; there is one result for each.
+
     Example:
-        >>> near_border(torch.tensor([[0.0, 0.0, 0.0, 1.0]]), 2).tolist()
-        [[False, True, True, True]]
+        >>> [near.tolist() for near in near_border(torch.tensor([[0.0, 0.0, 0.0, 1.0]]), (1, 2))]
+        [[[False, False, True, True]], [[False, True, True, True]]]
     """
+    known = ~target.isnan()
     # The largest class within the distance differs from the smallest.
-    high = _largest(target.nan_to_num(-torch.inf), distance)
-    low = -_largest(-target.nan_to_num(torch.inf), distance)
-    return (high > low) & ~target.isnan()
+    high, low, reached = target.nan_to_num(-torch.inf), target.nan_to_num(torch.inf), 0
+    for distance in distances:
+        # What is largest in a square is the largest of squares within it, so each distance goes on from the last.
+        high, low = _largest(high, distance - reached), -_largest(-low, distance - reached)
+        reached = distance
+        yield (high > low) & known
 
 
 def _largest(values: Tensor, distance: int) -> Tensor:
