@@ -68,7 +68,7 @@ def test_images_beyond_the_caches(layout, dtype, shape) -> None:
 
 @pytest.mark.parametrize("segment", [None, 40])
 def test_gradients_of_images_whose_taps_are_kept_in_part(segment) -> None:
-    # The backward keeps a mebibyte of what makes the taps: of the last lines, and of those only whose logits are moderate.
+    # The backward keeps a mebibyte of exponentials: of the last lines, and of those alone whose logits are moderate.
     arguments, grad = make_arguments(1, 4, 160, 150, 2, 4, torch.float32, logits=1.0)
     arguments[1][0, :, 1::50, ::70] *= 90
     check_propagate(arguments, grad, segment)
