@@ -66,6 +66,14 @@ def test_images_beyond_the_caches(layout, dtype, shape) -> None:
         assert_as_exact_as_pytorch(y, plain, exact, magnitude, isa)
 
 
+@pytest.mark.parametrize("segment", [None, 40])
+def test_gradients_of_images_whose_taps_are_kept_in_part(segment) -> None:
+    # The backward keeps a mebibyte of exponentials: of the last lines, and of those alone whose logits are moderate.
+    arguments, grad = make_arguments(1, 4, 160, 150, 2, 4, torch.float32, logits=1.0)
+    arguments[1][0, :, 1::50, ::70] *= 90
+    check_propagate(arguments, grad, segment)
+
+
 @every_pair(
     impl=["reference", *instruction_sets()],
     size=[30.0, 300.0, 1e4],

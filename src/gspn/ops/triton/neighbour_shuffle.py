@@ -16,6 +16,8 @@ def split_lines(tile, LINES: tl.constexpr):
     """``[C, N, LINES]`` to a tuple of LINES ``[C, N]``, in order."""
     if LINES == 1:
         return (tl.reshape(tile, [tile.shape[0], tile.shape[1]]),)
+    elif LINES == 2:
+        return tl.split(tile)
     else:
         even, odd = tl.split(tl.reshape(tile, [tile.shape[0], tile.shape[1], LINES // 2, 2]))
         evens = split_lines(even, LINES // 2)
@@ -31,6 +33,8 @@ def join_lines(lines, LINES: tl.constexpr):
     """The inverse of :func:`split_lines`."""
     if LINES == 1:
         return tl.expand_dims(lines[0], 2)
+    elif LINES == 2:
+        return tl.join(lines[0], lines[1])
     else:
         evens = ()
         odds = ()

@@ -1,5 +1,6 @@
 // The backward of one block of channels. Nothing but the arguments is kept from the forward: for each direction the
-// states are computed again, into scratch, then the lines are walked the other way with the maps computed once more.
+// states are computed again, into scratch, then the lines are walked the other way with the maps computed once more,
+// but for the taps of the lines whose powers the first walk has kept.
 //
 // With g the adjoint state, c = sum_k w_k h_{i-1}[j+k-1] and t_k = -log2(e) a_k (taps.h):
 //
@@ -134,7 +135,8 @@ GSPN_INLINE void maps_to_proxy_lanes(const ProductRun<A>& run, int64_t p, int64_
 template <class A, int S, int O>
 __attribute__((noinline)) void add_products(const ProductRun<A> run) {
   using V = typename VectorOf<A>::type;
-  constexpr int L = kLanes<A>, P = kPixels, SB = GSPN_VECTOR_BYTES == 64 && O > 1 ? 4 : 2;
+  constexpr int L = kLanes<A>, P = kPixels, most = O > 2 ? (GSPN_VECTOR_BYTES == 64 ? 4 : 2) : 8 / O;
+  constexpr int SB = S && S < most ? S : most;
   const int64_t channels = S ? S : run.proxy.channels, count = run.count;
   int64_t s = 0;
   for (; s + SB <= channels; s += SB) add_to_weights<A, O, SB>(run, s);
@@ -188,49 +190,65 @@ struct BackwardLine {
   const A* tap_weights;   // shared: [3][proxy channel]
   A* tap_gradients;       // shared: [3][proxy channel][lane]
   const A *prev, *state;  // [cross][lane], padded
-  const A* from_next[3];  // w_k g of the line scanned next, padded; null where it starts a segment
-  A* to_prev[3];          // the same of this line, written; unused on a segment's first line
+  const A* powers;        // as in ForwardLine, where they were kept and none is out of range; or null
+  const A* from_next;     // [cross][tap][lane] w_k g of the line scanned next, padded; null where it starts a segment
+  A* to_prev;             // the same of this line, written; unused on a segment's first line
   A* maps;                // [output][kRun][lane]
   A* tap_maps;            // shared: [3][kRun][lane]
   const A* by_lane;       // as in ProductRun
   typename VectorOf<A>::type* rows;
 };
 
+// Where a pixel's own taps come from: its logits, the powers that the first walk kept, or logits of any size.
+enum class Taps { kLogits, kPowers, kAnyLogits };
+
+// Taps, and (1 - sigmoid(a_k)) times the factor of dt, where all is in range.
+template <class A>
+GSPN_INLINE TapsAndSlopes<A> taps_and_slopes(Weights<A> weights, bool first, bool last) {
+  using V = typename VectorOf<A>::type;
+  TapsAndSlopes<A> out;
+  // 1 - sigmoid(a_k) = e_k / d_k, by one division for all three.
+  const V all = kHalvedGradient<A> / weights.product;
+#pragma GCC unroll 3
+  for (int k = 0; k < 3; ++k) out.slope[k] = weights.e[k] * weights.w[k] * all;
+  if (__builtin_expect(first, 0)) weights.w[0] = V{};
+  if (__builtin_expect(last, 0)) weights.w[2] = V{};
+  const V inverse = A(1) / weights.sum();
+#pragma GCC unroll 3
+  for (int k = 0; k < 3; ++k) out.w[k] = weights.w[k] * inverse;
+  return out;
+}
+
 // P pixels from p on, numbers `at` and following of their run. False, with nothing written, if their logits need the
 // safe way.
-template <class A, int S, int P, bool kShared, bool kPrev, bool kSafe>
+template <class A, int S, int P, bool kShared, bool kPrev, Taps kTaps>
 GSPN_INLINE bool backward_pixels(const BackwardLine<A>& line, int64_t p, int64_t at) {
   using V = typename VectorOf<A>::type;
-  constexpr int L = kLanes<A>, outputs = kShared ? 2 : 5, from = !kShared && !kPrev ? 3 : 0, O = outputs - from;
+  constexpr bool kOwnTaps = kPrev && !kShared, kProjectTaps = kOwnTaps && kTaps != Taps::kPowers;
+  constexpr int L = kLanes<A>, outputs = kShared ? 2 : 5, from = kShared || kProjectTaps ? 0 : 3, O = outputs - from;
+  constexpr int lam = kOwnTaps ? 3 : 0, u = lam + 1;  // among the maps whose gradients are written
   V acc[O][P];
   project<A, S, O, P>(line.weights, outputs, from, line.proxy.at(p), acc);
-  V w[3][P], slope[3][P];
-  if constexpr (kPrev && !kShared) {
+  TapsAndSlopes<A> taps[P];
+  const auto is_first = [&](int q) { return p + q == 0; };
+  const auto is_last = [&](int q) { return p + q == line.cross - 1; };
+  if constexpr (kProjectTaps) {
     V worst, reach;
 #pragma GCC unroll 8
     for (int q = 0; q < P; ++q) {
-      const bool first = p + q == 0, last = p + q == line.cross - 1;
-      if constexpr (kSafe) {
+      if constexpr (kTaps == Taps::kAnyLogits) {
         const V t[3] = {acc[0][q] * line.to_t, acc[1][q] * line.to_t, acc[2][q] * line.to_t};
-        const TapsAndSlopes<A> taps = safe_taps<A>(t, lanes_where<A>(!first), lanes_where<A>(!last));
-        for (int k = 0; k < 3; ++k) w[k][q] = taps.w[k], slope[k][q] = taps.slope[k] * (kHalvedGradient<A> * line.to_t);
+        taps[q] = safe_taps<A>(t, lanes_where<A>(!is_first(q)), lanes_where<A>(!is_last(q)));
+        for (V& slope : taps[q].slope) slope *= kHalvedGradient<A> * line.to_t;
       } else {
         const V t[3] = {acc[0][q], acc[1][q], acc[2][q]};
-        Weights<A> weights(t);
+        const Weights<A> weights(t);
         worst = q ? worst + weights.product : weights.product;
         reach = q ? greater_of<A>(weights.reach, reach) : weights.reach;
-        // 1 - sigmoid(a_k) = e_k / d_k, by one division for all three.
-        const V all = kHalvedGradient<A> / weights.product;
-#pragma GCC unroll 3
-        for (int k = 0; k < 3; ++k) slope[k][q] = weights.e[k] * weights.w[k] * all;
-        if (__builtin_expect(first, 0)) weights.w[0] = V{};
-        if (__builtin_expect(last, 0)) weights.w[2] = V{};
-        const V inverse = A(1) / weights.sum();
-#pragma GCC unroll 3
-        for (int k = 0; k < 3; ++k) w[k][q] = weights.w[k] * inverse;
+        taps[q] = taps_and_slopes(weights, is_first(q), is_last(q));
       }
     }
-    if constexpr (!kSafe) {
+    if constexpr (kTaps == Taps::kLogits) {
       if (__builtin_expect(out_of_range<A>(worst, reach), 0)) return false;
     }
   }
@@ -239,36 +257,41 @@ GSPN_INLINE bool backward_pixels(const BackwardLine<A>& line, int64_t p, int64_t
     const int64_t pixel = p + q;
     const V grad = load(line.grad + pixel * line.stride);
     V g = acc[O - 1][q] * grad;
-    if (line.from_next[0]) {
-      g += load(line.from_next[0] + (pixel + 1) * L) + load(line.from_next[1] + pixel * L) +
-           load(line.from_next[2] + (pixel - 1) * L);
+    if (const A* next = line.from_next) {
+      next += 3 * pixel * L;
+      g += load(next + 3 * L) + load(next + L) + load(next - L);
     }
     A* maps = line.maps + (at + q) * L;
-    store(maps + (O - 1) * kRun<A> * L, grad * load(line.state + pixel * L));
-    store(maps + (O - 2) * kRun<A> * L, load(line.x + pixel * line.stride) * g);
+    store(maps + u * kRun<A> * L, grad * load(line.state + pixel * L));
+    store(maps + lam * kRun<A> * L, load(line.x + pixel * line.stride) * g);
     A* dx = line.dx + pixel * line.stride;
     store(dx, load(dx) + rounded(acc[O - 2][q] * g));
     if constexpr (kPrev) {
       const A* prev = line.prev + pixel * L;
+      A* to_prev = line.to_prev + 3 * pixel * L;
       const V before[3] = {load(prev - L), load(prev), load(prev + L)};
       if constexpr (kShared) {
 #pragma GCC unroll 3
         for (int k = 0; k < 3; ++k) {
-          store(line.to_prev[k] + pixel * L, g * line.taps[k * line.tap_pitch + pixel]);
+          store(to_prev + k * L, g * line.taps[k * line.tap_pitch + pixel]);
           store(line.tap_maps + (k * kRun<A> + at + q) * L, g * before[k]);
         }
       } else {
+        if constexpr (kTaps == Taps::kPowers) {
+          taps[q] = taps_and_slopes(Weights<A>(line.powers + 3 * pixel * L), is_first(q), is_last(q));
+        }
+        const V *w = taps[q].w, *slope = taps[q].slope;
         // before_k - c from differences: the taps sum to one but for a rounding, and a single neighbour has no
         // gradient. Half of them, since the difference of two large states may overflow.
         const V half[3] = {before[0] * A(0.5), before[1] * A(0.5), before[2] * A(0.5)};
         const V down = half[0] - half[1], up = half[1] - half[2], across = half[0] - half[2];
-        const V deviation[3] = {w[1][q] * down + w[2][q] * across, w[2][q] * up - w[0][q] * down,
-                                V{} - (w[0][q] * across + w[1][q] * up)};
+        const V deviation[3] = {w[1] * down + w[2] * across, w[2] * up - w[0] * down,
+                                V{} - (w[0] * across + w[1] * up)};
 #pragma GCC unroll 3
         for (int k = 0; k < 3; ++k) {
-          store(line.to_prev[k] + pixel * L, w[k][q] * g);
+          store(to_prev + k * L, w[k] * g);
           // Of a small tap and a large state the product must not vanish on the way.
-          store(maps + k * kRun<A> * L, w[k][q] * slope[k][q] * (g * deviation[k]));
+          store(maps + k * kRun<A> * L, w[k] * slope[k] * (g * deviation[k]));
         }
       }
     }
@@ -279,7 +302,7 @@ GSPN_INLINE bool backward_pixels(const BackwardLine<A>& line, int64_t p, int64_t
 template <class A>
 __attribute__((noinline)) void backward_pixels_safely(const BackwardLine<A>& line, int64_t p, int64_t at,
                                                       int64_t count) {
-  for (int64_t q = 0; q < count; ++q) backward_pixels<A, 0, 1, false, true, true>(line, p + q, at + q);
+  for (int64_t q = 0; q < count; ++q) backward_pixels<A, 0, 1, false, true, Taps::kAnyLogits>(line, p + q, at + q);
 }
 
 // The gradients of taps that all channels share, for a run of pixels from p on: one lane a pixel.
@@ -321,7 +344,7 @@ void shared_tap_gradients(const BackwardLine<A>& line, int64_t p, int64_t at, in
   }
 }
 
-template <class A, int S, bool kShared, bool kPrev>
+template <class A, int S, bool kShared, bool kPrev, bool kKept>
 void backward_line(const BackwardLine<A>& line) {
   constexpr int outputs = kShared ? 2 : 5, from = !kShared && !kPrev ? 3 : 0;
   const BackwardLine<A> copy = line;  // whose members no store can change: they are read once
@@ -329,9 +352,11 @@ void backward_line(const BackwardLine<A>& line) {
     const int64_t count = minimum(kRun<A>, line.cross - p);
     const auto some = [&](auto number, int64_t i) __attribute__((always_inline)) {
       constexpr int P = decltype(number)::value;
-      const bool done = backward_pixels<A, S, P, kShared, kPrev, false>(copy, p + i, i);
       if constexpr (kPrev && !kShared) {
+        const bool done = backward_pixels<A, S, P, false, true, kKept ? Taps::kPowers : Taps::kLogits>(copy, p + i, i);
         if (!done) backward_pixels_safely<A>(line, p + i, i, P);
+      } else {
+        backward_pixels<A, S, P, kShared, kPrev, Taps::kLogits>(copy, p + i, i);
       }
     };
     int64_t i = 0;
@@ -355,11 +380,18 @@ void backward_line(const BackwardLine<A>& line) {
 
 // --- A block ---
 
+// Bytes of e_k that the first walk may keep for the second, which then neither projects the taps' logits nor takes
+// their exponentials: about what a second-level cache has room for. They are those of the last lines, where the second
+// walk begins; more would be written to memory and read again, which costs what it saves.
+constexpr int64_t kMostPowers = int64_t{1} << 20;
+
 template <class A>
 struct BackwardScratch {
   A *x, *grad, *dx;  // images of the block
   A* states;         // of each step, with a position of zeros before and after
-  A* lines[2][3];    // w_k g of this line and of the one scanned next, padded
+  A* powers;         // of the last steps, the very last first
+  bool* in_range;    // of each step: whether no pixel's taps went the safe way
+  A* lines[2];       // w_k g of this line and of the one scanned next, padded
   A *taps, *maps, *tap_maps;
   A* sums;  // of one line: added to the whole image's at its end, which keeps roundings few
   A* tap_sums;
@@ -373,9 +405,9 @@ struct BackwardScratch {
     grad = scratch.take<A>(call.pixels() * L);
     dx = scratch.take<A>(call.pixels() * L);
     states = scratch.take<A>((call.pixels() + padding) * L);
-    for (auto& parity : lines) {
-      for (A*& line : parity) line = scratch.take<A>((longest + 2) * L);
-    }
+    powers = scratch.take<A>(minimum(kMostPowers / static_cast<int64_t>(sizeof(A)), 3 * call.pixels() * L));
+    in_range = scratch.take<bool>(longest);
+    for (A*& line : lines) line = scratch.take<A>(3 * (longest + 2) * L);
     taps = scratch.take<A>(3 * (longest + L));
     maps = scratch.take<A>(5 * kRun<A> * L);
     tap_maps = scratch.take<A>(3 * kRun<A> * L);
@@ -420,6 +452,11 @@ struct Backward {
   TileLines<A> lines_of(A* data, const Walk& walk) const { return {tile_of(data), walk.columns}; }
   Tile<A> tile_of(A* data) const { return Tile<A>::by_rows(data, {0, call.height, 0, call.width}); }
   A* state_of(int64_t step, int64_t pitch) const { return scratch.states + step * pitch + L; }
+  // Null for the steps whose powers are not kept.
+  A* powers_of(int64_t step, const Walk& walk) const {
+    const int64_t line = 3 * walk.cross * L, last = walk.lines - 1 - step;
+    return (last + 1) * line * static_cast<int64_t>(sizeof(A)) <= kMostPowers ? scratch.powers + last * line : nullptr;
+  }
 
   // Directions [first, last), and with the first of them the skip. Separate directions leave dx as a part.
   void run(int64_t first, int64_t last) const {
@@ -432,7 +469,10 @@ struct Backward {
     }
     if (first == 0) {
       clear(gradients.skip(), call.proxy_channels * L);
-      if (call.skip_proj) skip_gradients();
+      if (call.skip_proj) {
+        dispatch_on_proxy_channels<A>(call.proxy_channels,
+                                      [&](auto number) { skip_gradients<decltype(number)::value>(); });
+      }
     }
     for (int64_t d = first; d < last; ++d) {
       clear(gradients.direction(d), gradients.direction_size());
@@ -445,9 +485,21 @@ struct Backward {
     if (!plan.separate) write_block<T>(tile_of(scratch.dx), call.dx, channels);
   }
 
+  // Writes the weights of some outputs as ProductRun has them by lane, where they are read so.
+  template <int S>
+  void by_lane(const A* weights, int64_t outputs) const {
+    if constexpr (kProxyLanes<A, S>) {
+      for (int64_t i = 0; i < outputs * L; ++i) {
+        for (int64_t s = 0; s < S; ++s) scratch.by_lane[i * S + s] = weights[s * outputs * L + i];
+      }
+    }
+  }
+
   // The skip's gradients to its projection and the proxy.
+  template <int S>
   void skip_gradients() const {
     const ProxyLines<A> proxies(call, channels.batch, false);
+    by_lane<S>(packed.skip(), 1);
     for (int64_t row = 0; row < call.height; ++row) {
       const ProxyLine<A> proxy = proxies.at(row);
       A* to = dproxy + (proxy.data - proxies.data);
@@ -456,8 +508,8 @@ struct Backward {
         for (int64_t i = 0; i < count * L; i += L) {
           store(scratch.maps + i, load(scratch.x + offset + i) * load(scratch.grad + offset + i));
         }
-        add_products<A, 0, 1>(ProductRun<A>{scratch.maps, count, proxy.at(p), to + p * proxy.cross, packed.skip(),
-                                            scratch.sums, 1, 0, nullptr, scratch.rows});
+        add_products<A, S, 1>(ProductRun<A>{scratch.maps, count, proxy.at(p), to + p * proxy.cross, packed.skip(),
+                                            scratch.sums, 1, 0, scratch.by_lane, scratch.rows});
       }
       add_up(scratch.sums, call.proxy_channels * L, gradients.skip());
     }
@@ -484,16 +536,16 @@ struct Backward {
     for (int64_t step = 0; step < walk.lines; ++step) {
       const int64_t l = walk.line(step);
       line.x = x.at(l), line.proxy = proxy.at(l);
-      line.state = state_of(step, pitch), line.prev = line.state - pitch;
+      line.state = state_of(step, pitch), line.prev = line.state - pitch, line.powers = powers_of(step, walk);
       clear(line.state - L, L);
       clear(line.state + walk.cross * L, L);
       if (walk.starts_segment(step)) {
-        forward_line<A, S, kShared, false, false>(line);
+        scratch.in_range[step] = forward_line<A, S, kShared, false, false>(line);
       } else {
         if constexpr (kShared) {
           shared_taps<A, S>(line.proxy, walk.cross, packed.taps(d), line.to_t, scratch.taps, line.tap_pitch);
         }
-        forward_line<A, S, kShared, true, false>(line);
+        scratch.in_range[step] = forward_line<A, S, kShared, true, false>(line);
       }
     }
   }
@@ -504,20 +556,14 @@ struct Backward {
                        dx = lines_of(scratch.dx, walk);
     const ProxyLines<A> proxy(call, channels.batch, walk.columns);
     const int64_t pitch = (walk.cross + 2) * L;
-    for (const auto& parity : scratch.lines) {
-      for (A* padded : parity) clear(padded, pitch);
-    }
+    for (A* padded : scratch.lines) clear(padded, 3 * pitch);
     BackwardLine<A> line{};
     line.cross = walk.cross;
     line.stride = x.cross;
     line.weights = packed.direction(d), line.to_t = packed.to_t(), line.gradients = scratch.sums;
     line.taps = scratch.taps, line.tap_pitch = walk.cross + L;
     line.tap_weights = packed.taps(d), line.tap_gradients = scratch.tap_sums;
-    if constexpr (kProxyLanes<A, S>) {
-      for (int64_t i = 0; i < packed.outputs * L; ++i) {
-        for (int64_t s = 0; s < S; ++s) scratch.by_lane[i * S + s] = line.weights[s * packed.outputs * L + i];
-      }
-    }
+    by_lane<S>(line.weights, packed.outputs);
     line.by_lane = scratch.by_lane;
     line.maps = scratch.maps, line.tap_maps = scratch.tap_maps, line.rows = scratch.rows;
     for (int64_t step = walk.lines - 1; step >= 0; --step) {
@@ -526,17 +572,17 @@ struct Backward {
       line.x = x.at(l), line.grad = grad.at(l), line.dx = dx.at(l);
       line.proxy = proxy.at(l), line.dproxy = dproxy + (line.proxy.data - proxy.data);
       line.state = state_of(step, pitch), line.prev = line.state - pitch;
-      for (int k = 0; k < 3; ++k) {
-        line.from_next[k] = has_next ? scratch.lines[1 - step % 2][k] + L : nullptr;
-        line.to_prev[k] = scratch.lines[step % 2][k] + L;
-      }
+      line.powers = scratch.in_range[step] ? powers_of(step, walk) : nullptr;
+      line.from_next = has_next ? scratch.lines[1 - step % 2] + 3 * L : nullptr;
+      line.to_prev = scratch.lines[step % 2] + 3 * L;
       if (walk.starts_segment(step)) {
-        backward_line<A, S, kShared, false>(line);
+        backward_line<A, S, kShared, false, false>(line);
       } else {
         if constexpr (kShared) {
           shared_taps<A, S>(line.proxy, walk.cross, packed.taps(d), line.to_t, scratch.taps, line.tap_pitch);
         }
-        backward_line<A, S, kShared, true>(line);
+        !kShared&& line.powers ? backward_line<A, S, kShared, true, !kShared>(line)
+                               : backward_line<A, S, kShared, true, false>(line);
       }
       add_up(scratch.sums, packed.direction_size(), gradients.direction(d));
       if (kShared) add_up(scratch.tap_sums, 3 * call.proxy_channels * L, gradients.taps(d));

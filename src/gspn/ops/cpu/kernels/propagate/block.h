@@ -165,11 +165,17 @@ GSPN_INLINE void project(const A* weights, int outputs, int from, const ProxyLin
                          typename VectorOf<A>::type (&acc)[O][P]) {
   using V = typename VectorOf<A>::type;
   constexpr int L = kLanes<A>;
+  const A* pixels[P];
+#pragma GCC unroll 8
+  for (int q = 0; q < P; ++q) {
+    pixels[q] = proxy.at(q).data;
+    asm("" : "+r"(pixels[q]));  // one address a pixel, and not one a value
+  }
   auto add = [&](int64_t s, bool first) __attribute__((always_inline)) {
     const A* w = weights + (s * outputs + from) * L;
     V value[P];
 #pragma GCC unroll 8
-    for (int q = 0; q < P; ++q) value[q] = proxy.data[q * proxy.cross + s] - V{};  // x + 0 would be an addition
+    for (int q = 0; q < P; ++q) value[q] = pixels[q][s] - V{};  // x + 0 would be an addition
 #pragma GCC unroll 8
     for (int o = 0; o < O; ++o) {
       const V weight = in_register(load(w + o * L));
@@ -187,6 +193,12 @@ GSPN_INLINE void project(const A* weights, int outputs, int from, const ProxyLin
     const int64_t begin = is_common(proxy.channels) ? 1 : 0;
     add(begin, true);
     for (int64_t s = 1; s < proxy.channels; ++s) add(s == begin ? 0 : s, false);
+  }
+  // Computed here, and not sunk below a branch with all that was loaded for it.
+#pragma GCC unroll 8
+  for (int o = 0; o < O; ++o) {
+#pragma GCC unroll 8
+    for (int q = 0; q < P; ++q) acc[o][q] = in_register(acc[o][q]);
   }
 }
 

@@ -28,6 +28,7 @@ struct ForwardLine {
   bool fetch;
   const A* prev;  // [cross][lane] with a zero position on either side; not used on a segment's first line
   A* state;       // the same, written
+  A* powers;      // without the gate: [cross][tap][lane] e_k as in taps.h, where they are to be kept; or null
 };
 
 // P pixels from p on; without kGate the states alone. False, with nothing written, if their logits or the states before
@@ -74,8 +75,13 @@ GSPN_INLINE bool forward_pixels(const ForwardLine<A>& line, int64_t p) {
         if (__builtin_expect(first, 0)) w[0][q] = V{};
         if (__builtin_expect(last, 0)) w[2][q] = V{};
         sum[q] = w[0][q] + w[1][q] + w[2][q];
-        worst = q ? worst + sum[q] : sum[q];
+        const V largest = kGate ? sum[q] : weights.product;
+        worst = q ? worst + largest : largest;
         reach = q ? greater_of<A>(weights.reach, reach) : weights.reach;
+        if (!kGate && line.powers) {
+#pragma GCC unroll 3
+          for (int k = 0; k < 3; ++k) store(line.powers + (3 * (p + q) + k) * L, weights.e[k]);
+        }
       }
     }
     const A* prev = line.prev + p * L;
@@ -112,21 +118,28 @@ __attribute__((noinline)) void forward_pixels_safely(const ForwardLine<A>& line,
   for (int64_t q = 0; q < count; ++q) forward_pixels<A, 0, 1, false, true, kGate, true>(line, p + q);
 }
 
+// False if any pixel went the safe way.
 template <class A, int S, bool kShared, bool kPrev, bool kGate>
-void forward_line(const ForwardLine<A>& line) {
+bool forward_line(const ForwardLine<A>& line) {
   constexpr bool kTaps = kPrev && !kShared;
-  if (kTaps && line.to_t != A(1)) return forward_pixels_safely<A, kGate>(line, 0, line.cross);
+  if (kTaps && line.to_t != A(1)) {
+    forward_pixels_safely<A, kGate>(line, 0, line.cross);
+    return false;
+  }
+  bool all_done = true;
   const ForwardLine<A> copy = line;  // whose members no store can change: they are read once
   const auto some = [&](auto number, int64_t p) __attribute__((always_inline)) {
     constexpr int P = decltype(number)::value;
     const bool done = forward_pixels<A, S, P, kShared, kPrev, kGate, false>(copy, p);
     if constexpr (kTaps) {
       if (!done) forward_pixels_safely<A, kGate>(line, p, P);
+      all_done &= done;
     }
   };
   int64_t p = 0;
   for (; p + kPixels <= line.cross; p += kPixels) some(Number<kPixels>{}, p);
   for (; p < line.cross; ++p) some(Number<1>{}, p);
+  return all_done;
 }
 
 }  // namespace

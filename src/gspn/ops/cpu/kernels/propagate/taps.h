@@ -108,18 +108,29 @@ struct Weights {
 
   GSPN_INLINE explicit Weights(const V* t) {
     const PowersOfTwo<A, 3> powers(t);
-    const V* d = powers.plus_one;
 #pragma GCC unroll 3
     for (int k = 0; k < 3; ++k) e[k] = powers.power[k];
-    w[0] = d[1] * d[2];
-    w[1] = d[0] * d[2];
-    w[2] = d[0] * d[1];
-    product = d[0] * w[0];
+    multiply(powers.plus_one);
 #if !GSPN_SCALES_BY_POWERS
     reach = greater_of<A>(greater_of<A>(magnitude_of<A>(t[0]), magnitude_of<A>(t[1])), magnitude_of<A>(t[2]));
 #endif
   }
+  // From the e_k of a pixel that were kept. They are exact products with a power of two, so these are the same bits.
+  GSPN_INLINE explicit Weights(const A* kept) {
+    V d[3];
+#pragma GCC unroll 3
+    for (int k = 0; k < 3; ++k) e[k] = load(kept + k * kLanes<A>), d[k] = e[k] + A(1);
+    multiply(d);
+  }
   GSPN_INLINE V sum() const { return w[0] + w[1] + w[2]; }
+
+ private:
+  GSPN_INLINE void multiply(const V* d) {
+    w[0] = d[1] * d[2];
+    w[1] = d[0] * d[2];
+    w[2] = d[0] * d[1];
+    product = d[0] * w[0];
+  }
 };
 
 }  // namespace
