@@ -23,7 +23,7 @@ from fuzz.runner import FOLDER, MEMORY, Find, Target, read_case, run
 CASES = sorted((FOLDER / "cases").glob("*.json"))
 
 EXTRAS = {"dense-model": ("segmentation_models_pytorch", "dense")}
-"""What some targets need beside the extras above: a module and the extra that brings it."""
+"""The module that a target needs beside the extras above, and the extra that brings it."""
 
 
 def need(target: str) -> None:

@@ -147,7 +147,7 @@ def near_border(target: Tensor, distances: Sequence[int]) -> Iterator[Tensor]:
     # The largest class within the distance differs from the smallest.
     high, low, reached = target.nan_to_num(-torch.inf), target.nan_to_num(torch.inf), 0
     for distance in distances:
-        # What is largest in a square is the largest of squares within it, so each distance goes on from the last.
+        # What is largest in a square is the largest of squares within it, so each distance starts from the last.
         high, low = _largest(high, distance - reached), -_largest(-low, distance - reached)
         reached = distance
         yield (high > low) & known
