@@ -156,6 +156,7 @@ def run(
     earth: _Earth = _EARTH,
     root: Root = _ROOT,
     jobs: Jobs = CORES,
+    entries: Annotated[list[str] | None, typer.Option("--entry", help="Label. Repeatable; default: all.")] = None,
 ) -> None:
     """Train every entry for the tasks with every seed, and test it."""
     # Seeds outermost: if it is stopped, every entry has as many runs as any other.
@@ -166,7 +167,7 @@ def run(
         for crop in crops
         for task in tasks
         for entry in ENTRIES
-        if task in entry.tasks
+        if task in entry.tasks and (entries is None or entry.label in entries)
     ]
     run_all(chains, jobs)
 
