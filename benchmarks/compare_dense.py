@@ -4,6 +4,7 @@ the context in tests, speed and memory.
     gspn dense earth --output runs/earth [--elevation earth-topology.png]
     python benchmarks/compare_dense.py run climate land [--crop 128] [--jobs 2]
     python benchmarks/compare_dense.py table climate land -o compare-dense.csv
+    python benchmarks/compare_dense.py plot compare-dense.csv compare-dense.png
     python benchmarks/compare_dense.py speed -o compare-dense-speed.csv
 
 Each run is a ``gspn dense train`` in a process of its own with one thread, and then tests by windows of several widths.
@@ -243,6 +244,46 @@ def _row(root: Path, task: str, crop: int, entry: Entry, seed: int) -> dict[str,
         near = scores[str(crop)]["by_distance"]
         row |= {f"accuracy_{name}_from_border": value and round(value, 2) for name, value in near.items()}
     return row
+
+
+@app.command()
+def plot(
+    table: Annotated[Path, typer.Argument(metavar="CSV", help="What `table` wrote.")],
+    output: Annotated[Path, typer.Argument(metavar="PNG", help="Plot to write.")],
+) -> None:
+    """Draw the quality by the width of the tests' windows: a row for each task, a column for each size of crops."""
+    from matplotlib.figure import Figure
+
+    from gspn._figures import save_figure
+
+    rows = read_csv(table)
+    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
+    crops = sorted({int(row["crop"]) for row in rows})
+    figure = Figure(figsize=(1.2 + 3.1 * len(crops), 0.9 + 2.5 * len(tasks)), layout="constrained")
+    panels = figure.subplots(len(tasks), len(crops), sharex=True, sharey="row", squeeze=False)
+    for task, line in zip(tasks, panels, strict=True):
+        score, unit = ("mae", "mean error, m") if task == "elevation" else ("miou", "mIoU, %")
+        line[0].set_ylabel(f"{task}: {unit}")
+        for crop, panel in zip(crops, line, strict=True):
+            panel.set_title(f"trained on crops of {crop}", fontsize=10)
+            panel.axvline(crop, color="0.8", linestyle=":")
+            for place, entry in enumerate(ENTRIES):
+                own = [
+                    one for one in rows if (one["task"], one["encoder"], int(one["crop"])) == (task, entry.label, crop)
+                ]
+                if not own:
+                    continue
+                values = [[float(one[f"{score}_at_{width}"]) for one in own] for width in WIDTHS]
+                means, low, high = ([by(some) for some in values] for by in (statistics.mean, min, max))
+                panel.plot(WIDTHS, means, "-o", color=f"C{place}", label=entry.label, markersize=4)
+                panel.fill_between(WIDTHS, low, high, color=f"C{place}", alpha=0.15, linewidth=0)
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(WIDTHS, [str(width) for width in WIDTHS])
+            panel.grid(alpha=0.3)
+    for panel in panels[-1]:
+        panel.set_xlabel("side of the windows in tests")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    save_figure(figure, output)
 
 
 @app.command()
