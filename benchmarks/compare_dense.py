@@ -4,6 +4,7 @@ the context in tests, speed and memory.
     gspn dense earth --output runs/earth [--elevation earth-topology.png]
     python benchmarks/compare_dense.py run climate land [--crop 128] [--jobs 2]
     python benchmarks/compare_dense.py table climate land -o compare-dense.csv
+    python benchmarks/compare_dense.py plot compare-dense.csv compare-dense.png
     python benchmarks/compare_dense.py speed -o compare-dense-speed.csv
 
 Each run is a ``gspn dense train`` in a process of its own with one thread, and then tests by windows of several widths.
@@ -38,13 +39,15 @@ from common import (
 
 SEEDS = (0, 1)
 CROPS = (128, 256, 512)
-WIDTHS = (128, 512)
+WIDTHS = (128, 256, 512, 1024)
+STAGES = "crop / 4, 8, 16, 32"
+"""In the place of an argument: the lines of the four stages' maps of a training crop."""
 TILES = 391  # training images of the Earth
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row: its label, its encoder and decoder, and their arguments."""
+    """A row: its label, its encoder and decoder, their arguments, and the tasks that it takes part in."""
 
     label: str
     model: str
@@ -54,33 +57,38 @@ class Entry:
         default_factory=lambda: dict(decoder_pyramid_channels=32, decoder_segmentation_channels=32, decoder_dropout=0.0)
     )
 
-    @property
-    def model_settings(self) -> dict[str, Any]:
-        """The section `model` of the configuration."""
-        names = {"name": self.model, "kwargs": self.kwargs, "decoder": self.decoder}
-        return {f"model.{key}": value for key, value in {**names, "decoder_kwargs": self.decoder_kwargs}.items()}
+    tasks: tuple[str, ...] = ("climate", "land", "elevation")
+
+    def settings(self, crop: int) -> dict[str, Any]:
+        """The section `model` of the configuration of a training with crops of that side."""
+        stages = [crop // by for by in (4, 8, 16, 32)]
+        kwargs = {key: stages if value is STAGES else value for key, value in self.kwargs.items()}
+        return {
+            "name": self.model, "kwargs": kwargs, "decoder": self.decoder, "decoder_kwargs": self.decoder_kwargs
+        }  # fmt: skip
 
 
-_GSPN = dict(dims=[24, 48, 96, 192], depths=[1, 1, 4, 2], groups=1)
-# Encoders of 1.5 to 1.7 M parameters with maps at 1/4 to 1/32. A plain vision transformer has one resolution, so its
+_GSPN = dict(dims=[16, 32, 64, 128], depths=[1, 1, 3, 1], groups=1)
+# Encoders of 0.5 to 0.7 M parameters with maps at 1/4 to 1/32. A plain vision transformer has one resolution, so its
 # decoder is DPT, which makes the same four from it.
 ENTRIES = (
-    Entry("GSPN, global", "gspn_tiny", {**_GSPN, "segment": None}),
-    Entry("GSPN, segments of 2", "gspn_tiny", {**_GSPN, "segment": 2}),
-    Entry("ConvNeXt", "convnext_atto", dict(dims=[24, 48, 96, 192], depths=[2, 2, 6, 3])),
+    Entry("GSPN, global", "gspn_tiny", {**_GSPN, "segment": None, "reference_lines": STAGES}),
+    Entry("GSPN, segments of 2", "gspn_tiny", {**_GSPN, "segment": 2, "reference_lines": STAGES}),
+    Entry("ConvNeXt", "convnext_atto", dict(dims=[16, 32, 64, 128], depths=[1, 1, 5, 2])),
     Entry(
         "Swin",
         "swin_tiny_patch4_window7_224",
-        dict(embed_dim=24, depths=[1, 1, 4, 2], num_heads=[1, 2, 4, 8], window_size=8,
+        dict(embed_dim=16, depths=[1, 1, 4, 1], num_heads=[1, 2, 4, 8], window_size=8,
              strict_img_size=False, always_partition=True),
     ),
     Entry(
         "ViT",
         "vit_tiny_patch16_224",
-        dict(embed_dim=96, num_heads=3, class_token=False, global_pool="avg", dynamic_img_size=True),
+        dict(embed_dim=60, num_heads=2, class_token=False, global_pool="avg", dynamic_img_size=True),
         "DPT",
-        dict(decoder_readout="ignore", decoder_intermediate_channels=[24, 48, 96, 96], decoder_fusion_channels=32),
+        dict(decoder_readout="ignore", decoder_intermediate_channels=[16, 32, 60, 60], decoder_fusion_channels=16),
     ),
+    Entry("GSPN, global, no reference lines", "gspn_tiny", {**_GSPN, "segment": None}, tasks=("climate",)),
 )  # fmt: skip
 TASKS = {
     "climate": {"data.options.target": "climate", "loss.class_weights": "balanced"},
@@ -113,7 +121,7 @@ class Budget:
 def _chain(task: str, crop: int, entry: Entry, seed: int, budget: Budget, earth: Path, output: Path) -> list[Step]:
     batch = budget.batch(crop)
     values = {
-        **entry.model_settings,
+        **{f"model.{key}": value for key, value in entry.settings(crop).items()},
         **TASKS[task],
         "data.root": str(earth),
         "data.size": crop,
@@ -121,6 +129,7 @@ def _chain(task: str, crop: int, entry: Entry, seed: int, budget: Budget, earth:
         "data.eval_split": None,
         "data.mean": [0.485, 0.456, 0.406],  # for all encoders the same
         "data.std": [0.229, 0.224, 0.225],
+        "optim.lr": 2e-3,
         "optim.lr_base_batch": None,
         "schedule.epochs": max(1, round(budget.updates * batch / TILES)),
         "schedule.warmup_epochs": 0.3,
@@ -143,11 +152,12 @@ def _where(root: Path, task: str, crop: int, entry: Entry, seed: int) -> Path:
 def run(
     tasks: _Tasks,
     crops: _Crops = list(CROPS),  # noqa: B006
-    updates: Annotated[int, typer.Option(min=1, help="Updates of a run, rounded to whole epochs.")] = 4000,
+    updates: Annotated[int, typer.Option(min=1, help="Updates of a run, rounded to whole epochs.")] = 400,
     pixels: Annotated[int, typer.Option(min=1, help="Pixels of a batch, at least those of one crop.")] = 512 * 512,
     earth: _Earth = _EARTH,
     root: Root = _ROOT,
     jobs: Jobs = CORES,
+    entries: Annotated[list[str] | None, typer.Option("--entry", help="Label. Repeatable; default: all.")] = None,
 ) -> None:
     """Train every entry for the tasks with every seed, and test it."""
     # Seeds outermost: if it is stopped, every entry has as many runs as any other.
@@ -158,6 +168,7 @@ def run(
         for crop in crops
         for task in tasks
         for entry in ENTRIES
+        if task in entry.tasks and (entries is None or entry.label in entries)
     ]
     run_all(chains, jobs)
 
@@ -236,6 +247,46 @@ def _row(root: Path, task: str, crop: int, entry: Entry, seed: int) -> dict[str,
 
 
 @app.command()
+def plot(
+    table: Annotated[Path, typer.Argument(metavar="CSV", help="What `table` wrote.")],
+    output: Annotated[Path, typer.Argument(metavar="PNG", help="Plot to write.")],
+) -> None:
+    """Draw the quality by the width of the tests' windows: a row for each task, a column for each size of crops."""
+    from matplotlib.figure import Figure
+
+    from gspn._figures import save_figure
+
+    rows = read_csv(table)
+    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
+    crops = sorted({int(row["crop"]) for row in rows})
+    figure = Figure(figsize=(1.2 + 3.1 * len(crops), 0.9 + 2.5 * len(tasks)), layout="constrained")
+    panels = figure.subplots(len(tasks), len(crops), sharex=True, sharey="row", squeeze=False)
+    for task, line in zip(tasks, panels, strict=True):
+        score, unit = ("mae", "mean error, m") if task == "elevation" else ("miou", "mIoU, %")
+        line[0].set_ylabel(f"{task}: {unit}")
+        for crop, panel in zip(crops, line, strict=True):
+            panel.set_title(f"trained on crops of {crop}", fontsize=10)
+            panel.axvline(crop, color="0.8", linestyle=":")
+            for place, entry in enumerate(ENTRIES):
+                own = [
+                    one for one in rows if (one["task"], one["encoder"], int(one["crop"])) == (task, entry.label, crop)
+                ]
+                if not own:
+                    continue
+                values = [[float(one[f"{score}_at_{width}"]) for one in own] for width in WIDTHS]
+                means, low, high = ([by(some) for some in values] for by in (statistics.mean, min, max))
+                panel.plot(WIDTHS, means, "-o", color=f"C{place}", label=entry.label, markersize=4)
+                panel.fill_between(WIDTHS, low, high, color=f"C{place}", alpha=0.15, linewidth=0)
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(WIDTHS, [str(width) for width in WIDTHS])
+            panel.grid(alpha=0.3)
+    for panel in panels[-1]:
+        panel.set_xlabel("side of the windows in tests")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    save_figure(figure, output)
+
+
+@app.command()
 def speed(
     crops: _Crops = list(CROPS),  # noqa: B006
     repeats: Annotated[int, typer.Option(min=1, help="The fewest samples of each.")] = 3,
@@ -255,9 +306,7 @@ def speed(
                         Normalization((0.5,) * 3, (0.5,) * 3), crop)  # fmt: skip
         images = torch.randn(max(1, 256 * 256 // crop**2), 3, crop, crop)
         models = {
-            entry.label: build_model(
-                ModelConfig(name=entry.model, kwargs=entry.kwargs, decoder=entry.decoder,
-                            decoder_kwargs=entry.decoder_kwargs), target)
+            entry.label: build_model(ModelConfig(**entry.settings(crop)), target)
             for entry in ENTRIES
         }  # fmt: skip
         for mode in ("inference", "training"):
