@@ -36,8 +36,9 @@ _EARTH = Path("runs/earth")
 def _dense_settings(earth: Path, epochs: int, seed: int) -> dict[str, Any]:
     return {
         **_VIT.model_settings, **TASKS[TASK], "model.kwargs": _KWARGS, "data.root": str(earth), "data.size": CROP,
-        "data.batch_size": 4, "data.eval_split": None, "optim.lr_base_batch": None, "schedule.epochs": epochs,
-        "schedule.warmup_epochs": 0.5, "run.seed": seed, "run.trackers": [],
+        "data.batch_size": 4, "data.eval_split": None, "data.mean": [0.5] * 3, "data.std": [0.5] * 3,
+        "optim.lr_base_batch": None, "schedule.epochs": epochs, "schedule.warmup_epochs": 0.5, "run.seed": seed,
+        "run.trackers": [],
     }  # fmt: skip
 
 
@@ -111,7 +112,7 @@ def run(
 def _register() -> None:
     """Register the ViT with GSPN in the place of all attentions, with random weights."""
     import timm
-    from timm.models.registry import register_model
+    from timm.models import register_model
 
     from gspn.timm import GSPNAdapter
 

@@ -164,7 +164,7 @@ def scratch(
 ) -> None:
     """Train a ViT with GSPN in the place of all attentions from random weights, on the labels."""
     import timm
-    from timm.models.registry import register_model
+    from timm.models import register_model
 
     from gspn.tasks.classify import TrainConfig, train
     from gspn.timm import GSPNAdapter

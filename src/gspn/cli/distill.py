@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
 from gspn._errors import UsageError
+from gspn.data.registry import help_text
 from gspn.tasks import distill as task
 
 from .app import App
-from .training import Flag, TrainingCommand, add_training_commands
+from .training import FLAGS, Flag, TrainingCommand, add_training_commands
 
+_DATA = f"{FLAGS['data'].help[:-1]}; with a teacher from gspn dense train: {help_text('mapped')}."
 app = App(help="Distil vision transformers of timm into GSPN, with images that need no labels.")
 
 
@@ -52,6 +55,7 @@ add_training_commands(
         "Distil a vision transformer's attention into GSPN: each block alone first, then all of them end to end.",
         _done,
         {
+            "data": replace(FLAGS["data"], help=_DATA),
             "teacher": Flag("teacher", "MODEL", "A run of gspn classify, dense or distill train, or a timm model."),
             "latent_dim": Flag("model.latent_dim", "N", "Number of channels that are scanned; all without it."),
             "block_epochs": Flag(

@@ -221,9 +221,12 @@ def resolve_normalization(config: ModelConfig, data: DataConfig) -> Normalizatio
     """The encoder's own normalisation, overridden by the values that ``data`` sets."""
     _saved().check_model_name(config.name)
     cfg = _timm().models.get_pretrained_cfg(config.name)
-    # ImageNet's, where somebody registered a model without one.
-    own: Any = require("timm.data").resolve_data_config({}, pretrained_cfg={} if cfg is None else cfg.to_dict())
-    return Normalization(data.mean or tuple(own["mean"]), data.std or tuple(own["std"]))
+    if cfg is None:  # a model that somebody registered without one
+        constants = require("timm.data")
+        own: Any = constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAULT_STD
+    else:
+        own = cfg.mean, cfg.std
+    return Normalization(data.mean or tuple(own[0]), data.std or tuple(own[1]))
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
