@@ -96,7 +96,8 @@ def run(
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Repeatable; default: 0, 1.")] = None,
 ) -> None:
     """Train and test the teacher, then the students and the model from nothing."""
-    run_all([_tested(_teacher(root, earth), earth)], 1)
+    for step in _tested(_teacher(root, earth), earth):
+        step.run()
     chosen = [one for one in STUDENTS if students is None or one.label in students]
     chains = [
         chain

@@ -119,12 +119,15 @@ def run(
     entries: Annotated[list[str] | None, typer.Option("--entry", help="Label. Repeatable; default: all.")] = None,
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Repeatable; default: 0, 1.")] = None,
 ) -> None:
-    """Train the teacher, then the students."""
+    """Train the teacher, then the students, and the first entry's at the larger size."""
     _teacher(root).run()
     chosen = [one for one in ENTRIES if entries is None or one.label in entries]
-    run_all([[entry.step(root, seed)] for seed in seeds or SEEDS for entry in chosen], jobs)
-    if entries is None:
-        run_all([_larger(root, seed) for seed in seeds or SEEDS], jobs)
+    chains = [
+        [entry.step(root, seed), *(_larger(root, seed) if entry is ENTRIES[0] else ())]
+        for seed in seeds or SEEDS
+        for entry in chosen
+    ]
+    run_all(chains, jobs)
 
 
 @app.command(hidden=True)
