@@ -36,7 +36,8 @@ def load_student(run: str | Path, *, size: int | None = None) -> nn.Module:
     if not is_run(folder):
         raise UsageError(f"{printable(folder)} is not the directory of a distillation run.")
     model, adapter = open_model(str(folder))
-    vit, size = vision_transformer(model), size or DistillConfig.load(folder / _RUN_CONFIG).data.size
+    vit = vision_transformer(model)
+    size = DistillConfig.load(folder / _RUN_CONFIG).data.size if size is None else size
     if isinstance(model, dense.DenseModel):
         model.target = replace(model.target, size=size)
     if vit is model or not vit.dynamic_img_size:  # else it takes all sizes, and its position embedding stays as it is
