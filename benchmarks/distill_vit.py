@@ -1,5 +1,6 @@
 """A small ViT trained on emoji and distilled into GSPN in two stages, beside students with other latent widths, with
-one attention kept, and trained on the labels from nothing; and their speed and memory at larger sizes.
+one attention kept, and trained on the labels from nothing; a further stage at twice the size; and speed and memory at
+larger sizes.
 
     python benchmarks/distill_vit.py run [--entry LABEL]... [--seed N]...
     python benchmarks/distill_vit.py speed
@@ -38,13 +39,16 @@ _ROOT = Path("runs/distill_vit")
 SIZE, DEPTH = 48, 9
 VIT = {"img_size": SIZE, "patch_size": 8, "embed_dim": 96, "depth": DEPTH, "num_heads": 3}
 NAME = "vit_tiny_patch16_224"
-TEACHER_EPOCHS, EPOCHS, BLOCK_EPOCHS = 30, 8, 4
+TEACHER_EPOCHS, EPOCHS, BLOCK_EPOCHS, LARGER_EPOCHS = 30, 8, 4, 4
 SEEDS = (0, 1)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A student: its latent width, blocks that keep their attention, and whether it learns from a teacher."""
+    """A student: its latent width, blocks that keep their attention, and whether it learns from a teacher.
+
+    Without a latent width and a teacher it keeps all attentions: the teacher, trained further on the labels.
+    """
 
     label: str
     latent_dim: int | None
@@ -55,6 +59,10 @@ class Entry:
     def step(self, root: Path, seed: int) -> Step:
         """The training of a seed."""
         where = directory(root, "students", self.label, seed)
+        if not self.distilled and self.latent_dim is None:
+            trained = {"model.name": f"local-dir:{_teacher(root).directory / 'best'}", "model.pretrained": True,
+                       "schedule.epochs": EPOCHS, "schedule.warmup_epochs": 1, "run.seed": seed}  # fmt: skip
+            return _classifier(where, **trained)
         if not self.distilled:
             arguments = ["scratch", "--latent-dim", str(self.latent_dim), "--output", str(where), "--seed", str(seed)]
             return Step(arguments, where, resumes=True, script=__file__)
@@ -75,19 +83,33 @@ ENTRIES = (
     Entry("latent 16", 16),
     Entry("all 96 channels", None),
     Entry("latent 64, end to end alone", 64, settings={"distillation.block_epochs": 0}),
+    Entry("teacher, trained further on the labels", None, distilled=False),
 )
 
 
 def _teacher(root: Path) -> Step:
-    where = root / "teacher"
-    values = {
-        "model.name": NAME, "model.kwargs": VIT, "data.size": SIZE, "model.drop_path": 0.05,
-        "schedule.epochs": TEACHER_EPOCHS, "schedule.warmup_epochs": 2, "run.eval_every": 5, "run.trackers": [],
-        "run.seed": 0,
-    }  # fmt: skip
+    values = {"model.name": NAME, "model.kwargs": VIT, "schedule.epochs": TEACHER_EPOCHS, "schedule.warmup_epochs": 2}
+    return _classifier(root / "teacher", **values, **{"run.eval_every": 5, "run.seed": 0})
+
+
+def _classifier(where: Path, **values: Any) -> Step:
+    values = {"run.eval_every": 4, **values, "data.size": SIZE, "model.drop_path": 0.05, "run.trackers": []}
     return Step(
         ["classify", "train", "--config", "emoji_nano", "--output", str(where), *settings(values)], where, resumes=True
     )
+
+
+def _larger(root: Path, seed: int) -> list[Step]:
+    """The stage at twice the size, in which the first entry's student teaches itself, and the test of it."""
+    former, where = ENTRIES[0].step(root, seed).directory, directory(root, "larger", ENTRIES[0].label, seed)
+    values = {
+        "data.size": 2 * SIZE, "distillation.teacher_size": SIZE, "distillation.block_epochs": 0,
+        "schedule.epochs": LARGER_EPOCHS, "model.init_from": str(former), "run.trackers": [], "run.seed": seed,
+        "run.eval_every": LARGER_EPOCHS,
+    }  # fmt: skip
+    arguments = ["distill", "train", "--config", "emoji_vit", "--teacher", str(former), "--output", str(where)]
+    test = Step(["evaluate-larger", "--root", str(root), "--seed", str(seed)], where / "tests", script=__file__)
+    return [Step([*arguments, *settings(values)], where, resumes=True), test]
 
 
 @app.command()
@@ -97,10 +119,43 @@ def run(
     entries: Annotated[list[str] | None, typer.Option("--entry", help="Label. Repeatable; default: all.")] = None,
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Repeatable; default: 0, 1.")] = None,
 ) -> None:
-    """Train the teacher, then the students."""
+    """Train the teacher, then the students, and the first entry's at the larger size."""
     _teacher(root).run()
     chosen = [one for one in ENTRIES if entries is None or one.label in entries]
-    run_all([[entry.step(root, seed)] for seed in seeds or SEEDS for entry in chosen], jobs)
+    chains = [
+        [entry.step(root, seed), *(_larger(root, seed) if entry is ENTRIES[0] else ())]
+        for seed in seeds or SEEDS
+        for entry in chosen
+    ]
+    run_all(chains, jobs)
+
+
+@app.command(hidden=True)
+def evaluate_larger(root: Root = _ROOT, seed: Annotated[int, typer.Option()] = 0) -> None:
+    """The accuracy of the teacher, of the former student and of the new one, at both sizes."""
+    from gspn.tasks.classify import evaluate
+    from gspn.tasks.classify.model import load_model
+    from gspn.tasks.distill import load_student
+    from gspn.tasks.distill.student import resize
+
+    def teacher(size: int) -> Any:
+        model = load_model(_teacher(root).directory)
+        resize(model, size)
+        return model
+
+    former, (new, test) = ENTRIES[0].step(root, seed).directory, _larger(root, seed)
+    models = {
+        "teacher, positions interpolated": teacher,
+        f"{ENTRIES[0].label}, distilled at {SIZE} px": lambda size: load_student(former, size=size),
+        f"{ENTRIES[0].label}, then at {2 * SIZE} px": lambda size: load_student(new.directory, size=size),
+    }
+    test.directory.mkdir(exist_ok=True)
+    write_csv(test.directory / "top1.csv", [
+        {"entry": label, "seed": seed, "size": size,
+         "top1": f"{evaluate(build(size), data='emoji', batch_size=16, device='cpu').top1:.4f}"}
+        for label, build in models.items()
+        for size in (SIZE, 2 * SIZE)
+    ])  # fmt: skip
 
 
 @app.command(hidden=True)
@@ -112,7 +167,7 @@ def scratch(
 ) -> None:
     """Train a ViT with GSPN in the place of all attentions from random weights, on the labels."""
     import timm
-    from timm.models.registry import register_model
+    from timm.models import register_model
 
     from gspn.tasks.classify import TrainConfig, train
     from gspn.timm import GSPNAdapter
@@ -131,14 +186,18 @@ def scratch(
 
 
 @app.command()
-def table(root: Root = _ROOT, output: Csv = None) -> None:
-    """The accuracy of the teacher and the students."""
+def table(
+    root: Root = _ROOT,
+    output: Csv = None,
+    larger: Annotated[Path | None, typer.Option(metavar="CSV", help="Table of the larger size to write.")] = None,
+) -> None:
+    """The accuracy of the teacher and the students, and at the larger size."""
     rows = []
     teacher = _teacher(root)
     if teacher.done:
-        last = read_csv(teacher.directory / "metrics.csv")[-1]
-        top1 = max(float(last["top1"]), float(last["ema_top1"]))  # those that best/ holds
-        rows.append({"entry": "teacher, all attentions", "seed": 0, "epochs": last["epoch"], "top1": top1})
+        tests = [row for row in read_csv(teacher.directory / "metrics.csv") if row["top1"]]
+        best = max(max(float(row["top1"]), float(row["ema_top1"])) for row in tests)  # best/ holds these weights
+        rows.append({"entry": "teacher, all attentions", "seed": 0, "epochs": tests[-1]["epoch"], "top1": best})
     for entry in ENTRIES:
         for seed in SEEDS:
             step = entry.step(root, seed)
@@ -166,6 +225,18 @@ def table(root: Root = _ROOT, output: Csv = None) -> None:
         "emoji, 48 px", ["student", *columns], [[label, *(cell(label, one) for one in columns)] for label in labels]
     )
     write_csv(output, rows)
+    tests = [test for seed in SEEDS for test in _larger(root, seed)[1:] if test.done]
+    sizes = [row for test in tests for row in read_csv(test.directory / "top1.csv")]
+    both = (str(SIZE), str(2 * SIZE))
+
+    def at(label: str, size: str) -> str:
+        found = (float(row["top1"]) for row in sizes if (row["entry"], row["size"]) == (label, size))
+        return spread(found, 1)
+
+    if sizes:
+        shown = [[label, *(at(label, size) for size in both)] for label in dict.fromkeys(row["entry"] for row in sizes)]
+        print_table("emoji, top-1 by size", ["model", *both], shown)
+        write_csv(larger, sizes)
 
 
 @app.command()

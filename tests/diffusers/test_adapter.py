@@ -204,6 +204,11 @@ def test_lists_of_levels():
         GSPNAdapter.from_model(model, layers=["down.0"])
     with pytest.raises(TypeError, match="one name"):
         GSPNAdapter.from_model(model, layers="transformer_blocks.0")
+    for layers in (5, [5], [None]):
+        with pytest.raises(TypeError, match=r"names of levels|not the name of a level"):
+            GSPNAdapter.from_model(model, layers=layers)
+    with pytest.raises(TypeError, match="5 is not the name of a level"):
+        GSPNAdapter.from_model(model, segment={5: 4})
     with pytest.raises(ValueError, match="at least one layer"):
         GSPNAdapter.from_model(model, layers=[])
 

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from gspn._errors import UsageError
@@ -274,14 +275,32 @@ def _spoil(folder):
          "windows or relative positions"),
         (lambda: timm.create_model("beit_base_patch16_224", **SMALL), TypeError, "windows or relative positions"),
         (lambda: make(patch_drop_rate=0.5), ValueError, "drops patches"),
+        (lambda: None, TypeError, "a NoneType; pass a model"),
+        (lambda: "vit_tiny_patch16_224", TypeError, "a str; pass a model"),
+        (lambda: VisionTransformer, TypeError, "a type; pass a model"),
+        (lambda: nn.Sequential(make()), TypeError, "a Sequential; pass a model"),
+        (lambda: _wrapped("qkv"), ValueError, r"blocks\.1\.attn\.qkv is a .*Sequential and not PyTorch's Linear"),
+        (lambda: _wrapped("proj"), ValueError, r"blocks\.1\.attn\.proj is a .*Sequential and not PyTorch's Linear"),
         (lambda: make("class token", scale_attn_norm=True), ValueError, "between mixing and projection"),
         (lambda: make("class token", attn_layer="diff", num_heads=2), ValueError, "DiffAttention"),
         (lambda: timm.create_model("vit_base_patch16_plus_240", **SMALL, block_fn=_parallel()), ValueError, "without"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_replaced_is_named(build, error, message):
+    model, adapter = build(), GSPNAdapter.from_model(make())
     with pytest.raises(error, match=message):
-        GSPNAdapter.from_model(build())
+        GSPNAdapter.from_model(model)
+    with pytest.raises(error, match=message):
+        adapter.mount(model)
+    assert adapter.mounted_on is None
+
+
+def _wrapped(part):
+    """A model whose second attention has a layer within another one, as a LoRA has."""
+    model = make()
+    attention = model.blocks[1].attn
+    setattr(attention, part, nn.Sequential(getattr(attention, part)))
+    return model
 
 
 def _parallel():
@@ -299,6 +318,12 @@ def test_misuse():
         GSPNAdapter.from_model(model, keep_attention=[3])
     with pytest.raises(ValueError, match="keeps all 3 blocks"):
         GSPNAdapter.from_model(model, keep_attention=[0, 1, 2])
+    with pytest.raises(TypeError, match="keep_attention=2: has to be a list"):
+        GSPNAdapter.from_model(model, keep_attention=2)
+    with pytest.raises(TypeError, match="segment='4' is a str"):
+        GSPNAdapter.from_model(model, segment="4")
+    with pytest.raises(ValueError, match="latent_dim='8': has to be an integer"):
+        GSPNAdapter.from_model(model, latent_dim="8")
     with pytest.raises(ValueError, match="layers="):
         GSPNAdapter(layers=[0, 0], dim=8)
     for wrong, message in (

@@ -17,6 +17,7 @@ from gspn._files import printable
 from gspn.tasks import classify as task
 
 from .app import App
+from .distill import student_or_name
 from .messages import facts_table, warn, warn_broken, wrote
 from .options import (
     BatchSize,
@@ -35,7 +36,10 @@ from .training import FLAGS, Flag, TrainingCommand, add_training_commands
 if TYPE_CHECKING:
     from gspn.tasks.classify import Evaluation
 
-_MODEL = "The directory of a run, the name of a timm model with weights, or hf-hub:OWNER/NAME."
+_MODEL = (
+    "The directory of a run, also one of gspn distill train, the name of a timm model with weights, or "
+    "hf-hub:OWNER/NAME."
+)
 
 _FIT = (
     "How images come to the model: resized and cropped to its input; whole, with the same resize and no crop; or "
@@ -99,11 +103,12 @@ def evaluate(
 
     console = Console()
     result = task.evaluate(
-        model, data=data, root=root, split=split, batch_size=batch_size, workers=workers,
+        student_or_name(model, "classify"), data=data, root=root, split=split, batch_size=batch_size, workers=workers,
         precision=precision.value, device=device.value, channels_last=channels_last, fit=fit.value, console=console,
     )  # fmt: skip
     if not result.is_main:
         return
+    result = replace(result, model=model)  # of a student, too
     console.print(facts_table(_facts(result)))
     warn_broken(result.broken)
     if output is not None:
@@ -142,7 +147,8 @@ def predict(
 
     Images that cannot be read are named on the error stream, the others are classified, and the exit code is 1.
     """
-    predictions = task.predict(images, model, top=top, batch_size=batch_size, device=device.value)
+    source = student_or_name(model, "classify")
+    predictions = task.predict(images, source, top=top, batch_size=batch_size, device=device.value)
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in predictions], indent=1))
     else:

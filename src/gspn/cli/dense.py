@@ -17,6 +17,7 @@ from gspn.data.registry import help_text
 from gspn.tasks import dense as task
 
 from .app import App
+from .distill import student_or_name
 from .messages import facts_table, titled_table, warn, warn_broken, wrote
 from .options import (
     Device,
@@ -34,7 +35,7 @@ from .training import FLAGS, Flag, TrainingCommand, add_training_commands
 if TYPE_CHECKING:
     from gspn.tasks.dense import ClassScores, Evaluation
 
-_MODEL = "The directory of a run, or its best or last."
+_MODEL = "The directory of a run, or its best or last; also a run of gspn distill train."
 _DATA = f"Name of the data set: {help_text('mapped')}."
 _Window = Annotated[
     int | None,
@@ -102,12 +103,13 @@ def evaluate(
 
     console = Console()
     result = task.evaluate(
-        model, data=data, root=root, split=split, options=dict(map(parse_override, set_ or [])), window=window,
-        overlap=overlap, batch_size=batch_size, workers=workers, precision=precision.value, device=device.value,
-        console=console,
+        student_or_name(model, "dense"), data=data, root=root, split=split,
+        options=dict(map(parse_override, set_ or [])), window=window, overlap=overlap, batch_size=batch_size,
+        workers=workers, precision=precision.value, device=device.value, console=console,
     )  # fmt: skip
     if not result.is_main:
         return
+    result = replace(result, model=model)  # of a student, too
     console.print(facts_table(_facts(result)))
     if isinstance(result.scores, task.ClassScores):
         console.print(_classes(result.classes, result.scores))
@@ -167,8 +169,8 @@ def predict(
 
     console = Console()
     predictions = task.predict(
-        images, model, output, window=window, overlap=overlap, batch_size=batch_size, overlays=overlays,
-        device=device.value, progress=lambda name, total: progress_bar(console, name, total),
+        images, student_or_name(model, "dense"), output, window=window, overlap=overlap, batch_size=batch_size,
+        overlays=overlays, device=device.value, progress=lambda name, total: progress_bar(console, name, total),
     )  # fmt: skip
     for one in predictions:
         if one.broken is None:

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from .files import LeftOut, LeftOutWarning, image_files, natural_order
     from .folder import class_of, index_of_classes
     from .images import MAX_PIXELS, CorruptImageError, load_image, to_rgb, trimmed
-    from .maps.base import MapClasses, MappedImages
+    from .maps.base import ImagesOnly, MapClasses, MappedImages
     from .maps.decoding import MapRule, load_map
     from .registry import help_text, open_captions, open_dataset, open_maps
 
 __all__ = [
     "MAX_PIXELS", "CaptionedImages", "CorruptImageError", "CorruptImageWarning", "CorruptImages",
-    "DeterministicAugmentation", "Digits", "Emoji", "EmojiCaptions", "EmojiRecord", "LabelledImages", "LeftOut",
-    "LeftOutWarning", "MNIST5k", "MapClasses", "MapRule", "MappedImages", "Relabelled", "SkipCorrupt", "class_of",
-    "collate", "collate_padded", "help_text", "image_files", "index_of_classes", "load_image", "load_map",
+    "DeterministicAugmentation", "Digits", "Emoji", "EmojiCaptions", "EmojiRecord", "ImagesOnly", "LabelledImages",
+    "LeftOut", "LeftOutWarning", "MNIST5k", "MapClasses", "MapRule", "MappedImages", "Relabelled", "SkipCorrupt",
+    "class_of", "collate", "collate_padded", "help_text", "image_files", "index_of_classes", "load_image", "load_map",
     "natural_order", "open_captions", "open_dataset", "open_maps", "to_rgb", "trimmed",
 ]  # fmt: skip
 
@@ -44,7 +44,7 @@ __getattr__, __dir__ = lazy_exports(
         **dict.fromkeys(("LeftOut", "LeftOutWarning", "image_files", "natural_order"), ".files"),
         **dict.fromkeys(("class_of", "index_of_classes"), ".folder"),
         **dict.fromkeys(("MAX_PIXELS", "CorruptImageError", "load_image", "to_rgb", "trimmed"), ".images"),
-        **dict.fromkeys(("MapClasses", "MappedImages"), ".maps.base"),
+        **dict.fromkeys(("ImagesOnly", "MapClasses", "MappedImages"), ".maps.base"),
         **dict.fromkeys(("MapRule", "load_map"), ".maps.decoding"),
         **dict.fromkeys(("help_text", "open_captions", "open_dataset", "open_maps"), ".registry"),
     },

@@ -104,7 +104,8 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
 
         Raises:
             RuntimeError: An attention has been replaced already.
-            TypeError: The model is of another class, or a number of lines is not an integer.
+            TypeError: The model is of another class, ``layers`` is not a list of names, or a number of lines is not an
+                integer.
             ValueError: A level or name has no self-attention, an option is out of range, or an attention has an option
                 that GSPN does not support.
 
@@ -123,6 +124,8 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
         if layers is not None:
             if isinstance(layers, str):
                 raise TypeError(f"{layers=} is one name; pass a list of them, [{layers!r}].")
+            if not isinstance(layers, Sequence):
+                raise TypeError(f"{layers=}: has to be a list of names of levels or modules.")
             requested = {name for one in layers for name in _within(one, chosen)}
             chosen = [name for name in chosen if name in requested]
         segments, references = _lines_of_layers(segment, chosen), _lines_of_layers(reference_lines, chosen)
@@ -333,6 +336,8 @@ def _place(name: str) -> list[tuple[bool, int, bool, str]]:
 
 
 def _prefix(level: str) -> str:
+    if not isinstance(level, str):
+        raise TypeError(f"{level!r} is not the name of a level or of a module, such as 'down.0'.")
     first, dot, rest = level.partition(".")
     return _LEVELS.get(first, first) + dot + rest
 

@@ -88,8 +88,10 @@ class GSPNAdapter(nn.Module):
 
         Raises:
             RuntimeError: an attention has been replaced already.
-            TypeError: the model is of another class, or a number of lines is not an integer.
-            ValueError: an option is out of range, or an attention has a part that GSPN does not support.
+            TypeError: the model is of another class, ``keep_attention`` is not a list, or a number of lines is not an
+                integer.
+            ValueError: an option is out of range, or an attention has a part that GSPN does not support, such as a
+                LoRA.
 
         Example:
             >>> import timm
@@ -101,6 +103,9 @@ class GSPNAdapter(nn.Module):
         check_model(model)
         vit: Any = model
         depth = len(vit.blocks)
+        if not isinstance(keep_attention, Sequence):
+            raise TypeError(f"keep_attention={short(keep_attention)}: has to be a list of indices of blocks.")
+        check_segment(segment)
         wrong = [one for one in keep_attention if type(one) is not int or not -depth <= one < depth]
         if wrong:
             raise ValueError(f"keep_attention has {wrong[0]!r}; the model has blocks 0 to {depth - 1}.")
@@ -159,7 +164,8 @@ class GSPNAdapter(nn.Module):
         Raises:
             RuntimeError: the adapter is mounted already, the model has another one, or weights are missing.
             TypeError: the model is of another class.
-            ValueError: the model lacks blocks or has other dimensions.
+            ValueError: the model lacks blocks, has other dimensions, or an attention has a part that GSPN does not
+                support, such as a LoRA.
         """
         if self._mount is not None:
             raise RuntimeError(f"the adapter is mounted on a {type(self._mount.model).__name__}: unmount() it first.")

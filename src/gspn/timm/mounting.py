@@ -36,7 +36,8 @@ def check_model(model: nn.Module) -> None:
         names = " or ".join(one.__name__ for one in MODELS)
         remedy = f"pass the model inside it, .{inner}" if inner else f"pass a model whose class is timm's {names}"
         why = ""
-        if any(hasattr(module, "window_size") for module in model.modules()):
+        parts = model.modules() if isinstance(model, nn.Module) else ()
+        if any(hasattr(module, "window_size") for module in parts):
             why = ", whose windows or relative positions are part of its attention"
         raise TypeError(f"an adapter cannot be mounted on a {kind}{why}; {remedy}.")
     options: Any = model
@@ -73,6 +74,14 @@ def check_attention(name: str, block: nn.Module) -> Any:
             raise ValueError(
                 f"{name} has a {type(module).__name__} .{part} between mixing and projection, which GSPN does not "
                 "have; keep this layer (keep_attention)."
+            )
+    for part in ("qkv", "v_proj", "proj"):
+        linear = getattr(attention, part, None)
+        if linear is not None and not isinstance(linear, nn.Linear):
+            kind = f"{type(linear).__module__}.{type(linear).__name__}"
+            raise ValueError(
+                f"{name}.{part} is a {kind} and not PyTorch's Linear: what it "
+                "adds to the weights would be lost. Merge or remove it first, or keep this layer (keep_attention)."
             )
     value, proj = value_projection(attention)[0], attention.proj
     widths = {*value.shape, proj.in_features, proj.out_features}

@@ -106,6 +106,8 @@ class GSPNTokenMixer(nn.Module):
         check_options("fraction", dropout=dropout)
         if prefix_tokens:
             check_options("count", prefix_tokens=prefix_tokens)
+        if latent_dim is not None:
+            check_options("count", latent_dim=latent_dim)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.prefix_tokens = dim, prefix_tokens
         options: dict[str, Any] = {

@@ -9,17 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from timm.data import IMAGENET_DEFAULT_MEAN
+from timm.models import register_model
 
 from gspn._errors import UsageError
 from gspn.tasks.dense import DenseConfig, evaluate, train
 from gspn.tasks.dense.data import class_weights, make_target, open_split
-from gspn.tasks.dense.model import decoders, load_model
+from gspn.tasks.dense.model import decoders, load_model, resolve_normalization
 from gspn.tasks.dense.training import DensePrediction
+from gspn.tasks.dense.transforms import Normalization
 from tasks.dense.dense_runs import CLASSES, HALF, NUMBERS, tiny, tiny_model
 from tasks.runs import assert_same, newest_state, rows, stopped_before
 
@@ -141,6 +145,15 @@ def test_balanced_weights(shapes, tmp_path):
     target = make_target(numbers, HALF, 64)
     every = np.concatenate([numbers.map(i).ravel() for i in range(len(numbers))])
     assert target.mean == pytest.approx(every.mean(), rel=1e-4) and target.std == pytest.approx(every.std(), rel=1e-4)
+
+
+def test_an_encoder_that_was_registered_without_a_normalisation():
+    @register_model
+    def plain_convnext(pretrained=False, **kwargs):
+        return timm.create_model("test_convnext", **kwargs)
+
+    config = DenseConfig().changed("model.name=plain_convnext", "data.std=[0.5, 0.5, 0.5]")
+    assert resolve_normalization(config.model, config.data) == Normalization(IMAGENET_DEFAULT_MEAN, (0.5, 0.5, 0.5))
 
 
 @pytest.mark.parametrize(

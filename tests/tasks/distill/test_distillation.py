@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from gspn._errors import UsageError
+from gspn.cli import app
 from gspn.tasks.classify import ModelConfig, evaluate
 from gspn.tasks.classify.model import Preprocessing, load_model, save_config, save_weights
 from gspn.tasks.core.attention_matching import recorded, sharing_copy
@@ -181,6 +184,12 @@ def test_it_learns_and_writes(place, trained):
     assert state and all(torch.equal(mounted[name], weight) for name, weight in state.items())
     result = evaluate(student, data="folder", root=place / "images", split="val")
     assert result.top1 == pytest.approx(float(table[2]["top1"]))
+    # The commands take the run as the model.
+    arguments = ["classify", "evaluate", str(trained), "--data", "folder", "--root", str(place / "images")]
+    shown = CliRunner().invoke(app, [*arguments, "--output", str(trained / "tests")], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0, shown.output
+    written = json.loads((trained / "tests" / "evaluation.json").read_text())
+    assert written["top1"] == result.top1 and written["model"] == str(trained)
 
 
 @pytest.mark.parametrize("update", [2, 4])

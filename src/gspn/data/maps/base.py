@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from ..._errors import UsageError
 from ..._files import printable, read_text, short
-from ..base import digest_of
+from ..base import LabelledImages, digest_of
 from ..images import CorruptImageError
 
 Map = NDArray[np.float32]
@@ -155,6 +155,34 @@ class MappedImages(Dataset):
     def __repr__(self) -> str:
         what = f"{len(self.classes)} classes" if self.unit is None else self.unit
         return f"<{self.name}: {len(self)} images with maps, {what}>"
+
+
+class ImagesOnly(LabelledImages):
+    """The images of a :class:`MappedImages` alone: no map is read, there are no classes, and every target is 0."""
+
+    def __init__(self, dataset: MappedImages) -> None:
+        super().__init__(dataset.name, [])
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def image(self, index: int) -> Image.Image:
+        """Image ``index``, RGB; a ``CorruptImageError`` if it cannot be decoded."""
+        return self.dataset.image(index)
+
+    def target(self, index: int) -> int:
+        """0."""
+        del index
+        return 0
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        """The name of image ``index``."""
+        return self.dataset.filename(index, basename, absolute)
+
+    def identity(self) -> str:
+        """A digest of the names of all images, in their order."""
+        return self.dataset.identity()
 
 
 def checked_classes(classes: Sequence[str] | None) -> MapClasses | None:

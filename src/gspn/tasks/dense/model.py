@@ -221,7 +221,11 @@ def resolve_normalization(config: ModelConfig, data: DataConfig) -> Normalizatio
     """The encoder's own normalisation, overridden by the values that ``data`` sets."""
     _saved().check_model_name(config.name)
     cfg = _timm().models.get_pretrained_cfg(config.name)
-    own: Any = cfg.mean, cfg.std
+    if cfg is None:  # a model that somebody registered without one
+        constants = require("timm.data")
+        own: Any = constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAULT_STD
+    else:
+        own = cfg.mean, cfg.std
     return Normalization(data.mean or tuple(own[0]), data.std or tuple(own[1]))
 
 
@@ -240,6 +244,14 @@ def save_model(directory: Path, model: DenseModel, state: Mapping[str, Tensor], 
         require("safetensors.torch").save_file(tensors, part, metadata=header)
 
 
+def find_model(source: str | Path) -> Path | None:
+    """The directory of the trained model that ``load_model(source)`` loads; None without one."""
+    for folder in (Path(source), Path(source, "best"), Path(source, "last")):
+        if all((folder / name).is_file() for name in (CONFIG, WEIGHTS, TARGET)):
+            return folder
+    return None
+
+
 def load_model(source: str | Path) -> DenseModel:
     """Load a trained model, in evaluation mode on the CPU.
 
@@ -249,15 +261,12 @@ def load_model(source: str | Path) -> DenseModel:
     Raises:
         UsageError: the directory does not exist, or its files are missing, damaged or of another model.
     """
-    library = smp()
-    folders = [folder for folder in (Path(source), Path(source, "best"), Path(source, "last"))
-               if all((folder / name).is_file() for name in (CONFIG, WEIGHTS, TARGET))]  # fmt: skip
-    if not folders:
+    library, folder = smp(), find_model(source)
+    if folder is None:
         raise UsageError(
             f"{printable(source)!r} has no {CONFIG}, {WEIGHTS} and {TARGET}; name a directory that `gspn dense train` "
             "wrote."
         )
-    folder = folders[0]
     target, config, saved = _target(folder / TARGET), read_json(folder / CONFIG), _saved()
     where, header = printable(folder / CONFIG), saved.read_header(folder / WEIGHTS)
     if not isinstance(config, Mapping):

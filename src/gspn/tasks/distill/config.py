@@ -18,6 +18,9 @@ class DataConfig(ImageData):
 
     size: int = setting(224, 1, 65536)
     """Height and width of the student's input in pixels."""
+    maps: bool | None = None
+    """Whether the images are those of a data set of `gspn dense train`, such as `earth`; no map is read. false: one of
+    `gspn classify train`, or a folder of images alone. null: as the teacher was trained."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class DistillationConfig:
     features: float = setting(1.0, 0)
     """Weight of the squared error of the model's last tokens."""
     logits: float = setting(1.0, 0)
-    """Weight of the divergence from the teacher's class probabilities, for a teacher with a classifier."""
+    """Weight of the divergence from the teacher's class probabilities, for a teacher that is a classifier."""
     temperature: float = setting(1.0, above=0)
     """Divides the logits of both before the divergence, which is multiplied by its square."""
     teacher_size: int | None = setting(None, 1, 65536)
@@ -77,7 +80,8 @@ class DistillConfig(Configuration):
 
     teacher: str = "vit_base_patch16_224"
     """A vision transformer: a timm model with weights, a directory that ``gspn classify train`` wrote, an id of the
-    hub, or the directory of a distillation run, whose student teaches."""
+    hub; one that ``gspn dense train`` wrote, whose encoder is taken; or the directory of a distillation run, whose
+    student teaches."""
     data: DataConfig = DataConfig()
     model: AdapterConfig = AdapterConfig()
     augment: AugmentConfig = AugmentConfig()

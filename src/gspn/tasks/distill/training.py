@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,19 @@ from gspn.timm import GSPNAdapter
 
 from ..._errors import UsageError, require
 from ..classify.data import train_transform
-from ..classify.model import label_names, resolve_preprocessing
+from ..classify.model import label_names, pretrained_cfg, resolve_preprocessing
 from ..core.attention_matching import sharing_copy
 from ..core.loaders import open_data
 from ..core.loop import fit
 from ..core.metrics_table import EpochRow, metric
 from ..core.seeding import derived_seed, random_state_kept
 from ..core.task import Context, Models, Setup, Task, TrainingResult, Weights
+from ..dense.model import DenseModel
 from ..diffusion.digests import fingerprint
 from .attention_matching import Distiller
 from .config import DistillConfig
 from .initialization import fit_gates
-from .student import load_adapter, open_vit, resize
+from .student import load_adapter, open_model, resize, vision_transformer
 
 # Images that the gates are fitted on, and images at a time.
 _FITTED_ON, _FITTED_AT_ONCE = 64, 16
@@ -61,7 +62,9 @@ def distill(
 
         w_1 mean_l E(mixer_l) + w_2 mean_l E(block_l) + w_3 E(last tokens) + w_4 T^2 KL(p_teacher | p_student)
 
-    where E is the squared error over the mean square of the teacher's. Images need no labels. For higher resolutions
+    where E is the squared error over the mean square of the teacher's. Images need no labels. Of a dense model the
+    encoder is distilled, with images at their own size: there are no class probabilities, and the decoder, which the
+    student keeps as it is, does not run. For higher resolutions
     the former student is the teacher (``teacher``, and ``model.init_from`` to start from it), sees the images at its
     own size (``distillation.teacher_size``), and all of its tokens are enlarged to the student's map.
 
@@ -86,19 +89,22 @@ class Distillation(Task[DistillConfig, DistillRow]):
     def setup(self, context: Context) -> Setup:
         """Open the images and the teacher, and initialize the student."""
         config, data, device = self.config, self.config.data, context.accelerator.device
-        images = open_data(data.name, data.train_split, data.root, **data.options)
-        options = dict(data.options)
+        teacher, base, former, dense = open_teacher(config)
+        mapped, options = dense if data.maps is None else data.maps, dict(data.options)
+        images = _open(config, data.train_split, mapped, options)
         if data.name in ("", "folder") and images.classes:
             options.setdefault("classes", list(images.classes))  # also those without held-out images
-        held_out = None if data.eval_split is None else open_data(data.name, data.eval_split, data.root, **options)
-        teacher, base, former = open_teacher(config)
+        held_out = None if data.eval_split is None else _open(config, data.eval_split, mapped, options)
         names = label_names(base)
         self.labelled = held_out is not None and names is not None and list(held_out.classes or ()) == names
         preprocessing = replace(resolve_preprocessing(base), input_size=(3, data.size, data.size))
-        images.transform = train_transform(config.augment, preprocessing)
+        evaluated = preprocessing.transform("native" if dense else "crop")
+        if dense:
+            evaluated.transforms.insert(0, require("torchvision.transforms").CenterCrop(data.size))
+        images.transform = train_transform(config.augment, preprocessing) if config.augment.enabled else evaluated
         self.held_out = None
         if held_out is not None:
-            held_out.transform = preprocessing.transform()
+            held_out.transform = evaluated
             self.held_out = context.eval_loader(held_out)
 
         adapter = build_adapter(config, base)
@@ -107,7 +113,7 @@ class Distillation(Task[DistillConfig, DistillRow]):
         notes = []
         if config.model.initialize == "fit" and config.model.init_from is None:
             with random_state_kept():
-                batches = _first_batches(images, preprocessing.transform(), config, context)
+                batches = _first_batches(images, evaluated, config, context)
             with context.accelerator.autocast():
                 explained = fit_gates(self.distiller, batches)
             mean = sum(explained.values()) / len(explained)
@@ -162,8 +168,9 @@ class Distillation(Task[DistillConfig, DistillRow]):
         adapter.save_pretrained(output / "last")
 
 
-def open_teacher(config: DistillConfig) -> tuple[Any, Any, bool]:
-    """The teacher at its size, the same model without an adapter at the student's, and whether it is a former student.
+def open_teacher(config: DistillConfig) -> tuple[Any, Any, bool, bool]:
+    """The teacher at its size, the same model without an adapter at the student's, whether it is a former student, and
+    whether it is the encoder of a dense model.
 
     Raises:
         UsageError: the teacher cannot be loaded, or is not a vision transformer of the size.
@@ -171,17 +178,28 @@ def open_teacher(config: DistillConfig) -> tuple[Any, Any, bool]:
     require("timm", "safetensors")
     from gspn.timm.mounting import check_model
 
-    base, former = open_vit(config.teacher)
+    model, former = open_model(config.teacher)
+    base, dense = vision_transformer(model), isinstance(model, DenseModel)
     try:
         check_model(base)
     except (TypeError, ValueError) as error:
         raise UsageError(f"teacher {config.teacher!r}: {error}") from None
+    if dense:
+        base.reset_classifier(0)  # the decoder is in the place of one
+        base.pretrained_cfg = {**pretrained_cfg(base), **asdict(model.target.normalization)}
     teacher = sharing_copy(base)  # resizing gives it a position embedding of its own
     resize(base, config.data.size)
     resize(teacher, config.distillation.teacher_size or config.data.size)
     if former is not None:
         former.mount(teacher)
-    return teacher, base, former is not None
+    return teacher, base, former is not None, dense
+
+
+def _open(config: DistillConfig, split: str, mapped: bool, options: dict[str, Any]) -> Any:
+    data = config.data
+    if not mapped:
+        return open_data(data.name, split, data.root, **options)
+    return require("gspn.data").ImagesOnly(open_data(data.name, split, data.root, kind="mapped", **options))
 
 
 def build_adapter(config: DistillConfig, base: Any) -> GSPNAdapter:
