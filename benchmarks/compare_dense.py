@@ -5,6 +5,7 @@ the context in tests, speed and memory.
     python benchmarks/compare_dense.py run climate land [--crop 128] [--jobs 2]
     python benchmarks/compare_dense.py table climate land -o compare-dense.csv
     python benchmarks/compare_dense.py plot compare-dense.csv compare-dense.png
+    python benchmarks/compare_dense.py picture runs/earth_climate dense-climates.jpg
     python benchmarks/compare_dense.py speed -o compare-dense-speed.csv
 
 Each run is a ``gspn dense train`` in a process of its own with one thread, and then tests by windows of several widths.
@@ -36,6 +37,8 @@ from common import (
     spread,
     write_csv,
 )
+
+from gspn._files import replaced
 
 SEEDS = (0, 1)
 CROPS = (128, 256, 512)
@@ -284,6 +287,35 @@ def plot(
         panel.set_xlabel("side of the windows in tests")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     save_figure(figure, output)
+
+
+@app.command()
+def picture(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="A run of `gspn dense train` on the Earth's climates.")],
+    output: Annotated[Path, typer.Argument(metavar="IMAGE", help="PNG or JPEG to write.")],
+    earth: _Earth = _EARTH,
+    height: Annotated[int, typer.Option(min=64, help="Height of the maps in pixels.")] = 1024,
+) -> None:
+    """Draw both held-out bands beside their climates and the predicted ones, each band predicted at once."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from gspn.data import open_maps
+    from gspn.tasks.dense.drawing import colour_map, side_by_side
+    from gspn.tasks.dense.inference import Windows, predict_map
+    from gspn.tasks.dense.model import load_model
+
+    net, images, titles = load_model(model), [], []
+    for split in ("val", "test"):
+        data = open_maps("earth", split, earth, target="climate")
+        band, climates = data.image(0), data.map(0)
+        found = predict_map(np.asarray(band), net, Windows(0), device=torch.device("cpu")).numpy()
+        shown = [colour_map(np.where(np.isnan(climates), np.nan, one), net.target) for one in (climates, found)]
+        images += [band, *shown]
+        titles += [f"{split}: image", "climates", "predicted"]
+    with replaced(output) as part:
+        side_by_side(images, titles, height).save(part, format=Image.registered_extensions()[output.suffix], quality=88)
 
 
 @app.command()
