@@ -66,7 +66,8 @@ CARDS: Mapping[int, Card] = {
     120: Card("RTX 5090", 170, 2.41, 1792, 99 << 10, 48, 24),
 }
 """By compute capability. Limits are those of the CUDA programming guide, clocks what a loaded card sustains.
-By instructions of a warp, an H100's tensor cores are assumed to reach 62 % of their full rate, and a B200's those of an A100."""
+By instructions of a warp, the tensor cores of an H100 are assumed to reach 62 % of their full rate, and those of a B200
+an A100's."""
 
 
 def programs_side_by_side(card: Card, registers: int, warps: int, shared_memory: int) -> int:
