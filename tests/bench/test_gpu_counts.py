@@ -13,6 +13,7 @@ from gspn.bench import gpu_counts
 from gspn.bench.gpu_cases import Case, all_cases, default_cases
 from gspn.bench.gpu_model import CARDS, Executed, Repeat, execute, predict, programs_side_by_side
 from gspn.bench.sass import Instruction, Loop
+from gspn.ops.triton.launch import TENSOR_CORES
 from support import run_python
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -79,10 +80,20 @@ def test_predicted_time() -> None:
     cycle = 1e-6 / card.clock
     assert times.issue == pytest.approx(6 * 4 * 1000 / 3.2 * cycle)
     assert times.multiply_adds == pytest.approx(6 * 4 * 900 / 4 * cycle)
+    assert times.matrix_products == 0
     assert times.latency == pytest.approx(3 * (1.6 * 1000 + 28 * 100 + 500) * cycle)
     assert times.bytes == pytest.approx(1.0)
     assert times.total == times.bytes
     assert times.bound == "bytes"
+    executed.repeated.update(matrix=900)
+    products = predict(card, executed, programs=132 * 6, warps=4, side_by_side=2, moved=0)
+    assert products.matrix_products == pytest.approx(6 * 4 * 900 * 1024 / 640 * cycle)
+    assert products.bound == "matrix_products"
+
+
+@pytest.mark.parametrize(("arch", "make_maps"), [(80, True), (86, False), (90, True), (100, True), (120, False)])
+def test_whose_tensor_cores_make_maps(arch: int, make_maps: bool) -> None:
+    assert CARDS[arch].tensor_cores == make_maps == (divmod(arch, 10) in TENSOR_CORES)
 
 
 def test_names_of_cases_are_their_own() -> None:

@@ -134,6 +134,23 @@ def test_of_two_ways_the_one_with_fewer_calls_and_then_the_longer() -> None:
     assert both_fast.loops[0].own() == {"integer": 3, "fma": 1, "control": 3}
 
 
+def test_of_two_loops_of_which_one_runs_the_shorter() -> None:
+    kernel = read("""
+        @P4 BRA `(.L_x_1)
+    .L_x_0:
+        FADD R1, R1, R2
+        FADD R1, R1, R2
+        @P0 BRA `(.L_x_0)
+        MOV R3, R4
+        EXIT
+    .L_x_1:
+        MUFU.RCP R24, R24
+        @P0 BRA `(.L_x_1)
+        EXIT
+    """)
+    assert [loop.own() for loop in kernel.loops] == [{"mufu": 1, "control": 1}]
+
+
 def test_a_loop_with_a_call_that_nothing_avoids() -> None:
     # A guard before the loop leaves it out; and the subroutine's code counts.
     kernel = read("""

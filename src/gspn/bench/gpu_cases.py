@@ -63,7 +63,7 @@ class Case:
         from gspn.ops.triton.launch import recorded
         from gspn.ops.triton.planner import Limits
 
-        limits, backward = limits or Limits(card.shared_memory), self.mode == "backward"
+        limits, backward = limits or Limits(card.shared_memory, tensor_cores=card.tensor_cores), self.mode == "backward"
         x, proxy = self._image(self.channels), self._image(max(self.states, 1))
         batch, c, n = self.batch, self.channels, self.size
         with recorded() as launches, OtherLaunches() as others:

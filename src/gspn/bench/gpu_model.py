@@ -3,7 +3,7 @@
 The prediction is the largest of three times, at the clock of :class:`Card`:
 
 - **issue**: all instructions of a multiprocessor's share of the programs, at 80 % of its four issue slots; or its
-  multiply-adds or special functions at the full rate of their units;
+  multiply-adds, special functions or matrix products at the full rate of their units;
 - **latency**: as many rounds of programs as do not fit side by side, each of which takes, one after the other, its
   instructions (1.6 cycles each, more where a program has so many warps that they queue), 28 cycles a barrier, and the
   latency that is left of a load after the instructions between it and its use: 700 cycles from memory, 250 in loops
@@ -30,6 +30,7 @@ _LATENCY, _CACHED_LATENCY = 700, 250
 _CYCLES_AN_INSTRUCTION, _CYCLES_A_BARRIER = 1.6, 28
 _ISSUE_RATE = 0.8 * 4
 _MEMORY_RATE = 0.88
+_PRODUCTS_AN_INSTRUCTION = 16 * 8 * 8  # of TF32 numbers, or twice as many of half their bits in as many cycles
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,25 @@ class Card:
     most_programs: int = 32
     multiply_adds: int = 128
     """Float32 multiply-adds a cycle and multiprocessor; special functions are 16."""
+    tf32: int = 128
+    """Those of TF32 by tensor cores and instructions of a warp."""
+
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether these are fast enough for maps: see :data:`gspn.ops.triton.launch.TENSOR_CORES`."""
+        return self.tf32 >= 4 * self.multiply_adds
 
 
 CARDS: Mapping[int, Card] = {
-    80: Card("A100 80GB", 108, 1.41, 2039, 163 << 10, multiply_adds=64),
+    80: Card("A100 80GB", 108, 1.41, 2039, 163 << 10, multiply_adds=64, tf32=512),
     86: Card("RTX 3090", 82, 1.695, 936, 99 << 10, 48, 16),
-    90: Card("H100 SXM", 132, 1.755, 3350, 227 << 10),
-    100: Card("B200", 148, 1.85, 8000, 227 << 10),
+    90: Card("H100 SXM", 132, 1.755, 3350, 227 << 10, tf32=640),
+    100: Card("B200", 148, 1.85, 8000, 227 << 10, tf32=512),
     120: Card("RTX 5090", 170, 2.41, 1792, 99 << 10, 48, 24),
 }
-"""By compute capability. Limits are those of the CUDA programming guide, clocks what a loaded card sustains."""
+"""By compute capability. Limits are those of the CUDA programming guide, clocks what a loaded card sustains.
+By instructions of a warp, the tensor cores of an H100 are assumed to reach 62 % of their full rate, and those of a B200
+an A100's."""
 
 
 def programs_side_by_side(card: Card, registers: int, warps: int, shared_memory: int) -> int:
@@ -116,7 +126,13 @@ def _scan(kind: str, image: str) -> Callable[[Launch], Work]:
             for name, axis in (("n_cross", 1), ("n_lines", 2), ("n_run", 2))
         )
         # A block of channels and positions, or lanes with a few positions each.
-        rows, row = (1, c["LANES"] * c["PIXELS"]) if "LANES" in c else (c["BLOCK_C"], c["BLOCK_N"])
+        rows, row = 1, 0
+        if "LANES" in c:
+            row = c["LANES"] * c["PIXELS"]
+        elif "TILES" in c:
+            rows, row = 8 * c["WARPS"], 8 * c["TILES"]
+        else:
+            rows, row = c["BLOCK_C"], c["BLOCK_N"]
         tiles = halo // block if halo else 1
         visits = math.ceil(cross / (row - 2 * halo)) * tiles if halo else tiles
         runs = range(0, lines, run)
@@ -175,6 +191,7 @@ def _elements(launch: Launch, name: str) -> int:
 
 WORK: Mapping[str, Callable[[Launch], Work]] = {
     "scan_kernel": _scan("forward", "p_in"),
+    "warp_scan_kernel": _scan("forward", "p_in"),
     "factors_kernel": _factors,
     "gradients_kernel": _gradients,
     "pack_kernel": _pack,
@@ -229,6 +246,9 @@ def execute(kernel: Loop, loops: Sequence[Repeat]) -> Executed:
     return total
 
 
+_BOUNDS = ("issue", "multiply_adds", "special_functions", "matrix_products", "latency", "bytes")
+
+
 @dataclass(frozen=True)
 class Prediction:
     """Milliseconds; see the module."""
@@ -237,19 +257,19 @@ class Prediction:
     multiply_adds: float
     """Those executed, at the full rate of their units."""
     special_functions: float
+    matrix_products: float
     latency: float
     bytes: float
 
     @property
     def total(self) -> float:
         """The largest."""
-        return max(self.issue, self.multiply_adds, self.special_functions, self.latency, self.bytes)
+        return max(getattr(self, name) for name in _BOUNDS)
 
     @property
     def bound(self) -> str:
         """The name of the longest."""
-        names = ("issue", "multiply_adds", "special_functions", "latency", "bytes")
-        return max(names, key=lambda name: getattr(self, name))
+        return max(_BOUNDS, key=lambda name: getattr(self, name))
 
 
 def predict(card: Card, executed: Executed, programs: int, warps: int, side_by_side: int, moved: int) -> Prediction:
@@ -265,6 +285,7 @@ def predict(card: Card, executed: Executed, programs: int, warps: int, side_by_s
         issue=share * instructions / _ISSUE_RATE * cycle,
         multiply_adds=share * classes["fma"] * 32 / card.multiply_adds * cycle,
         special_functions=share * classes["mufu"] * 2 * cycle,
+        matrix_products=share * classes["matrix"] * _PRODUCTS_AN_INSTRUCTION / card.tf32 * cycle,
         latency=rounds * program * cycle,
         bytes=moved / (card.bandwidth * _MEMORY_RATE) * 1e-6,
     )

@@ -441,7 +441,8 @@ def choices(context: Context, place: Place) -> list[tuple[Choice, Launch]]:
     if place.case.op == "line_scan":
         some = [(("stages", stages), ("num_warps", warps)) for stages in (2, 3, 4, 6) for warps in (2, 4, 8)]
     else:
-        some = [
+        some = [(("warps", warps),) for warps in (1, 2, 4)]
+        some += [
             (("lanes", lanes), ("group", group), ("pixels", pixels))
             for lanes in (32, 64, 128, 256) for group in sorted({32, lanes}) for pixels in range(1, 9)
         ]  # fmt: skip
@@ -449,7 +450,7 @@ def choices(context: Context, place: Place) -> list[tuple[Choice, Launch]]:
     for choice in some:
         try:
             launch = place.of(place.case.call(context.card, context.limits._replace(choice=choice))[0])
-        except ValueError:  # a row does not fit
+        except ValueError:  # a row does not fit, or the card's tensor cores are not for maps
             continue
         work = WORK[launch.kernel.__name__](launch)
         busy = work.pixels / (math.prod(launch.plan.grid) * work.steps * work.slots)
@@ -466,7 +467,7 @@ def sweep(context: Context, place: Place) -> None:
 
     call = Call.of(place.case, context.device)
 
-    def measure() -> tuple[Row, Tensor]:
+    def measure() -> tuple[Row, Tensor, str]:
         launches = call.launches()
         launch = place.of(launches)
         _require_compiled(context, [launch])
@@ -478,9 +479,9 @@ def sweep(context: Context, place: Place) -> None:
         out.zero_()
         launch.run()
         result = out.clone()
-        return {**_timed(context, launch.run)[0], **_described(launch)}, result
+        return {**_timed(context, launch.run)[0], **_described(launch)}, result, launch.kernel.__name__
 
-    own: list[tuple[Row, Tensor]] = []
+    own: list[tuple[Row, Tensor, str]] = []
 
     def by_rules() -> Row:
         own.append(measure())
@@ -491,11 +492,12 @@ def sweep(context: Context, place: Place) -> None:
 
         def otherwise(choice: Choice = choice) -> Row:
             with planned(None, **dict(choice)):
-                row, result = measure()
+                row, result, kernel = measure()
             if own:
                 right, eps = own[0][1], torch.finfo(own[0][1].dtype).eps
                 error = (result - right).abs().max().item()
-                if not error <= 4 * eps * right.abs().max().item():
+                # Another kernel may be off as much as this one, to the other side.
+                if not error <= (4 if kernel == own[0][2] else 8) * eps * right.abs().max().item():
                     raise WrongResultError(f"differs from the planned launch by {error:.3g}")
                 row["ratio"] = row["ms"] / own[0][0]["ms"]
             return row

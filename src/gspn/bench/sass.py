@@ -3,7 +3,8 @@ load.
 
 Loops are natural loops of the control-flow graph, so it does not matter where the assembler has put their blocks. Of
 two ways through a body the one with more loops is taken, then the one with fewer calls, which leaves out the slow
-halves of divisions, and among those the longer one. Subroutines count where they are called. The number of iterations
+halves of divisions, and among those the one with shorter loops, which leaves out the one for rare numbers, and the
+longer one where there are none. Subroutines count where they are called. The number of iterations
 is found where it is a constant in the code; only the caller knows the others.
 """
 
@@ -339,10 +340,12 @@ class _Graph:
             after = {n for one in mine for n in self.next[one] if n in inside and n not in mine}
             return sorted({owner.get(n, n) for n in after})
 
-        def worth(block: int) -> tuple[int, int, int]:
+        def worth(block: int) -> tuple[int, int, int, int]:
             loop = loop_at(block)
             flat = self.blocks[block] if loop is None else list(loop.instructions())
-            return 0 if loop is None or loop.spins else 1, -sum(map(_is_call, flat)), len(flat)
+            calls, length = sum(map(_is_call, flat)), len(flat)
+            # Of loops of which one runs the longer is for rare numbers.
+            return (0, -calls, 0, length) if loop is None or loop.spins else (1, -calls, -length, 0)
 
         best: dict[int, tuple[tuple[int, ...], int | None]] = {}
         start = first if back_to is not None else owner.get(first, first)
@@ -357,7 +360,7 @@ class _Graph:
             stack.pop()
             done.add(at)
             ends = not after if back_to is None else any(back_to in self.next[one] for one in blocks_of(at))
-            choices: list[tuple[tuple[int, ...], int | None]] = [((0, 0, 0), None)] if ends else []
+            choices: list[tuple[tuple[int, ...], int | None]] = [((0, 0, 0, 0), None)] if ends else []
             choices += [(best[n][0], n) for n in after if n in best]
             if choices:
                 rest, then = max(choices, key=lambda choice: choice[0])

@@ -31,11 +31,12 @@ Chosen = list[tuple[dict[str, Any], list[int]]]
 """Arguments of a :class:`gspn.bench.gpu_cases.Case`, and which of the launches of that call."""
 
 
-def report(chosen: Chosen, arch: int) -> None:
+def report(chosen: Chosen, arch: int, tensor_cores: bool = False) -> None:
     """Print the counts of each launch as JSON, and all accesses of global memory by opcode and bytes."""
     rows = []
+    limits = Limits(CARDS[arch].shared_memory, tensor_cores=tensor_cores)
     for case, indices in chosen:
-        launches = [one for one in Case(**case).call(CARDS[arch])[0] if one.kernel is not pack_kernel]
+        launches = [one for one in Case(**case).call(CARDS[arch], limits)[0] if one.kernel is not pack_kernel]
         for launch in (launches[i] for i in indices):
             compiled = compile_launch(launch, arch)
             code = [one for one in compiled.kernel.instructions() if one.kind == "global"]

@@ -111,3 +111,13 @@ def check(grad: Tensor, *arguments: Any, row: int | None = None) -> None:
             if grad.dtype != torch.float32 and "proj" in name:
                 assert results[0].dtype == torch.float32
             assert_as_exact_as_pytorch(*results, f"{name} {what}")
+
+
+def check_forward(y: Tensor, *arguments: Any) -> None:
+    """The result of a forward alone against float64, by the same rule."""
+    from gspn.ops import reference
+
+    doubles = tuple(t.double() if isinstance(t, Tensor) else t for t in arguments)
+    plain, exact = reference.propagate(*arguments), reference.propagate(*doubles)
+    what = f"{arguments[6:]} {arguments[0].shape=} {arguments[2].shape=} {y.dtype=} {arguments[0].stride()=}"
+    assert_as_exact_as_pytorch(y, plain, exact, _magnitudes(doubles[0], doubles)[0], what)  # type: ignore[arg-type]

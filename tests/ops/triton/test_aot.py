@@ -53,6 +53,20 @@ PROPAGATE = {
     ],
 }
 
+# Calls whose maps tensor cores make, and instructions of a warp for 32 elements.
+SHORT = {"batch": 64, "channels": 96, "size": 56}
+WARP_SCAN = {
+    80: [(SHORT, [1], 36), (SHORT | {"dtype": "fp16", "states": 2, "size": 28}, [3], 45)],
+    86: [(SHORT | {"dtype": "bf16", "states": 16, "size": 14}, [0], 70)],
+    90: [
+        (SHORT | {"size": 74}, [1, 3], 40),
+        (SHORT | {"size": 74, "layout": "channels_last", "dtype": "bf16"}, [1], 50),
+        (SHORT | {"size": 128, "states": 16, "layout": "channels_last"}, [3], 60),
+    ],
+    100: [(SHORT | {"taps": "shared"}, [0], 40)],
+    120: [(SHORT | {"channels": 768, "size": 7, "dtype": "bf16"}, [3], 70)],
+}
+
 # Instructions of a warp for 32 elements by the channels of the proxy, and barriers of a line or tile.
 SCAN = {2: 65, 8: 125, 16: 155}, 2
 # With two channels of the proxy the image has eight channels, half of what a program of the gradients takes.
@@ -71,7 +85,9 @@ def _run(call: str, cache: Path) -> str:
     return run_python(code, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(cache)).stdout
 
 
-def _counts(chosen: list, arch: int, cache: Path) -> list[tuple[str, dict[str, Any]]]:
+def _counts(
+    chosen: list, arch: int, cache: Path, tensor_cores: bool = False
+) -> list[tuple[str, dict[str, Any]]]:  # fmt: skip
     """Each launch in words, and its counts; none of them spills registers or asks for more than the card has.
 
     The gradients' launches keep a few numbers in local memory that the loop over the tiles does not use. With a proxy
@@ -79,7 +95,7 @@ def _counts(chosen: list, arch: int, cache: Path) -> list[tuple[str, dict[str, A
     """
     if _TRITON is None or not (Path(str(_TRITON.origin)).parent / "backends/nvidia/bin/nvdisasm").exists():
         pytest.skip("this triton comes without nvdisasm, which tells what a kernel is compiled to")
-    rows = json.loads(_run(f"report({chosen}, {arch})", cache))
+    rows = json.loads(_run(f"report({chosen}, {arch}, {tensor_cores})", cache))
     described = [(f"sm_{arch} {row['case']}: {row}", row) for row in rows]
     for what, row in described:
         assert row["note"] == "", what
@@ -125,6 +141,18 @@ def test_propagate_does_not_spill_and_is_no_longer(arch: int, triton_cache: Path
         if states <= 16:
             assert row["total"] <= instructions[states], what
             assert row["barriers_a_line"] <= barriers, what
+
+
+@pytest.mark.parametrize("arch", WARP_SCAN)
+def test_scans_by_tensor_cores_do_not_spill_and_have_no_barriers(arch: int, triton_cache: Path) -> None:
+    chosen = [({"op": "propagate", **case}, launches) for case, launches, _ in WARP_SCAN[arch]]
+    most = [most for _, launches, most in WARP_SCAN[arch] for _ in launches]
+    for bound, (what, row) in zip(most, _counts(chosen, arch, triton_cache, tensor_cores=True), strict=True):
+        assert "TILES" in row["plan"], what
+        assert row["matrix"] > 0, what
+        assert row["total"] <= bound, what
+        assert row["barriers_a_line"] == row["shared"] == 0, what
+        assert row["side_by_side"] * row["warps"] >= 8, what
 
 
 def test_images_of_several_sizes_do_not_spill(triton_cache: Path) -> None:

@@ -32,7 +32,14 @@ VALID_SIZE = [
     "long_propagates, wild_sizes",
     "forty_sizes",
 ]
-CASES = {"interpreted": LINE_SCAN, "propagate_interpreted": PROPAGATE, "valid_size_interpreted": VALID_SIZE}
+# In our interpreter of Gluon, which Triton's calls.
+WARP_SCAN = ["rows_of_all_lengths", "all_directions, segments, large_logits, infinite_logits, broken_kernels"]
+CASES = {
+    "interpreted": LINE_SCAN,
+    "propagate_interpreted": PROPAGATE,
+    "valid_size_interpreted": VALID_SIZE,
+    "warp_scan_interpreted": WARP_SCAN,
+}
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,49 @@ def test_the_lanes_of_propagate_hold_whole_rows(direction, layout, states) -> No
         assert chosen.grid == (2 * math.ceil(channels / rows),)
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_warps_with_tensor_cores_hold_whole_rows(direction, layout) -> None:
+    axes, taken = scan_axes(direction), 0
+    for cross, lines, channels, states, itemsize in itertools.product(
+        (1, 7, 15, 74, 128, 129), (3, 64), (8, 97), (2, 8, 12, 16, 17), (2, 4)
+    ):
+        shape = (512, channels, lines, cross) if axes.line == -2 else (512, channels, cross, lines)
+        x = laid_out(torch.empty(shape, device="meta"), layout)
+        strides = Strides(x.stride(0), x.stride(1), x.stride(axes.cross), x.stride(axes.line))
+        how = {"reverse": axes.reverse, "segment": None, "limits": Limits(tensor_cores=True)}
+        call = Sizes(512, channels, channels, cross, lines), (("in", strides), ("out", strides)), itemsize, states
+        plan = plan_propagate(*call, **how)
+        c = plan.constants
+        assert "TILES" not in plan_propagate(*call, **how, gated=False).constants
+        assert "TILES" not in plan_propagate(*call, **how, padded=True).constants
+        assert "TILES" not in plan_propagate(*call, **how | {"limits": Limits()}).constants
+        if "TILES" not in c:
+            assert cross == 1 or cross > 128 or states in (12, 17) or channels == 8
+            continue
+        taken += 1
+        assert cross <= 128
+        assert states in (2, 8, 16)
+        assert 8 * (c["TILES"] - 1) < cross <= 8 * c["TILES"]
+        assert c["PARTS"] == math.ceil(states / 4) * (2 if itemsize == 4 else 1)
+        assert c["WARPS"] == plan.num_warps
+        assert plan.grid == (512 * math.ceil(channels / (8 * c["WARPS"])),)
+        assert c["WIDTH"] == 1 or (c["FAST"] == CROSS and cross % 2 == 0)
+        assert lines % c["LINES"] == 0
+        assert c["LINES"] * c["TILES"] <= 20
+    assert taken > 0
+
+
+def test_few_rows_are_not_left_to_few_warps() -> None:
+    def plan(batch: int, channels: int) -> Plan:
+        image = Strides(channels * 128 * 128, 128 * 128, 1, 128)
+        sizes, how = Sizes(batch, channels, channels, 128, 128), {"reverse": False, "segment": None}
+        return plan_propagate(sizes, (("in", image), ("out", image)), 4, 8, limits=Limits(tensor_cores=True), **how)
+
+    assert "TILES" in plan(32, 640).constants
+    assert "TILES" not in plan(1, 640).constants
+
+
 def test_directions_run_side_by_side_where_each_has_few_rows() -> None:
     def together(batch: int, channels: int, height: int, width: int, layout: str, **limits: bool) -> Plan | None:
         x = laid_out(torch.empty((batch, channels, height, width), device="meta"), layout)

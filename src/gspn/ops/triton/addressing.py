@@ -71,7 +71,7 @@ def share(n_blocks, n_groups, n_lines, n_run, n_runs, REVERSE: tl.constexpr):
     n = tl.minimum(n_run, n_lines - i_start)
     i_low = n_lines - i_start - n if REVERSE else i_start
     if n_groups is None:
-        i_group, i_batch = tl.full([], 0, tl.int64), i_program.to(tl.int64)
+        i_group, i_batch = tl.cast(0, tl.int64), i_program.to(tl.int64)
     else:
         i_group, i_batch = (i_program % n_groups).to(tl.int64), (i_program // n_groups).to(tl.int64)
     return Share(i_block, i_group, i_batch, i_start, i_low, i_low + n)
@@ -126,7 +126,7 @@ def view(p, i_batch, i_channel, o_tile, strides, ALIGN: tl.constexpr):
     s_batch, s_channel, s_cross, s_line = strides
     p = p + i_batch * s_batch * ALIGN + _along(i_channel, s_channel, ALIGN)
     o = _along(o_tile[0], s_channel, ALIGN) + _along(o_tile[1], s_cross, ALIGN) + _along(o_tile[2], s_line, ALIGN)
-    one = tl.full([], 1, tl.int64)
+    one = tl.cast(1, tl.int64)
     return View(p, o, _along(one, s_line, ALIGN), _along(one, s_cross, ALIGN))
 
 

@@ -26,28 +26,7 @@ import triton.language as tl
 
 from .addressing import extent_within
 from .taps import exp2, inverse, within_reach
-
-
-@triton.jit
-def _high(b):
-    """The sign, the exponent and the highest 11 bits: what tensor cores read of a number as TF32."""
-    return (b.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _rounded(b):
-    """The nearest TF32 number."""
-    return ((b.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _pair(b, TF32: tl.constexpr):
-    """A number as the sum of two, the first of which is a TF32 number."""
-    if TF32:
-        b_high = _rounded(b)
-        return b_high, b - b_high
-    else:
-        return b, b
+from .tf32 import high, pair
 
 
 @triton.jit
@@ -56,7 +35,7 @@ def _dot(a, b, b_sum, PTX: tl.constexpr):
     if PTX:
         return tl.dot(a, b, b_sum, input_precision="tf32")
     else:
-        return tl.dot(_high(a), _high(b), b_sum, input_precision="ieee")
+        return tl.dot(high(a), high(b), b_sum, input_precision="ieee")
 
 
 @triton.jit
@@ -156,7 +135,7 @@ def _map(
     for i_first in tl.static_range(0, S, 8):
         b_p = _load(p_image, i_pixel, (i_first + s) * s_plane, (i_first + s < S) & (i_pixel < n_left))
         factor = _read_pair(p_factors + (i_first // 8 * 6 + MAP) * 256, 16, 8)
-        b_map = _add_product(b_map, factor, _pair(tl.trans(b_p), TF32), TF32, PTX)
+        b_map = _add_product(b_map, factor, pair(tl.trans(b_p), TF32), TF32, PTX)
     return _by_pixel(b_map)
 
 
@@ -164,10 +143,10 @@ def _map(
 def _add_gradient(b_sum, b_dproxy, b_d, p, p_weights, MAP: tl.constexpr, TF32: tl.constexpr, PTX: tl.constexpr):
     """Adds the gradient of map number MAP to that of its projection, ``[16, WIDTH]``, and to that of the proxy."""
     WIDTH: tl.constexpr = b_sum.shape[1]
-    b_sum = _add_product(b_sum, _pair(b_d, TF32), p, TF32, PTX)
+    b_sum = _add_product(b_sum, pair(b_d, TF32), p, TF32, PTX)
     weight = _read_pair(p_weights + MAP * (32 * WIDTH), WIDTH, 16)
     weight = (tl.trans(weight[0]), tl.trans(weight[1]))
-    return b_sum, _add_product(b_dproxy, _pair(tl.trans(b_d), TF32), weight, TF32, PTX)
+    return b_sum, _add_product(b_dproxy, pair(tl.trans(b_d), TF32), weight, TF32, PTX)
 
 
 @triton.jit(do_not_specialize=["n_channels", "n_groups"])
@@ -212,7 +191,7 @@ def factors_kernel(
                 else:
                     b_weight = tl.load(p_skip + (i_channel * S + i_s), mask=m, other=0.0)
                 b_factor = b_weight
-            factor, weight = _pair(b_factor, TF32), _pair(b_weight, TF32)
+            factor, weight = pair(b_factor, TF32), pair(b_weight, TF32)
             p_factor = p_factors + (i_first // 8 * 6 + k) * 256
             o_weights = (S + 7) // 8 * 1536 + i_first // WIDTH * (192 * WIDTH) + i_first % WIDTH * 32
             p_weight = p_factors + (o_weights + k * (32 * WIDTH))
@@ -341,7 +320,7 @@ def gradients_kernel(
                 n_left = n_pixels - i_first
                 p_image = p_proxy + (i_batch * S * n_pixels + i_first)
                 b_p = _load(p_image, i_s[:, None] * n_pixels, n.to(OFFSET), (i_s[:, None] < S) & m_pixels)
-                p = _pair(tl.trans(b_p), TF32)
+                p = pair(tl.trans(b_p), TF32)
                 b_dproxy = tl.zeros([16, WIDTH], tl.float32)
 
                 o_image = i_batch * s_dx_batch + o_block
@@ -454,7 +433,7 @@ def gradients_kernel(
                 b_after = b_after * b_w_after * (b_h_after - b_mean) * b_g
 
                 b_p = _load(p_image, i_s[:, None] * n_pixels, n.to(OFFSET), (i_s[:, None] < S) & m_pixels)
-                p = _pair(tl.trans(b_p), TF32)
+                p = pair(tl.trans(b_p), TF32)
                 b_dproxy = tl.zeros([16, WIDTH], tl.float32)
                 b_sum_before, b_dproxy = _add_gradient(b_sum_before, b_dproxy, b_before, p, p_weights, 0, TF32, PTX)
                 b_sum_here, b_dproxy = _add_gradient(b_sum_here, b_dproxy, b_here, p, p_weights, 1, TF32, PTX)

@@ -17,6 +17,9 @@ from torch import Tensor
 from ..directions import ScanAxes
 from .planner import Limits, Plan, Sizes, Strides
 
+TENSOR_CORES = ((8, 0), (9, 0), (10, 0), (10, 3))
+"""The compute capabilities whose tensor cores are at least four times as fast at TF32 as the units for float32."""
+
 
 class _Compiled(NamedTuple):
     """A kernel compiled for a plan and for tensors of some dtypes and alignments: Triton looks at nothing again."""
@@ -97,6 +100,18 @@ def _shared_memory(device: int) -> int:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)
 
 
+@functools.cache
+def _tensor_cores(device: int) -> bool:
+    """Whether a card's tensor cores can make maps, and Triton is one with Gluon."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) not in TENSOR_CORES:
+        return False
+    try:
+        import triton.experimental.gluon  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 _imposed = Limits()
 
 
@@ -120,8 +135,10 @@ def limits_of(device: torch.device) -> Limits:
     """The limits of a call on this device, with those that :func:`planned` imposes."""
     if device.type != "cuda":
         return _imposed._replace(ptx=False)
-    shared_memory = _shared_memory(torch.cuda.current_device() if device.index is None else device.index)
-    return _imposed._replace(shared_memory=shared_memory, ptx=torch.version.hip is None)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _imposed._replace(
+        shared_memory=_shared_memory(index), ptx=torch.version.hip is None, tensor_cores=_tensor_cores(index)
+    )
 
 
 def strides_of(tensor: Tensor, axes: ScanAxes) -> Strides:

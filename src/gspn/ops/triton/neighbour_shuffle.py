@@ -32,7 +32,7 @@ def split_lines(tile, LINES: tl.constexpr):
 def join_lines(lines, LINES: tl.constexpr):
     """The inverse of :func:`split_lines`."""
     if LINES == 1:
-        return tl.expand_dims(lines[0], 2)
+        return tl.reshape(lines[0], [lines[0].shape[0], lines[0].shape[1], 1])
     elif LINES == 2:
         return tl.join(lines[0], lines[1])
     else:

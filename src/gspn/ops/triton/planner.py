@@ -59,12 +59,14 @@ class Limits(NamedTuple):
     """The longest row of one block, a power of two from 32 on; None for the rules' own choice."""
     ptx: bool = True
     """Whether kernels may have instructions of NVIDIA's cards."""
+    tensor_cores: bool = False
+    """Whether the maps of short rows may be made by tensor cores: these are fast at TF32, and Gluon is there."""
     together: bool = True
     """Whether directions may run side by side where each has too few rows for a card."""
     like: tuple[int, int] | None = None
     """Batch and channels of the call whose blocks are wanted; None for those of this call."""
     choice: tuple[tuple[str, int], ...] = ()
-    """Values by name in place of what the rules choose: of the blocks, of the chunks, or ``num_warps``."""
+    """Values by name in place of what the rules choose: of the blocks, ``num_warps``, of the chunks, or ``warps``."""
 
 
 @dataclass(frozen=True)
@@ -409,6 +411,55 @@ def _chunks(layout: _Layout, proxy_channels: int, limits: Limits) -> _Chunks:
     return chosen
 
 
+class _Warps(NamedTuple):
+    """How rows are cut for warps that take eight channels each, and make their maps by tensor cores."""
+
+    warps: int
+    """Those of a program."""
+    tiles: int
+    """Tiles of eight pixels of a row."""
+    width: int
+    """Neighbouring pixels that a lane loads at once, of the two that it has of a tile."""
+    lines: int
+    """Lines that it loads at once."""
+
+
+_LONGEST_TENSOR_ROW = 128
+"""Of a longer row a lane has no registers for the states."""
+
+
+def _warp_instructions(layout: _Layout, warps: _Warps, proxy_channels: int) -> float:
+    """The same as :func:`_instructions`, of warps that make their maps by tensor cores."""
+    sizes, fours = layout.sizes, proxy_channels / 4
+    products = math.ceil(fours * (3 if layout.itemsize == 4 else 2) / 2)
+    each = 19 + 1.5 * products + 18 / warps.tiles + 18 / (warps.width * warps.lines)
+    programs = sizes.batch * math.ceil(layout.channels / (8 * warps.warps))
+    useful = sizes.batch * layout.channels * sizes.cross / (programs * warps.warps * warps.tiles * 64)
+    return each / useful * max(_MANY_LANES / (programs * warps.warps * 32), 1)
+
+
+def _warps(layout: _Layout, proxy_channels: int, limits: Limits) -> _Warps | None:
+    """The warps that cost least, None where tensor cores cannot take the call or chunks cost less."""
+    choice, cross = dict(limits.choice), layout.sizes.cross
+    if not limits.tensor_cores or limits.row is not None or cross > _LONGEST_TENSOR_ROW:
+        return None
+    if math.ceil(proxy_channels / 4) not in (1, 2, 4) or (choice and "warps" not in choice):
+        return None
+    seen, tiles = layout.seen_by_rules(limits), math.ceil(cross / 8)
+    width = math.gcd(layout.align, 2) if layout.fast == CROSS else 1
+    # What a lane has loaded of several lines takes registers.
+    lines = math.gcd(layout.align, _power_of_two(20 // tiles + 1) // 2) if layout.fast == LINE and tiles <= 10 else 1
+    choices = [_Warps(warps, tiles, width, lines) for warps in (4, 2, 1)]
+
+    def cost(warps: _Warps) -> float:
+        return _warp_instructions(seen, warps, proxy_channels)
+
+    best = min(choices, key=cost)
+    if "warps" in choice:
+        return best._replace(warps=choice["warps"])
+    return best if cost(best) < _instructions(seen, _chunks(layout, proxy_channels, limits), proxy_channels) else None
+
+
 def plan_propagate(
     sizes: Sizes, tensors: _Tensors, itemsize: int, proxy_channels: int, *, reverse: bool, segment: int | None,
     limits: Limits, direction: int = 0, adjoint: bool = False, gated: bool = True, padded: bool = False,
@@ -416,15 +467,24 @@ def plan_propagate(
     """The launch of ``scan_kernel`` for images of these sizes and strides and a proxy of ``proxy_channels``.
 
     ``direction`` is the number of its projections among those of all directions. ``padded`` images may be smaller than
-    their maps: their lines then begin and end anywhere, and pixels are taken one by one.
+    their maps: their lines then begin and end anywhere, and pixels are taken one by one. Where tensor cores make the
+    maps, it is a launch of ``warp_scan_kernel``.
     """
     # A block's channels may be of several groups: the layout of images knows no groups.
     layout = _Layout(sizes._replace(groups=sizes.channels), tensors, itemsize, segment, 1 if padded else 4)
+    of_group = {"i_direction": direction, "n_per_group": sizes.channels // sizes.groups}
+    warps = None if adjoint or padded or not gated else _warps(layout, proxy_channels, limits)
+    if warps is not None:
+        blocks, fours = _Blocks(8 * warps.warps, 8 * warps.tiles, lines=warps.lines), math.ceil(proxy_channels / 4)
+        return layout.plan(
+            blocks, warps.warps, reverse, more=of_group, WARPS=warps.warps, TILES=warps.tiles, WIDTH=warps.width,
+            S=proxy_channels, PARTS=fours * (2 if itemsize == 4 else 1),
+        )  # fmt: skip
     chunks = _chunks(layout, proxy_channels, limits)
     n_chunks = math.ceil(sizes.cross / chunks.pixels)
     of_rows = {
-        "i_direction": direction, "n_per_group": sizes.channels // sizes.groups, "n_chunks": n_chunks,
-        "n_rows": max(chunks.group // n_chunks, 1), "i_codes": None, "s_out_direction": None, "n_images": None,
+        **of_group, "n_chunks": n_chunks, "n_rows": max(chunks.group // n_chunks, 1), "i_codes": None,
+        "s_out_direction": None, "n_images": None,
     }  # fmt: skip
     whole = not padded and not chunks.halo and sizes.cross % chunks.pixels == 0
     return _plan_lanes(

@@ -5,6 +5,9 @@ proxy and writes ``y``, 2 N and N S / C numbers; it takes (5 S + 4) D N multiply
 gates and of the scan (plus S + 1 with a skip), 3 D N exponentials and 4 D N reciprocals. All instructions count, not
 these alone: some 90 a pixel and direction with S = 8, more than the time in which memory moves what it has to.
 
+On data-centre cards the maps of rows of up to 128 pixels are matrix products on tensor cores, in
+:mod:`.warp_scan_kernels`: some 35 instructions, of which seven are special functions, whose units are then the limit.
+
 **Forward**, D + 1 launches. The first packs the proxy. The directions follow each other and add to ``y`` in place, so
 that the order of the sum is fixed: D reads of ``x``, 2 D - 1 of and to ``y``. For bfloat16 and float16 what is added to
 is a float32 tensor of the size of ``x``, and the last direction writes ``y``. Nothing else is kept but copies of the
@@ -116,10 +119,18 @@ def prepare_scan(
     direction: str | None = None, valid_size: Tensor | None = None,
 ) -> Launch:  # fmt: skip
     """The launch of a plan, which writes to ``out`` its sum with ``before``; without a direction that of several."""
-    constants = plan.constants
     line = -2 if direction is None else scan_axes(direction).line
+    if "TILES" in plan.constants:
+        from .warp_scan_kernels import warp_scan_kernel  # Gluon, which not every Triton has
+
+        tensors = {
+            "p_in": source, "p_out": out, "p_before": before, "p_proxy": proxy.packed(line, plan),
+            "p_largest": proxy.largest, "p_taps": weights.taps, "p_lam": weights.lam, "p_u": weights.u,
+            "p_skip": None if plan.integers["i_direction"] else weights.skip,
+        }  # fmt: skip
+        return Launch(warp_scan_kernel, plan, tensors)
     sizes = in_scan_order(valid_size, line)
-    skips = constants["GATED"] and not plan.integers["i_direction"]
+    skips = plan.constants["GATED"] and not plan.integers["i_direction"]
     tensors = {
         "p_in": source, "p_out": out, "p_before": before, "p_proxy": proxy.packed(line, plan),
         "p_columns": proxy.packed(-1, plan) if direction is None else None, "p_largest": proxy.largest,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +17,23 @@ from .proxy_kernels import pack_kernel
 _BLOCK = 512
 """Pixels that a program packs, those of four channels."""
 
-_Chunks = tuple[int, int]
-"""How a row is cut: pixels of a chunk, and for how many chunks there is room."""
+
+class _Chunks(NamedTuple):
+    """How a row is cut, and what for."""
+
+    pixels: int
+    """Those of a chunk."""
+    pitch: int
+    """For how many chunks there is room."""
+    parts: int = 0
+    """For tensor cores the numbers that a lane reads of a pixel: one for every four channels, or two of float32."""
 
 
 class Proxy:
     """The proxy ``[B, S, H, W]``, and its copies for the scans, float32 ``[B, lines, pixels, S' / 4, chunks, 4]``.
 
-    ``S'`` is the next multiple of 4. A row is cut into chunks, the last one filled up with zeros.
+    ``S'`` is the next multiple of 4. A row is cut into chunks, the last one filled up with zeros. Tensor cores read
+    ``[B, lines, chunks of a pixel, 4, parts]``.
     """
 
     def __init__(self, proxy: Tensor) -> None:
@@ -71,7 +81,8 @@ class Proxy:
 
 
 def _chunks_of(plan: Plan) -> _Chunks:
-    return plan.constants["PIXELS"], plan.constants["PITCH"]
+    c = plan.constants
+    return _Chunks(1, 8 * c["TILES"], c["PARTS"]) if "TILES" in c else _Chunks(c["PIXELS"], c["PITCH"])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -87,10 +98,12 @@ def _plan_pack(
     shapes: list[tuple[int, ...] | None] = []
     most = 0
     for name, chunks, lines, cross in (("row", rows, height, width), ("column", columns, width, height)):
-        pixels, pitch = chunks or (1, 1)
-        n_chunks = math.ceil(cross / pixels)
+        how = chunks or _Chunks(1, 1)
+        pixels, pitch, parts = how
+        n_chunks = pitch if parts else math.ceil(cross / pixels)
         integers[f"n_{name}_chunks"] = n_chunks
-        constants |= {f"{name.upper()}_PIXELS": pixels, f"{name.upper()}_PITCH": pitch}
-        shapes.append(None if chunks is None else (batch, lines, pixels, fours, pitch, 4))
+        constants |= {f"{name.upper()}_{key.upper()}": size for key, size in how._asdict().items()}
+        shape = (batch, lines, pitch, 4, parts) if parts else (batch, lines, pixels, fours, pitch, 4)
+        shapes.append(None if chunks is None else shape)
         most = max(most, lines * pixels * n_chunks)
     return Plan((math.ceil(most / _BLOCK), batch, fours), _BLOCK // 128, constants, integers), shapes
