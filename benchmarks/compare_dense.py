@@ -5,7 +5,7 @@ the context in tests, speed and memory.
     python benchmarks/compare_dense.py run climate land [--crop 128] [--jobs 2]
     python benchmarks/compare_dense.py table climate land -o compare-dense.csv
     python benchmarks/compare_dense.py plot compare-dense.csv compare-dense.png
-    python benchmarks/compare_dense.py picture runs/earth_climate dense-climates.jpg
+    python benchmarks/compare_dense.py images runs/earth_climate dense-climates.jpg
     python benchmarks/compare_dense.py speed -o compare-dense-speed.csv
 
 Each run is a ``gspn dense train`` in a process of its own with one thread, and then tests by windows of several widths.
@@ -290,7 +290,7 @@ def plot(
 
 
 @app.command()
-def picture(
+def images(
     model: Annotated[Path, typer.Argument(metavar="DIR", help="A run of `gspn dense train` on the Earth's climates.")],
     output: Annotated[Path, typer.Argument(metavar="IMAGE", help="PNG or JPEG to write.")],
     earth: _Earth = _EARTH,
@@ -306,16 +306,16 @@ def picture(
     from gspn.tasks.dense.inference import Windows, predict_map
     from gspn.tasks.dense.model import load_model
 
-    net, images, titles = load_model(model), [], []
+    net, drawn, titles = load_model(model), [], []
     for split in ("val", "test"):
         data = open_maps("earth", split, earth, target="climate")
         band, climates = data.image(0), data.map(0)
         found = predict_map(np.asarray(band), net, Windows(0), device=torch.device("cpu")).numpy()
         shown = [colour_map(np.where(np.isnan(climates), np.nan, one), net.target) for one in (climates, found)]
-        images += [band, *shown]
+        drawn += [band, *shown]
         titles += [f"{split}: image", "climates", "predicted"]
     with replaced(output) as part:
-        side_by_side(images, titles, height).save(part, format=Image.registered_extensions()[output.suffix], quality=88)
+        side_by_side(drawn, titles, height).save(part, format=Image.registered_extensions()[output.suffix], quality=88)
 
 
 @app.command()
