@@ -67,7 +67,8 @@ class Entry:
         stages = [crop // by for by in (4, 8, 16, 32)]
         kwargs = {key: stages if value is STAGES else value for key, value in self.kwargs.items()}
         return {
-            "name": self.model, "kwargs": kwargs, "decoder": self.decoder, "decoder_kwargs": self.decoder_kwargs
+            "model.name": self.model, "model.kwargs": kwargs, "model.decoder": self.decoder,
+            "model.decoder_kwargs": self.decoder_kwargs,
         }  # fmt: skip
 
 
@@ -124,7 +125,7 @@ class Budget:
 def _chain(task: str, crop: int, entry: Entry, seed: int, budget: Budget, earth: Path, output: Path) -> list[Step]:
     batch = budget.batch(crop)
     values = {
-        **{f"model.{key}": value for key, value in entry.settings(crop).items()},
+        **entry.settings(crop),
         **TASKS[task],
         "data.root": str(earth),
         "data.size": crop,
@@ -327,7 +328,7 @@ def speed(
     """Time the models in turns on one thread: inference and a training step, with their memory."""
     import torch
 
-    from gspn.tasks.dense.config import ModelConfig
+    from gspn.tasks.dense.config import DenseConfig
     from gspn.tasks.dense.model import Target, build_model
     from gspn.tasks.dense.transforms import Normalization
 
@@ -338,7 +339,7 @@ def speed(
                         Normalization((0.5,) * 3, (0.5,) * 3), crop)  # fmt: skip
         images = torch.randn(max(1, 256 * 256 // crop**2), 3, crop, crop)
         models = {
-            entry.label: build_model(ModelConfig(**entry.settings(crop)), target)
+            entry.label: build_model(DenseConfig().changed(**entry.settings(crop)).model, target)
             for entry in ENTRIES
         }  # fmt: skip
         for mode in ("inference", "training"):

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 from common import Csv, Jobs, Root, Step, directory, print_table, read_csv, run_all, settings, spread, write_csv
-from compare_dense import ENTRIES, TASKS
+from compare_dense import TASKS, Entry
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
@@ -27,15 +27,20 @@ TASK, CROP, WIDTHS, SEEDS = "climate", 128, (128, 512), (0, 1)
 DEPTH = 12
 # Of the teacher; of the two stages of a student; of a model from nothing, as many as of both stages.
 TEACHER_EPOCHS, BLOCK_EPOCHS, EPOCHS = 14, 4, 4
-_VIT = next(one for one in ENTRIES if one.label == "ViT")
-_KWARGS = {**_VIT.kwargs, "img_size": CROP}
+_VIT = Entry(
+    "ViT",
+    "vit_tiny_patch16_224",
+    dict(embed_dim=96, num_heads=3, class_token=False, global_pool="avg", dynamic_img_size=True, img_size=CROP),
+    "DPT",
+    dict(decoder_readout="ignore", decoder_intermediate_channels=[24, 48, 96, 96], decoder_fusion_channels=32),
+)
 Earth = Annotated[Path, typer.Option(metavar="DIR", help="Directory that gspn dense earth wrote.")]
 _EARTH = Path("runs/earth")
 
 
 def _dense_settings(earth: Path, epochs: int, seed: int) -> dict[str, Any]:
     return {
-        **_VIT.model_settings, **TASKS[TASK], "model.kwargs": _KWARGS, "data.root": str(earth), "data.size": CROP,
+        **_VIT.settings(CROP), **TASKS[TASK], "data.root": str(earth), "data.size": CROP,
         "data.batch_size": 4, "data.eval_split": None, "data.mean": [0.5] * 3, "data.std": [0.5] * 3,
         "optim.lr_base_batch": None, "schedule.epochs": epochs, "schedule.warmup_epochs": 0.5, "run.seed": seed,
         "run.trackers": [],
