@@ -269,7 +269,11 @@ def plot(
         score, unit = ("mae", "mean error, m") if task == "elevation" else ("miou", "mIoU, %")
         line[0].set_ylabel(f"{task}: {unit}")
         for crop, panel in zip(crops, line, strict=True):
+            if not any((one["task"], int(one["crop"])) == (task, crop) for one in rows):
+                panel.set_axis_off()
+                continue
             panel.set_title(f"trained on crops of {crop}", fontsize=10)
+            panel.tick_params(labelbottom=True)
             panel.axvline(crop, color="0.8", linestyle=":")
             for place, entry in enumerate(ENTRIES):
                 own = [
@@ -284,8 +288,7 @@ def plot(
             panel.set_xscale("log", base=2)
             panel.set_xticks(WIDTHS, [str(width) for width in WIDTHS])
             panel.grid(alpha=0.3)
-    for panel in panels[-1]:
-        panel.set_xlabel("side of the windows in tests")
+    figure.supxlabel("side of the windows in tests", fontsize=10)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     save_figure(figure, output)
 
