@@ -143,6 +143,21 @@ def test_propagate_does_not_spill_and_is_no_longer(arch: int, triton_cache: Path
             assert row["barriers_a_line"] <= barriers, what
 
 
+@pytest.mark.parametrize("tensor_cores", [False, True])
+def test_every_kernel_compiles(tensor_cores: bool, triton_cache: Path) -> None:
+    """With the least Triton too, whose assembler may do worse than the bounds of the other tests."""
+    backward = [1, 3, 6, 9, 10]
+    calls = [
+        ({"op": "line_scan", "states": 0, "direction": "down", "mode": "forward", **LARGE}, [0]),
+        ({"op": "line_scan", "states": 0, "direction": "left", "mode": "backward", **LARGE}, [0]),
+        ({"op": "propagate", "mode": "backward", **SMALL}, backward),
+        ({"op": "propagate", **LARGE, "states": 2}, [3]),
+    ]
+    chosen = [({"op": "propagate", **SHORT, "size": 74}, [1])] if tensor_cores else calls
+    rows = json.loads(_run(f"report({chosen}, 90, {tensor_cores})", triton_cache))
+    assert [row["note"] for row in rows] == [""] * sum(len(launches) for _, launches in chosen)
+
+
 @pytest.mark.parametrize("arch", WARP_SCAN)
 def test_scans_by_tensor_cores_do_not_spill_and_have_no_barriers(arch: int, triton_cache: Path) -> None:
     chosen = [({"op": "propagate", **case}, launches) for case, launches, _ in WARP_SCAN[arch]]

@@ -188,11 +188,8 @@ class States(NamedTuple):
 @triton.jit
 def states(p_states, i_channel, i_cross, n_cross, BLOCK_C: tl.constexpr, FAST: tl.constexpr):
     """The :class:`States` of a program, for a block that begins at the first position."""
-    if p_states is None:
-        return States(None, None)
-    else:
-        o = i_cross * BLOCK_C + i_channel if FAST == 0 else i_channel * n_cross + i_cross
-        return States(p_states + tl.program_id(0).to(tl.int64) * 2 * BLOCK_C * n_cross, o)
+    o = i_cross * BLOCK_C + i_channel if FAST == 0 else i_channel * n_cross + i_cross
+    return States(p_states + tl.program_id(0).to(tl.int64) * 2 * BLOCK_C * n_cross, o)
 
 
 @triton.jit
@@ -219,14 +216,11 @@ def load_state(
     BLOCK_C: tl.constexpr, TILES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """At the first tile of a block, the state that the last round left there; else ``b_state``."""
-    if between.p is None:
-        return b_state
-    else:
-        arrives = i_visit % TILES == 0
-        n_reached = tl.where(arrives, tl.where(i_round > 0, n_cross, 0), 0)
-        p = between.p + (i_round % 2) * BLOCK_C * n_cross + i_first * (BLOCK_C if FAST == 0 else 1)
-        b_left = tl.load(p + between.o, mask=(i_cross >= 0) & (i_cross < n_reached), other=0.0)
-        return tl.where(arrives, b_left, b_state)
+    arrives = i_visit % TILES == 0
+    n_reached = tl.where(arrives, tl.where(i_round > 0, n_cross, 0), 0)
+    p = between.p + (i_round % 2) * BLOCK_C * n_cross + i_first * (BLOCK_C if FAST == 0 else 1)
+    b_left = tl.load(p + between.o, mask=(i_cross >= 0) & (i_cross < n_reached), other=0.0)
+    return tl.where(arrives, b_left, b_state)
 
 
 @triton.jit
@@ -235,7 +229,6 @@ def store_state(
     BLOCK_C: tl.constexpr, TILES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """After the last tile of a block, leave the state for the next round."""
-    if between.p is not None:
-        n_reached = tl.where(i_visit % TILES == TILES - 1, n_cross, 0)
-        p = between.p + ((i_round + 1) % 2) * BLOCK_C * n_cross + i_first * (BLOCK_C if FAST == 0 else 1)
-        tl.store(p + between.o, b_state, mask=m_kept & (i_cross < n_reached))
+    n_reached = tl.where(i_visit % TILES == TILES - 1, n_cross, 0)
+    p = between.p + ((i_round + 1) % 2) * BLOCK_C * n_cross + i_first * (BLOCK_C if FAST == 0 else 1)
+    tl.store(p + between.o, b_state, mask=m_kept & (i_cross < n_reached))

@@ -29,13 +29,32 @@ from .taps import exp2, inverse, within_reach
 from .tf32 import high, pair
 
 
+# Triton before 3.8 takes no product that sums over fewer numbers than 16; tensor cores sum over 8.
+_LEAST = tl.constexpr(8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 16)
+
+
+@triton.jit
+def _beside_zeros(b):
+    """Each column beside a column of zeros, which adds nothing to a product."""
+    return tl.reshape(tl.join(b, tl.zeros_like(b)), [b.shape[0], 2 * b.shape[1]])
+
+
+@triton.jit
+def _matmul(a, b, b_sum, PRECISION: tl.constexpr):
+    """``b_sum`` plus the product of two matrices."""
+    if a.shape[1] < _LEAST:
+        return tl.dot(_beside_zeros(a), tl.trans(_beside_zeros(tl.trans(b))), b_sum, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, b_sum, input_precision=PRECISION)
+
+
 @triton.jit
 def _dot(a, b, b_sum, PTX: tl.constexpr):
     """``b_sum`` plus the product of two matrices, by tensor cores or as they compute it."""
     if PTX:
-        return tl.dot(a, b, b_sum, input_precision="tf32")
+        return _matmul(a, b, b_sum, "tf32")
     else:
-        return tl.dot(high(a), high(b), b_sum, input_precision="ieee")
+        return _matmul(high(a), high(b), b_sum, "ieee")
 
 
 @triton.jit
@@ -46,7 +65,7 @@ def _add_product(b_sum, a, b, TF32: tl.constexpr, PTX: tl.constexpr):
         b_sum = _dot(a[0], b[1], b_sum, PTX)
         return _dot(a[1], b[0], b_sum, PTX)
     else:
-        return tl.dot(a[0], b[0], b_sum, input_precision="ieee")
+        return _matmul(a[0], b[0], b_sum, "ieee")
 
 
 @triton.jit

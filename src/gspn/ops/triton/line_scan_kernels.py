@@ -77,7 +77,8 @@ def forward_kernel(
     TILES: tl.constexpr = HALO // LINES if HALO > 0 else 1
     MAY_OVERRUN: tl.constexpr = TILES * LINES > 1
     n_visits = tl.cdiv(n_cross, BLOCK_N - 2 * HALO) * TILES if HALO > 0 else TILES
-    between = states(p_states, channel, cross, n_row, BLOCK_C, FAST)
+    if HALO > 0:
+        between = states(p_states, channel, cross, n_row, BLOCK_C, FAST)
     n_rounds = tl.cdiv(mine.i_high - mine.i_low, TILES * LINES)
 
     for i_round in tl.range(0, n_rounds, num_stages=STAGES):
@@ -103,7 +104,8 @@ def forward_kernel(
             b_before = load_lines(w, m_taps, LINES, REVERSE)
             b_here = load_lines(tap(w, s_taps_tap, 1), m_taps, LINES, REVERSE)
             b_after = load_lines(tap(w, s_taps_tap, 2), m_taps, LINES, REVERSE)
-            b_state = load_state(b_state, between, i_round, i_visit, i_first, i_cross, n_row, BLOCK_C, TILES, FAST)
+            if HALO > 0:
+                b_state = load_state(b_state, between, i_round, i_visit, i_first, i_cross, n_row, BLOCK_C, TILES, FAST)
             h_tile = move(h, i_line, i_first)
             i_phase = i_step % n_segment if SEGMENTED else i_step
             # GROUP lines are stored together, as wide as one thread's store: no state waits in a register for others.
@@ -131,7 +133,8 @@ def forward_kernel(
                     i_stored_line = i_line + i_stored + g
                     m_stored = m_owned & (i_stored_line >= mine.i_low) & (i_stored_line < mine.i_high)
                 store_lines(h_tile, i_stored, b_states, m_stored, GROUP, REVERSE)
-            store_state(b_state, between, i_round, i_visit, i_first, i_cross, n_row, m_kept, BLOCK_C, TILES, FAST)
+            if HALO > 0:
+                store_state(b_state, between, i_round, i_visit, i_first, i_cross, n_row, m_kept, BLOCK_C, TILES, FAST)
         if HALO > 0:
             # The next round's states come from other threads.
             tl.debug_barrier()
@@ -210,7 +213,8 @@ def backward_kernel(
     TILES: tl.constexpr = HALO // LINES if HALO > 0 else 1
     MAY_OVERRUN: tl.constexpr = TILES * LINES > 1
     n_visits = tl.cdiv(n_cross, BLOCK_N - 2 * HALO) * TILES if HALO > 0 else TILES
-    between = states(p_states, channel, cross, n_row, BLOCK_C, FAST)
+    if HALO > 0:
+        between = states(p_states, channel, cross, n_row, BLOCK_C, FAST)
     n_rounds = tl.cdiv(mine.i_high - mine.i_low, TILES * LINES)
 
     for i_round in tl.range(0, n_rounds, num_stages=STAGES):
@@ -255,7 +259,10 @@ def backward_kernel(
             b_before = load_lines(w, m_taps, LINES, REVERSE)
             b_here = load_lines(tap(w, s_taps_tap, 1), m_taps, LINES, REVERSE)
             b_after = load_lines(tap(w, s_taps_tap, 2), m_taps, LINES, REVERSE)
-            b_carried = load_state(b_carried, between, i_round, i_visit, i_first, i_cross, n_row, BLOCK_C, TILES, FAST)
+            if HALO > 0:
+                b_carried = load_state(
+                    b_carried, between, i_round, i_visit, i_first, i_cross, n_row, BLOCK_C, TILES, FAST
+                )
             dx_tile, dlam_tile = move(dx, i_line, i_first), move(dlam, i_line, i_first)
             dw = move(dtaps, i_line, i_first)
             # ``b_carried`` is what the line scanned next sends; ``b_previous`` the states of the lines scanned before.
@@ -306,7 +313,8 @@ def backward_kernel(
                     store_lines(dw, i_stored, b_dbefore, m_taps_stored, GROUP, REVERSE, SHARED)
                     store_lines(tap(dw, s_dtaps_tap, 1), i_stored, b_dhere, m_taps_stored, GROUP, REVERSE, SHARED)
                     store_lines(tap(dw, s_dtaps_tap, 2), i_stored, b_dafter, m_taps_stored, GROUP, REVERSE, SHARED)
-            store_state(b_carried, between, i_round, i_visit, i_first, i_cross, n_row, m_kept, BLOCK_C, TILES, FAST)
+            if HALO > 0:
+                store_state(b_carried, between, i_round, i_visit, i_first, i_cross, n_row, m_kept, BLOCK_C, TILES, FAST)
         if HALO > 0:
             # The next round's states come from other threads.
             tl.debug_barrier()

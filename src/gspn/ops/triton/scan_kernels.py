@@ -320,7 +320,8 @@ def scan_kernel(
     TILES: tl.constexpr = HALO // LINES if HALO > 0 else 1
     MAY_OVERRUN: tl.constexpr = HALO > 0
     n_visits = tl.cdiv(n_cross, BLOCK - 2 * HALO) * TILES if HALO > 0 else TILES
-    between = states(p_states, 0, i_pixel, n_row, 1, FAST)
+    if HALO > 0:
+        between = states(p_states, 0, i_pixel, n_row, 1, FAST)
     n_rounds = tl.cdiv(mine.i_high - mine.i_low, TILES * LINES)
 
     for i_round in tl.range(0, n_rounds, num_stages=1):
