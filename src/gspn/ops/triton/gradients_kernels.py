@@ -28,7 +28,6 @@ from .addressing import extent_within
 from .taps import exp2, inverse, within_reach
 from .tf32 import high, pair
 
-
 # Triton before 3.8 takes no product that sums over fewer numbers than 16; tensor cores sum over 8.
 _LEAST = tl.constexpr(8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 16)
 
