@@ -14,6 +14,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
+# Autograd starts its threads at its first backward. If that is one of fake tensors, as exporting makes them, a process
+# that is forked from this one can take no gradients any more.
+torch.ones(1, requires_grad=True).sum().backward()
+
 # `make test-fast` leaves these out, and tests that are marked themselves: they train, compile, interpret kernels, build
 # large models or start processes.
 SLOW = re.compile(
