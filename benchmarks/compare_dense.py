@@ -289,7 +289,7 @@ def plot(
             panel.set_xticks(WIDTHS, [str(width) for width in WIDTHS])
             panel.grid(alpha=0.3)
     figure.supxlabel("side of the windows in tests", fontsize=10)
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     save_figure(figure, output)
 
 
