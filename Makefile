@@ -17,8 +17,7 @@ SECONDS := 600
 MINIMUM := .venv-minimum
 CORE := $(addprefix tests/,ops nn data diffusers models/test_denoiser.py models/test_weights.py fuzz tasks/core tasks/classify \
 	tasks/class_conditional/test_training.py tasks/diffusion tasks/text_to_image/test_pipelines.py \
-	tasks/text_to_image/test_shipped.py test_files.py test_imports.py test_packaging.py \
-	ops/triton/test_aot.py::test_every_kernel_compiles) --ignore tests/ops/triton
+	tasks/text_to_image/test_shipped.py test_files.py test_imports.py test_packaging.py) --ignore tests/ops/triton
 
 .PHONY: help install test test-fast test-minimum fuzz demo docs lint format bench gpu-counts gpu sanitize wheel wheel-aarch64 clean
 
@@ -54,6 +53,7 @@ $(MINIMUM)/.installed: constraints-minimum.txt $(INSTALLED)
 
 test-minimum: $(MINIMUM)/.installed ## Run the core of the suite with the least versions of all dependencies
 	$(MINIMUM)/bin/python $(PYTEST_OPTIONS) --durations=10 $(CORE)
+	$(MINIMUM)/bin/python $(PYTEST_OPTIONS) tests/ops/triton/test_aot.py::test_every_kernel_compiles
 
 fuzz: $(INSTALLED) ## Damage inputs and check what becomes of them, for SECONDS=600; finds go to tests/fuzz/finds/
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m fuzz --seconds $(SECONDS)
