@@ -42,7 +42,8 @@ def as_plain_pytorch(module: nn.Module) -> nn.Module:
 def assert_as_exact(module: nn.Module, opened: Any, *inputs: Tensor, draws: int = 6) -> None:
     """The error of ONNX Runtime against float64 is at most twice that of plain PyTorch, each a root mean square.
 
-    The first draw are the inputs. The largest error of few values says more of luck than of either.
+    The first draw are the inputs. The largest error of few values says more of luck than of either, so it may be four
+    times as large; but one wrong value among many is seen by it alone.
     """
     plain, exact = as_plain_pytorch(module), as_plain_pytorch(module).double()
     squares: dict[int, list[Tensor]] = defaultdict(list)
@@ -57,9 +58,11 @@ def assert_as_exact(module: nn.Module, opened: Any, *inputs: Tensor, draws: int 
             if true.numel():
                 eps = torch.finfo(near.dtype).eps
                 parts = [got.double() - true, near.double() - true, eps * true]
-                squares[i].append(torch.stack([part.square().mean() for part in parts]))
+                squares[i].append(torch.stack([part.square().flatten() for part in parts]))
     for i, of_draws in squares.items():
-        error, plain_error, rounding = torch.stack(of_draws).mean(0).sqrt().tolist()
-        # Plain PyTorch may be exact by luck: two roundings of the values are always allowed.
-        allowed = 2 * max(plain_error, rounding)
-        assert error <= allowed, f"output {i}: error {error:.3g}, plain {plain_error:.3g}, allowed {allowed:.3g}"
+        values = torch.cat(of_draws, 1)  # [error, plain error, rounding; draws x values]
+        for of_all, factor in ((values.mean(1), 2), (values.amax(1), 4)):
+            error, plain_error, rounding = of_all.sqrt().tolist()
+            # Plain PyTorch may be exact by luck: roundings of the values are always allowed.
+            allowed = factor * max(plain_error, rounding)
+            assert error <= allowed, f"output {i}: error {error:.3g}, plain {plain_error:.3g}, allowed {allowed:.3g}"
