@@ -82,16 +82,17 @@ def _magnitudes(grad: Tensor, arguments: tuple[Any, ...]) -> list[Tensor | None]
     return [y, dx, dproxy, dtap, dlam, du, dskip]
 
 
-def check(grad: Tensor, *arguments: Any, row: int | None = None) -> None:
+def check(grad: Tensor, *arguments: Any, **limits_of_plans: Any) -> None:
     """Forward and every gradient against float64, by the rule that all implementations follow.
 
-    ``row`` is the length from which a row takes more than one block.
+    ``limits_of_plans`` are some of :class:`~gspn.ops.triton.planner.Limits`: with ``row``, longer rows take more than
+    one block.
     """
     from gspn.ops import reference
     from gspn.ops.triton import propagate
     from gspn.ops.triton.launch import limits_of
 
-    limits = limits_of(grad.device)._replace(row=row)
+    limits = limits_of(grad.device)._replace(**limits_of_plans)
     actual = _results(grad, arguments, propagate, limits=limits)
     plain = _results(grad, arguments, reference)
     doubles = tuple(t.double() if isinstance(t, Tensor) else t for t in arguments)

@@ -53,7 +53,8 @@ PROPAGATE = {
     ],
 }
 
-# Calls whose maps tensor cores make, and instructions of a warp for 32 elements.
+# Calls whose maps tensor cores make, their launches, and instructions of a warp for 32 elements. A backward makes the
+# states of a direction and then its adjoint states.
 SHORT = {"batch": 64, "channels": 96, "size": 56}
 WARP_SCAN = {
     80: [(SHORT, [1], 36), (SHORT | {"dtype": "fp16", "states": 2, "size": 28}, [3], 45)],
@@ -62,6 +63,7 @@ WARP_SCAN = {
         (SHORT | {"size": 74}, [1, 3], 40),
         (SHORT | {"size": 74, "layout": "channels_last", "dtype": "bf16"}, [1], 50),
         (SHORT | {"size": 128, "states": 16, "layout": "channels_last"}, [3], 60),
+        (SHORT | {"mode": "backward"}, [1, 10], 40),
     ],
     100: [(SHORT | {"taps": "shared"}, [0], 40)],
     120: [(SHORT | {"channels": 768, "size": 7, "dtype": "bf16"}, [3], 70)],
@@ -153,7 +155,8 @@ def test_every_kernel_compiles(tensor_cores: bool, triton_cache: Path) -> None:
         ({"op": "propagate", "mode": "backward", **SMALL}, backward),
         ({"op": "propagate", **LARGE, "states": 2}, [3]),
     ]
-    chosen = [({"op": "propagate", **SHORT, "size": 74}, [1])] if tensor_cores else calls
+    short = {"op": "propagate", **SHORT, "size": 74}
+    chosen = [(short, [1]), (short | {"mode": "backward"}, [2])] if tensor_cores else calls
     rows = json.loads(_run(f"report({chosen}, 90, {tensor_cores})", triton_cache))
     assert [row["note"] for row in rows] == [""] * sum(len(launches) for _, launches in chosen)
 

@@ -33,7 +33,10 @@ VALID_SIZE = [
     "forty_sizes",
 ]
 # In our interpreter of Gluon, which Triton's calls.
-WARP_SCAN = ["rows_of_all_lengths", "all_directions, segments, large_logits, infinite_logits, broken_kernels"]
+WARP_SCAN = [
+    "rows_of_all_lengths, gradients",
+    "all_directions, segments, large_logits, infinite_logits, broken_kernels",
+]
 CASES = {
     "interpreted": LINE_SCAN,
     "propagate_interpreted": PROPAGATE,

@@ -175,7 +175,10 @@ def test_warps_with_tensor_cores_hold_whole_rows(direction, layout) -> None:
         call = Sizes(512, channels, channels, cross, lines), (("in", strides), ("out", strides)), itemsize, states
         plan = plan_propagate(*call, **how)
         c = plan.constants
-        assert "TILES" not in plan_propagate(*call, **how, gated=False).constants
+        for adjoint in (False, True):
+            scan = plan_propagate(*call, **how, gated=False, adjoint=adjoint).constants
+            assert ("TILES" in scan) == ("TILES" in c)
+            assert (scan["ADJOINT"], scan["GATED"]) == (adjoint, False)
         assert "TILES" not in plan_propagate(*call, **how, padded=True).constants
         assert "TILES" not in plan_propagate(*call, **how | {"limits": Limits()}).constants
         if "TILES" not in c:

@@ -473,12 +473,12 @@ def plan_propagate(
     # A block's channels may be of several groups: the layout of images knows no groups.
     layout = _Layout(sizes._replace(groups=sizes.channels), tensors, itemsize, segment, 1 if padded else 4)
     of_group = {"i_direction": direction, "n_per_group": sizes.channels // sizes.groups}
-    warps = None if adjoint or padded or not gated else _warps(layout, proxy_channels, limits)
+    warps = None if padded else _warps(layout, proxy_channels, limits)
     if warps is not None:
         blocks, fours = _Blocks(8 * warps.warps, 8 * warps.tiles, lines=warps.lines), math.ceil(proxy_channels / 4)
         return layout.plan(
             blocks, warps.warps, reverse, more=of_group, WARPS=warps.warps, TILES=warps.tiles, WIDTH=warps.width,
-            S=proxy_channels, PARTS=fours * (2 if itemsize == 4 else 1),
+            S=proxy_channels, PARTS=fours * (2 if itemsize == 4 else 1), ADJOINT=adjoint, GATED=gated,
         )  # fmt: skip
     chunks = _chunks(layout, proxy_channels, limits)
     n_chunks = math.ceil(sizes.cross / chunks.pixels)

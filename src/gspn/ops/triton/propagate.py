@@ -120,22 +120,19 @@ def prepare_scan(
 ) -> Launch:  # fmt: skip
     """The launch of a plan, which writes to ``out`` its sum with ``before``; without a direction that of several."""
     line = -2 if direction is None else scan_axes(direction).line
-    if "TILES" in plan.constants:
-        from .warp_scan_kernels import warp_scan_kernel  # Gluon, which not every Triton has
-
-        tensors = {
-            "p_in": source, "p_out": out, "p_before": before, "p_proxy": proxy.packed(line, plan),
-            "p_largest": proxy.largest, "p_taps": weights.taps, "p_lam": weights.lam, "p_u": weights.u,
-            "p_skip": None if plan.integers["i_direction"] else weights.skip,
-        }  # fmt: skip
-        return Launch(warp_scan_kernel, plan, tensors)
-    sizes = in_scan_order(valid_size, line)
     skips = plan.constants["GATED"] and not plan.integers["i_direction"]
     tensors = {
         "p_in": source, "p_out": out, "p_before": before, "p_proxy": proxy.packed(line, plan),
-        "p_columns": proxy.packed(-1, plan) if direction is None else None, "p_largest": proxy.largest,
-        "p_taps": weights.taps, "p_lam": weights.lam, "p_u": weights.u, "p_skip": weights.skip if skips else None,
-        "p_states": scratch(plan, weights.lam), "p_sizes": sizes,
+        "p_largest": proxy.largest, "p_taps": weights.taps, "p_lam": weights.lam, "p_u": weights.u,
+        "p_skip": weights.skip if skips else None,
+    }  # fmt: skip
+    if "TILES" in plan.constants:
+        from .warp_scan_kernels import warp_scan_kernel  # Gluon, which not every Triton has
+
+        return Launch(warp_scan_kernel, plan, tensors)
+    tensors |= {
+        "p_columns": proxy.packed(-1, plan) if direction is None else None, "p_states": scratch(plan, weights.lam),
+        "p_sizes": in_scan_order(valid_size, line),
     }  # fmt: skip
     return Launch(scan_kernel, plan, tensors)
 

@@ -1,4 +1,4 @@
-"""The forward scan of ``propagate`` with maps by tensor cores, in Gluon: rows of at most 128 pixels.
+"""The scans of ``propagate`` with maps by tensor cores, in Gluon: rows of at most 128 pixels.
 
 Gluon is Triton with the layouts of all tensors said, so that it is known which thread holds what. A warp takes eight
 channels of an image through a run of lines, in tiles of eight pixels, and nothing ever leaves it.
@@ -6,7 +6,8 @@ channels of an image through a run of lines, in tiles of eight pixels, and nothi
 **Lanes.** Lane ``4 c + t`` has pixels ``2 t`` and ``2 t + 1`` of every tile of channel ``c``, which is how tensor cores
 give a product of 16 rows and eight columns: the lane's two columns of row ``c`` and of row ``c + 8``. The rows are two
 maps of eight channels, the columns the pixels, and what is summed over is the proxy's channels. States and maps stay
-in the registers of their lane; a shuffle brings the neighbour on each side from the lane beside it.
+in the registers of their lane; a shuffle brings the neighbour on each side from the lane beside it: its state, or in an
+adjoint scan what it hands on.
 
 **Maps.** A float32 is the sum of two TF32 numbers, see :mod:`.tf32`. A projection is split when it is loaded, and the
 proxy has been when it was packed, as the lanes read it: in fours of channels, of which lane ``4 p + t`` holds number
@@ -134,7 +135,7 @@ class _Lanes(NamedTuple):
     m_last: Any
     """Whether what it loads of the last tile exists, and if it loads twice, the second."""
     weights: Any
-    """The numbers of its channel's projections: of three taps, lam, u and skip."""
+    """The numbers of its channel's projections: of three taps, the gate of what goes in, u and skip."""
     p_proxy: Any
     o_proxy: Any
 
@@ -163,48 +164,80 @@ def _store(v, j, pixels, mine, TILES: gl.constexpr, LOADS: gl.constexpr):
 
 
 @gluon.jit
+def _where(m, states):
+    """The states, or zeros."""
+    b_states = ()
+    for k in gl.static_range(len(states)):
+        b_states = b_states + (gl.where(m, states[k], 0.0),)
+    return b_states
+
+
+@gluon.jit
+def _beside(lane, b_last, b_first, b_second, b_next):
+    """What the pixels before and after a lane's two give, which give ``first`` and ``second``.
+
+    ``last`` is what second pixels of the tile before give, ``next`` what first pixels of the tile after it do.
+    """
+    b_before = _shuffled(gl.where((lane & 3) == 3, b_last, b_second), (lane & 28) + ((lane + 3) & 3))
+    b_after = _shuffled(gl.where((lane & 3) == 0, b_next, b_first), (lane & 28) + ((lane + 1) & 3))
+    return b_before, b_after
+
+
+@gluon.jit
+def _handed_on(lane, b_kept, b_back, b_ahead, j, TILES: gl.constexpr, b_zero):
+    """What an adjoint scan carries on at a lane's two pixels of tile ``j``.
+
+    ``kept``: what both hand to themselves and each other; ``back`` and ``ahead``: what the first hands to the pixel
+    before it, and the second to the one after it. The ends of a row hand nothing beyond it.
+    """
+    b_last = b_ahead[j - 1] if j > 0 else b_zero
+    b_next = b_back[j + 1] if j < TILES - 1 else b_zero
+    b_before, b_after = _beside(lane, b_last, b_back[j], b_ahead[j], b_next)
+    return b_kept[2 * j] + b_before, b_kept[2 * j + 1] + b_after
+
+
+@gluon.jit
 def _scan(
     x, out, before, share, mine, n_lines, n_cross, n_segment,
     TILES: gl.constexpr, LOADS: gl.constexpr, LINES: gl.constexpr, REVERSE: gl.constexpr, SEGMENTED: gl.constexpr,
-    FOURS: gl.constexpr, SKIP: gl.constexpr, LAYOUT: gl.constexpr, LARGE: gl.constexpr,
+    FOURS: gl.constexpr, ADJOINT: gl.constexpr, GATED: gl.constexpr, SKIP: gl.constexpr, LAYOUT: gl.constexpr,
+    LARGE: gl.constexpr,
 ):  # fmt: skip
     """All lines of a program. With LARGE the logits may have any size."""
     PIXELS: gl.constexpr = 2 * TILES
     lane, weights = mine.lane, mine.weights
     b_zero = gl.full([1, lane.shape[1]], 0.0, gl.float32, LAYOUT)
-    i_lane_before, i_lane_after = (lane & 28) + ((lane + 3) & 3), (lane & 28) + ((lane + 1) & 3)
-    m_first, m_fourth = (lane & 3) == 0, (lane & 3) == 3
+    m_first = (lane & 3) == 0
     s_tile = 32 * mine.o_proxy.shape[2]
     b_states = ()
     for _ in gl.static_range(PIXELS):
         b_states = b_states + (b_zero,)
-    for i_round in range(gl.cdiv(share.i_high - share.i_low, LINES)):
-        i_step = i_round * LINES
+    n_rounds = gl.cdiv(share.i_high - share.i_low, LINES)
+    for i_round in range(n_rounds):
+        i_step = (n_rounds - 1 - i_round if ADJOINT else i_round) * LINES
         i_line = n_lines - share.i_start - i_step - LINES if REVERSE else share.i_start + i_step
         x_here, out_here = move(x, i_line, i_line * 0), move(out, i_line, i_line * 0)
         b_in, b_added, b_out = (), (), ()
         for j in gl.static_range(TILES):
             b_in = b_in + _load(x_here, j, mine, TILES, LOADS, LAYOUT)
-        for i in gl.static_range(LINES):
+        # Numbered in the order of the scan, which an adjoint takes backwards.
+        for i in gl.static_range(LINES - 1 if ADJOINT else 0, -1 if ADJOINT else LINES, -1 if ADJOINT else 1):
             p_line = mine.p_proxy + (i_line + (LINES - 1 - i if REVERSE else i)).to(gl.int64) * (TILES * s_tile)
-            if SEGMENTED:
-                m_follows = (i_step + i) % n_segment != 0
-                b_kept = ()
-                for k in gl.static_range(PIXELS):
-                    b_kept = b_kept + (gl.where(m_follows, b_states[k], 0.0),)
-                b_states = b_kept
+            if SEGMENTED and not ADJOINT:
+                b_states = _where((i_step + i) % n_segment != 0, b_states)
             if before is not None and i == LINES - 1:
                 # Not earlier: it takes registers.
                 before_here = move(before, i_line, i_line * 0)
                 for j in gl.static_range(TILES):
                     b_added = b_added + _load(before_here, j, mine, TILES, LOADS, LAYOUT)
-            b_new = ()
+            b_new, b_kept, b_back, b_ahead = (), (), (), ()
             for j in gl.static_range(TILES):
                 i_cross = mine.i_pixel + 8 * j
                 proxy = _one_by_one(gl.load(p_line + j * s_tile + mine.o_proxy), LAYOUT)
                 first = _two_maps(weights[0], weights[1], proxy, b_zero, FOURS, LARGE)
                 second = _two_maps(weights[2], weights[3], proxy, b_zero, FOURS, LARGE)
-                third = _two_maps(weights[4], weights[5], proxy, b_zero, FOURS, LARGE)
+                if GATED:
+                    third = _two_maps(weights[4], weights[5], proxy, b_zero, FOURS, LARGE)
                 logits = (first[0], first[2], second[0], first[1], first[3], second[1])
                 if j == 0:
                     logits = (gl.where(m_first, float("inf"), logits[0]),) + logits[1:]
@@ -214,16 +247,17 @@ def _scan(
                     logits = logits[:2] + (b_after_0,) + logits[3:5] + (b_after_1,)
                 if LARGE:
                     logits = within_reach(logits, i_cross, n_cross, 2)
-                # The last line's states at both pixels, and beside them in another lane, perhaps in another tile.
+                of_0 = stochastic(logits[0], logits[1], logits[2], True)
+                of_1 = stochastic(logits[3], logits[4], logits[5], True)
                 b_0, b_1 = b_states[2 * j], b_states[2 * j + 1]
-                b_last = b_states[2 * j - 1] if j > 0 else b_zero
-                b_next = b_states[2 * j + 2] if j < TILES - 1 else b_zero
-                b_before = _shuffled(gl.where(m_fourth, b_last, b_1), i_lane_before)
-                b_after = _shuffled(gl.where(m_first, b_next, b_0), i_lane_after)
-                taps = stochastic(logits[0], logits[1], logits[2], True)
-                b_0_new = taps[0] * b_before + taps[1] * b_0 + taps[2] * b_1
-                taps = stochastic(logits[3], logits[4], logits[5], True)
-                b_1_new = taps[0] * b_0 + taps[1] * b_1 + taps[2] * b_after
+                if ADJOINT:
+                    b_0_new, b_1_new = b_0, b_1
+                else:
+                    b_last = b_states[2 * j - 1] if j > 0 else b_zero
+                    b_next = b_states[2 * j + 2] if j < TILES - 1 else b_zero
+                    b_before, b_after = _beside(lane, b_last, b_0, b_1, b_next)
+                    b_0_new = of_0[0] * b_before + of_0[1] * b_0 + of_0[2] * b_1
+                    b_1_new = of_1[0] * b_0 + of_1[1] * b_1 + of_1[2] * b_after
                 x_0 = b_in[2 * j * LINES + (LINES - 1 - i if REVERSE else i)].to(gl.float32)
                 x_1 = b_in[(2 * j + 1) * LINES + (LINES - 1 - i if REVERSE else i)].to(gl.float32)
                 b_0_new += second[2] * x_0
@@ -232,21 +266,33 @@ def _scan(
                     # Beyond the row there is no state, whatever has been loaded.
                     b_0_new = gl.where(i_cross < n_cross, b_0_new, 0.0)
                     b_1_new = gl.where(i_cross + 1 < n_cross, b_1_new, 0.0)
-                b_new = b_new + (b_0_new, b_1_new)
-                y_0, y_1 = third[0] * b_0_new, third[1] * b_1_new
+                if ADJOINT:
+                    b_kept = b_kept + (of_0[1] * b_0_new + of_1[0] * b_1_new, of_0[2] * b_0_new + of_1[1] * b_1_new)
+                    b_back, b_ahead = b_back + (of_0[0] * b_0_new,), b_ahead + (of_1[2] * b_1_new,)
+                    if j > 0:
+                        b_new = b_new + _handed_on(lane, b_kept, b_back, b_ahead, j - 1, TILES, b_zero)
+                else:
+                    b_new = b_new + (b_0_new, b_1_new)
+                y_0, y_1 = b_0_new, b_1_new
+                if GATED:
+                    y_0, y_1 = third[0] * b_0_new, third[1] * b_1_new
                 if SKIP:
                     y_0 += third[2] * x_0
                     y_1 += third[3] * x_1
                 b_out = b_out + (y_0, y_1)
-                if i == LINES - 1:
+                if i == (0 if ADJOINT else LINES - 1):
                     pixels = ()
                     for k in gl.static_range(2):
                         for n in gl.static_range(LINES):
-                            b = b_out[(LINES - 1 - n if REVERSE else n) * PIXELS + 2 * j + k]
+                            b = b_out[(LINES - 1 - n if REVERSE != ADJOINT else n) * PIXELS + 2 * j + k]
                             if before is not None:
                                 b += b_added[(2 * j + k) * LINES + n].to(gl.float32)
                             pixels = pixels + (b,)
                     _store(out_here, j, pixels, mine, TILES, LOADS)
+            if ADJOINT:
+                b_new = b_new + _handed_on(lane, b_kept, b_back, b_ahead, TILES - 1, TILES, b_zero)
+                if SEGMENTED:
+                    b_new = _where((i_step + i) % n_segment != 0, b_new)
             b_states = b_new
 
 
@@ -258,12 +304,14 @@ def warp_scan_kernel(
     n_groups, n_channels, n_cross, n_lines, n_run, n_runs, n_segment,
     FAST: gl.constexpr, ALIGN: gl.constexpr, HALO: gl.constexpr, LINES: gl.constexpr, REVERSE: gl.constexpr,
     SEGMENTED: gl.constexpr, WARPS: gl.constexpr, TILES: gl.constexpr, WIDTH: gl.constexpr, S: gl.constexpr,
-    PARTS: gl.constexpr,
+    PARTS: gl.constexpr, ADJOINT: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """``u`` times the states of a scan of ``lam * in``, plus ``skip * in`` and ``before``, where there are any.
+    """The states of a scan of ``lam * in``; if GATED ``u`` times them, plus ``skip * in``, if there is a skip.
 
-    Arguments are those of :func:`.scan_kernels.scan_kernel`, but ``proxy [B, lines, 8 TILES, 4, PARTS]``: a pixel and a
-    channel of four, and of each four the number, or of float32 the two TF32 numbers whose sum it is.
+    The sum is added to ``before``, if there is one. With ADJOINT the scan runs against its direction by the transposed
+    taps, and ``u`` is the gate of what goes in. Arguments are those of :func:`.scan_kernels.scan_kernel`, but ``proxy
+    [B, lines, 8 TILES, 4, PARTS]``: a pixel and a channel of four, and of each four the number, or of float32 the two
+    TF32 numbers whose sum it is.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, WARPS], [1, 0])
     FOURS: gl.constexpr = (S + 3) // 4
@@ -290,11 +338,13 @@ def warp_scan_kernel(
         # The sum over the channel's four lanes.
         b_bound += _shuffled(b_bound, lane ^ 1)
         bounds = bounds + (b_bound + _shuffled(b_bound, lane ^ 2),)
-    weights = weights + (_weights(p_lam, o_row * S, i_four, 1.0, S), _weights(p_u, o_row * S, i_four, 1.0, S))
-    if p_skip is None:
-        weights = weights + (_weights(p_u, o_row * S, i_four, 0.0, S),)
-    else:
-        weights = weights + (_weights(p_skip, i_channel * S, i_four, 1.0, S),)
+    weights = weights + (_weights(p_u if ADJOINT else p_lam, o_row * S, i_four, 1.0, S),)
+    if GATED:
+        weights = weights + (_weights(p_u, o_row * S, i_four, 1.0, S),)
+        if p_skip is None:
+            weights = weights + (_weights(p_u, o_row * S, i_four, 0.0, S),)
+        else:
+            weights = weights + (_weights(p_skip, i_channel * S, i_four, 1.0, S),)
 
     n = _numbers(NUMBERS, WARPS)
     i_channels, i_pixels = _of_lanes(i_channel, NUMBERS), _of_lanes(i_pixel, NUMBERS)
@@ -319,10 +369,10 @@ def warp_scan_kernel(
     if gl.min(gl.min(m_small.to(gl.int32), 1), 0) == 0:
         _scan(
             x, out, before, of_program, mine, n_lines, n_cross, n_segment, TILES, 2 // WIDTH, LINES, REVERSE, SEGMENTED,
-            FOURS, p_skip is not None, LAYOUT, True,
+            FOURS, ADJOINT, GATED, p_skip is not None, LAYOUT, True,
         )  # fmt: skip
     else:
         _scan(
             x, out, before, of_program, mine, n_lines, n_cross, n_segment, TILES, 2 // WIDTH, LINES, REVERSE, SEGMENTED,
-            FOURS, p_skip is not None, LAYOUT, False,
+            FOURS, ADJOINT, GATED, p_skip is not None, LAYOUT, False,
         )  # fmt: skip
