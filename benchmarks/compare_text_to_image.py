@@ -4,14 +4,15 @@
     python benchmarks/compare_text_to_image.py table [--output CSV]
     python benchmarks/compare_text_to_image.py images PNG [--size 128]
     python benchmarks/compare_text_to_image.py solvers [--scheduler dpm++] [--steps 8] [--guidance 4] [--output CSV]
+    python benchmarks/compare_text_to_image.py layers [--output CSV]
     python benchmarks/compare_text_to_image.py speed [--output CSV]
     python benchmarks/compare_text_to_image.py starts [--output CSV]
 
 ``run`` samples images for captions of the training set and for held-out captions, at the size of the training and, by
 progressive upscaling, at two, four and eight times it, with two seeds, and measures them. What exists is neither
 sampled nor measured again, so a stopped run continues. ``table`` gathers what there is. ``solvers`` samples held-out
-captions at the size of the training with each scheduler, number of steps and guidance. ``starts`` distills the adapter
-for a few epochs from each of its starting points.
+captions at the size of the training with each scheduler, number of steps and guidance. ``layers`` samples the same with
+self-attention kept in some layers. ``starts`` distills the adapter for a few epochs from each of its starting points.
 
 ``run --before DIR`` adds the models of an earlier version, ``DIR/gspn_text_to_image.emoji64`` with
 ``DIR/gspn_adapter.emoji64``. ``run --reference DIR`` compares images of more than 64 pixels with real ones of their own
@@ -314,6 +315,67 @@ def solvers(
         for row in rows
     ]  # fmt: skip
     headings = ("", "scheduler", "steps", "guidance", "FID", "KID x 1000", "text score", "rank")
+    print_table(f"{len(prompts)} held-out captions, {TRAINED} pixels", headings, shown)
+    write_csv(output, rows)
+
+
+@app.command()
+def layers(
+    root: Root = Path("runs/compare_layers"),
+    teacher: _Teacher = TEACHER,
+    adapter: _Adapter = ADAPTER,
+    number: Annotated[int, typer.Option(metavar="N", min=2, help="Number of images.")] = IMAGES[TRAINED],
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seed", metavar="N", help="Seed of the noise. Repeatable; default: 0, 1.")
+    ] = None,
+    output: Csv = None,
+) -> None:
+    """Sample held-out captions with self-attention in all layers, in those of one level, and in none."""
+    from gspn.diffusers import GSPNAdapter
+    from gspn.tasks.text_to_image.evaluate import Reference, evaluate
+    from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
+    from gspn.tasks.text_to_image.sample import sample
+
+    console, prompts, rows, real = Console(), _prompts("val", number), [], Reference("emoji:train", TRAINED, TRAINED)
+    pipeline, whole = load_pipeline(teacher), load_adapter(adapter)
+    of_layers, weights = whole.config["layers"], whole.state_dict()
+    levels = list(dict.fromkeys(name.split(".attentions")[0] for name in of_layers))
+    for kept, seed in itertools.product(("all", *levels, "none"), seeds or SEEDS):
+        left = {} if kept == "all" else {k: v for k, v in of_layers.items() if not k.startswith(kept)}
+        part = None
+        if left:
+            part = GSPNAdapter.from_config({**whole.config, "layers": left})
+            part.load_state_dict({k: weights[k] for k in part.state_dict()})
+        directory = root / f"{kept}-seed{seed}"
+        file = directory / "figures.json"
+        if not file.is_file():
+            sample(
+                pipeline, prompts, adapter=part, output=directory, height=TRAINED, width=TRAINED, steps=STEPS,
+                guidance=GUIDANCE, scheduler=SCHEDULER, seed=seed, batch_size=16, device="cpu", check=False,
+                console=console,
+            )  # fmt: skip
+            evaluate(
+                directory, real, features="lite0", device="cpu", cache=root / "features", console=console
+            ).write_json(file)
+        figures = json.loads(file.read_text())
+        rows.append(
+            {
+                "self_attention": kept, "layers": len(of_layers) - len(left), "seed": seed, "images": len(prompts),
+                "fid": figures["fid"], "kid": figures["kid"],
+                **{f"text_{key}": value for key, value in figures["text"].items()},
+            }
+        )  # fmt: skip
+    shown = []
+    for kept in dict.fromkeys(row["self_attention"] for row in rows):
+        some = [row for row in rows if row["self_attention"] == kept]
+        shown.append(
+            (
+                kept, some[0]["layers"], spread((row["fid"] for row in some), 1),
+                spread((1000 * row["kid"] for row in some), 1),
+                spread((row["text_similarity"] for row in some), 3), spread((row["text_rank"] for row in some), 1),
+            )
+        )  # fmt: skip
+    headings = ("self-attention in", "layers", "FID", "KID x 1000", "text score", "rank")
     print_table(f"{len(prompts)} held-out captions, {TRAINED} pixels", headings, shown)
     write_csv(output, rows)
 
