@@ -77,3 +77,8 @@ def test_the_results_go_to_a_directory(monkeypatch, tmp_path):
     assert found.exit_code == 0, found.output
     assert written == [tmp_path / "evaluation.json"]
     assert "least: cat 25.0%" in found.output and "a.png" in found.output
+
+    # Of the processes that torchrun started, the first prints and writes.
+    monkeypatch.setenv("RANK", "1")
+    found = run("evaluate", "samples", "--reference", "digits:train", "--output", str(tmp_path))
+    assert (found.exit_code, found.output, len(written)) == (0, "", 1)

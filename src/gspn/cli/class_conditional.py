@@ -184,15 +184,19 @@ def evaluate(
 
     The figures compare only with figures of the same feature model, which is printed with them.
     """
+    from gspn.tasks.core.devices import distributed_context, is_main_process
     from gspn.tasks.diffusion.images import export_npz, open_images
 
     console = Console()
-    result = task.evaluate(
-        samples, reference, features=features,
-        classifier=None if classifier is None else load_classifier(classifier, batch_size, device.value),
-        neighbours=neighbours, limit=limit, batch_size=batch_size, device=device.value, cache=cache,
-        console=console,
-    )  # fmt: skip
+    with distributed_context():
+        result = task.evaluate(
+            samples, reference, features=features,
+            classifier=None if classifier is None else load_classifier(classifier, batch_size, device.value),
+            neighbours=neighbours, limit=limit, batch_size=batch_size, device=device.value, cache=cache,
+            console=console,
+        )  # fmt: skip
+    if not is_main_process():
+        return
     console.print(facts_table(_facts(result)))
     warn_broken(result.broken)
     table = None if output is None else output / "evaluation.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -45,11 +44,10 @@ def evaluate(
     from sentences to features that is fitted on the reference. The rank is the median rank of an image's own prompt
     among all prompts of the set. For several GPUs start it with torchrun: the processes share the images.
     """
-    from gspn.tasks.core.devices import distributed_context
+    from gspn.tasks.core.devices import distributed_context, is_main_process
     from gspn.tasks.text_to_image.evaluate import evaluate as run
 
-    console, is_main = Console(), os.environ.get("RANK", "0") == "0"
-    results = []
+    console, results = Console(), []
     with distributed_context():
         for directory in samples:
             result = run(
@@ -57,11 +55,11 @@ def evaluate(
                 batch_size=batch_size, device=device.value, console=console,
             )  # fmt: skip
             results.append(result)
-            if output is not None and is_main:
+            if output is not None and is_main_process():
                 path = output / f"{directory.name}.json"
                 result.write_json(path)
                 wrote(path)
-    if not is_main:
+    if not is_main_process():
         return
     table = Table("", box=None, header_style="bold", padding=(0, 2, 0, 0))
     for heading in ("images", "FID", "KID x 1000", "IS", "precision", "recall", "text score", "rank", "top 1"):

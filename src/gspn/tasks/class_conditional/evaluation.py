@@ -13,6 +13,7 @@ from torch import Tensor
 from ..._console import default_console
 from ..._errors import UsageError
 from ..._files import printable
+from ..core.devices import is_main_process
 from ..diffusion.evaluation import ImageMetrics, compare_images
 from ..diffusion.image_grid import draw_grid
 from ..diffusion.images import ImageSet, open_images, save_png
@@ -88,7 +89,7 @@ def evaluate(
         ours, theirs, features=features, batch_size=batch_size, device=device, cache=cache,
         console=console or default_console(),
     )  # fmt: skip
-    if neighbours is not None:
+    if neighbours is not None and is_main_process():
         save_png(neighbours, draw_neighbours(ours, theirs, fake.pooled, real.pooled))
     return Evaluation(
         samples=str(samples),

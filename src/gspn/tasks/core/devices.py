@@ -137,6 +137,16 @@ class Processes:
         self.gather(None)
 
 
+def is_main_process() -> bool:
+    """Whether this process prints and writes: the only one, or the first of those that ``torchrun`` started.
+
+    Example:
+        >>> is_main_process()
+        True
+    """
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 @contextmanager
 def distributed_context() -> Iterator[None]:
     """Close the connection between processes that the block opened; one that existed before stays open."""
