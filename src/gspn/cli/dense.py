@@ -163,7 +163,8 @@ def predict(
 ) -> None:
     """Write the maps of images: classes as PNG with a palette, numbers as TIFF; and overlays with a legend.
 
-    Images that cannot be read are named on the error stream, the others are predicted, and the exit code is 1.
+    Images that cannot be read, or are too small for the model, are named on the error stream, the others are predicted,
+    and the exit code is 1.
     """
     from gspn.tasks.core.progress import progress_bar
 

@@ -120,8 +120,10 @@ def test_no_image_is_overwritten(tmp_path):
             predict([own / "legend.png"], model, output)
 
 
-def test_an_encoder_of_one_size_says_so(tmp_path):
-    Image.new("RGB", (40, 20)).save(tmp_path / "small.png")
+def test_an_encoder_of_one_size_says_so_and_takes_the_other_images(tmp_path):
     model = tiny_model(CLASSES, "model.name=swin_tiny_patch4_window7_224", 'model.kwargs={"embed_dim": 12}')
-    with pytest.raises(UsageError, match="does not take 20 x 40 pixels at a time, of an image of 20 x 40"):
-        predict([tmp_path / "small.png"], model, tmp_path / "maps")
+    for name, size in (("small", (40, 20)), ("large", (64, 64))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    small, large = predict([tmp_path / "small.png", tmp_path / "large.png"], model, tmp_path / "maps")
+    assert "does not take 20 x 40 pixels at a time, of an image of 20 x 40" in small.broken
+    assert small.map is None and large.broken is None and Path(large.map).is_file()

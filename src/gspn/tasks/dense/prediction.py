@@ -32,10 +32,10 @@ class Prediction:
 
     Attributes:
         image: The file.
-        map: The file of the map; None for an image that could not be read.
+        map: The file of the map; None if there is none.
         overlay: The file of the overlay, if one was written.
         seconds: The time of the model.
-        broken: Why the image could not be read; else None.
+        broken: Why the image could not be read, or predicted; else None.
     """
 
     image: str
@@ -76,7 +76,8 @@ def predict(
             called with the number of windows that are done, such as a progress bar.
 
     Returns:
-        One prediction for each image, in order. For an image that cannot be read, ``broken`` is set.
+        One prediction for each image, in order. For an image that cannot be read, or that is of a size that the model
+        does not take, ``broken`` is set.
 
     Raises:
         UsageError: the model cannot be named, a folder has no images, or a file to write is also one of the images, or
@@ -98,7 +99,11 @@ def predict(
             predictions.append(Prediction(os.fspath(path), broken=opened))
             continue
         started = time.perf_counter()
-        values = _predicted(np.asarray(opened), net, windows, where, printable(name), progress)
+        try:
+            values = _predicted(np.asarray(opened), net, windows, where, printable(name), progress)
+        except UsageError as error:  # the encoder does not take an image of this size
+            predictions.append(Prediction(os.fspath(path), broken=str(error)))
+            continue
         seconds = time.perf_counter() - started
         map_file, overlay_file = files[name]
         save_map(values, net.target, map_file)
