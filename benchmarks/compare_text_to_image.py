@@ -330,7 +330,10 @@ def layers(
     ] = None,
     output: Csv = None,
 ) -> None:
-    """Sample held-out captions with self-attention in all layers, in those of one level, and in none."""
+    """Sample held-out captions with self-attention in all layers, in those of one level, and in none.
+
+    The error is that of the mixers for the inputs of the teacher's attentions, as a share of their outputs' variance.
+    """
     from gspn.diffusers import GSPNAdapter
     from gspn.tasks.text_to_image.evaluate import Reference, evaluate
     from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
@@ -340,6 +343,7 @@ def layers(
     pipeline, whole = load_pipeline(teacher), load_adapter(adapter)
     of_layers, weights = whole.config["layers"], whole.state_dict()
     levels = list(dict.fromkeys(name.split(".attentions")[0] for name in of_layers))
+    errors = _errors(pipeline, whole, levels, prompts[::5])
     for kept, seed in itertools.product(("all", *levels, "none"), seeds or SEEDS):
         left = {} if kept == "all" else {k: v for k, v in of_layers.items() if not k.startswith(kept)}
         part = None
@@ -361,7 +365,7 @@ def layers(
         rows.append(
             {
                 "self_attention": kept, "layers": len(of_layers) - len(left), "seed": seed, "images": len(prompts),
-                "fid": figures["fid"], "kid": figures["kid"],
+                "error": errors.get(kept), "fid": figures["fid"], "kid": figures["kid"],
                 **{f"text_{key}": value for key, value in figures["text"].items()},
             }
         )  # fmt: skip
@@ -370,14 +374,41 @@ def layers(
         some = [row for row in rows if row["self_attention"] == kept]
         shown.append(
             (
-                kept, some[0]["layers"], spread((row["fid"] for row in some), 1),
+                kept, some[0]["layers"], f"{100 * errors[kept]:.0f}" if kept in errors else "",
+                spread((row["fid"] for row in some), 1),
                 spread((1000 * row["kid"] for row in some), 1),
                 spread((row["text_similarity"] for row in some), 3), spread((row["text_rank"] for row in some), 1),
             )
         )  # fmt: skip
-    headings = ("self-attention in", "layers", "FID", "KID x 1000", "text score", "rank")
+    headings = ("self-attention in", "layers", "GSPN's error there, %", "FID", "KID x 1000", "text score", "rank")
     print_table(f"{len(prompts)} held-out captions, {TRAINED} pixels", headings, shown)
     write_csv(output, rows)
+
+
+def _errors(pipeline: Any, adapter: Any, levels: Iterable[str], prompts: list[str]) -> dict[str, float]:
+    """The mixers' squared error by level, over the variance of the attentions' outputs, while the teacher samples."""
+    from gspn.tasks.core.attention_matching import recorded
+
+    unet, mixers = pipeline.unet, adapter.mixers
+    attentions = {name: unet.get_submodule(name) for name in mixers}
+    sums = {level: [0.0, 0.0] for level in levels}
+
+    def compare(*_: Any) -> None:
+        for name, (x, output) in found.items():
+            level = next(one for one in levels if name.startswith(one))
+            side = round(x.shape[1] ** 0.5)
+            sums[level][0] += (mixers[name](x, map_size=(side, side)) - output).square().sum().item()
+            sums[level][1] += (output - output.mean((0, 1))).square().sum().item()
+        found.clear()  # each module is recorded at its first call
+
+    with torch.inference_mode(), recorded(attentions) as found:
+        hook = unet.register_forward_hook(compare)
+        pipeline(
+            prompts, height=TRAINED, width=TRAINED, num_inference_steps=STEPS // 2, guidance_scale=GUIDANCE,
+            generator=torch.Generator().manual_seed(0), output_type="pt",
+        )  # fmt: skip
+        hook.remove()
+    return {level: error / variance for level, (error, variance) in sums.items()}
 
 
 @app.command()

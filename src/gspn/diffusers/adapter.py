@@ -262,18 +262,25 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
         layers = {name: {**options, option: by_name[name]} for name, options in self.config["layers"].items()}
         self.register_to_config(layers=layers)
 
-    def freeze_model(self) -> list[nn.Parameter]:
+    def freeze_model(self, layers: Sequence[str] | None = None) -> list[nn.Parameter]:
         """Freeze the mounted model's parameters, except the adapter's.
 
+        Args:
+            layers: The levels or names of the mixers that are not frozen, as for :meth:`from_model`; None for all.
+
         Returns:
-            The adapter's parameters, for an optimiser.
+            The parameters that are not frozen, for an optimiser.
 
         Raises:
             RuntimeError: The adapter is not mounted.
+            ValueError: A level or name has no mixer.
         """
+        mixers = self.mixers
+        free = list(mixers) if layers is None else [name for one in layers for name in _within(one, list(mixers))]
         self._mounted_or_raise().model.requires_grad_(False)
-        self.requires_grad_(True)
-        return list(self.parameters())
+        for name in free:
+            mixers[name].requires_grad_(True)
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save the adapter, mounted or not, as :meth:`diffusers.ModelMixin.save_pretrained` does.

@@ -59,6 +59,15 @@ def test_it_learns_and_writes(trained):
     ]
 
 
+def test_some_layers_learn_alone(place, trained, tmp_path):
+    start = [f"model.init_from={trained.output / 'last'}", 'distillation.layers=["up"]']
+    result = distill(tiny_distill(place / "teacher", place / "images", tmp_path / "run", *start))
+    before, after = (load_adapter(one / "last").state_dict() for one in (trained.output, result.output))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    up = {name for name in before if name.startswith("up_blocks")}
+    assert changed == up and len(up) < len(before)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_a_perfect_prediction_gives_back_the_latents(prediction):
     from gspn.tasks.text_to_image.distill.training import Distillation
@@ -208,6 +217,7 @@ def test_it_continues_from_an_adapter(place, trained, tmp_path):
         ("model.proxy_bias=false", "constant gates need it"),
         ("model.init_from=nowhere", "no config.json"),
         ("distillation.block_epochs=9", "more than schedule.epochs 2"),
+        ('distillation.layers=["up.9"]', r"distillation\.layers: 'up\.9' has no self-attention"),
         ("distillation.attention=-1", "distillation.attention"),
         ("data.name=nothing", "nothing"),
         ("data.size=33", "33 is not a multiple of 4"),

@@ -40,6 +40,8 @@ class DistillationConfig:
     """Weight of the squared error against the attentions' outputs, a mean over the layers."""
     relative: bool = False
     """Divide each layer's error by the mean square of the attention's output, so that all layers count equally."""
+    layers: list[str] | None = None
+    """Levels or names of modules whose mixers learn, the others staying as ``model.init_from`` has them; null: all."""
     caption_dropout: float = setting(0.1, 0, 1)
     """Probability of dropping a caption, as classifier-free guidance does."""
     block_epochs: int = setting(0, 0)
