@@ -279,32 +279,22 @@ def solvers(
     output: Csv = None,
 ) -> None:
     """Sample held-out captions with each scheduler, number of steps and guidance, and measure the samples."""
-    from gspn.tasks.text_to_image.evaluate import Reference, evaluate
     from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
-    from gspn.tasks.text_to_image.sample import sample
 
-    console, prompts, rows, real = Console(), _prompts("val", number), [], Reference("emoji:train", TRAINED, TRAINED)
+    prompts, rows = _prompts("val", number), []
     pipeline, mounted = load_pipeline(teacher), {"self-attention": None, "GSPN": adapter}
     for label, scheduler, count, guidance in itertools.product(
         entries or mounted, schedulers or SOLVERS, steps or (4, 6, 8, 12, 25), guidances or (GUIDANCE,)
     ):
-        directory = root / f"{label}-{scheduler}-{count}-{guidance:g}"
-        file = directory / "figures.json"
-        if not file.is_file():
-            sample(
-                pipeline, prompts, adapter=None if mounted[label] is None else load_adapter(adapter), output=directory,
-                steps=count, guidance=guidance, scheduler=scheduler, batch_size=20, device="cpu", check=False,
-                console=console,
-            )  # fmt: skip
-            evaluate(
-                directory, real, features="lite0", device="cpu", cache=root / "features", console=console
-            ).write_json(file)
-        figures = json.loads(file.read_text())
+        figures = _measured(
+            pipeline, prompts, root, f"{label}-{scheduler}-{count}-{guidance:g}",
+            adapter=None if mounted[label] is None else load_adapter(adapter), steps=count, guidance=guidance,
+            scheduler=scheduler, batch_size=20,
+        )  # fmt: skip
         rows.append(
             {
                 "entry": label, "scheduler": scheduler, "steps": count, "guidance": guidance, "images": len(prompts),
-                "fid": figures["fid"], "kid": figures["kid"],
-                **{f"text_{key}": value for key, value in figures["text"].items()},
+                **figures,
             }
         )  # fmt: skip
     shown = [
@@ -335,11 +325,9 @@ def layers(
     The error is that of the mixers for the inputs of the teacher's attentions, as a share of their outputs' variance.
     """
     from gspn.diffusers import GSPNAdapter
-    from gspn.tasks.text_to_image.evaluate import Reference, evaluate
     from gspn.tasks.text_to_image.pipelines import load_adapter, load_pipeline
-    from gspn.tasks.text_to_image.sample import sample
 
-    console, prompts, rows, real = Console(), _prompts("val", number), [], Reference("emoji:train", TRAINED, TRAINED)
+    prompts, rows = _prompts("val", number), []
     pipeline, whole = load_pipeline(teacher), load_adapter(adapter)
     of_layers, weights = whole.config["layers"], whole.state_dict()
     levels = list(dict.fromkeys(name.split(".attentions")[0] for name in of_layers))
@@ -350,23 +338,14 @@ def layers(
         if left:
             part = GSPNAdapter.from_config({**whole.config, "layers": left})
             part.load_state_dict({k: weights[k] for k in part.state_dict()})
-        directory = root / f"{kept}-seed{seed}"
-        file = directory / "figures.json"
-        if not file.is_file():
-            sample(
-                pipeline, prompts, adapter=part, output=directory, height=TRAINED, width=TRAINED, steps=STEPS,
-                guidance=GUIDANCE, scheduler=SCHEDULER, seed=seed, batch_size=16, device="cpu", check=False,
-                console=console,
-            )  # fmt: skip
-            evaluate(
-                directory, real, features="lite0", device="cpu", cache=root / "features", console=console
-            ).write_json(file)
-        figures = json.loads(file.read_text())
+        figures = _measured(
+            pipeline, prompts, root, f"{kept}-seed{seed}", adapter=part, steps=STEPS, guidance=GUIDANCE,
+            scheduler=SCHEDULER, seed=seed, batch_size=16,
+        )  # fmt: skip
         rows.append(
             {
                 "self_attention": kept, "layers": len(of_layers) - len(left), "seed": seed, "images": len(prompts),
-                "error": errors.get(kept), "fid": figures["fid"], "kid": figures["kid"],
-                **{f"text_{key}": value for key, value in figures["text"].items()},
+                "error": errors.get(kept), **figures,
             }
         )  # fmt: skip
     shown = []
@@ -383,6 +362,23 @@ def layers(
     headings = ("self-attention in", "layers", "GSPN's error there, %", "FID", "KID x 1000", "text score", "rank")
     print_table(f"{len(prompts)} held-out captions, {TRAINED} pixels", headings, shown)
     write_csv(output, rows)
+
+
+def _measured(pipeline: Any, prompts: list[str], root: Path, name: str, **how: Any) -> dict[str, Any]:
+    """The figures of samples at the size of the training, in ``root / name``; what exists is not sampled again."""
+    from gspn.tasks.text_to_image.evaluate import Reference, evaluate
+    from gspn.tasks.text_to_image.sample import sample
+
+    console, file = Console(), root / name / "figures.json"
+    if not file.is_file():
+        sample(pipeline, prompts, output=file.parent, device="cpu", check=False, console=console, **how)
+        real = Reference("emoji:train", TRAINED, TRAINED)
+        evaluate(
+            file.parent, real, features="lite0", device="cpu", cache=root / "features", console=console
+        ).write_json(file)
+    figures = json.loads(file.read_text())
+    text = {f"text_{key}": value for key, value in figures["text"].items()}
+    return {"fid": figures["fid"], "kid": figures["kid"], **text}
 
 
 def _errors(pipeline: Any, adapter: Any, levels: Iterable[str], prompts: list[str]) -> dict[str, float]:
