@@ -174,9 +174,9 @@ def _where(m, states):
 
 @gluon.jit
 def _beside(lane, b_last, b_first, b_second, b_next):
-    """What the pixels before and after a lane's two give, which give ``first`` and ``second``.
+    """The values of the pixels before and after a lane's two pixels, which have ``first`` and ``second``.
 
-    ``last`` is what second pixels of the tile before give, ``next`` what first pixels of the tile after it do.
+    ``last`` is the value of second pixels in the tile before, ``next`` that of first pixels in the tile after it.
     """
     b_before = _shuffled(gl.where((lane & 3) == 3, b_last, b_second), (lane & 28) + ((lane + 3) & 3))
     b_after = _shuffled(gl.where((lane & 3) == 0, b_next, b_first), (lane & 28) + ((lane + 1) & 3))
@@ -185,7 +185,7 @@ def _beside(lane, b_last, b_first, b_second, b_next):
 
 @gluon.jit
 def _handed_on(lane, b_kept, b_back, b_ahead, j, TILES: gl.constexpr, b_zero):
-    """What an adjoint scan carries on at a lane's two pixels of tile ``j``.
+    """The sums that an adjoint scan carries on at a lane's two pixels of tile ``j``.
 
     ``kept``: what both hand to themselves and each other; ``back`` and ``ahead``: what the first hands to the pixel
     before it, and the second to the one after it. The ends of a row hand nothing beyond it.
