@@ -119,7 +119,7 @@ def shipped_pipelines() -> dict[str, Path]:
     Example:
         >>> from gspn.tasks.class_conditional import shipped_pipelines
         >>> sorted(shipped_pipelines())
-        ['gspn_denoiser.mnist5k']
+        ['gspn_denoiser.mnist5k', 'gspn_denoiser_sizes.mnist5k']
     """
     return shipped("model_index.json", PIPELINES)
 
