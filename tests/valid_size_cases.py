@@ -31,8 +31,14 @@ def poisoned(maps: Sequence[Tensor | None], sizes: Sequence[tuple[int, int]], va
     return filled
 
 
-def alone(call: Callable[..., Results], maps: Sequence[Tensor | None], sizes: Sequence[tuple[int, int]]) -> Results:
-    """The results of each image by itself in one tensor, zeros in the padding; those without pixels are added up."""
+def alone(
+    call: Callable[..., Results], maps: Sequence[Tensor | None], sizes: Sequence[tuple[int, int]], *,
+    terms: bool = False,
+) -> Results:  # fmt: skip
+    """The results of each image by itself in one tensor, zeros in the padding; those without pixels are added up.
+
+    With ``terms`` there is ``|name|`` beside these sums: that of the images' absolute terms, since a sum may vanish.
+    """
     whole: Results = {}
     height, width = next(one.shape[-2:] for one in maps if one is not None)
     for i, (h, w) in enumerate(sizes):
@@ -43,6 +49,9 @@ def alone(call: Callable[..., Results], maps: Sequence[Tensor | None], sizes: Se
         for name, result in call(*own).items():
             if "proj" in name:
                 whole[name] = whole[name] + result if name in whole else result
+                if terms:
+                    of_terms = f"|{name}|"
+                    whole[of_terms] = whole[of_terms] + result.abs() if of_terms in whole else result.abs()
             else:
                 shape = (len(sizes), *result.shape[1:-2], height, width)
                 whole.setdefault(name, result.new_zeros(shape))[i, ..., :h, :w] = result[0]
@@ -52,7 +61,8 @@ def alone(call: Callable[..., Results], maps: Sequence[Tensor | None], sizes: Se
 def assert_equals_alone(actual: Results, plain: Results, exact: Results) -> None:
     """The rule for right, with each image alone by the same implementation in the place of plain PyTorch."""
     for name, result in actual.items():
-        scale = exact[name].abs() * 4 + exact[name].abs().max() / 4
+        magnitude = exact.get(f"|{name}|", exact[name]).abs()
+        scale = magnitude * 4 + magnitude.max() / 4
         like = torch.empty_like(result).copy_(plain[name])
         assert result.isfinite().all(), name
         assert_as_exact_as_pytorch(result, like, exact[name], scale, name)
