@@ -8,7 +8,6 @@ The card states the command, seed, versions and what the shipped weights, not th
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import platform
 import shutil
@@ -29,7 +28,7 @@ from gspn.tasks.class_conditional import Evaluation, evaluate, load_pipeline, sa
 
 WEIGHTS = Path(gspn.diffusers.__file__).parent / "weights"
 MOST_BYTES = 12_000_000
-STEPS, GUIDANCES = 25, (1.0, 2.0)
+NUMBER, STEPS, GUIDANCES = 1000, 25, (1.0, 2.0)
 
 
 def main(
@@ -38,12 +37,6 @@ def main(
     command: Annotated[str, typer.Option(help="The command that made the run, for the card.")],
     commit: Annotated[str, typer.Option(help="The commit that made it.")],
     classifier: Annotated[str, typer.Option(help="The classifier that says whether images are of their class.")],
-    sizes: Annotated[
-        list[int] | None,
-        typer.Option("--size", help="Size of the measured images. Repeatable; default: the training's."),
-    ] = None,
-    number: Annotated[int, typer.Option(help="Number of measured images.")] = 1000,
-    limit: Annotated[int | None, typer.Option(help="At most so many images of the reference.")] = None,
     note: Annotated[Path | None, typer.Option(help="Markdown that the card has after its table.")] = None,
     scratch: Annotated[Path, typer.Option(help="Directory for the images that are measured.")] = Path(
         "runs/ship_denoiser"
@@ -62,41 +55,36 @@ def main(
     weights = target / "transformer" / "diffusion_pytorch_model.safetensors"
     for file in target.rglob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes files that only their owner reads
-    taken = weights.stat().st_size
-    if taken > MOST_BYTES:
+    size = weights.stat().st_size
+    if size > MOST_BYTES:
         shutil.rmtree(target)
-        raise typer.BadParameter(f"{weights} has {taken} bytes, more than the {MOST_BYTES} that the package takes.")
+        raise typer.BadParameter(f"{weights} has {size} bytes, more than the {MOST_BYTES} that the package takes.")
 
     config = yaml.safe_load((run / "config.yaml").read_text())
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     data = config["data"]["name"]
-    found: dict[str, Evaluation] = {}
-    for size, guidance in itertools.product(sizes or [config["data"]["size"]], GUIDANCES):
-        label = f"{size} px, guidance {guidance:g}" if guidance != 1 else f"{size} px, no guidance"
-        drawn = scratch / f"{size}-{guidance:g}"
+    found: dict[float, Evaluation] = {}
+    for guidance in GUIDANCES:
+        drawn = scratch / f"guidance-{guidance:g}"
         shutil.rmtree(drawn, ignore_errors=True)
-        sample(
-            name, output=drawn, number=number, guidance=guidance, steps=STEPS, height=size, width=size, grid=False
-        )  # fmt: skip
-        found[label] = evaluate(
+        sample(name, output=drawn, number=NUMBER, guidance=guidance, steps=STEPS, grid=False)
+        found[guidance] = evaluate(
             drawn,
             f"{data}:{config['data']['train_split']}",
             features="lite0",
             classifier=load_classifier(classifier),
             neighbours=drawn / "neighbours.png",
-            limit=limit,
         )
     floor = evaluate(
-        f"{data}:{config['data']['eval_split']}", f"{data}:{config['data']['train_split']}", features="lite0",
-        limit=limit,
-    )  # fmt: skip
-    (target / "README.md").write_text(
-        _card(name, command, commit, taken, config, rows, found, floor, "" if note is None else note.read_text() + "\n")
+        f"{data}:{config['data']['eval_split']}", f"{data}:{config['data']['train_split']}", features="lite0"
     )
-    typer.echo(f"{target}: {taken} bytes")
-    for label, one in found.items():
-        typer.echo(f"{label}: FID {one.fid:.2f}, of its class {one.consistency:.1%}")
+    (target / "README.md").write_text(
+        _card(name, command, commit, size, config, rows, found, floor, "" if note is None else note.read_text() + "\n")
+    )
+    typer.echo(f"{target}: {size} bytes")
+    for guidance, one in found.items():
+        typer.echo(f"guidance {guidance:g}: FID {one.fid:.2f}, of its class {one.consistency:.1%}")
 
 
 def _figures(label: str, one: Evaluation) -> str:
@@ -114,7 +102,7 @@ def _card(
     size: int,
     config: dict,
     rows: list[dict[str, str]],
-    found: dict[str, Evaluation],
+    found: dict[float, Evaluation],
     floor: Evaluation,
     note: str,
 ) -> str:
@@ -123,7 +111,9 @@ def _card(
     shape = " and ".join(f"{size} x {size}" for size in config["data"].get("sizes") or [config["data"]["size"]])
     minutes = sum(float(row["seconds"]) for row in rows) / 60
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "timm", "accelerate"))
-    table = "".join(_figures(label, one) for label, one in found.items())
+    table = "".join(
+        _figures(f"guidance {guidance:g}" if guidance != 1 else "no guidance", one) for guidance, one in found.items()
+    )
     return f"""# {name}
 
 A class-conditional model that draws images of {config["resolved"]["num_classes"]} classes, {shape} pixels: a denoiser with GSPN's line scans instead
@@ -134,7 +124,7 @@ of attention (`gspn.models.GSPNDenoiser2DModel`, {parameters:,} parameters), tra
 {table}| held-out images themselves | {floor.sample_count} | {floor.fid:.2f} | {1000 * floor.kid:.2f} | {floor.inception_score:.2f} | {floor.precision:.2f} | {floor.recall:.2f} | |
 
 Features: {first.features}. The figures can be compared only with others of the same features. The reference is the
-first {first.reference_count:,} images of `{first.reference}`, in the samples' size. Sampled with {STEPS} steps and seed 0. "Of its class" is the share that
+{first.reference_count:,} images of `{first.reference}`. Sampled with {STEPS} steps and seed 0. "Of its class" is the share that
 `{first.classifier}` assigns to the requested class. The last row, real images that were not trained on, is the best that can be
 expected. Measured in float32 with the shipped float16 file ({size / 1e6:.1f} MB). The weights are the training run's exponential
 moving average (EMA) after the last epoch.

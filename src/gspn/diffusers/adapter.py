@@ -273,6 +273,7 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
 
         Raises:
             RuntimeError: The adapter is not mounted.
+            TypeError: ``layers`` holds something that is not a name.
             ValueError: A level or name has no mixer.
         """
         mixers = self.mixers

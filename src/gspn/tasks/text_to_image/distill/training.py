@@ -115,8 +115,10 @@ class Distillation(CaptionTask[DistillConfig, DistillRow]):
         adapter = build_adapter(config, teacher)
         self.distiller = Distiller(teacher, adapter, self.data.pixels, relative=config.distillation.relative)
         self.distiller.move_to(device, channels_last=config.model.channels_last)
-        if config.distillation.layers is not None:
-            self._choose(adapter, config.distillation.layers)
+        try:
+            adapter.freeze_model(config.distillation.layers)
+        except ValueError as error:
+            raise UsageError(f"distillation.layers: {error}") from None
         self.unfuse_attention(self.distiller.student, context)  # its cross-attentions; the teacher has no backward pass
         if config.model.normalize_scans and config.model.init_from is None:
             with context.accelerator.autocast():  # the teacher may be in half precision, the adapter is not
@@ -131,14 +133,6 @@ class Distillation(CaptionTask[DistillConfig, DistillRow]):
         if config.model.grad_checkpointing:
             self.distiller.student.enable_gradient_checkpointing()
         return self.distiller, f"adapter of {len(adapter.mixers)} layers for {config.teacher}", notes
-
-    @staticmethod
-    def _choose(adapter: GSPNAdapter, layers: list[str]) -> None:
-        """Let the mixers of these layers learn alone."""
-        try:
-            adapter.freeze_model(layers)
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"distillation.layers: {error}") from None
 
     def _record_lines(self, device: torch.device) -> None:
         """Give the adapter the lines of each layer's map at the training size, at which lam is as it is."""
