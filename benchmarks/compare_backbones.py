@@ -135,7 +135,7 @@ STUDIES = {
     ),
     "sizes": Study(
         "mnist5k_pico",
-        {"schedule.epochs": 5, "schedule.warmup_epochs": 1, "optim.lr": 1e-3},
+        {"schedule.epochs": 12, "schedule.warmup_epochs": 1, "optim.lr": 1e-3},
         _SIZES,
         seeds=(0, 1),
         tests=(28, 42, 56, 112),
