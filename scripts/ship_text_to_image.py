@@ -5,6 +5,7 @@
     python benchmarks/compare_text_to_image.py run && python benchmarks/compare_text_to_image.py table --output T.csv
     python scripts/ship_text_to_image.py cards T.csv --commit ... --pipeline-run runs/autoencoder_emoji_styles_decoder \
         --pipeline-run runs/t2i_emoji_styles --pipeline-run runs/t2i_emoji_styles_sizes \
+        --adapter-run runs/distill_emoji_styles_blocks --adapter-run runs/distill_emoji_styles_joint \
         --adapter-run runs/distill_emoji_styles
 
 ``weights`` writes them in float16, with a NOTICE of the drawings. ``cards`` states how they were trained, by the runs
@@ -47,7 +48,7 @@ COMMANDS = {
     "distill": ("gspn t2i distill", DistillConfig),
 }
 """The command of a run and its configuration, by the first word of its directory."""
-PATHS = {"teacher", "model.vae", "model.pipeline", "model.decoder_of"}
+PATHS = {"teacher", "model.vae", "model.pipeline", "model.decoder_of", "model.init_from"}
 """Keys that may differ from the preset, whose values lie where the run found them."""
 ENCODER = (
     "- `emoji64` of `gspn autoencode train`, for the encoder, in version 0.1.0: seed 0, 120 epochs, 5,760 updates, 26 "
