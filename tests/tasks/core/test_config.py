@@ -116,9 +116,10 @@ def test_differences_from_a_saved_run():
 
 def test_a_setting_that_a_saved_run_does_not_know_was_off():
     saved = {**to_mapping(DistillConfig()), "resolved": {}}
-    assert saved["distillation"].pop("guided") == 0.0
+    assert saved["distillation"].pop("relative") is False
     assert DistillConfig().differences(saved, {}) == {}
-    assert DistillConfig().changed("distillation.guided=2").differences(saved, {}) == {"distillation.guided": (None, 2)}
+    changed = DistillConfig().changed("distillation.relative=true")
+    assert changed.differences(saved, {}) == {"distillation.relative": (None, True)}
     assert saved["model"].pop("skip") is True
     assert DistillConfig().differences(saved, {}) == {"model.skip": (None, True)}
 

@@ -68,51 +68,6 @@ def test_some_layers_learn_alone(place, trained, tmp_path):
     assert changed == up and len(up) < len(before)
 
 
-def test_guided_predictions(place, trained, tmp_path):
-    start = [f"model.init_from={trained.output / 'last'}", "distillation.noise=0", "distillation.guided=0.25"]
-    settings = ["schedule.epochs=4", "samples.guidance=3", "distillation.caption_dropout=0"]
-    result = distill(tiny_distill(place / "teacher", place / "images", tmp_path / "run", *start, *settings))
-    first, last = rows(result.output)[0], result.last
-    assert last.eval_guided < float(first["eval_guided"])
-    assert last.ema_loss == pytest.approx(
-        0.5 * last.eval_teacher + 0.5 * last.eval_attention + 0.25 * last.eval_guided, rel=1e-6
-    )
-
-
-def test_the_guided_error_is_that_of_the_guided_prediction():
-    from gspn.tasks.text_to_image.conditioning import Conditioning
-    from gspn.tasks.text_to_image.distill.training import Distillation
-
-    generator = torch.Generator().manual_seed(0)
-    start, states = torch.randn(2, 4, 3, 5, generator=generator), torch.randn(2, 1, 1, generator=generator)
-    config = DistillConfig().changed("distillation.guided=2", "samples.guidance=3")
-    table = SimpleNamespace(read=lambda rows: Conditioning(torch.full((len(rows), 1, 1), 7.0)))
-
-    def predictions(x, t, states, pooled):
-        """Of a student, ``a x + b`` with b from the caption, and of a teacher, ``x``."""
-        assert t[:2].equal(t[2:]) and x[:2].equal(x[2:])
-        assert pooled is None
-        return 1.5 * x + states[..., None], x, torch.arange(4.0)
-
-    task = SimpleNamespace(
-        config=config, scheduler=DDPMScheduler(), data=SimpleNamespace(train=SimpleNamespace(text=table)),
-        distiller=SimpleNamespace(teacher=SimpleNamespace(dtype=torch.float32)),
-    )  # fmt: skip
-    task.noised = lambda start: Distillation.noised(task, start)
-    torch.manual_seed(0)
-    parts = Distillation.losses(task, predictions, start, Conditioning(states))
-    torch.manual_seed(0)
-    x = task.noised(start)[0]
-    with_caption, without = 0.5 * x + states[..., None], 0.5 * x + 7
-    guided = (without + 3 * (with_caption - without)).square().mean((1, 2, 3))
-    teacher = (with_caption.square() + without.square()).mean((1, 2, 3)) / 2
-    torch.testing.assert_close(parts["guided"], guided)
-    torch.testing.assert_close(parts["teacher"], teacher)
-    assert parts["attention"].tolist() == [1.0, 2.0]
-    whole = parts["noise"] + 0.5 * parts["teacher"] + 0.5 * parts["attention"] + 2 * parts["guided"]
-    torch.testing.assert_close(parts["loss"], whole)
-
-
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_a_perfect_prediction_gives_back_the_latents(prediction):
     from gspn.tasks.text_to_image.distill.training import Distillation

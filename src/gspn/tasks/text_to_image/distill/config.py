@@ -38,9 +38,6 @@ class DistillationConfig:
     """Weight of the squared error against the teacher's prediction."""
     attention: float = setting(0.5, 0)
     """Weight of the squared error against the attentions' outputs, a mean over the layers."""
-    guided: float = setting(0.0, 0)
-    """Weight of the squared error against the teacher's guided prediction, with the scale ``samples.guidance``. Above
-    0, every image is predicted with its caption and without; ``data.batch_size`` counts it once."""
     relative: bool = False
     """Divide each layer's error by the mean square of the attention's output, so that all layers count equally."""
     layers: list[str] | None = None
@@ -85,10 +82,8 @@ class DistillConfig(Configuration):
             raise UsageError("FSDP is not supported for distillation; set run.fsdp=false (DDP).")
         super().__post_init__()
         model, loss = self.model, self.distillation
-        if loss.noise == loss.teacher == loss.attention == loss.guided == 0:
-            raise UsageError(
-                "distillation.noise, .teacher, .attention and .guided are all 0: nothing is learnt; set one above."
-            )
+        if loss.noise == loss.teacher == loss.attention == 0:
+            raise UsageError("distillation.noise, .teacher and .attention are all 0: nothing is learnt; set one above.")
         if loss.block_epochs > self.schedule.epochs:
             raise UsageError(
                 f"distillation.block_epochs is {loss.block_epochs}, more than schedule.epochs {self.schedule.epochs}, "

@@ -45,8 +45,6 @@ class DistillRow(CaptionRow):
     """Squared error against the teacher's prediction."""
     eval_attention: float | None = metric()
     """Squared error against the attentions' outputs, a mean over the layers."""
-    eval_guided: float | None = metric()
-    """Squared error against the teacher's guided prediction; None unless it is part of the loss."""
 
 
 def distill(
@@ -61,12 +59,9 @@ def distill(
 
     where ``ε_s`` and ``ε_t`` are the predictions of student and teacher, ``ε`` is the noise (or the velocity, for a
     teacher that predicts it), and ``a_t`` and ``a_s`` are the outputs of an attention and of the mixer in its place.
-    All squares are means over their numbers. With ``distillation.guided`` above 0 each image is predicted with its
-    caption and without, and the loss has a further term, ``‖g_s - g_t‖²`` of the guided predictions
-    ``g = ε(∅) + s (ε(caption) - ε(∅))`` with ``s = samples.guidance``.
-
-    In the first ``distillation.block_epochs`` epochs each mixer separately learns ``a_t`` from the input of its
-    attention. This runs no student and costs one forward pass of the teacher.
+    All squares are means over their numbers. In the first ``distillation.block_epochs`` epochs each mixer separately
+    learns ``a_t`` from the input of its attention. This runs no student and costs one forward pass of
+    the teacher.
 
     Latents and captions are first encoded, once, into ``data.cache``. The output directory receives ``config.yaml``,
     ``metrics.csv`` (a :class:`DistillRow` per epoch), ``samples/`` (teacher and student, from the same noise) and in
@@ -188,19 +183,14 @@ class Distillation(CaptionTask[DistillConfig, DistillRow]):
         if epoch is not None and epoch < loss.block_epochs:
             (attention,) = model(noisy, t, text.states, text.pooled, blocks=True)
             return {"loss": attention}
-        if loss.guided:
-            nothing = read_text(self.data.train.text, torch.zeros(len(start), dtype=torch.long), start.device)
-            text = Conditioning.cat([text, nothing.to(dtype)])
-            noisy, t, target = (torch.cat([one, one]) for one in (noisy, t, target))
         student, teacher, attention = model(noisy, t, text.states, text.pooled)
         student = student.float()
-        error = student - teacher.float()
-        parts = {"noise": _mean_square(student - target), "teacher": _mean_square(error), "attention": attention}
-        if loss.guided:
-            with_caption, without = error.chunk(2)
-            parts = {name: part.view(2, -1).mean(0) for name, part in parts.items()}
-            parts["guided"] = _mean_square(without + self.config.samples.guidance * (with_caption - without))
-        whole: Any = sum(getattr(loss, name) * part for name, part in parts.items())
+        parts = {
+            "noise": (student - target).square().flatten(1).mean(1),
+            "teacher": (student - teacher.float()).square().flatten(1).mean(1),
+            "attention": attention,
+        }
+        whole = loss.noise * parts["noise"] + loss.teacher * parts["teacher"] + loss.attention * parts["attention"]
         return {"loss": whole, **parts}
 
     def write(self, weights: dict[str, Tensor], directory: Path) -> None:
@@ -229,11 +219,6 @@ class Distillation(CaptionTask[DistillConfig, DistillRow]):
                 if model is not None:
                     model.to("cpu")
         return {"attention": self._teachers_images, "GSPN": students_images}
-
-
-def _mean_square(x: Tensor) -> Tensor:
-    """Of each image, ``[B]``."""
-    return x.square().flatten(1).mean(1)
 
 
 def build_adapter(config: DistillConfig, unet: Any) -> GSPNAdapter:
