@@ -36,7 +36,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 def settings(folder: Path, *more: str) -> list[str]:
-    return ["data.name=folder", f"data.root={folder}", "schedule.epochs=2", "schedule.warmup_epochs=0", *more]
+    # Not by Adam, which makes of a gradient of nearly 0, and of its rounding, a step as long as any.
+    optimizer = ["optim.name=sgd", "optim.lr=0.05", "schedule.epochs=2", "schedule.warmup_epochs=0"]
+    return ["data.name=folder", f"data.root={folder}", *optimizer, *more]
 
 
 def two_processes(output: Path, folder: Path) -> None:
@@ -70,7 +72,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, folder):
         assert weights.keys() == other.keys()
         if name == "ddp":
             for key, value in weights.items():
-                torch.testing.assert_close(value, other[key], rtol=1e-3, atol=1e-5)
+                torch.testing.assert_close(value, other[key], rtol=1e-4, atol=1e-6)
 
     import json
 

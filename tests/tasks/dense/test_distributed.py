@@ -15,10 +15,11 @@ from tasks.runs import rows
 
 pytestmark = pytest.mark.slow
 
-# Every pixel counts, so that the mean over a batch is the mean of those over its halves.
+# Every pixel counts, so that the mean over a batch is the mean of those over its halves. Not by Adam, which makes of a
+# gradient of nearly 0, and of its rounding, a step as long as any.
 SETTINGS = (
     "data.options.labels=depth", "data.options.unit=m", "data.options.ignore=null", "augment.scale=[1, 1.25]",
-    "augment.color_jitter=0", "ema.decay=0.9",
+    "augment.color_jitter=0", "ema.decay=0.9", "optim.name=sgd", "optim.lr=0.05",
 )  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def test_two_processes_are_one_with_twice_the_batch(shapes, tmp_path):
             assert float(row[key]) == pytest.approx(float(other[key]), rel=1e-4), key
     ours, theirs = (load_file(tmp_path / name / "last" / "model.safetensors") for name in ("two", "one"))
     for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-6)
     found = json.loads((tmp_path / "evaluation.json").read_text())
     alone = evaluate(tmp_path / "two", data="folder", root=shapes, options={"labels": "depth", "unit": "m"})
     assert found["images"] == alone.images == 4
