@@ -114,16 +114,6 @@ def test_differences_from_a_saved_run():
     }
 
 
-def test_a_setting_that_a_saved_run_does_not_know_was_off():
-    saved = {**to_mapping(DistillConfig()), "resolved": {}}
-    assert saved["distillation"].pop("relative") is False
-    assert DistillConfig().differences(saved, {}) == {}
-    changed = DistillConfig().changed("distillation.relative=true")
-    assert changed.differences(saved, {}) == {"distillation.relative": (None, True)}
-    assert saved["model"].pop("skip") is True
-    assert DistillConfig().differences(saved, {}) == {"model.skip": (None, True)}
-
-
 def test_a_run_of_version_0_1_0_is_read_under_the_present_names(tmp_path):
     config = DistillConfig().changed("model.init_from=x", "samples.steps=7", "model.segments.down_blocks=4")
     saved = to_mapping(config)

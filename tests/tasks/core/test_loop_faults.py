@@ -157,16 +157,6 @@ def test_a_damaged_table_is_refused_before_training(cut, tmp_path, table):
     assert "metrics.csv' is damaged" in refused(output)
 
 
-def test_a_table_of_an_earlier_version_may_lack_metrics(cut, tmp_path):
-    output = shutil.copytree(cut, tmp_path / "run")
-    lines = (output / "metrics.csv").read_text().splitlines()
-    (output / "metrics.csv").write_text("".join(line.rpartition(",")[0] + "\n" for line in lines))
-    last = list(rows(cut)[0])[-1]
-    fit(toy(output), resume=True, console=Console(file=io.StringIO()))
-    table = rows(output)
-    assert table[0] == {**rows(cut)[0], last: ""} and table[-1][last] != ""
-
-
 @pytest.mark.parametrize("content", [None, "", "null", '"\\e[31m": 3'])
 def test_a_checkpoint_without_its_configuration_is_refused(cut, tmp_path, content):
     output = shutil.copytree(cut, tmp_path / "run")

@@ -54,7 +54,6 @@ class MetricsTable(Generic[Row]):
 
     def __init__(self, path: Path, row: type[Row]) -> None:
         self.path, self.row, self._names = path, row, [one.name for one in fields(row)]
-        self._needed = {one.name for one in fields(row) if one.default is not None}
         self._rows: list[dict[str, str]] = []
         if path.exists():
             self._rows = self._read()
@@ -63,9 +62,7 @@ class MetricsTable(Generic[Row]):
         try:
             reader = csv.DictReader(io.StringIO(read_text(self.path), newline=""))
             rows = list(reader)
-            # An earlier version may have had fewer of those that can be empty.
-            columns = [name for name in self._names if name in {*self._needed, *(reader.fieldnames or ())}]
-            if reader.fieldnames != columns or any(None in row for row in rows):
+            if reader.fieldnames != self._names or any(None in row for row in rows):
                 raise ValueError(f"its columns are not {', '.join(self._names)}")
             for row in rows:
                 self._parsed(row)
@@ -83,7 +80,7 @@ class MetricsTable(Generic[Row]):
     def _parsed(self, row: dict[str, str]) -> Row:
         values = {}
         for one in fields(self.row):
-            text = row.get(one.name, "")
+            text = row[one.name]
             kind = int if one.type == "int" else float
             values[one.name] = None if text == "" and one.default is None else kind(text)
         return self.row(**values)

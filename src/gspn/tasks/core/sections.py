@@ -333,8 +333,6 @@ class Configuration:
         old, new = flat(self._with_present_keys(saved)), flat({**to_mapping(self), "resolved": to_mapping(resolved)})
         # Runs of earlier versions did not save all that follows from a configuration.
         free |= {key for key in new if key.startswith("resolved.") and key not in old}
-        # What they did not have yet was off.
-        free |= {key for key, value in new.items() if not value and key not in old}
         keys = sorted((old.keys() | new.keys()) - free)
         return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
