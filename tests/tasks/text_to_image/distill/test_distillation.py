@@ -274,3 +274,6 @@ def test_reading_in_half_precision_loses_nothing_of_an_adapter(place):
 def test_presets():
     for name in DistillConfig.preset_names():
         assert isinstance(DistillConfig.load(name), DistillConfig) and DistillConfig.preset_title(name)
+    blocks, together = DistillConfig.load("emoji_styles_blocks"), DistillConfig.load("emoji_styles")
+    assert blocks.distillation.block_epochs == blocks.schedule.epochs and blocks.data == together.data
+    assert together.model.init_from == str(blocks.run.output / "last")
